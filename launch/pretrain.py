@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Pre-train a LLaMA. Start it with deepspeed, torchrun, or alone as one process:
+
+deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/cpu_quickstart.yaml --ds_config ds_configs/zero1.json
+
+A mistake in the input is told once, by rank 0, and ends every rank with status 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+
+from megatron_switchlora.config import UserError, require
+from megatron_switchlora.parallel.agree import PeerError
+from megatron_switchlora.parallel.ranks import Ranks, discover_ranks
+from megatron_switchlora.train.arguments import Arguments, parse_arguments
+from megatron_switchlora.train.device import choose_device
+from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
+
+
+@contextlib.contextmanager
+def told_once(rank: int) -> Iterator[None]:
+    """Turn the errors that people cause, and Ctrl-C, into one line and an exit status."""
+    try:
+        yield
+    except UserError as error:
+        if rank == 0:  # every rank raises it: what one rank alone finds goes through agree.on_one_rank
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except PeerError:
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if rank == 0:
+            print(
+                "\ninterrupted: all ranks stop; the records so far are in the run folder", file=sys.stderr, flush=True
+            )
+        sys.stdout.flush()
+        os._exit(130)  # peers may wait in a collective for ever: no clean-up that needs them
+
+
+def check_early(arguments: Arguments, ranks: Ranks) -> None:
+    """What can be refused before deepspeed is imported."""
+    from megatron_switchlora.parallel.mesh import mesh_sizes
+
+    dp = mesh_sizes(arguments.config.parallel, ranks.world_size)["dp"]
+    resolve_ds_config(read_ds_config(arguments.ds_config), arguments.config, dp)
+    require(
+        not arguments.evaluate_only or arguments.config.output_dir is not None,
+        "--evaluate_only evaluates the finished run in --output_dir: give its folder.",
+    )
+
+
+def run(arguments: Arguments, ranks: Ranks) -> None:
+    device = choose_device(arguments.config.train.device, ranks, arguments.config.train.threads)
+    from megatron_switchlora.train.engine import start_distributed, stop_distributed
+
+    start_distributed(device)
+    if arguments.evaluate_only:
+        from megatron_switchlora.train.evaluate import evaluate_run
+
+        evaluate_run(arguments.config, ranks, device)
+    else:
+        from megatron_switchlora.train.summary import closing_words
+        from megatron_switchlora.train.trainer import Trainer
+
+        began = time.perf_counter()
+        trainer = Trainer(arguments.config, read_ds_config(arguments.ds_config), ranks, device)
+        val_loss = trainer.fit()
+        trainer.say("\n" + closing_words(trainer, val_loss, time.perf_counter() - began))
+    stop_distributed()
+
+
+def main() -> None:
+    quiet = {"--print_config", "--help", "-h"}
+    if int(os.environ.get("RANK") or 0) and any(arg.split("=")[0] in quiet for arg in sys.argv[1:]):
+        return  # rank 0 prints
+    rank = int(os.environ.get("RANK") or 0)
+    with told_once(rank):
+        ranks = discover_ranks(os.environ)
+        arguments = parse_arguments(sys.argv[1:])
+        check_early(arguments, ranks)
+        run(arguments, ranks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""The run configuration: everything a run needs, in nested dataclasses, validated once.
+
+The YAML given with `--config` and the dotted command line options (`--optim.lr 0.02`) fill these
+fields; the docstring under a field is its help text. DeepSpeed's JSON owns only DeepSpeed's own
+concerns (stage, buckets, logging); where both could speak (batch sizes, clip, precision) the run
+configuration decides and `train/ds_config.py` refuses a JSON that says otherwise.
+This module imports nothing of the package: every other module may import it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Literal, Optional, Union
+
+
+class UserError(ValueError):
+    """A mistake in the input: the message gives the rule, the values and what to change."""
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the LLaMA."""
+
+    vocab_size: Optional[int] = None
+    """Vocabulary size; by default the tokenizer's."""
+    hidden_size: int = 144
+    """Width of the residual stream."""
+    intermediate_size: int = 384
+    """Width of the SwiGLU feed-forward."""
+    num_layers: int = 4
+    """Number of decoder layers."""
+    num_heads: int = 4
+    """Number of attention heads; hidden_size must be a multiple of it."""
+    num_kv_heads: Optional[int] = None
+    """Key/value heads of grouped-query attention; by default num_heads."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding."""
+    rms_norm_eps: float = 1e-6
+    """Epsilon of RMSNorm."""
+    initializer_range: float = 0.02
+    """Standard deviation of the normal initial values of all matrices."""
+    tie_embeddings: bool = False
+    """Use the input embedding as the output head."""
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass
+class MethodConfig:
+    """How the linear layers of the decoder are trained."""
+
+    name: Literal["full", "lora", "switchlora"] = "switchlora"
+    """full: every weight; lora: a fixed low-rank adapter; switchlora: adapters whose vectors are switched."""
+    rank: int = 24
+    """Rank r of every adapter."""
+    alpha: float = 1.0
+    """Scaling s = alpha / rank (SwitchLoRA, eq. 4 and 14)."""
+    init: Literal["switchlora", "classic"] = "switchlora"
+    """switchlora: A and B uniform with the paper's deviations and W <- W - sBA; classic: A kaiming uniform, B zero."""
+    interval0: float = 40.0
+    """Switching interval at the start: r / interval0 vectors a side, layer and step."""
+    switch_ratio: float = 0.1
+    """The switching rate falls to 0.3 of its start after this share of switch_total_steps."""
+    switch_total_steps: Optional[int] = None
+    """Length T of the switching schedule in steps; by default train.steps."""
+    freeze_steps: int = 5
+    """Steps N for which the counterpart of a switched vector is frozen (0 masks the stale gradient once, as 1)."""
+    selection: Literal["ring", "random", "independent"] = "ring"
+    """ring: positions and candidates in order; random: candidates drawn at random; independent: positions too,
+    with separate counts for A and B (Algorithm 2 of the paper)."""
+    bank_device: Literal["device", "host"] = "device"
+    """Where the candidate vectors live; host memory is pinned when there is a GPU."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with one step counter for each LoRA vector."""
+
+    lr: float = 0.02
+    """Peak learning rate of the adapters (with method full: of the decoder's matrices)."""
+    dense_lr: Optional[float] = None
+    """Peak learning rate of embedding, head and norms; by default lr, as published. Sweep it for every method."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices (not of norms, not of frozen vectors)."""
+    clip: float = 1.0
+    """Clip of the global gradient norm; 0 switches it off."""
+
+
+@dataclass
+class TrainConfig:
+    """Length, batch and numerics of a run."""
+
+    steps: int = 600
+    """Optimizer steps."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up before the cosine to zero."""
+    seq_len: int = 128
+    """Tokens of a sample."""
+    micro_batch_size: int = 8
+    """Samples a rank handles at once."""
+    global_batch_size: int = 32
+    """Samples of a step over all ranks and accumulation."""
+    epochs: Optional[int] = None
+    """Passes over the data at most; by default as many as the steps need. A run whose data ends first stops there."""
+    seed: int = 0
+    """Seed of initial values, data order and switching draws."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of compute and of the communicated gradients; masters, moments and the frozen W are fp32."""
+    eval_interval: int = 200
+    """Steps between evaluations; one is made before the first step and one at the end."""
+    eval_samples: Optional[int] = None
+    """Validation samples used at most; by default all."""
+    activation_checkpointing: bool = False
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU for every local rank if there are enough, else the CPU."""
+    threads: int = 0
+    """CPU threads of a rank; 0 divides the cores by the local ranks."""
+
+
+@dataclass
+class DataConfig:
+    """The text and its tokenizer."""
+
+    source: Literal["stdlib", "files"] = "stdlib"
+    """stdlib: the sources of Python's standard library on this machine; files: text, JSON lines, C4's .json.gz."""
+    files: Union[list[str], str, None] = None
+    """Training files or glob patterns (source files): one, or a list."""
+    val_files: Union[list[str], str, None] = None
+    """Validation files or patterns; without them the last val_fraction of the training text is held out."""
+    val_fraction: float = 0.1
+    """Share of the text (by characters, at its end) held out when there are no val_files."""
+    text_field: str = "text"
+    """Field of a JSON object that holds the text."""
+    max_bytes: int = 10_000_000
+    """Size limit of the stdlib corpus."""
+    tokenizer: str = "bpe"
+    """bpe: byte-level BPE trained on the training text; char: its characters; else a Hugging Face folder or name."""
+    vocab_size: int = 2048
+    """Vocabulary of a trained bpe tokenizer."""
+    cache_dir: Optional[str] = None
+    """Where tokenised data is kept; by default ~/.cache/megatron_switchlora (or under XDG_CACHE_HOME)."""
+
+    def patterns(self, validation: bool = False) -> list[str]:
+        """The file patterns as a list."""
+        given = self.val_files if validation else self.files
+        return [given] if isinstance(given, str) else list(given or [])
+
+
+@dataclass
+class ParallelConfig:
+    """Mesh sizes; the data-parallel size is what remains of the world."""
+
+    lte_heads: int = 1
+    """LTE heads, the outermost axis (only 1 for now)."""
+    tp: int = 1
+    """Tensor-parallel ranks, the innermost axis (only 1 for now)."""
+
+
+@dataclass
+class RunConfig:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    output_dir: Optional[str] = None
+    """Run folder; by default runs/<method>-<date>-<time>. A folder that holds a run is never written to."""
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def _validate_model(m: ModelConfig) -> None:
+    for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads"):
+        value = getattr(m, name)
+        require(value >= 1, f"model.{name} must be at least 1, not {value}: give a positive size.")
+    require(
+        m.hidden_size % m.num_heads == 0,
+        f"model.hidden_size {m.hidden_size} must be a multiple of model.num_heads {m.num_heads}: change one of them.",
+    )
+    require(
+        m.head_dim % 2 == 0,
+        f"The head size {m.head_dim} (model.hidden_size {m.hidden_size} / model.num_heads {m.num_heads}) must be even "
+        "for rotary embeddings: change one of them.",
+    )
+    require(
+        m.num_heads % m.kv_heads == 0,
+        f"model.num_heads {m.num_heads} must be a multiple of model.num_kv_heads {m.kv_heads}: change one of them.",
+    )
+    require(m.vocab_size is None or m.vocab_size >= 1, f"model.vocab_size must be positive, not {m.vocab_size}.")
+
+
+def _validate_method(config: RunConfig) -> None:
+    method, m = config.method, config.model
+    if method.name == "full":
+        return
+    kv_size = m.kv_heads * m.head_dim
+    smallest = min(m.hidden_size, m.intermediate_size, kv_size)
+    require(
+        1 <= method.rank <= smallest,
+        f"method.rank must be between 1 and min(m, n) of every adapted matrix, here {smallest}; it is {method.rank}: "
+        "lower the rank or widen the model.",
+    )
+    require(method.alpha > 0, f"method.alpha must be positive, not {method.alpha}.")
+    if method.name != "switchlora":
+        return
+    require(
+        method.rank >= 2, "method.rank 1 cannot switch: A and B switch different positions, so give rank 2 or more."
+    )
+    require(method.freeze_steps >= 0, f"method.freeze_steps must not be negative, it is {method.freeze_steps}.")
+    require(method.interval0 > 0, f"method.interval0 must be positive, not {method.interval0}.")
+    require(
+        method.interval0 >= 2 * method.freeze_steps,
+        f"method.interval0 must be at least 2 * method.freeze_steps, or frozen vectors would fill the ring; they are "
+        f"{method.interval0:g} and {method.freeze_steps}: raise the interval or freeze for fewer steps.",
+    )
+    require(method.switch_ratio > 0, f"method.switch_ratio must be positive, not {method.switch_ratio}.")
+    total = method.switch_total_steps
+    require(total is None or total >= 1, f"method.switch_total_steps must be at least 1, not {total}.")
+
+
+def _validate_train(config: RunConfig) -> None:
+    t, o = config.train, config.optim
+    for name in ("steps", "seq_len", "micro_batch_size", "global_batch_size", "eval_interval"):
+        value = getattr(t, name)
+        require(value >= 1, f"train.{name} must be at least 1, not {value}.")
+    require(
+        0 <= t.warmup_steps <= t.steps,
+        f"train.warmup_steps must lie between 0 and train.steps {t.steps}; it is {t.warmup_steps}.",
+    )
+    require(t.epochs is None or t.epochs >= 1, f"train.epochs must be at least 1, not {t.epochs}.")
+    require(
+        t.eval_samples is None or t.eval_samples >= 1, f"train.eval_samples must be at least 1, not {t.eval_samples}."
+    )
+    require(t.threads >= 0, f"train.threads must not be negative, it is {t.threads}.")
+    require(t.seed >= 0, f"train.seed must not be negative, it is {t.seed}.")
+    for name in ("lr", "eps"):
+        value = getattr(o, name)
+        require(math.isfinite(value) and value > 0, f"optim.{name} must be positive, not {value}.")
+    require(
+        o.dense_lr is None or (math.isfinite(o.dense_lr) and o.dense_lr >= 0),
+        f"optim.dense_lr must not be negative, it is {o.dense_lr}.",
+    )
+    for name in ("beta1", "beta2"):
+        value = getattr(o, name)
+        require(0 <= value < 1, f"optim.{name} must lie in [0, 1), it is {value}.")
+    require(o.clip >= 0, f"optim.clip must not be negative (0 switches it off), it is {o.clip}.")
+    require(o.weight_decay >= 0, f"optim.weight_decay must not be negative, it is {o.weight_decay}.")
+
+
+def _validate_data(d: DataConfig) -> None:
+    if d.source == "files":
+        require(bool(d.files), "data.source files needs data.files: give file names or glob patterns.")
+    else:
+        require(
+            not d.files and not d.val_files,
+            f"data.files and data.val_files belong to data.source files, not {d.source}.",
+        )
+    require(0 < d.val_fraction < 1, f"data.val_fraction must lie between 0 and 1, it is {d.val_fraction}.")
+    require(
+        d.vocab_size >= 257, f"data.vocab_size must be at least 257 (256 bytes and an end mark), it is {d.vocab_size}."
+    )
+    require(d.max_bytes >= 1, f"data.max_bytes must be positive, not {d.max_bytes}.")
+
+
+def validate(config: RunConfig) -> None:
+    """Check every rule that needs no data and no process group.
+
+    Raises:
+        UserError: with the rule, the values and what to change.
+    """
+    _validate_model(config.model)
+    _validate_method(config)
+    _validate_train(config)
+    _validate_data(config.data)
+    for axis in ("lte_heads", "tp"):
+        size = getattr(config.parallel, axis)
+        require(
+            size == 1,
+            f"parallel.{axis} {size} is not supported yet: the mesh is 1 x dp x 1 (lte x dp x tp), so set it to 1.",
+        )
+
+
+def accumulation_steps(train: TrainConfig, dp: int) -> int:
+    """Micro-batches a rank runs per step.
+
+    Raises:
+        UserError: global batch not divisible by micro batch times data-parallel size.
+    """
+    per_pass = train.micro_batch_size * dp
+    require(
+        train.global_batch_size % per_pass == 0,
+        f"train.global_batch_size {train.global_batch_size} must be a multiple of train.micro_batch_size "
+        f"{train.micro_batch_size} x {dp} data-parallel ranks = {per_pass}: change one of them.",
+    )
+    return train.global_batch_size // per_pass

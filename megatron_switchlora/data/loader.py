@@ -1,0 +1,96 @@
+"""The order of samples: who sees which, and when.
+
+There is one global order of batches, fixed by the seed alone: batch k is a slice of an endless row of permutations,
+one for each epoch, so it is a pure function of k and the position of a run is just k. A data-parallel rank takes its
+slice of the batch and cuts it into micro-batches; neither their number nor that of the ranks changes the order.
+The permutations sort Philox's raw 64-bit stream, the one thing numpy promises never to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from ..config import require
+from .packing import Samples
+
+STREAM = 0xDA7A << 32  # keeps the data order's random streams apart from others of the same seed
+
+
+class BatchOrder:
+    """The global order of batches of `global_batch_size` out of `num_samples` samples.
+
+    Raises:
+        UserError: fewer samples than one global batch.
+    """
+
+    def __init__(self, num_samples: int, global_batch_size: int, seed: int) -> None:
+        require(
+            num_samples >= global_batch_size,
+            f"The training text must give at least one global batch, but it has {num_samples} samples of train.seq_len "
+            f"tokens and train.global_batch_size is {global_batch_size}: give more text or lower either.",
+        )
+        self.num_samples, self.global_batch_size, self.seed = num_samples, global_batch_size, seed
+        self._permutations: dict[int, np.ndarray] = {}  # of the latest batch's epochs
+
+    def indices(self, k: int) -> np.ndarray:
+        """Samples of batch k (from 0), int64 [global_batch_size]; a batch may span the end of an epoch."""
+        positions = np.arange(k * self.global_batch_size, (k + 1) * self.global_batch_size)
+        epochs, places = np.divmod(positions, self.num_samples)
+        known = self._permutations
+        self._permutations = {e: known[e] if e in known else self._permutation(e) for e in np.unique(epochs).tolist()}
+        return np.concatenate([order[places[epochs == e]] for e, order in self._permutations.items()])
+
+    def batches_in(self, epochs: int) -> int:
+        """Whole batches in that many passes over the data."""
+        return epochs * self.num_samples // self.global_batch_size
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        key = np.array([self.seed % 2**64, STREAM + epoch], dtype=np.uint64)
+        return np.argsort(np.random.Philox(key=key).random_raw(self.num_samples), kind="stable")
+
+
+class TrainLoader:
+    """The micro-batches of one data-parallel rank.
+
+    Raises:
+        UserError: the global batch is no multiple of micro batch times ranks.
+    """
+
+    def __init__(self, store: Samples, order: BatchOrder, micro_batch_size: int, dp_rank: int, dp_size: int) -> None:
+        require(
+            order.global_batch_size % (micro_batch_size * dp_size) == 0,
+            f"train.global_batch_size {order.global_batch_size} must be a multiple of train.micro_batch_size "
+            f"{micro_batch_size} x {dp_size} data-parallel ranks: change one of them.",
+        )
+        self._store, self._order, self._micro = store, order, micro_batch_size
+        share = order.global_batch_size // dp_size
+        self._mine = slice(dp_rank * share, (dp_rank + 1) * share)
+
+    def micro_batches(self, k: int) -> list[torch.Tensor]:
+        """This rank's part of batch k: token ids, each int64 [micro_batch_size, seq_len + 1]."""
+        tokens = self._store.batch(self._order.indices(k)[self._mine])
+        return list(tokens.split(self._micro))
+
+
+def eval_batches(
+    store: Samples, micro_batch_size: int, dp_rank: int, dp_size: int, limit: int | None = None
+) -> Iterator[torch.Tensor]:
+    """This rank's validation batches, int64 [up to micro_batch_size, seq_len + 1].
+
+    Over all ranks they hold each of the samples 0..min(limit, len(store)) - 1 once; ranks may get unequal numbers, even
+    none.
+
+    Raises:
+        UserError: at once, if the validation text gives no sample.
+    """
+    require(
+        len(store) > 0,
+        f"The validation text must give at least one sample of train.seq_len {store.seq_len} + 1 tokens, but it is "
+        "shorter: give more text, raise data.val_fraction or lower train.seq_len.",
+    )
+    count = len(store) if limit is None else min(limit, len(store))
+    first, end = count * dp_rank // dp_size, count * (dp_rank + 1) // dp_size
+    return (store.batch(range(i, min(i + micro_batch_size, end))) for i in range(first, end, micro_batch_size))

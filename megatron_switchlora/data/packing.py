@@ -1,0 +1,307 @@
+"""Tokens: the corpus as two flat arrays on disk, made once and mapped into memory afterwards.
+
+`prepare` tokenises into `<cache>/<key>/`: train.npy and val.npy (all documents one after the other, an end mark after
+each), tokenizer/ and meta.json. The key hashes what the content depends on, so another file, option or library
+version is another folder. The folder is built aside, made durable and renamed: it is there whole or not at all; meta.json
+also holds the size of every file, and a folder that does not match is built anew. Samples of S tokens overlap by one
+token, so that every token but the first is predicted exactly once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import BinaryIO
+
+import datasets
+import numpy as np
+import tokenizers
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from ..config import DataConfig, UserError, require
+from .corpus import characters, corpus_identity, load_corpus
+from .tokenizer import BUILT, build_tokenizer, tokenizer_identity
+
+FORMAT = 1  # raise it whenever the same input would give other files
+TRAINING_CHARACTERS = 32_000_000  # a BPE learns from about so much text at most, taken evenly from all of it
+PIECE = 100_000  # characters: long documents are cut, to spread them over the tokenizer's threads
+BATCH = 4_000_000  # characters handed to the tokenizer at once; bounds memory
+
+
+class Samples:
+    """Samples of seq_len + 1 tokens; sample i starts at token i * seq_len, so neighbours share one token."""
+
+    def __init__(self, tokens: np.ndarray, seq_len: int) -> None:
+        self._tokens, self.seq_len = tokens, seq_len
+
+    def __len__(self) -> int:
+        return max(len(self._tokens) - 1, 0) // self.seq_len
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """Token ids, int64 [len(indices), seq_len + 1]. Raises IndexError outside 0..len-1."""
+        rows = np.empty((len(indices), self.seq_len + 1), dtype=np.int64)
+        for row, index in zip(rows, indices, strict=True):
+            if not 0 <= index < len(self):
+                raise IndexError(f"sample {index} of {len(self)}")
+            start = int(index) * self.seq_len
+            row[:] = self._tokens[start : start + self.seq_len + 1]
+        return torch.from_numpy(rows)
+
+
+class TokenStore:
+    """A flat array of tokens, mapped from a .npy file (uint16 or uint32 [tokens])."""
+
+    def __init__(self, path: Path) -> None:
+        self._tokens: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
+    def samples(self, seq_len: int) -> Samples:
+        """The array cut into (num_tokens - 1) // seq_len samples; tokens that fill no sample are left out."""
+        return Samples(self._tokens, seq_len)
+
+
+@dataclass
+class PreparedData:
+    """A published cache folder, opened."""
+
+    folder: Path
+    train: TokenStore
+    val: TokenStore
+    tokenizer_dir: Path
+    vocab_size: int
+    """Entries of the tokenizer; every token is smaller."""
+    unigram_val_ppl: float
+    """Perplexity of the validation tokens under the training tokens' frequencies, add-one smoothed."""
+    bytes_per_val_token: float
+    """UTF-8 bytes of validation text per token, end marks counted as tokens."""
+
+
+def prepare(data: DataConfig, *, progress: bool = False) -> PreparedData:
+    """Tokenise the corpus, or open the cache of an earlier time.
+
+    Raises:
+        UserError: anything wrong with the corpus or the tokenizer; a cache folder that cannot be written.
+    """
+    cache = _cache_dir(data)
+    folder = cache / _cache_key(data)
+    if _fault(folder) is None:
+        return open_prepared(folder)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        prefix = f".{folder.name}-{os.getpid()}-"  # a killed build leaves such a folder, which nothing ever reads
+        with TemporaryDirectory(prefix=prefix, dir=cache, ignore_cleanup_errors=True) as name:
+            scratch = Path(name)
+            _build(data, scratch / "build", scratch / "documents", progress)
+            _publish(scratch / "build", folder, scratch)
+    except OSError as error:
+        raise UserError(
+            f"The data cache {cache} cannot be written ({error}): make room, or set data.cache_dir."
+        ) from error
+    return open_prepared(folder)
+
+
+def open_prepared(folder: Path) -> PreparedData:
+    """Open a cache folder that `prepare` has published.
+
+    Raises:
+        UserError: the folder is not a whole cache.
+    """
+    fault = _fault(folder)
+    require(fault is None, f"{folder} is not a complete data cache ({fault}): prepare the data again.")
+    meta = json.loads((folder / "meta.json").read_text())
+    return PreparedData(
+        folder=folder,
+        train=TokenStore(folder / "train.npy"),
+        val=TokenStore(folder / "val.npy"),
+        tokenizer_dir=folder / "tokenizer",
+        vocab_size=int(meta["vocab_size"]),
+        unigram_val_ppl=float(meta["unigram_val_ppl"]),
+        bytes_per_val_token=meta["val"]["bytes"] / meta["val"]["tokens"],
+    )
+
+
+# --- the cache folder
+
+
+def _cache_dir(data: DataConfig) -> Path:
+    if data.cache_dir:
+        return Path(data.cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "megatron_switchlora"
+
+
+def _cache_key(data: DataConfig) -> str:
+    content = {
+        "format": FORMAT,
+        "corpus": corpus_identity(data),
+        "tokenizer": tokenizer_identity(data),
+        "tokenizers": tokenizers.__version__,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _fault(folder: Path) -> str | None:
+    """Why a folder is no complete cache, or None: meta.json is missing or a file has not the size it names."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        for name, size in meta["files"].items():
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, not {size}"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _publish(build: Path, folder: Path, scratch: Path) -> None:
+    """Move a build to its place, unless another process has published a sound one; a damaged one gives way."""
+    for attempt in range(3):
+        try:
+            os.rename(build, folder)
+            _sync(folder.parent)
+            return
+        except OSError:
+            if attempt == 2 or not folder.exists():
+                raise
+        if _fault(folder) is None:
+            return
+        os.rename(folder, scratch / f"damaged{attempt}")
+
+
+def _sync(path: Path) -> None:
+    """Make a file's content, or a folder's list of names, durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- building
+
+
+def _build(data: DataConfig, build: Path, documents: Path, progress: bool) -> None:
+    build.mkdir()
+    built = data.tokenizer in BUILT
+    if not built:  # before the corpus is read: a mistyped name shows at once
+        tokenizer = build_tokenizer(data, iter(()))
+    corpus = load_corpus(data, documents, progress=progress)
+    # Built tokenizers give the same tokens when a text is cut where `_pieces` cuts; of others this is not known.
+    longest = PIECE if built else None
+    if built:
+        stride = math.ceil(int(characters(corpus.train).sum()) / TRAINING_CHARACTERS) if data.tokenizer == "bpe" else 1
+        texts = (text for text, _ in _pieces(corpus.train, longest))
+        tokenizer = build_tokenizer(data, islice(texts, 0, None, stride))
+    tokenizer.save_pretrained(build / "tokenizer")
+    train, train_counts = _tokenise(tokenizer, corpus.train, longest, build / "train.npy", progress)
+    val, val_counts = _tokenise(tokenizer, corpus.val, longest, build / "val.npy", progress)
+    meta = {
+        "vocab_size": len(tokenizer),
+        "train": train,
+        "val": val,
+        "unigram_val_ppl": _unigram_perplexity(train_counts, val_counts),
+        "corpus": corpus.identity,
+        "files": {
+            path.relative_to(build).as_posix(): path.stat().st_size for path in build.rglob("*") if path.is_file()
+        },
+    }
+    (build / "meta.json").write_text(json.dumps(meta, indent=1))
+    for path in [*build.rglob("*"), build]:
+        _sync(path)
+
+
+def _pieces(documents: Iterable[dict[str, str]], longest: int | None) -> Iterator[tuple[str, bool]]:
+    """Texts in order, each with whether it ends its document; cut after `longest` characters, where that is exact.
+
+    Between a letter or digit and a line feed no token of a built tokenizer can lie: GPT-2's pattern never joins
+    them, and looks ahead only past white space.
+    """
+    for row in documents:
+        text, start = row["text"], 0
+        while longest and (cut := _next_cut(text, start + longest)) is not None:
+            yield text[start:cut], False
+            start = cut
+        yield text[start:], True
+
+
+def _next_cut(text: str, position: int) -> int | None:
+    """The first line feed at or after a position that follows a letter or digit."""
+    while (position := text.find("\n", position)) > 0:
+        if text[position - 1].isalnum():
+            return position
+        position += 1
+    return None
+
+
+def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Pieces in groups of about BATCH characters."""
+    batch: list[tuple[str, bool]] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _tokenise(
+    tokenizer: PreTrainedTokenizerFast, documents: datasets.Dataset, longest: int | None, path: Path, progress: bool
+) -> tuple[dict[str, int], np.ndarray]:
+    """Write the tokens of all documents, an end mark after each, to a .npy file.
+
+    Returns:
+        Numbers of documents, tokens and UTF-8 bytes, and how often each token occurs (int64 [vocabulary]).
+    """
+    dtype = np.dtype(np.uint16 if len(tokenizer) < 65536 else np.uint32)
+    end = np.array([tokenizer.eos_token_id], dtype=dtype)
+    backend = tokenizer.backend_tokenizer  # its plain batch call is half again as fast as the one around it
+    backend.no_truncation()
+    backend.no_padding()
+    counts = np.zeros(len(tokenizer), dtype=np.int64)
+    num_bytes = 0
+    rows = tqdm(documents, desc=f"Tokenising {path.stem}", unit=" documents", disable=not progress)
+    with path.open("wb") as file:
+        _write_header(file, dtype, 0)
+        for batch in _batches(_pieces(rows, longest)):
+            encodings = backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+            parts: list[np.ndarray] = []
+            for (text, last), encoding in zip(batch, encodings, strict=True):
+                parts += [np.array(encoding.ids, dtype=dtype), end[: int(last)]]
+                num_bytes += len(text.encode())
+            tokens = np.concatenate(parts)
+            require(
+                int(tokens.max(initial=0)) < len(counts),
+                f"The tokenizer gives token {tokens.max(initial=0)} but has only {len(counts)} entries: choose a "
+                "data.tokenizer whose numbers have no gaps.",
+            )
+            counts += np.bincount(tokens, minlength=len(counts))
+            file.write(tokens.tobytes())
+        file.seek(0)
+        _write_header(file, dtype, int(counts.sum()))
+    return {"documents": len(documents), "tokens": int(counts.sum()), "bytes": num_bytes}, counts
+
+
+def _write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
+    """The head of a 1-D .npy file; numpy pads it, so that it can be overwritten with another length."""
+    head = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(file, head)
+
+
+def _unigram_perplexity(train: np.ndarray, val: np.ndarray) -> float:
+    """Perplexity of the val counts under the train counts, one added to each of the vocabulary."""
+    log_probability = np.log(train + 1.0) - math.log(int(train.sum()) + len(train))
+    return math.exp(-float(val @ log_probability) / int(val.sum()))

@@ -1,0 +1,59 @@
+"""What the trainer asks of a method, and the parameter groups all methods share.
+
+Life of a method: constructed with the initialised model (it may replace linears); `start` once the
+engine has cast and broadcast the parameters; then, each step, `before_step` between the last backward
+and the clip, and `after_step` after the optimizer. Groups, in order: the decoder's matrices or their
+adapters at `optim.lr`; embedding and head at `optim.dense_lr`; norms, also at dense_lr, never decayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from megatron_switchlora.config import RunConfig
+from megatron_switchlora.model.llama import LlamaForCausalLM
+from megatron_switchlora.optim.row_adamw import RowAdamW
+
+
+class Method:
+    """Base of all methods: does nothing beside training what is trainable."""
+
+    def __init__(self, config: RunConfig, model: LlamaForCausalLM) -> None:
+        self.config, self.model = config, model
+
+    def matrices(self) -> list[nn.Parameter]:
+        """The trainable tensors of the decoder's linears."""
+        raise TypeError("a method says which of the decoder's tensors it trains")
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups with `name`, `base_lr` and `weight_decay`."""
+        optim = self.config.optim
+        dense_lr = optim.lr if optim.dense_lr is None else optim.dense_lr
+        matrices = self.matrices()
+        known = {id(param) for param in matrices}
+        rest = [param for param in self.model.parameters() if param.requires_grad and id(param) not in known]
+        groups: list[dict[str, Any]] = [
+            {"name": "matrices", "params": matrices, "base_lr": optim.lr, "weight_decay": optim.weight_decay},
+            {"name": "dense", "params": [p for p in rest if p.dim() > 1], "base_lr": dense_lr,
+             "weight_decay": optim.weight_decay},
+            {"name": "norms", "params": [p for p in rest if p.dim() == 1], "base_lr": dense_lr, "weight_decay": 0.0},
+        ]  # fmt: skip
+        return groups
+
+    def start(self, optimizer: RowAdamW) -> None:
+        """The engine is ready: parameters have their final precision and are equal on all data ranks."""
+        self.optimizer = optimizer
+
+    def before_step(self, step: int) -> int:
+        """Gradients of `step` (from 0) are complete, the clip comes next. Returns the vectors switched."""
+        return 0
+
+    def after_step(self, step: int) -> None:
+        """The optimizer has stepped."""
+
+    def replicated_state(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of state beside the parameters that all data ranks must hold alike."""
+        yield from self.model.named_buffers()

@@ -1,0 +1,52 @@
+"""LoRA: a fixed low-rank adapter on the seven projections of every layer; W stays frozen.
+
+Initial values are SwitchLoRA's (then W <- W0 - sBA, so that step 0 computes the dense initialisation)
+or the classic ones (B = 0). Embedding, head and norms train dense.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megatron_switchlora.config import RunConfig
+from megatron_switchlora.lowrank.init import Side, draw_vectors, factor_std
+from megatron_switchlora.lowrank.linear import LowRankLinear
+from megatron_switchlora.methods.base import Method
+from megatron_switchlora.model.llama import LlamaForCausalLM, decoder_linears
+from megatron_switchlora.optim.row_adamw import RowAdamW
+from megatron_switchlora.parallel.shard import named_generator
+
+
+class Lora(Method):
+    """`linears` are the adapted layers by Hugging Face name, in layer order."""
+
+    def __init__(self, config: RunConfig, model: LlamaForCausalLM) -> None:
+        super().__init__(config, model)
+        rank = config.method.rank
+        self.linears: dict[str, LowRankLinear] = {}
+        for name, parent, attribute, base in list(decoder_linears(model)):
+            linear = LowRankLinear(base, rank, config.method.alpha / rank)
+            setattr(parent, attribute, linear)
+            self.linears[name] = linear
+        self._draw_factors()
+
+    def _draw_vectors(self, side: Side, name: str, count: int) -> Tensor:
+        """`count` vectors of the layer's side [count, length], drawn for the full tensor by name."""
+        linear = self.linears[name]
+        m, n = linear.out_features, linear.in_features
+        std = factor_std(side, self.config.method.init, m, n, linear.rank)
+        generator = named_generator(self.config.train.seed, f"{name}.lora_{side}")
+        return draw_vectors(count, n if side == "A" else m, std, generator)
+
+    def _draw_factors(self) -> None:
+        for name, linear in self.linears.items():
+            linear.lora_A.data.copy_(self._draw_vectors("A", name, linear.rank))
+            linear.lora_B.data.copy_(self._draw_vectors("B", name, linear.rank))
+
+    def matrices(self) -> list[nn.Parameter]:
+        return [factor for linear in self.linears.values() for factor in (linear.lora_A, linear.lora_B)]
+
+    def start(self, optimizer: RowAdamW) -> None:
+        super().start(optimizer)
+        for linear in self.linears.values():
+            linear.add_product(-1.0)

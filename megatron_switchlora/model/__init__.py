@@ -1,0 +1,1 @@
+"""LLaMA with Hugging Face's module names, its import and export, and analytic counts."""

@@ -1,0 +1,92 @@
+"""Out to Hugging Face and back: the merged model as a folder that `transformers` loads.
+
+Adapters are folded in W's precision (fp32); module names are Hugging Face's already. Only safetensors
+and JSON are read or written.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_switchlora.config import ModelConfig, UserError
+from megatron_switchlora.model.llama import LlamaForCausalLM
+
+
+def hf_config(config: ModelConfig, vocab_size: int, seq_len: int, eos_token_id: int | None) -> dict[str, Any]:
+    """`config.json` of the equivalent `transformers.LlamaForCausalLM`."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": seq_len,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.rms_norm_eps,
+        "initializer_range": config.initializer_range,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": eos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": None,
+        "use_cache": True,
+        "dtype": "float32",
+    }
+
+
+@torch.no_grad()
+def merged_state_dict(model: LlamaForCausalLM) -> dict[str, Tensor]:
+    """The effective weights by Hugging Face name, fp32 on the CPU; a tied head is left out."""
+    state = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "effective_weight"):
+            if not (name == "lm_head" and model.config.tie_embeddings):
+                state[f"{name}.weight"] = module.effective_weight()
+        elif getattr(module, "weight", None) is not None:
+            state[f"{name}.weight"] = module.weight.detach()
+    return {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
+
+
+def export_model(model: LlamaForCausalLM, folder: Path, seq_len: int, eos_token_id: int | None) -> None:
+    """Write `config.json`, `generation_config.json` and `model.safetensors` into an existing folder."""
+    config = hf_config(model.config, model.vocab_size, seq_len, eos_token_id)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    generation = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "do_sample": False}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    save_file(merged_state_dict(model), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_merged(model: LlamaForCausalLM, folder: Path) -> None:
+    """Load an exported folder into a model whose linears are plain.
+
+    Raises:
+        UserError: no such file, or tensors that do not fit the model.
+    """
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: a finished run has it; give the run folder with --output_dir.")
+    state = load_file(path)
+    if model.config.tie_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    own = model.state_dict()
+    wrong = [
+        n for n in sorted(set(own) | set(state)) if n not in own or n not in state or own[n].shape != state[n].shape
+    ]
+    if wrong:
+        raise UserError(
+            f"{path} does not fit the configured model: {len(wrong)} tensors differ, the first is {wrong[0]}."
+        )
+    model.load_state_dict(state)

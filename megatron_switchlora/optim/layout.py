@@ -1,0 +1,121 @@
+"""Where row i of a parameter lives in the tensors the optimizer steps.
+
+DeepSpeed gives the client optimizer other tensors than the model's parameters:
+    no wrapper (fp32, stage 0)   the parameters themselves
+    FP16_UnfusedOptimizer        bf16 at stage 0: an fp32 copy of each parameter
+    DeepSpeedZeroOptimizer       stages 1 and 2: one flat fp32 partition a group, this rank's share
+    BF16_Optimizer               bf16 at stage 1 with fp32 accumulation: likewise
+A `Piece` is a block of rows (or a part of one row, where a partition boundary cuts it) of one parameter
+inside one such tensor. A dense parameter is a single row. Everything here is local: no communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_switchlora.parallel.shard import has_rows
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows [first_row, first_row + rows) of `param`, columns [column, column + width), at element `offset` of
+    the flattened `master`; the rows' step counters are elements [step_offset, step_offset + rows)."""
+
+    param: nn.Parameter
+    master: Tensor
+    offset: int
+    first_row: int
+    rows: int
+    column: int
+    width: int
+    step_offset: int
+
+    def block(self, tensor: Tensor) -> Tensor:
+        """This piece's [rows, width] view of a tensor shaped like the master."""
+        return tensor.view(-1)[self.offset : self.offset + self.rows * self.width].view(self.rows, self.width)
+
+    def source(self, full: Tensor) -> Tensor:
+        """This piece's [rows, width] view of a tensor shaped like the parameter."""
+        by_row = full.reshape(self.row_count(), -1)
+        return by_row[self.first_row : self.first_row + self.rows, self.column : self.column + self.width]
+
+    def row_count(self) -> int:
+        return self.param.size(0) if has_rows(self.param) else 1
+
+    def local_rows(self, rows: Tensor) -> Tensor:
+        """Of the parameter's rows (a CPU tensor), those in this piece, counted from its first."""
+        inside = (rows >= self.first_row) & (rows < self.first_row + self.rows)
+        return rows[inside] - self.first_row
+
+
+class RowLayout:
+    """The pieces of all parameters on this rank, by master tensor and by parameter."""
+
+    def __init__(self) -> None:
+        self.by_master: dict[Tensor, list[Piece]] = {}
+        self.by_param: dict[nn.Parameter, list[Piece]] = {}
+        self.step_counts: dict[Tensor, int] = {}
+
+    def add(self, param: nn.Parameter, master: Tensor, offset: int, start: int, numel: int) -> None:
+        """Elements [start, start + numel) of the flattened `param` are at `offset` of the flattened `master`."""
+        total_rows = param.size(0) if has_rows(param) else 1
+        length = param.numel() // total_rows
+        position, end = start, start + numel
+        while position < end:
+            row, column = divmod(position, length)
+            whole = (end - position) // length if column == 0 else 0
+            width = length if whole else min(length - column, end - position)
+            rows = max(1, whole)
+            steps = self.step_counts.get(master, 0)
+            piece = Piece(param, master, offset + position - start, row, rows, column, width, steps)
+            self.by_master.setdefault(master, []).append(piece)
+            self.by_param.setdefault(param, []).append(piece)
+            self.step_counts[master] = steps + rows
+            position += rows * width
+
+
+def plain_layout(params: Iterable[nn.Parameter]) -> RowLayout:
+    """Every parameter is its own master: PyTorch without DeepSpeed, and DeepSpeed's fp32 stage 0."""
+    layout = RowLayout()
+    for param in params:
+        layout.add(param, param, 0, 0, param.numel())
+    return layout
+
+
+def deepspeed_layout(optimizer: object, params: list[nn.Parameter]) -> RowLayout:
+    """Layout behind the optimizer that `deepspeed.initialize` returned (internals of deepspeed 0.19.8).
+
+    Raises:
+        TypeError: an optimizer class that is not one of the four above.
+    """
+    kind = type(optimizer).__name__
+    if kind == "FP16_UnfusedOptimizer":
+        layout = RowLayout()
+        for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):  # type: ignore[attr-defined]
+            for param, master in zip(low, high, strict=True):
+                layout.add(param, master, 0, 0, param.numel())
+        return layout
+    flats = {
+        "DeepSpeedZeroOptimizer": "single_partition_of_fp32_groups",
+        "BF16_Optimizer": "fp32_groups_flat_partition",
+    }
+    if kind in flats:
+        return _zero_layout(getattr(optimizer, flats[kind]), params)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return plain_layout(params)
+    raise TypeError(f"No row layout for DeepSpeed's {kind}: this code knows deepspeed 0.19.8's classes.")
+
+
+def _zero_layout(flats: list[Tensor], params: list[nn.Parameter]) -> RowLayout:
+    layout = RowLayout()
+    for param in params:
+        mapping = param._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:  # nothing of it in this rank's partition
+            continue
+        here, there = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+        layout.add(param, flats[mapping.param_group_index], there.start, here.start, here.numel)
+    return layout

@@ -1,0 +1,155 @@
+"""AdamW with one step counter for each LoRA vector (SwitchLoRA, section 2.3).
+
+When a vector is switched, its counterpart's moments and step counter go back to zero. The counter is
+one float a row, so the optimizer state of a LoRA parameter is 8 bytes and a remainder (the paper's
+full step matrix costs 12). Frozen rows see a zero gradient and no weight decay while their counter
+runs on: with zeroed moments they stay exactly where they are, and wake with a warm-up.
+Without resets it equals `torch.optim.AdamW` (foreach) bit for bit on the CPU in fp32: the same
+operations in the same order, bias corrections formed in float64 and cast once. The masking acts inside
+`step()`, that is after DeepSpeed's norm and clip. The tensors stepped are those of `optim/layout.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from megatron_switchlora.optim.layout import Piece, RowLayout
+
+
+def adamw_(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, frozen: Optional[Tensor],
+    *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """One AdamW step on a block, in place. param, grad, exp_avg, exp_avg_sq [rows, width]; step [rows] floats,
+    advanced first; frozen: indices of rows to hold still, or None (their rows of `grad` are zeroed)."""
+    step += 1
+    if frozen is not None:
+        grad.index_fill_(0, frozen, 0.0)
+    if weight_decay != 0:
+        decay = torch.full_like(step, 1 - lr * weight_decay, dtype=param.dtype)
+        if frozen is not None:
+            decay.index_fill_(0, frozen, 1.0)
+        param.mul_(decay[:, None])
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    steps = step.double()
+    step_size = (-lr / (1 - beta1**steps)).to(param.dtype)
+    correction = (1 - beta2**steps).sqrt().to(param.dtype)
+    denominator = exp_avg_sq.sqrt().div_(correction[:, None]).add_(eps)
+    param.addcdiv_(exp_avg * step_size[:, None], denominator)
+
+
+class RowAdamW(torch.optim.Optimizer):
+    """AdamW over a `RowLayout`. Groups carry `lr`, `weight_decay` and a `name`.
+
+    `step` does nothing before `attach` (DeepSpeed's bf16 stage 0 steps once at initialisation). A non-finite
+    gradient leaves everything as it is and sets `found_nonfinite`.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, beta1: float, beta2: float, eps: float) -> None:
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+        self.hyper = {"beta1": beta1, "beta2": beta2, "eps": eps}
+        self.layout: Optional[RowLayout] = None
+        self.frozen: dict[nn.Parameter, Tensor] = {}
+        self.found_nonfinite = False
+
+    def attach(self, layout: RowLayout) -> None:
+        """Adopt the layout and create all state now (DeepSpeed links lazily created state only in part)."""
+        self.layout = layout
+        for master, count in layout.step_counts.items():
+            self.state[master] = {
+                "exp_avg": torch.zeros_like(master, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
+                "row_step": torch.zeros(count, dtype=torch.float32, device=master.device),
+            }
+
+    def set_frozen(self, frozen: dict[nn.Parameter, Tensor]) -> None:
+        """Rows (CPU index tensors) to hold still in the next step."""
+        self.frozen = frozen
+
+    def pieces(self, param: nn.Parameter) -> list[Piece]:
+        """This rank's pieces of a parameter."""
+        assert self.layout is not None, "attach() first"
+        return self.layout.by_param.get(param, [])
+
+    def _views(self, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
+        state = self.state[piece.master]
+        steps = state["row_step"][piece.step_offset : piece.step_offset + piece.rows]
+        return piece.block(state["exp_avg"]), piece.block(state["exp_avg_sq"]), steps
+
+    def _frozen_in(self, piece: Piece) -> Optional[Tensor]:
+        rows = self.frozen.get(piece.param)
+        local = piece.local_rows(rows) if rows is not None else None
+        return local.to(piece.master.device) if local is not None and len(local) else None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if self.layout is None:
+            return
+        for group in self.param_groups:
+            for master in group["params"]:
+                if master.grad is None or master not in self.layout.by_master:
+                    continue
+                if not torch.isfinite(torch.linalg.vector_norm(master.grad)):
+                    self.found_nonfinite = True
+                    continue
+                for piece in self.layout.by_master[master]:
+                    exp_avg, exp_avg_sq, steps = self._views(piece)
+                    adamw_(
+                        piece.block(master), piece.block(master.grad), exp_avg, exp_avg_sq, steps, self._frozen_in(piece),
+                        lr=group["lr"], weight_decay=group["weight_decay"], **self.hyper,
+                    )  # fmt: skip
+
+    @torch.no_grad()
+    def rows_rewritten(self, param: nn.Parameter, rows: Tensor) -> None:
+        """The parameter's rows were changed in place: copy them to the masters here."""
+        for piece in self.pieces(param):
+            local = piece.local_rows(rows).to(piece.master.device)
+            if len(local) and piece.master is not param:
+                values = piece.source(param).index_select(0, local).to(piece.master.dtype)
+                piece.block(piece.master.data).index_copy_(0, local, values)
+
+    @torch.no_grad()
+    def reset_rows(self, param: nn.Parameter, rows: Tensor) -> None:
+        """Zero moments and step counters of rows (a CPU index tensor)."""
+        for piece in self.pieces(param):
+            local = piece.local_rows(rows).to(piece.master.device)
+            if len(local):
+                for view in self._views(piece):
+                    view.index_fill_(0, local, 0.0)
+
+    @torch.no_grad()
+    def load_rows(self, param: nn.Parameter, values: dict[str, Tensor]) -> None:
+        """Set this rank's share of `master`, `exp_avg`, `exp_avg_sq` (shaped like the parameter) and `row_step`
+        (one a row) from full tensors."""
+        for piece in self.pieces(param):
+            exp_avg, exp_avg_sq, steps = self._views(piece)
+            piece.block(piece.master.data).copy_(piece.source(values["master"]))
+            exp_avg.copy_(piece.source(values["exp_avg"]))
+            exp_avg_sq.copy_(piece.source(values["exp_avg_sq"]))
+            steps.copy_(values["row_step"][piece.first_row : piece.first_row + piece.rows])
+
+    @torch.no_grad()
+    def read_rows(self, param: nn.Parameter) -> dict[str, Tensor]:
+        """This rank's share of the same four tensors, zero where another rank owns the elements."""
+        rows = param.size(0) if getattr(param, "rows", False) else 1
+        first = self.pieces(param)[0].master if self.pieces(param) else param
+        full = {key: torch.zeros(param.shape, dtype=first.dtype) for key in ("master", "exp_avg", "exp_avg_sq")}
+        full["row_step"] = torch.zeros(rows)
+        for piece in self.pieces(param):
+            exp_avg, exp_avg_sq, steps = self._views(piece)
+            blocks = {"master": piece.block(piece.master.data), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+            for key, block in blocks.items():
+                piece.source(full[key]).copy_(block)
+            full["row_step"][piece.first_row : piece.first_row + piece.rows] = steps.cpu()
+        return full
+
+    def state_bytes(self, params: Iterable[nn.Parameter]) -> int:
+        """Bytes of optimizer state held here for these parameters."""
+        pieces = [piece for param in params for piece in self.pieces(param)]
+        size = sum(2 * piece.rows * piece.width * piece.master.element_size() for piece in pieces)
+        return size + sum(4 * piece.rows for piece in pieces)

@@ -1,0 +1,1 @@
+"""Mesh, ranks and parallel layers; knows nothing of LoRA."""

@@ -1,0 +1,59 @@
+"""Doing something on one rank and telling the others how it went.
+
+An error that only one rank sees (a file it alone reads) must end every rank, with one message. The
+outcome travels as JSON in a byte tensor: no pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from megatron_switchlora.config import UserError
+
+
+class PeerError(Exception):
+    """Another rank failed and has said why: end quietly with a non-zero status."""
+
+
+def gather_texts(text: str, device: torch.device) -> list[str]:
+    """Every rank's text, in rank order, on every rank; collective over the world."""
+    mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    size = torch.tensor([mine.numel()], dtype=torch.int64, device=device)
+    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    longest = max(int(s) for s in sizes)
+    padded = torch.zeros(max(1, longest), dtype=torch.uint8, device=device)
+    padded[: mine.numel()] = mine
+    gathered = [torch.zeros_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    return [bytes(g[: int(s)].tolist()).decode() for g, s in zip(gathered, sizes, strict=True)]
+
+
+def on_one_rank(acts: bool, action: Callable[[], str], device: torch.device) -> str:
+    """Run `action` on the ranks where `acts`; the first such rank's result goes to everyone. Collective.
+
+    Raises:
+        UserError: on every rank, if the action raised one somewhere (the first such rank's).
+        PeerError: on the other ranks, if the action failed otherwise; that rank raises its own error.
+    """
+    outcome: dict[str, object] = {}
+    failure: Exception | None = None
+    if acts:
+        try:
+            outcome = {"result": action()}
+        except Exception as error:  # told to the others first
+            failure = error
+            outcome = {"error": str(error), "by_user": isinstance(error, UserError)}
+    outcomes = [json.loads(text) for text in gather_texts(json.dumps(outcome), device)]
+    mistakes = [entry["error"] for entry in outcomes if entry.get("by_user")]
+    if mistakes:
+        raise UserError(mistakes[0])
+    if failure is not None:
+        raise failure
+    if any("error" in entry for entry in outcomes):
+        raise PeerError("another rank failed")
+    return next(entry["result"] for entry in outcomes if "result" in entry)

@@ -1,0 +1,89 @@
+"""The mesh of ranks: axes lte x dp x tp, the last running fastest.
+
+Rank = (lte_rank * dp + dp_rank) * tp + tp_rank. Each axis has one process group per line of ranks
+along it; they are created here, in the same order on every rank, and passed on explicitly. The
+class also speaks DeepSpeed's `mpu` protocol, so that ZeRO partitions over one head's data-parallel
+ranks and the gradient norm is summed over `tp`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_switchlora.config import ParallelConfig, UserError
+
+AXES = ("lte", "dp", "tp")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes, this rank's coordinates and its process groups, one per axis."""
+
+    sizes: dict[str, int]
+    coords: dict[str, int]
+    groups: dict[str, dist.ProcessGroup]
+
+    def size(self, axis: str) -> int:
+        return self.sizes[axis]
+
+    def rank(self, axis: str) -> int:
+        return self.coords[axis]
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        return self.groups[axis]
+
+    # DeepSpeed's mpu protocol
+    def get_data_parallel_rank(self) -> int:
+        return self.rank("dp")
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.size("dp")
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.group("dp")
+
+    def get_model_parallel_rank(self) -> int:
+        return self.rank("tp")
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.size("tp")
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.group("tp")
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+
+def mesh_sizes(parallel: ParallelConfig, world_size: int) -> dict[str, int]:
+    """Axis sizes for a world.
+
+    Raises:
+        UserError: the world is not divisible by lte_heads x tp.
+    """
+    fixed = parallel.lte_heads * parallel.tp
+    if world_size % fixed:
+        raise UserError(
+            f"The world of {world_size} ranks must be a multiple of parallel.lte_heads {parallel.lte_heads} x "
+            f"parallel.tp {parallel.tp} = {fixed}: change the number of processes or the mesh."
+        )
+    return {"lte": parallel.lte_heads, "dp": world_size // fixed, "tp": parallel.tp}
+
+
+def build_mesh(parallel: ParallelConfig) -> Mesh:
+    """Create the groups of every axis; collective over the world, which must be initialised."""
+    sizes = mesh_sizes(parallel, dist.get_world_size())
+    grid = torch.arange(dist.get_world_size()).reshape([sizes[axis] for axis in AXES])
+    position = (grid == dist.get_rank()).nonzero()[0].tolist()
+    groups = {}
+    for index, axis in enumerate(AXES):
+        lines = grid.movedim(index, -1).reshape(-1, sizes[axis])
+        for line in lines.tolist():
+            group = dist.new_group(line)
+            if dist.get_rank() in line:
+                groups[axis] = group
+    return Mesh(sizes, dict(zip(AXES, position, strict=True)), groups)

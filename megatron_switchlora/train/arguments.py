@@ -1,0 +1,94 @@
+"""The command line of `launch/pretrain.py`: `RunConfig` through jsonargparse.
+
+Every field is a dotted option (`--optim.lr 0.02`) that overrides the YAML of `--config`; the docstring
+under a field is its help. Mistakes become one `UserError`, with the nearest valid name for an unknown
+key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from megatron_switchlora.config import RunConfig, UserError, validate
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The parsed command line."""
+
+    config: RunConfig
+    ds_config: Optional[str]
+    evaluate_only: bool
+
+
+def build_parser() -> ArgumentParser:
+    """The parser; `--print_config` and `--help` come with it."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="pretrain.py",
+        description="Pre-train a LLaMA with full-rank, LoRA or SwitchLoRA training under DeepSpeed.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with the run configuration.")
+    parser.add_argument(
+        "--ds_config", type=Optional[str], default=None, help="DeepSpeed JSON; by default ZeRO stage 1."
+    )
+    parser.add_argument(
+        "--evaluate_only", action="store_true", help="Evaluate the finished run in --output_dir and stop."
+    )
+    parser.add_argument(
+        "--local_rank", type=int, default=0, help="Set by the deepspeed launcher; the environment decides."
+    )
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def _known_names(parser: ArgumentParser) -> list[str]:
+    return sorted({action.dest for action in parser._actions if action.dest not in ("help", "print_config")})
+
+
+def _unknown_name(message: str) -> Optional[str]:
+    """The key that jsonargparse did not know, from its message."""
+    group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    if group:
+        return f"{group.group(1)}.{group.group(2)}"
+    found = re.search(r"nrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message)
+    return found and (found.group(1) or found.group(2))
+
+
+def _explain(parser: ArgumentParser, error: Exception) -> UserError:
+    """Turn jsonargparse's error into a sentence with what to change."""
+    message = " ".join(str(error).split())
+    name = _unknown_name(message)
+    if name is None:
+        return UserError(f"The command line or YAML is not valid: {message}")
+    near = difflib.get_close_matches(name, _known_names(parser), n=1, cutoff=0.0)
+    return UserError(f"Unknown option or key {name!r}: did you mean {near[0]!r}? --help lists all of them.")
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Parse and validate.
+
+    Raises:
+        UserError: unknown keys, wrong types, unreadable files, or a rule of `config.validate`.
+    """
+    parser = build_parser()
+    try:
+        namespace = parser.parse_args(list(argv))
+        made = parser.instantiate(namespace)
+    except (ArgumentError, yaml.YAMLError, TypeError, ValueError, OSError) as error:
+        raise _explain(parser, error) from None
+    config = to_run_config(made)
+    validate(config)
+    return Arguments(config, namespace.ds_config, namespace.evaluate_only)
+
+
+def to_run_config(namespace: Namespace) -> RunConfig:
+    return RunConfig(**{name: namespace[name] for name in RunConfig.__dataclass_fields__})

@@ -1,0 +1,57 @@
+"""Where this rank computes, decided before deepspeed is imported.
+
+DeepSpeed picks its accelerator at import: with fewer GPUs than local ranks it must be told to use the
+CPU. The table of peaks is for MFU: dense bf16 FLOP/s of the vendor's data sheets, fp32 runs have none.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Optional
+
+import torch
+
+from megatron_switchlora.config import UserError
+from megatron_switchlora.parallel.ranks import Ranks, cpu_threads
+
+BF16_PEAK = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12}
+
+
+def choose_device(requested: str, ranks: Ranks, threads: int) -> torch.device:
+    """Set threads, the accelerator and the current device; must run before deepspeed is imported.
+
+    Raises:
+        UserError: train.device cuda with fewer GPUs than local ranks.
+    """
+    assert "deepspeed" not in sys.modules, "deepspeed was imported before the device was chosen"
+    torch.set_num_threads(cpu_threads(threads, ranks.local_size))
+    gpus = torch.cuda.device_count()
+    if requested == "cuda" and gpus < ranks.local_size:
+        raise UserError(
+            f"train.device cuda needs a GPU for each of the {ranks.local_size} local ranks, but there are {gpus}: "
+            "start fewer ranks or set train.device auto."
+        )
+    if requested == "cpu" or gpus < ranks.local_size:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        return torch.device("cpu")
+    torch.cuda.set_device(ranks.local_rank)
+    return torch.device("cuda", ranks.local_rank)
+
+
+def peak_flops(device: torch.device, precision: str) -> Optional[float]:
+    """Dense FLOP/s of the device at a precision, where known."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in BF16_PEAK.items() if key in name), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: allocated on the GPU, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

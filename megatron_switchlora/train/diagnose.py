@@ -1,0 +1,62 @@
+"""Which layer first went bad? Asked once, after a step with a non-finite loss or gradient.
+
+The optimizer has refused the step, so the weights are those that produced it: the micro-batches run
+again, with hooks that look at each module's output, then at the gradients of outputs and trainable
+weights, in the order in which the backward pass meets them. No collective runs and no `.grad` is touched.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from megatron_switchlora.model.llama import LlamaForCausalLM
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _run(model: LlamaForCausalLM, tokens: Tensor) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+    """The loss and every module's output, in forward order."""
+    outputs: list[tuple[str, Tensor]] = []
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                outputs.append((name, output))
+
+        return hook
+
+    handles = [m.register_forward_hook(keep(name)) for name, m in model.named_modules() if name]
+    checkpointing, model.model.checkpointing = model.model.checkpointing, False
+    try:
+        return model(tokens[:, :-1], tokens[:, 1:]), outputs
+    finally:
+        model.model.checkpointing = checkpointing
+        for handle in handles:
+            handle.remove()
+
+
+def find_bad_layer(model: LlamaForCausalLM, micro_batches: list[Tensor], device: torch.device) -> Optional[str]:
+    """A phrase that names the first bad tensor, or None if this rank's data gives none."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not _finite(tensor):
+            return f"the weights of {name}"
+    for tokens in micro_batches:
+        loss, outputs = _run(model, tokens.to(device))
+        for name, output in outputs:
+            if not _finite(output):
+                return f"the output of {name}"
+        if not _finite(loss):
+            return "the loss"
+        params = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        named = [(f"the gradient of the output of {n}", t) for n, t in reversed(outputs) if t.requires_grad]
+        named += [(f"the gradient of {n}", p) for n, p in reversed(params)]
+        gradients = torch.autograd.grad(loss, [tensor for _, tensor in named], allow_unused=True)
+        for (name, _), gradient in zip(named, gradients, strict=True):
+            if gradient is not None and not _finite(gradient):
+                return name
+    return None

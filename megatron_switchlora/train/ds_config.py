@@ -1,0 +1,110 @@
+"""DeepSpeed's JSON: what it may say, and what the run configuration fills in.
+
+The JSON owns stage, buckets, overlap, accumulation type and logging. Batch sizes, clip and precision
+belong to the run configuration: they are written into the resolved JSON, and a file that sets one of
+them to another value is refused, naming both. Refused as well is what the row-step optimizer is not
+proven with: stage 3, stock optimizers and schedulers, fp16, offload, `round_robin_gradients`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Optional
+
+from megatron_switchlora.config import RunConfig, UserError, accumulation_steps, require
+
+
+def read_ds_config(path: Optional[str]) -> dict[str, Any]:
+    """Parse the file; without one, ZeRO stage 1.
+
+    Raises:
+        UserError: missing file, invalid JSON, or no object in it.
+    """
+    if path is None:
+        return {"zero_optimization": {"stage": 1}}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--ds_config {path} cannot be read: {error.strerror}. Give a file of ds_configs/.") from None
+    except ValueError as error:
+        raise UserError(f"--ds_config {path} is not valid JSON: {error}.") from None
+    require(isinstance(content, dict), f"--ds_config {path} must hold a JSON object, not {type(content).__name__}.")
+    return content
+
+
+def _refuse_unsupported(given: dict[str, Any], precision: str) -> None:
+    zero = given.get("zero_optimization", {})
+    require(isinstance(zero, dict), f"zero_optimization must be an object in the DeepSpeed JSON, not {zero!r}.")
+    stage = zero.get("stage", 0)
+    require(
+        stage in (0, 1, 2) and not isinstance(stage, bool),
+        f"zero_optimization.stage must be 0, 1 or 2, it is {stage!r}: stage 3 partitions the frozen weights that "
+        "switching rewrites; use ds_configs/zero2.json.",
+    )
+    for section in ("optimizer", "scheduler"):
+        require(
+            section not in given,
+            f"The DeepSpeed JSON sets {section!r}, but the row-step optimizer and its schedule come from the run "
+            f"configuration (optim.*): remove {section!r} from the JSON.",
+        )
+    for section in ("fp16", "amp"):
+        enabled = given.get(section, {})
+        require(
+            not (isinstance(enabled, dict) and enabled.get("enabled", False)),
+            f"The DeepSpeed JSON enables {section!r}, which is not supported: use train.precision bf16 or fp32.",
+        )
+    require(
+        not zero.get("round_robin_gradients", False),
+        "zero_optimization.round_robin_gradients true reorders ZeRO's flat partitions, for which row resets are not "
+        "proven: set it to false.",
+    )
+    for key in ("offload_optimizer", "offload_param"):
+        device = (zero.get(key) or {}).get("device", "none")
+        require(device == "none", f"zero_optimization.{key}.device {device!r} is not supported: set it to 'none'.")
+    require("tensor_parallel" not in given, "The mesh comes from parallel.tp: remove 'tensor_parallel' from the JSON.")
+    accumulate = (given.get("data_types") or {}).get("grad_accum_dtype")
+    require(
+        accumulate in (None, precision) or (accumulate == "fp32" and stage == 1),
+        f"data_types.grad_accum_dtype {accumulate!r} does not go with train.precision {precision!r} at ZeRO stage "
+        f"{stage}: fp32 accumulation of bf16 gradients needs stage 1; else leave it out.",
+    )
+
+
+def resolve_ds_config(given: dict[str, Any], config: RunConfig, dp: int) -> dict[str, Any]:
+    """The JSON with the run configuration's values filled in.
+
+    Raises:
+        UserError: an unsupported setting, or one that contradicts the run configuration.
+    """
+    train = config.train
+    _refuse_unsupported(given, train.precision)
+    derived: dict[str, tuple[Any, str]] = {
+        "train_batch_size": (train.global_batch_size, "train.global_batch_size"),
+        "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
+        "gradient_accumulation_steps": (
+            accumulation_steps(train, dp),
+            f"train.global_batch_size / (train.micro_batch_size x {dp} data-parallel ranks)",
+        ),
+        "gradient_clipping": (config.optim.clip, "optim.clip"),
+        "zero_allow_untested_optimizer": (True, "the row-step optimizer"),
+    }
+    resolved = json.loads(json.dumps(given))
+    for key, (value, owner) in derived.items():
+        stated = given.get(key, "auto")
+        require(
+            stated == "auto" or stated == value,
+            f"The DeepSpeed JSON sets {key} to {stated!r}, but the run configuration says {value!r} ({owner}): remove "
+            f"{key} from the JSON or change the run configuration.",
+        )
+        resolved[key] = value
+    bf16 = train.precision == "bf16"
+    stated = (given.get("bf16") or {}).get("enabled", "auto")
+    require(
+        stated in ("auto", bf16),
+        f"The DeepSpeed JSON sets bf16.enabled to {stated!r}, but train.precision is {train.precision!r}: remove it "
+        "from the JSON or change train.precision.",
+    )
+    resolved["bf16"] = {**(given.get("bf16") or {}), "enabled": bf16}
+    resolved.setdefault("steps_per_print", 10**9)
+    return resolved

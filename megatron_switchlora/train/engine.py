@@ -1,0 +1,163 @@
+"""DeepSpeed, wrapped: the only file that imports it.
+
+Owns bring-up, the DeepSpeed engine around the model with the row-step optimizer as its client
+optimizer, and one training step:
+    micro-batches: forward, backward (DeepSpeed reduces the gradients)
+    method.before_step (switching), then DeepSpeed: norm, clip, row-step AdamW, parameter all-gather
+    method.after_step
+DeepSpeed skips or poisons a step with non-finite gradients depending on stage and precision; here the
+optimizer refuses them and `StepResult.healthy` is False on every rank. What of DeepSpeed 0.19.8 is
+relied upon is asserted by tests/dist/test_deepspeed_contract.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_switchlora.config import RunConfig
+from megatron_switchlora.methods.base import Method
+from megatron_switchlora.model.llama import LlamaForCausalLM
+from megatron_switchlora.optim.layout import deepspeed_layout
+from megatron_switchlora.optim.lr import lr_factor
+from megatron_switchlora.optim.row_adamw import RowAdamW
+from megatron_switchlora.parallel.mesh import Mesh
+from megatron_switchlora.parallel.ranks import complete_environment
+from megatron_switchlora.train.comm import CommRecorder
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every rank but for `dp_bytes`."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    switched: int
+    dp_bytes: int
+    healthy: bool
+
+
+def start_distributed(device: torch.device, timeout_s: float = 1800.0) -> None:
+    """Initialise DeepSpeed's and torch's communication from the launcher's environment."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    complete_environment(os.environ)
+    if device.type == "cpu":
+        # It would be compiled at the first start, for a minute, and a killed build blocks every later one.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
+    )
+
+
+def stop_distributed() -> None:
+    """Leave the process groups."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Engine:
+    """The model under DeepSpeed. `ds_config` is a resolved one (`resolve_ds_config`)."""
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        method: Method,
+        config: RunConfig,
+        ds_config: dict[str, Any],
+        mesh: Mesh,
+        device: torch.device,
+    ) -> None:
+        self.config, self.mesh, self.method, self.device = config, mesh, method, device
+        self.recorder = CommRecorder()
+        optim = config.optim
+        self.optimizer = RowAdamW(method.param_groups(), beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps)
+        self.params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        model.model.checkpointing = config.train.activation_checkpointing
+        self.ds, *_ = deepspeed.initialize(
+            model=model.to(device), optimizer=self.optimizer, config=ds_config, mpu=mesh, dist_init_required=False
+        )
+        self.model: LlamaForCausalLM = self.ds.module
+        self.optimizer.attach(deepspeed_layout(self.ds.optimizer, self.params))
+        method.start(self.optimizer)
+
+    def _set_lr(self, step: int) -> float:
+        train = self.config.train
+        factor = lr_factor(step, train.warmup_steps, train.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        return self.config.optim.lr * factor
+
+    def _plain_norm(self) -> Tensor:
+        """Norm of the reduced gradients where DeepSpeed reports none (fp32 at stage 0)."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
+
+    def train_step(self, step: int, micro_batches: list[Tensor]) -> StepResult:
+        """Step number `step` (from 0) on this rank's micro-batches, each [micro_batch_size, S + 1] tokens."""
+        lr = self._set_lr(step)
+        losses = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.recorder.clear()
+        switched, norm = 0, None
+        self.ds.train()
+        with self.recorder:
+            for index, tokens in enumerate(micro_batches):
+                tokens = tokens.to(self.device, non_blocking=True)
+                loss = self.ds(tokens[:, :-1], tokens[:, 1:])
+                losses += loss.detach()
+                with self.recorder.phase("gradient"):
+                    self.ds.backward(loss)
+                if index == len(micro_batches) - 1:
+                    switched = self.method.before_step(step)
+                    if self.ds.optimizer is self.optimizer:
+                        norm = self._plain_norm()
+                with self.recorder.phase("step"):
+                    self.ds.step()
+        self.method.after_step(step)
+        dp_bytes = self.recorder.total("gradient", self.mesh.group("dp"))
+        grad_norm = float(norm if norm is not None else self.ds.get_global_grad_norm())
+        return self._result(losses / len(micro_batches), grad_norm, lr, switched, dp_bytes)
+
+    def _result(self, loss: Tensor, grad_norm: float, lr: float, switched: int, dp_bytes: int) -> StepResult:
+        """Average the loss over the data ranks, and agree on whether all went well."""
+        skipped = bool(getattr(self.ds.optimizer, "overflow", False))
+        bad = self.optimizer.found_nonfinite or skipped or not math.isfinite(grad_norm)
+        self.optimizer.found_nonfinite = False
+        shared = torch.stack([loss, torch.tensor(float(bad), dtype=loss.dtype, device=loss.device)])
+        dist.all_reduce(shared, group=self.mesh.group("dp"))
+        mean, bad_ranks = (shared / self.mesh.size("dp")).tolist()
+        return StepResult(mean, grad_norm, lr, switched, dp_bytes, bad_ranks == 0 and math.isfinite(mean))
+
+    def evaluate(self, batches: Iterable[Tensor]) -> float:
+        """Mean cross entropy of a token over this rank's validation batches and all data ranks."""
+        return mean_loss(self.model, batches, self.mesh.group("dp"), self.device)
+
+
+@torch.no_grad()
+def mean_loss(
+    model: LlamaForCausalLM, batches: Iterable[Tensor], group: dist.ProcessGroup, device: torch.device
+) -> float:
+    """Mean cross entropy of a token over the group's batches, each [samples, S + 1] tokens. Collective."""
+    training = model.training
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for tokens in batches:
+        tokens = tokens.to(device)
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        count = tokens[:, 1:].numel()
+        sums += torch.stack([loss.double() * count, torch.full_like(sums[0], count)])
+    dist.all_reduce(sums, group=group)
+    model.train(training)
+    return float(sums[0] / sums[1])

@@ -1,0 +1,45 @@
+"""Are replicas equal? Fingerprints of tensors, compared over a process group.
+
+A fingerprint is two 64-bit sums of the tensor's bytes: plain, and weighted by position, so that one
+changed element or two swapped ones show. It runs on the tensor's device and moves 16 bytes a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK = 1 << 22
+
+
+@torch.no_grad()
+def fingerprint(tensor: Tensor) -> Tensor:
+    """int64 [2] on the tensor's device."""
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    sums = torch.zeros(2, dtype=torch.int64, device=data.device)
+    for start in range(0, data.numel(), CHUNK):
+        part = data[start : start + CHUNK].long()
+        weights = (torch.arange(part.numel(), device=data.device) + start) % 1_000_003 + 1
+        sums[0] += part.sum()
+        sums[1] += (part * weights).sum()
+    return sums
+
+
+def differing(named: Iterable[tuple[str, Tensor]], group: dist.ProcessGroup, device: torch.device) -> list[str]:
+    """Sentences for the tensors that are not equal on all ranks of the group (empty: all equal).
+
+    Collective over the group; the tensors' names and order must agree on all ranks.
+    """
+    pairs = list(named)
+    mine = torch.stack([fingerprint(tensor).to(device) for _, tensor in pairs])
+    gathered = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(gathered, mine, group=group)
+    found = []
+    for index, (name, _) in enumerate(pairs):
+        odd = [rank for rank, theirs in enumerate(gathered) if not torch.equal(theirs[index], gathered[0][index])]
+        if odd:
+            found.append(f"{name} differs between group rank 0 and ranks {odd}")
+    return found

@@ -1,0 +1,273 @@
+"""One run from configuration to final model.
+
+`Trainer` puts the parts together (mesh, data, model, method, engine, run folder) and `fit` runs the
+loop: evaluate, step, record, evaluate, export. A batch is a pure function of the step, so the step is
+the whole data position. Every rank runs the same code; only rank 0 writes and speaks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_switchlora.config import RunConfig, UserError, require
+from megatron_switchlora.data.loader import BatchOrder, TrainLoader, eval_batches
+from megatron_switchlora.data.packing import PreparedData, open_prepared, prepare
+from megatron_switchlora.methods import build_method
+from megatron_switchlora.model.counts import count_parameters, model_flops_per_token
+from megatron_switchlora.model.hf import export_model
+from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.parallel.agree import gather_texts, on_one_rank
+from megatron_switchlora.parallel.mesh import Mesh, build_mesh
+from megatron_switchlora.parallel.ranks import Ranks
+from megatron_switchlora.train.device import peak_flops, peak_memory_bytes
+from megatron_switchlora.train.diagnose import find_bad_layer
+from megatron_switchlora.train.ds_config import resolve_ds_config
+from megatron_switchlora.train.engine import Engine, StepResult
+from megatron_switchlora.train.integrity import differing
+from megatron_switchlora.train.run_folder import (
+    RunFolder,
+    create_folder,
+    default_folder,
+    refuse_used_folder,
+    versions,
+)
+
+
+def prepare_data(config: RunConfig, ranks: Ranks, device: torch.device) -> PreparedData:
+    """Tokenise on the first rank of every node, tell the others where the cache is. Collective."""
+    first = ranks.local_rank == 0
+    folder = on_one_rank(first, lambda: str(prepare(config.data, progress=ranks.rank == 0).folder), device)
+    return open_prepared(Path(folder))
+
+
+def vocabulary_size(config: RunConfig, data: PreparedData) -> int:
+    """The model's vocabulary.
+
+    Raises:
+        UserError: smaller than the tokenizer's.
+    """
+    size = config.model.vocab_size or data.vocab_size
+    require(
+        size >= data.vocab_size,
+        f"model.vocab_size {size} is smaller than the tokenizer's {data.vocab_size}: raise it or leave it out.",
+    )
+    return size
+
+
+class Trainer:
+    """A run. `given_ds_config` is the user's DeepSpeed JSON."""
+
+    def __init__(self, config: RunConfig, given_ds_config: dict[str, Any], ranks: Ranks, device: torch.device) -> None:
+        self.config, self.ranks, self.device = config, ranks, device
+        self.mesh: Mesh = build_mesh(config.parallel)
+        self.ds_config = resolve_ds_config(given_ds_config, config, self.mesh.size("dp"))
+        self._refuse_used_folder()
+        self.data = prepare_data(config, ranks, device)
+        self._load_data()
+        self.vocab_size = vocabulary_size(config, self.data)
+        self.counts = count_parameters(config.model, config.method, self.vocab_size)
+        model = LlamaForCausalLM(config.model, self.vocab_size)
+        initialize_weights(model, config.train.seed)
+        self.method = build_method(config, model)
+        self.engine = Engine(model, self.method, config, self.ds_config, self.mesh, device)
+        self._check_replicas()
+        self.run = self._open_run_folder()
+        self._write_head()
+
+    def _refuse_used_folder(self) -> None:
+        """Before hours of tokenising: is the output folder free?"""
+
+        def look() -> str:
+            if self.config.output_dir:
+                refuse_used_folder(Path(self.config.output_dir))
+            return ""
+
+        on_one_rank(self.ranks.rank == 0, look, self.device)
+
+    def _load_data(self) -> None:
+        train, dp = self.config.train, self.mesh.size("dp")
+        self.train_store = self.data.train.samples(train.seq_len)
+        self.val_store = self.data.val.samples(train.seq_len)
+        order = BatchOrder(len(self.train_store), train.global_batch_size, train.seed)
+        self.loader = TrainLoader(self.train_store, order, train.micro_batch_size, self.mesh.rank("dp"), dp)
+        available = order.batches_in(train.epochs) if train.epochs else train.steps
+        self.last_step = min(train.steps, available)
+
+    def _open_run_folder(self) -> RunFolder:
+        """Rank 0 chooses and creates the folder."""
+
+        def create() -> str:
+            folder = Path(self.config.output_dir) if self.config.output_dir else default_folder(self.config)
+            create_folder(folder)
+            return str(folder)
+
+        folder = on_one_rank(self.ranks.rank == 0, create, self.device)
+        self.config.output_dir = folder
+        return RunFolder(Path(folder), writes=self.ranks.rank == 0)
+
+    def _check_replicas(self) -> None:
+        """Parameters, frozen weights and banks must be equal on all data ranks from the start."""
+        named = [*self.engine.model.named_parameters(), *self.method.replicated_state()]
+        found = differing(named, self.mesh.group("dp"), self.device)
+        if found:
+            raise UserError(
+                f"The data-parallel ranks do not start equal: {found[0]} ({len(found)} tensors in all). They must run the "
+                "same code, configuration and library versions."
+            )
+
+    def _write_head(self) -> None:
+        config, counts = self.config, self.counts
+        self.run.write_config(config, self.ds_config)
+        if self.run.writes:
+            from transformers import AutoTokenizer
+
+            self.tokenizer = AutoTokenizer.from_pretrained(self.data.tokenizer_dir)
+            self.tokenizer.save_pretrained(self.run.path / "tokenizer")
+        self.run.update_meta(
+            versions=versions(),
+            mesh={axis: self.mesh.size(axis) for axis in ("lte", "dp", "tp")},
+            device=str(self.device.type),
+            vocab_size=self.vocab_size,
+            parameters={"trainable": counts.trainable, "full_rank": counts.full_total},
+            train_samples=len(self.train_store),
+            val_samples=len(self.val_store),
+            unigram_val_ppl=self.data.unigram_val_ppl,
+        )
+        self.say(
+            f"{config.method.name}: {counts.trainable / 1e6:.2f} M of {counts.full_total / 1e6:.2f} M parameters train "
+            f"({counts.trainable / counts.full_total:.1%}); mesh lte 1 x dp {self.mesh.size('dp')} x tp 1 on "
+            f"{self.device.type}; {len(self.train_store)} training and {len(self.val_store)} validation samples of "
+            f"{config.train.seq_len} tokens; a unigram model reaches perplexity {self.data.unigram_val_ppl:.1f}"
+        )
+        if self.last_step < config.train.steps:
+            self.say(
+                f"the data ends after {self.last_step} of {config.train.steps} steps (train.epochs {config.train.epochs}): "
+                "the run will stop there"
+            )
+
+    def say(self, text: str) -> None:
+        """One line on the terminal, from rank 0."""
+        if self.ranks.rank == 0:
+            tqdm.write(text)
+
+    def evaluate(self) -> float:
+        """Validation loss, in nats a token."""
+        train = self.config.train
+        batches = eval_batches(
+            self.val_store, train.micro_batch_size, self.mesh.rank("dp"), self.mesh.size("dp"), train.eval_samples
+        )
+        return self.engine.evaluate(batches)
+
+    def _evaluate_and_log(self, step: int) -> float:
+        loss = self.evaluate()
+        self.run.log({"step": step, "val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))})
+        self.say(f"step {step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700.0)):.2f}")
+        self._monitor(step, {"val_loss": loss})
+        return loss
+
+    def _monitor(self, step: int, values: dict[str, float]) -> None:
+        """TensorBoard, W&B and CSV, as DeepSpeed's JSON asks."""
+        if self.engine.ds.monitor.enabled and self.ranks.rank == 0:
+            self.engine.ds.monitor.write_events([(f"Train/{key}", value, step) for key, value in values.items()])
+
+    def _record(self, step: int, result: StepResult, seconds: float, elapsed: float) -> dict[str, Any]:
+        train = self.config.train
+        tokens = train.global_batch_size * train.seq_len
+        record: dict[str, Any] = {
+            "step": step + 1,
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "tokens": (step + 1) * tokens,
+            "seconds": elapsed,
+            "tokens_per_second": tokens / seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "dp_bytes": result.dp_bytes,
+            "switched": result.switched,
+        }
+        peak = peak_flops(self.device, train.precision)
+        if peak:
+            flops = model_flops_per_token(self.config.model, self.vocab_size, train.seq_len)
+            record["mfu"] = flops * tokens / seconds / (peak * dist.get_world_size())
+        return record
+
+    def _stop_unhealthy(self, step: int, result: StepResult, batches: list[torch.Tensor]) -> None:
+        """Name the first layer that went bad, then stop every rank."""
+        where = find_bad_layer(self.engine.model, batches, self.device) or ""
+        places = [(rank, text) for rank, text in enumerate(gather_texts(where, self.device)) if text]
+        place = (
+            f"first bad on rank {places[0][0]}: {places[0][1]}" if places else "it did not show again in a second pass"
+        )
+        raise UserError(
+            f"Step {step + 1} gave loss {result.loss}, gradient norm {result.grad_norm}: not finite, so the step was not "
+            f"applied and the run stops; {place}. Lower optim.lr, lengthen train.warmup_steps or check the data. "
+            f"The records up to here are in {self.run.path}."
+        )
+
+    def fit(self) -> float:
+        """Train, record, export; returns the final validation loss."""
+        config = self.config.train
+        bar: Optional[tqdm] = None
+        if self.ranks.rank == 0:
+            bar = tqdm(total=self.last_step, unit="step", disable=None, dynamic_ncols=True)
+        val_loss = self._evaluate_and_log(0)
+        start = time.perf_counter()
+        for step in range(self.last_step):
+            began = time.perf_counter()
+            batches = self.loader.micro_batches(step)
+            result = self.engine.train_step(step, batches)
+            if not result.healthy:
+                self._stop_unhealthy(step, result, batches)
+            now = time.perf_counter()
+            record = self._record(step, result, now - began, now - start)
+            self.run.log(record)
+            self._show(record, bar)
+            if (step + 1) % config.eval_interval == 0 or step + 1 == self.last_step:
+                val_loss = self._evaluate_and_log(step + 1)
+        if bar is not None:
+            bar.close()
+        self._finish(val_loss)
+        return val_loss
+
+    def _show(self, record: dict[str, Any], bar: Optional[tqdm]) -> None:
+        """One readable line a step; on a terminal, a progress bar instead."""
+        if bar is None:
+            return
+        line = (
+            f"loss {record['loss']:.4f}  norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
+            f"{record['tokens_per_second']:,.0f} tok/s  switched {record['switched']}"
+        )
+        if bar.disable:
+            print(f"step {record['step']:>6}/{self.last_step}  {line}", flush=True)
+        else:
+            bar.set_postfix_str(line, refresh=False)
+            bar.update()
+        self._monitor(record["step"], {key: record[key] for key in ("loss", "lr", "grad_norm", "tokens_per_second")})
+
+    def _finish(self, val_loss: float) -> None:
+        """Write the final model, the plot and the outcome."""
+        steps = [record for record in self.run.history if "loss" in record]
+        self.run.update_meta(
+            finished=True,
+            steps=len(steps),
+            val_loss=val_loss,
+            val_ppl=math.exp(min(val_loss, 700.0)),
+            dp_bytes_per_step=steps[-1]["dp_bytes"] if steps else 0,
+        )
+        if self.run.writes:
+            final = self.run.path / "final"
+            building = self.run.path / "final.tmp"
+            building.mkdir()
+            export_model(self.engine.model, building, self.config.train.seq_len, self.tokenizer.eos_token_id)
+            self.tokenizer.save_pretrained(building)
+            building.rename(final)
+        self.run.plot()
+        self.run.close()
+        dist.barrier()

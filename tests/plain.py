@@ -1,0 +1,80 @@
+"""The package's parts driven by hand, without DeepSpeed and in any precision: what tests compare with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_switchlora.config import MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from megatron_switchlora.methods import build_method
+from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.optim.layout import plain_layout
+from megatron_switchlora.optim.lr import lr_factor
+from megatron_switchlora.optim.row_adamw import RowAdamW
+
+VOCAB = 61
+
+
+def small_config(name: str = "switchlora", **changes: object) -> RunConfig:
+    """A model with grouped-query attention and three matrix shapes; 20 steps switch hundreds of vectors."""
+    config = RunConfig(
+        model=ModelConfig(hidden_size=32, intermediate_size=52, num_layers=2, num_heads=4, num_kv_heads=2),
+        method=MethodConfig(
+            name=name,  # type: ignore[arg-type]
+            rank=6,
+            interval0=4.0,
+            freeze_steps=2,
+            switch_ratio=1.0,
+            switch_total_steps=2000,
+        ),
+        optim=OptimConfig(lr=0.002),
+        train=TrainConfig(
+            steps=60, warmup_steps=5, seq_len=16, micro_batch_size=2, global_batch_size=8, threads=1, device="cpu"
+        ),
+    )
+    for dotted, value in changes.items():
+        section, field = dotted.split("__")
+        assert hasattr(getattr(config, section), field), dotted
+        setattr(getattr(config, section), field, value)
+    return config
+
+
+def make_batches(config: RunConfig, steps: int, seed: int = 1) -> list[Tensor]:
+    """Random tokens [global batch, S + 1] for each step, skewed so that there is something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (steps, config.train.global_batch_size, config.train.seq_len + 1)
+    return list((torch.rand(shape, generator=generator) ** 3 * VOCAB).long())
+
+
+class PlainRun:
+    """Model, method and optimizer in one process; `step` mirrors `train.engine.Engine.train_step`."""
+
+    def __init__(self, config: RunConfig, dtype: torch.dtype = torch.float32) -> None:
+        self.config = config
+        model = LlamaForCausalLM(config.model, VOCAB)
+        initialize_weights(model, config.train.seed)
+        self.model = model.to(dtype)
+        self.method = build_method(config, self.model)
+        optim = config.optim
+        self.optimizer = RowAdamW(self.method.param_groups(), beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps)
+        self.params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        self.optimizer.attach(plain_layout(self.params))
+        self.method.start(self.optimizer)
+
+    def step(self, step: int, batch: Tensor) -> tuple[float, float, int]:
+        """(loss, gradient norm, vectors switched) of one step on the whole batch."""
+        train, optim = self.config.train, self.config.optim
+        factor = lr_factor(step, train.warmup_steps, train.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.optimizer.zero_grad()
+        pieces = batch.split(train.micro_batch_size)
+        loss = torch.stack([self.model(tokens[:, :-1], tokens[:, 1:]) for tokens in pieces]).mean()
+        loss.backward()
+        switched = self.method.before_step(step)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
+        if optim.clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.params, optim.clip, norm)
+        self.optimizer.step()
+        self.method.after_step(step)
+        return float(loss.detach()), float(norm), switched
