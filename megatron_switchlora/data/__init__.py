@@ -1,12 +1,12 @@
 """Corpora, tokenizers, packed tokens and their order.
 
-`prepare` turns a `DataConfig` into token arrays on disk (corpus -> tokenizer -> packing); `BatchOrder` and `TrainLoader`
-say which samples a rank sees at which step.
+`prepare` turns a `DataConfig` into token arrays on disk (corpus -> tokenizer -> packing); `BatchOrder` and
+`TrainLoader` say which samples a rank sees at which step.
 """
 
 from .corpus import Corpus, corpus_identity, load_corpus
-from .loader import BatchOrder, TrainLoader, eval_batches
-from .packing import PreparedData, Samples, TokenStore, open_prepared, prepare
+from .loader import BatchOrder, Samples, TokenStore, TrainLoader, eval_batches
+from .packing import PreparedData, open_prepared, prepare
 from .tokenizer import build_tokenizer
 
 __all__ = [

@@ -35,7 +35,8 @@ import pyarrow.compute as pc
 from ..config import DataConfig, UserError, require
 
 FEATURES = datasets.Features({"text": datasets.Value("large_string")})  # 64-bit offsets: a document may exceed 2 GB
-NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+# pydoc_data is one generated file, a tenth of all; wherever it fell, it would dominate the held-out text
+NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
 HOLD_OUT_EVERY, HOLD_OUT_AT = 20, 10
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
@@ -132,9 +133,8 @@ def _split(documents: datasets.Dataset, val_fraction: float) -> tuple[datasets.D
     text = documents[middle]["text"]
     inside = len(text) - int(ends[middle] - cut)
     before, after = documents.select(range(middle)), documents.select(range(middle + 1, len(documents)))
-    head, tail = (
-        datasets.Dataset.from_dict({"text": [t] if t else []}, FEATURES) for t in (text[:inside], text[inside:])
-    )
+    head = datasets.Dataset.from_dict({"text": [text[:inside]]}, FEATURES)
+    tail = datasets.Dataset.from_dict({"text": [text[inside:]] if text[inside:] else []}, FEATURES)
     return datasets.concatenate_datasets([before, head]), datasets.concatenate_datasets([tail, after])
 
 
@@ -190,39 +190,42 @@ def _stdlib_texts(names: list[str]) -> Iterator[str]:
 
 
 def _chosen_files(data: DataConfig) -> tuple[list[Path], list[Path]]:
-    train, val = _expand("data.files", data.files or []), _expand("data.val_files", data.val_files or [])
+    """Training and validation files (the latter may be none)."""
+    train = _expand("data.files", data.patterns())
+    val = _expand("data.val_files", data.patterns(validation=True))
     require(bool(train), "data.source files needs data.files: give file names or glob patterns.")
-    both = sorted(set(train) & set(val))
-    require(
-        not both, f"{both[0] if both else ''} is in both data.files and data.val_files: take it out of one of them."
-    )
+    known = {path.resolve() for path in train}
+    for path in val:
+        require(path.resolve() not in known, f"{path} is in both data.files and data.val_files: take it out of one.")
     return train, val
 
 
 def _expand(option: str, patterns: list[str]) -> list[Path]:
-    """The files the patterns name, resolved, each once, every pattern's sorted."""
-    found: dict[Path, None] = {}
+    """The files the patterns name, absolute, each once, every pattern's sorted."""
+    found: dict[Path, Path] = {}
     for pattern in patterns:
         literal = Path(pattern).expanduser()
-        if literal.exists() or not has_magic(pattern):
+        if os.path.exists(literal) or not has_magic(pattern):
             require(
-                not literal.is_dir(),
-                f"{option}: {pattern} is a directory: name files, as in {pattern.rstrip('/')}/*.txt.",
+                not os.path.isdir(literal),
+                f"{option}: {pattern} is a directory: name its files, as in {literal}/*.txt.",
             )
-            require(literal.is_file(), f"{option}: there is no file {pattern}: correct the path.")
+            require(os.path.isfile(literal), f"{option}: there is no file {pattern}: correct the path.")
             matches = [literal]
         else:
             matches = [Path(name) for name in sorted(glob(str(literal), recursive=True)) if Path(name).is_file()]
             require(bool(matches), f"{option}: no file matches the pattern {pattern}: correct it.")
         for path in matches:
             require(path.stat().st_size > 0, f"{option}: the file {path} is empty (0 bytes): fill it or leave it out.")
-            found[path.resolve()] = None
-    return list(found)
+            found.setdefault(
+                path.resolve(), path.absolute()
+            )  # a link's own name says the format (Hugging Face's cache)
+    return list(found.values())
 
 
 def _stamp(path: Path) -> list[str | int]:
     status = path.stat()
-    return [str(path), status.st_size, status.st_mtime_ns]
+    return [path.name, str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
 def _documents(path: Path, text_field: str) -> Iterator[str]:
@@ -231,9 +234,8 @@ def _documents(path: Path, text_field: str) -> Iterator[str]:
     for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
     with _reading(path) as stream:
-        texts = (
-            _json_texts(path, stream, text_field) if name.endswith((".json", ".jsonl")) else _plain_text(path, stream)
-        )
+        is_json = name.endswith((".json", ".jsonl"))
+        texts = _json_texts(path, stream, text_field) if is_json else _plain_text(path, stream)
         empty = True
         for text in texts:
             if text.strip():
@@ -249,15 +251,12 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
         with _open(path) as stream:
             yield stream
     except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError) as error:
-        advice = (
-            "is damaged or cut off: fetch it again" if path.suffix.lower() in COMPRESSED else "check it and its rights"
-        )
+        compressed = path.suffix.lower() in COMPRESSED
+        advice = "if it is damaged or cut off, fetch it again" if compressed else "check the file and its rights"
         raise UserError(f"{path} cannot be read ({error}): {advice}.") from error
 
 
 def _open(path: Path) -> BinaryIO:
-    with path.open("rb"):  # missing rights show here, as such
-        pass
     match path.suffix.lower():
         case ".gz":
             return cast(BinaryIO, gzip.open(path))
@@ -286,22 +285,20 @@ def _json_texts(path: Path, stream: BinaryIO, text_field: str) -> Iterator[str]:
         where = f"{path}, line {number}"
         try:
             row = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 ({error.reason}): convert the file to UTF-8.") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not a JSON object on one line ({error}): repair or refetch the file.") from None
+        except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
+            raise UserError(f"{where}: not JSON in UTF-8, one object a line ({error}): repair the file.") from None
         require(isinstance(row, dict), f"{where}: a JSON {type(row).__name__}, not an object: give one object a line.")
-        fields = ", ".join(map(repr, row)) or "none"
-        require(text_field in row, f"{where}: no field {text_field!r} (there are: {fields}): set data.text_field.")
+        if text_field not in row:
+            there = ", ".join(map(repr, row)) or "none"
+            raise UserError(f"{where}: no field {text_field!r} (there are: {there}): set data.text_field.")
         text = row[text_field]
         require(
             isinstance(text, str),
-            f"{where}: field {text_field!r} holds {type(text).__name__}, not a string: repair the line or set data.text_field.",
+            f"{where}: field {text_field!r} holds {type(text).__name__}, not a string: repair it, or set "
+            "data.text_field to the field of the text.",
         )
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise UserError(
-                f"{where}: field {text_field!r} has half a surrogate pair (\\ud8xx): repair the line."
-            ) from None
+            raise UserError(f"{where}: half a surrogate pair (\\ud800) is no text: repair the line.") from None
         yield text

@@ -1,22 +1,58 @@
-"""The order of samples: who sees which, and when.
+"""Samples and their order: who sees which, and when.
 
-There is one global order of batches, fixed by the seed alone: batch k is a slice of an endless row of permutations,
-one for each epoch, so it is a pure function of k and the position of a run is just k. A data-parallel rank takes its
-slice of the batch and cuts it into micro-batches; neither their number nor that of the ranks changes the order.
-The permutations sort Philox's raw 64-bit stream, the one thing numpy promises never to change.
+A `TokenStore` is a flat array of tokens on disk; its samples of S tokens overlap by one token, so that every token
+but the first is predicted exactly once. There is one global order of batches, fixed by the seed alone: batch k is a
+slice of an endless row of permutations, one for each epoch, so it is a pure function of k and the position of a run
+is just k. A data-parallel rank takes its slice of the batch and cuts it into micro-batches; neither their number nor
+that of the ranks changes the order. The permutations sort Philox's raw 64-bit stream, which numpy promises to keep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..config import require
-from .packing import Samples
 
 STREAM = 0xDA7A << 32  # keeps the data order's random streams apart from others of the same seed
+
+
+class Samples:
+    """Samples of seq_len + 1 tokens; sample i starts at token i * seq_len, so neighbours share one token."""
+
+    def __init__(self, tokens: np.ndarray, seq_len: int) -> None:
+        self._tokens, self.seq_len = tokens, seq_len
+
+    def __len__(self) -> int:
+        return max(len(self._tokens) - 1, 0) // self.seq_len
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """Token ids, int64 [len(indices), seq_len + 1]. Raises IndexError outside 0..len-1."""
+        rows = np.empty((len(indices), self.seq_len + 1), dtype=np.int64)
+        for row, index in zip(rows, indices, strict=True):
+            if not 0 <= index < len(self):
+                raise IndexError(f"sample {index} of {len(self)}")
+            start = int(index) * self.seq_len
+            row[:] = self._tokens[start : start + self.seq_len + 1]
+        return torch.from_numpy(rows)
+
+
+class TokenStore:
+    """A flat array of tokens, mapped from a .npy file (uint16 or uint32 [tokens])."""
+
+    def __init__(self, path: Path) -> None:
+        self._tokens: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
+    def samples(self, seq_len: int) -> Samples:
+        """The array cut into (num_tokens - 1) // seq_len samples; tokens that fill no sample are left out."""
+        return Samples(self._tokens, seq_len)
 
 
 class BatchOrder:

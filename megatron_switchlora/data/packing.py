@@ -2,9 +2,8 @@
 
 `prepare` tokenises into `<cache>/<key>/`: train.npy and val.npy (all documents one after the other, an end mark after
 each), tokenizer/ and meta.json. The key hashes what the content depends on, so another file, option or library
-version is another folder. The folder is built aside, made durable and renamed: it is there whole or not at all; meta.json
-also holds the size of every file, and a folder that does not match is built anew. Samples of S tokens overlap by one
-token, so that every token but the first is predicted exactly once.
+version is another folder. The folder is built aside, made durable and renamed: it is there whole or not at all.
+meta.json also holds the size of every file; a folder that does not match is built anew.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,53 +22,18 @@ from typing import BinaryIO
 import datasets
 import numpy as np
 import tokenizers
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from ..config import DataConfig, UserError, require
 from .corpus import characters, corpus_identity, load_corpus
+from .loader import TokenStore
 from .tokenizer import BUILT, build_tokenizer, tokenizer_identity
 
 FORMAT = 1  # raise it whenever the same input would give other files
 TRAINING_CHARACTERS = 32_000_000  # a BPE learns from about so much text at most, taken evenly from all of it
 PIECE = 100_000  # characters: long documents are cut, to spread them over the tokenizer's threads
 BATCH = 4_000_000  # characters handed to the tokenizer at once; bounds memory
-
-
-class Samples:
-    """Samples of seq_len + 1 tokens; sample i starts at token i * seq_len, so neighbours share one token."""
-
-    def __init__(self, tokens: np.ndarray, seq_len: int) -> None:
-        self._tokens, self.seq_len = tokens, seq_len
-
-    def __len__(self) -> int:
-        return max(len(self._tokens) - 1, 0) // self.seq_len
-
-    def batch(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
-        """Token ids, int64 [len(indices), seq_len + 1]. Raises IndexError outside 0..len-1."""
-        rows = np.empty((len(indices), self.seq_len + 1), dtype=np.int64)
-        for row, index in zip(rows, indices, strict=True):
-            if not 0 <= index < len(self):
-                raise IndexError(f"sample {index} of {len(self)}")
-            start = int(index) * self.seq_len
-            row[:] = self._tokens[start : start + self.seq_len + 1]
-        return torch.from_numpy(rows)
-
-
-class TokenStore:
-    """A flat array of tokens, mapped from a .npy file (uint16 or uint32 [tokens])."""
-
-    def __init__(self, path: Path) -> None:
-        self._tokens: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self._tokens)
-
-    def samples(self, seq_len: int) -> Samples:
-        """The array cut into (num_tokens - 1) // seq_len samples; tokens that fill no sample are left out."""
-        return Samples(self._tokens, seq_len)
 
 
 @dataclass
@@ -106,9 +70,7 @@ def prepare(data: DataConfig, *, progress: bool = False) -> PreparedData:
             _build(data, scratch / "build", scratch / "documents", progress)
             _publish(scratch / "build", folder, scratch)
     except OSError as error:
-        raise UserError(
-            f"The data cache {cache} cannot be written ({error}): make room, or set data.cache_dir."
-        ) from error
+        raise UserError(f"Cannot write the data cache {cache} ({error}): make room or set data.cache_dir.") from error
     return open_prepared(folder)
 
 
@@ -206,15 +168,14 @@ def _build(data: DataConfig, build: Path, documents: Path, progress: bool) -> No
     tokenizer.save_pretrained(build / "tokenizer")
     train, train_counts = _tokenise(tokenizer, corpus.train, longest, build / "train.npy", progress)
     val, val_counts = _tokenise(tokenizer, corpus.val, longest, build / "val.npy", progress)
+    files = [path for path in build.rglob("*") if path.is_file()]
     meta = {
         "vocab_size": len(tokenizer),
         "train": train,
         "val": val,
         "unigram_val_ppl": _unigram_perplexity(train_counts, val_counts),
         "corpus": corpus.identity,
-        "files": {
-            path.relative_to(build).as_posix(): path.stat().st_size for path in build.rglob("*") if path.is_file()
-        },
+        "files": {path.relative_to(build).as_posix(): path.stat().st_size for path in files},
     }
     (build / "meta.json").write_text(json.dumps(meta, indent=1))
     for path in [*build.rglob("*"), build]:

@@ -87,15 +87,14 @@ def _load(name: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, JSON and network errors alike
         offline = " (the Hugging Face hub cannot be reached from here)" if _is_offline(error) else ""
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"data.tokenizer {name!r} is neither bpe nor char and cannot be loaded as a Hugging Face tokenizer{offline}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__} "
-            "Give the folder of a saved tokenizer, a hub name, bpe or char."
+            f"data.tokenizer {name!r} is neither bpe nor char and does not load as a Hugging Face tokenizer{offline}: "
+            f"{reason} Give bpe, char, the folder of a saved tokenizer or a hub name."
         ) from error
-    require(
-        isinstance(tokenizer, PreTrainedTokenizerFast),
-        f"data.tokenizer {name!r} is a {type(tokenizer).__name__}, not a fast tokenizer: choose one with a tokenizer.json.",
-    )
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        kind = type(tokenizer).__name__
+        raise UserError(f"data.tokenizer {name!r} is a {kind}, not a fast tokenizer: choose one with a tokenizer.json.")
     require(
         tokenizer.eos_token_id is not None,
         f"data.tokenizer {name!r} has no end mark to separate documents: set its eos_token and save it again.",

@@ -74,10 +74,9 @@ class CommRecorder:
 
     def __enter__(self) -> CommRecorder:
         for op in INPUT_ARGUMENT:
-            original = getattr(dist.ProcessGroup, op, None)
-            if original is not None:
-                self._originals[op] = original
-                setattr(dist.ProcessGroup, op, self._wrapped(op, original))
+            if op in vars(dist.ProcessGroup):  # the raw attribute: what getattr returns would lose its binding
+                self._originals[op] = vars(dist.ProcessGroup)[op]
+                setattr(dist.ProcessGroup, op, self._wrapped(op, getattr(dist.ProcessGroup, op)))
         return self
 
     def __exit__(self, *exc: object) -> None:
