@@ -18,10 +18,10 @@ VOCAB = 61
 def small_config(name: str = "switchlora", **changes: object) -> RunConfig:
     """A model with grouped-query attention and three matrix shapes; 20 steps switch hundreds of vectors."""
     config = RunConfig(
-        model=ModelConfig(hidden_size=32, intermediate_size=52, num_layers=2, num_heads=4, num_kv_heads=2),
+        model=ModelConfig(hidden_size=48, intermediate_size=76, num_layers=3, num_heads=4, num_kv_heads=2),
         method=MethodConfig(
             name=name,  # type: ignore[arg-type]
-            rank=6,
+            rank=7,
             interval0=4.0,
             freeze_steps=2,
             switch_ratio=1.0,

@@ -76,18 +76,11 @@ def load_corpus(data: DataConfig, scratch: Path, *, progress: bool = False) -> C
             text, not JSON lines or without the text field; nothing to hold out.
     """
     identity = corpus_identity(data)
-    if data.source == "stdlib":
-        train, val = _load_stdlib(data.max_bytes, scratch, progress)
-        return Corpus(train, val, identity)
-
-    def read(paths: list[Path], split: str) -> datasets.Dataset:
-        return _store((text for path in paths for text in _documents(path, data.text_field)), scratch / split, progress)
-
-    train_files, val_files = _chosen_files(data)
-    train = read(train_files, "train")
-    if val_files:
-        return Corpus(train, read(val_files, "val"), identity)
-    return Corpus(*_split(train, data.val_fraction), identity)
+    train_texts, val_texts = _stdlib_texts(data.max_bytes) if data.source == "stdlib" else _file_texts(data)
+    train = _store(train_texts, scratch / "train", progress)
+    if val_texts is None:
+        return Corpus(*_split(train, data.val_fraction), identity)
+    return Corpus(train, _store(val_texts, scratch / "val", progress), identity)
 
 
 def characters(documents: datasets.Dataset) -> np.ndarray:
@@ -132,10 +125,12 @@ def _split(documents: datasets.Dataset, val_fraction: float) -> tuple[datasets.D
     middle = int(np.searchsorted(ends, cut))  # the first document that ends at the cut or after it
     text = documents[middle]["text"]
     inside = len(text) - int(ends[middle] - cut)
-    before, after = documents.select(range(middle)), documents.select(range(middle + 1, len(documents)))
-    head = datasets.Dataset.from_dict({"text": [text[:inside]]}, FEATURES)
-    tail = datasets.Dataset.from_dict({"text": [text[inside:]] if text[inside:] else []}, FEATURES)
-    return datasets.concatenate_datasets([before, head]), datasets.concatenate_datasets([tail, after])
+    head, tail = (datasets.Dataset.from_dict({"text": [part]}, FEATURES) for part in (text[:inside], text[inside:]))
+    held_out = [tail] if text[inside:] else []
+    if middle + 1 < len(documents):  # `select` refuses an empty range at the end
+        held_out.append(documents.select(range(middle + 1, len(documents))))
+    train = datasets.concatenate_datasets([documents.select(range(middle)), head])
+    return train, datasets.concatenate_datasets(held_out)
 
 
 # --- Python's standard library
@@ -160,7 +155,7 @@ def _stdlib_files(max_bytes: int) -> list[tuple[str, int]]:
     return fitting
 
 
-def _load_stdlib(max_bytes: int, scratch: Path, progress: bool) -> tuple[datasets.Dataset, datasets.Dataset]:
+def _stdlib_texts(max_bytes: int) -> tuple[Iterator[str], Iterator[str]]:
     names = [name for name, _ in _stdlib_files(max_bytes)]
     train = [name for i, name in enumerate(names) if i % HOLD_OUT_EVERY != HOLD_OUT_AT]
     val = [name for i, name in enumerate(names) if i % HOLD_OUT_EVERY == HOLD_OUT_AT]
@@ -169,13 +164,10 @@ def _load_stdlib(max_bytes: int, scratch: Path, progress: bool) -> tuple[dataset
         f"The stdlib corpus needs more than {HOLD_OUT_AT} files to hold one out; data.max_bytes {max_bytes} gives "
         f"{len(names)}: raise it.",
     )
-    return (
-        _store(_stdlib_texts(train), scratch / "train", progress),
-        _store(_stdlib_texts(val), scratch / "val", progress),
-    )
+    return _sources(train), _sources(val)
 
 
-def _stdlib_texts(names: list[str]) -> Iterator[str]:
+def _sources(names: list[str]) -> Iterator[str]:
     root = Path(sysconfig.get_path("stdlib"))
     for name in names:
         try:
@@ -187,6 +179,13 @@ def _stdlib_texts(names: list[str]) -> Iterator[str]:
 
 
 # --- files of the user
+
+
+def _file_texts(data: DataConfig) -> tuple[Iterator[str], Iterator[str] | None]:
+    train, val = _chosen_files(data)
+    train_texts = (text for path in train for text in _documents(path, data.text_field))
+    val_texts = (text for path in val for text in _documents(path, data.text_field))
+    return train_texts, val_texts if val else None
 
 
 def _chosen_files(data: DataConfig) -> tuple[list[Path], list[Path]]:
@@ -207,19 +206,15 @@ def _expand(option: str, patterns: list[str]) -> list[Path]:
         literal = Path(pattern).expanduser()
         if os.path.exists(literal) or not has_magic(pattern):
             require(
-                not os.path.isdir(literal),
-                f"{option}: {pattern} is a directory: name its files, as in {literal}/*.txt.",
+                not os.path.isdir(literal), f"{option}: {pattern} is a directory: give {pattern}/*.txt or the like."
             )
             require(os.path.isfile(literal), f"{option}: there is no file {pattern}: correct the path.")
-            matches = [literal]
-        else:
-            matches = [Path(name) for name in sorted(glob(str(literal), recursive=True)) if Path(name).is_file()]
-            require(bool(matches), f"{option}: no file matches the pattern {pattern}: correct it.")
+        names = [literal] if os.path.exists(literal) else sorted(glob(str(literal), recursive=True))
+        matches = [Path(name) for name in names if os.path.isfile(name)]
+        require(bool(matches), f"{option}: no file matches the pattern {pattern}: correct it.")
         for path in matches:
             require(path.stat().st_size > 0, f"{option}: the file {path} is empty (0 bytes): fill it or leave it out.")
-            found.setdefault(
-                path.resolve(), path.absolute()
-            )  # a link's own name says the format (Hugging Face's cache)
+            found.setdefault(path.resolve(), path.absolute())  # a link's own name tells the format
     return list(found.values())
 
 

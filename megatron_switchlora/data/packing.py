@@ -185,8 +185,8 @@ def _build(data: DataConfig, build: Path, documents: Path, progress: bool) -> No
 def _pieces(documents: Iterable[dict[str, str]], longest: int | None) -> Iterator[tuple[str, bool]]:
     """Texts in order, each with whether it ends its document; cut after `longest` characters, where that is exact.
 
-    Between a letter or digit and a line feed no token of a built tokenizer can lie: GPT-2's pattern never joins
-    them, and looks ahead only past white space.
+    No token of a built tokenizer can lie across a line feed that follows anything but white space: GPT-2's pattern
+    never joins the two, and looks ahead only past white space.
     """
     for row in documents:
         text, start = row["text"], 0
@@ -197,9 +197,9 @@ def _pieces(documents: Iterable[dict[str, str]], longest: int | None) -> Iterato
 
 
 def _next_cut(text: str, position: int) -> int | None:
-    """The first line feed at or after a position that follows a letter or digit."""
+    """The first line feed at or after a position that does not follow white space."""
     while (position := text.find("\n", position)) > 0:
-        if text[position - 1].isalnum():
+        if not text[position - 1].isspace():
             return position
         position += 1
     return None

@@ -137,8 +137,8 @@ class RowAdamW(torch.optim.Optimizer):
     def read_rows(self, param: nn.Parameter) -> dict[str, Tensor]:
         """This rank's share of the same four tensors, zero where another rank owns the elements."""
         rows = param.size(0) if getattr(param, "rows", False) else 1
-        first = self.pieces(param)[0].master if self.pieces(param) else param
-        full = {key: torch.zeros(param.shape, dtype=first.dtype) for key in ("master", "exp_avg", "exp_avg_sq")}
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        full = {key: torch.zeros(param.shape, dtype=dtype) for key in ("master", "exp_avg", "exp_avg_sq")}
         full["row_step"] = torch.zeros(rows)
         for piece in self.pieces(param):
             exp_avg, exp_avg_sq, steps = self._views(piece)

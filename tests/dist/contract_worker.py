@@ -1,0 +1,109 @@
+"""What the package relies on in DeepSpeed's internals, looked at directly; and what it does with bad numbers."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_switchlora.train.diagnose import find_bad_layer
+from megatron_switchlora.train.integrity import differing
+from tests.dist.engines import DS_JSON, build_engine, full_rows, micro_batches, start
+from tests.dist.launch import worker_main
+from tests.plain import make_batches, small_config
+
+CLASSES = [("fp32", "0"), ("fp32", "1"), ("fp32", "2"), ("bf16", "0"), ("bf16", "1"), ("bf16", "2"), ("bf16", "1f")]
+BAD = "model.layers.1.mlp.up_proj"
+
+
+def internals(engine: Any, stage: str) -> dict[str, Any]:
+    """The attributes that optim/layout.py and train/engine.py read."""
+    optimizer = engine.ds.optimizer
+    groups = engine.optimizer.param_groups
+    facts: dict[str, Any] = {
+        "client_kept": engine.ds.basic_optimizer is engine.optimizer,
+        "group_keys_survive": [group["name"] for group in groups] == ["matrices", "dense", "norms"],
+        "params_declared": all(hasattr(param, "shard_dim") for param in engine.params),
+        "module_is_the_model": engine.ds.module is engine.model,
+    }
+    kind = type(optimizer).__name__
+    if kind == "FP16_UnfusedOptimizer":
+        pairs = [p for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True) for p in zip(low, high, strict=True)]
+        facts["fp32_copies"] = all(high.dtype == torch.float32 and high.shape == low.shape for low, high in pairs)
+        facts["groups_hold_masters"] = groups[0]["params"][0] is optimizer.fp32_groups[0][0]
+    if kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
+        name = "single_partition_of_fp32_groups" if kind == "DeepSpeedZeroOptimizer" else "fp32_groups_flat_partition"
+        flats = getattr(optimizer, name)
+        facts["groups_hold_flats"] = all(g["params"][0] is flat for g, flat in zip(groups, flats, strict=True))
+        owned = 0
+        exact = True
+        for param in engine.params:
+            mapping = param._hp_mapping
+            if mapping is None:
+                continue
+            here, there = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+            flat = flats[mapping.param_group_index]
+            values = flat[there.start : there.start + there.numel]
+            exact &= torch.equal(values, param.detach().flatten()[here.start : here.start + here.numel].float())
+            owned += here.numel
+        counted = torch.tensor(owned)
+        dist.all_reduce(counted)
+        facts["mapping_is_exact"] = exact
+        facts["every_element_owned_once"] = int(counted) == sum(param.numel() for param in engine.params)
+        facts["low_precision_is_a_view"] = engine.params[0].data_ptr() == (
+            optimizer.bit16_groups_flat if kind == "DeepSpeedZeroOptimizer" else optimizer.bf16_groups_flat
+        )[0].data_ptr()
+    return facts
+
+
+def poisoned_step(engine: Any, config: Any, mesh: Any, where: str) -> dict[str, Any]:
+    """A step whose forward or backward goes bad in one layer on data rank 0; nothing may be written."""
+    batches = micro_batches(config, make_batches(config, 3)[2], mesh)
+    module = dict(engine.model.named_modules())[BAD]
+
+    def forward_hook(_m: Any, _i: Any, output: torch.Tensor) -> torch.Tensor:
+        poison = float("inf") if where == "output" else 1.0
+        if where == "gradient" and output.requires_grad:
+            output.register_hook(lambda grad: grad * float("nan"))
+        return output * poison
+
+    handle = module.register_forward_hook(forward_hook) if mesh.rank("dp") == 0 else None
+    before = {n: b.clone() for n, b in engine.model.state_dict().items()}
+    masters = [full_rows(engine, p)["master"] for p in engine.params]
+    engine.method.before_step = lambda step: 0
+    result = engine.train_step(2, batches)
+    same = all(torch.equal(before[n], b) for n, b in engine.model.state_dict().items())
+    same &= all(torch.equal(m, full_rows(engine, p)["master"]) for m, p in zip(masters, engine.params, strict=True))
+    found = find_bad_layer(engine.model, batches, engine.device)
+    if handle is not None:
+        handle.remove()
+    return {"healthy": result.healthy, "unchanged": same, "found": found}
+
+
+def act(_payload: dict[str, Any]) -> dict[str, Any]:
+    mesh = start()
+    results: dict[str, Any] = {"contract": {}, "poison": {}}
+    assert set(DS_JSON) >= {stage for _, stage in CLASSES}
+    for precision, stage in CLASSES:
+        config = small_config("switchlora", train__precision=precision)
+        engine = build_engine(config, stage, mesh)
+        key = f"{precision} {stage}"
+        results["contract"][key] = internals(engine, stage)
+        for step, batch in enumerate(make_batches(config, 2)):
+            assert engine.train_step(step, micro_batches(config, batch, mesh)).healthy
+        for where in ("output", "gradient"):
+            results["poison"][f"{key} {where}"] = poisoned_step(engine, config, mesh, where)
+    named = [*engine.model.named_parameters(), *engine.method.replicated_state()]
+    results["equal"] = differing(named, mesh.group("dp"), engine.device)
+    if mesh.rank("dp") == 1:
+        engine.method.linears[BAD].weight[3, 5] += 1e-6
+        engine.method.bank.rows["B"][4].view(-1)[7] *= -1
+    results["corrupted"] = differing(named, mesh.group("dp"), engine.device)
+    results["rank"] = int(os.environ["RANK"])
+    return results
+
+
+if __name__ == "__main__":
+    worker_main(act)

@@ -1,0 +1,92 @@
+"""Runs training cases on one mesh and reports losses, norms, bytes and what the invariants say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_switchlora.methods import SwitchLora
+from tests.dist.engines import build_engine, full_rows, micro_batches, start
+from tests.dist.launch import worker_main
+from tests.plain import make_batches, small_config
+
+
+def watch_switches(engine: Any, seen: dict[str, float]) -> None:
+    """Around every switch: the function stays, and switched rows' masters equal the rows the forward uses."""
+    method = engine.method
+    original = method.before_step
+
+    def before_step(step: int) -> int:
+        earlier = [linear.effective_weight().clone() for linear in method.switching]
+        slots = {side: values.copy() for side, values in method.state.slots.items()}
+        count = original(step)
+        for layer, (linear, before) in enumerate(zip(method.switching, earlier, strict=True)):
+            change = (linear.effective_weight() - before).norm() / before.norm()
+            seen["function_change"] = max(seen["function_change"], float(change))
+            for side, factor in (("A", linear.lora_A), ("B", linear.lora_B)):
+                moved = torch.from_numpy(method.state.slots[side][layer] != slots[side][layer])
+                if moved.any():
+                    rows = full_rows(engine, factor)
+                    gap = (rows["master"][moved] - factor.detach().float()[moved]).abs().max()
+                    seen["master_gap"] = max(seen["master_gap"], float(gap))
+                    partner = full_rows(engine, linear.lora_B if side == "A" else linear.lora_A)
+                    for key in ("exp_avg", "exp_avg_sq", "row_step"):
+                        seen["reset_left"] = max(seen["reset_left"], float(partner[key][moved].abs().max()))
+        return count
+
+    method.before_step = before_step
+
+
+def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
+    config = small_config(case["method"], train__precision=case["precision"], **case.get("changes", {}))
+    engine = build_engine(config, case["stage"], mesh)
+    seen = {"function_change": 0.0, "master_gap": 0.0, "reset_left": 0.0}
+    if isinstance(engine.method, SwitchLora) and case.get("watch"):
+        watch_switches(engine, seen)
+    losses, norms, switched, dp_bytes = [], [], 0, []
+    for step, batch in enumerate(make_batches(config, case["steps"])):
+        result = engine.train_step(step, micro_batches(config, batch, mesh))
+        assert result.healthy
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+        dp_bytes.append(result.dp_bytes)
+        switched += result.switched
+    cast_gap = max(
+        float((full_rows(engine, p)["master"].to(p.dtype).float() - p.detach().float()).abs().max())
+        for p in engine.params
+    )
+    rows = [p for p in engine.params if p.rows]
+    layout = engine.optimizer.layout
+    return {
+        "losses": losses,
+        "norms": norms,
+        "switched": switched,
+        "dp_bytes": dp_bytes,
+        "trainable": sum(p.numel() for p in engine.params),
+        "wrapper": type(engine.ds.optimizer).__name__,
+        "cast_gap": cast_gap,
+        "cut_rows": sum(
+            piece.width * piece.row_count() != param.numel()
+            for param, pieces in layout.by_param.items()
+            for piece in pieces
+        ),
+        "weight_dtypes": sorted({str(b.dtype) for n, b in engine.model.named_buffers()}),
+        "param_dtypes": sorted({str(p.dtype) for p in engine.params}),
+        "state_bytes": sum(
+            tensor.numel() * tensor.element_size()
+            for master, state in engine.optimizer.state.items()
+            for tensor in state.values()
+        ),
+        "row_params": sum(p.numel() for p in rows),
+        **seen,
+    }
+
+
+def act(payload: dict[str, Any]) -> list[dict[str, Any]]:
+    mesh = start()
+    return [run_case(case, mesh) for case in payload["cases"]]
+
+
+if __name__ == "__main__":
+    worker_main(act)

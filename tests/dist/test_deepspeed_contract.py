@@ -1,0 +1,54 @@
+"""DeepSpeed 0.19.8's internals as the package relies on them, in all its optimizer classes, on two data ranks.
+
+An upgrade that moves them fails here and not in a run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.dist.launch import run_ranks
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return run_ranks(2, "tests.dist.contract_worker", {}, timeout=200)
+
+
+def test_internals_are_as_relied_upon(ranks: list) -> None:
+    for rank in ranks:
+        assert len(rank["contract"]) == 7
+        for key, facts in rank["contract"].items():
+            assert all(facts.values()), (key, facts)
+        assert "every_element_owned_once" in rank["contract"]["bf16 1f"]
+
+
+def test_a_bad_step_is_refused_on_every_rank_and_class(ranks: list) -> None:
+    for rank in ranks:
+        assert len(rank["poison"]) == 14
+        for key, seen in rank["poison"].items():
+            assert not seen["healthy"], key
+            assert seen["unchanged"], key
+
+
+def test_the_first_bad_layer_is_named(ranks: list) -> None:
+    for key, seen in ranks[0]["poison"].items():
+        if key.endswith("output"):
+            assert seen["found"] == "the output of model.layers.1.mlp.up_proj", key
+        else:
+            # the gradient of this layer's output is made bad, so its own factors are the first to get a bad one
+            assert seen["found"] is not None, key
+            assert seen["found"].startswith("the gradient of "), key
+            assert "model.layers.1" in seen["found"], key
+    assert all(seen["found"] is None for seen in ranks[1]["poison"].values())
+
+
+def test_corrupted_replicas_are_named(ranks: list) -> None:
+    for rank in ranks:
+        assert rank["equal"] == []
+        assert rank["corrupted"] == [
+            "model.layers.1.mlp.up_proj.weight differs between group rank 0 and ranks [1]",
+            "bank_B.4 differs between group rank 0 and ranks [1]",
+        ]

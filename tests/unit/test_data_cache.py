@@ -1,0 +1,173 @@
+"""The token cache: built whole or not at all, found again, rebuilt when damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_switchlora.config import DataConfig, UserError
+from megatron_switchlora.data import packing
+from megatron_switchlora.data.packing import PreparedData, open_prepared, prepare
+
+from .test_data_packing import TRAIN, config, documents, tokens
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    return config(tmp_path)
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+
+
+def no_build(*args: object, **kwargs: object) -> None:
+    raise AssertionError("built again")
+
+
+def test_second_time_opens_the_cache(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare(data)
+    before = stamps(first.folder)
+    monkeypatch.setattr(packing, "_build", no_build)
+    second = prepare(data)
+    assert stamps(second.folder) == before
+    assert (second.folder, second.unigram_val_ppl) == (first.folder, first.unigram_val_ppl)
+    third = open_prepared(first.folder)
+    assert np.array_equal(tokens(third.train), tokens(first.train))
+    assert third.tokenizer_dir == first.tokenizer_dir
+
+
+def test_other_inputs_give_other_folders(data: DataConfig) -> None:
+    folders = [prepare(data).folder]
+    data.vocab_size = 280
+    folders.append(prepare(data).folder)
+    data.tokenizer = "char"
+    folders.append(prepare(data).folder)
+    data.val_files = None
+    folders.append(prepare(data).folder)
+    os.utime(data.patterns()[0], ns=(5, 5))
+    folders.append(prepare(data).folder)
+    assert len(set(folders)) == 5
+
+
+def test_cache_dir_is_chosen(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert prepare(data).folder.parent == tmp_path / "home/.cache/megatron_switchlora"
+    data.cache_dir = "~/mine"
+    assert prepare(data).folder.parent == tmp_path / "home/mine"
+
+
+def test_leftovers_of_a_killed_build_are_no_cache(data: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**vars(data), "cache_dir": str(tmp_path / "cache")}))
+    program = (
+        "import json, os, signal, sys; from megatron_switchlora.config import DataConfig;"
+        "from megatron_switchlora.data import packing;"
+        "packing._publish = lambda *args: os.kill(os.getpid(), signal.SIGKILL);"
+        "packing.prepare(DataConfig(**json.load(open(sys.argv[1]))))"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path / "config.json")], timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    leftovers = list((tmp_path / "cache").iterdir())
+    assert len(leftovers) == 1 and leftovers[0].name.startswith(".")
+    assert (leftovers[0] / "build/meta.json").exists()  # killed just before publication
+    data.cache_dir = str(tmp_path / "cache")
+    prepared = prepare(data)
+    assert documents(prepared, prepared.train) == TRAIN
+    assert prepared.folder != leftovers[0] and leftovers[0].exists()
+
+
+def test_failed_build_leaves_nothing(data: DataConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(packing, "_unigram_perplexity", fail)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data)
+    assert list((tmp_path / "xdg/megatron_switchlora").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "gone", "meta cut", "meta gone", "tokenizer"])
+def test_damaged_cache_is_rebuilt(data: DataConfig, damage: str) -> None:
+    first = prepare(data)
+    folder, expected = first.folder, tokens(first.train).tolist()
+    victim = {"meta cut": "meta.json", "meta gone": "meta.json", "tokenizer": "tokenizer/tokenizer.json"}.get(damage)
+    path = folder / (victim or "train.npy")
+    content = path.read_bytes()
+    if damage in ("gone", "meta gone"):
+        path.unlink()
+    else:
+        path.write_bytes(content + b"\0\0" if damage == "long" else content[:-2])
+    with pytest.raises(UserError, match="not a complete data cache"):
+        open_prepared(folder)
+    again = prepare(data)
+    assert again.folder == folder
+    assert tokens(again.train).tolist() == expected
+    assert path.read_bytes() == content
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_cache_published_meanwhile_is_used(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = packing._build
+    theirs: list[PreparedData] = []
+
+    def slow(*args: object) -> None:
+        monkeypatch.setattr(packing, "_build", original)
+        theirs.append(prepare(data))
+        original(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(packing, "_build", slow)
+    ours = prepare(data)
+    before = stamps(theirs[0].folder)
+    assert ours.folder == theirs[0].folder
+    assert stamps(ours.folder) == before
+    assert ours.train._tokens.filename == theirs[0].train._tokens.filename  # type: ignore[attr-defined]
+    assert list(ours.folder.parent.iterdir()) == [ours.folder]
+
+
+def test_a_damaged_cache_published_meanwhile_gives_way(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = packing._build
+
+    def slow(*args: object) -> None:
+        original(*args)  # type: ignore[arg-type]
+        folder = packing._cache_dir(data) / packing._cache_key(data)
+        folder.mkdir()
+        (folder / "train.npy").write_bytes(b"half")
+
+    monkeypatch.setattr(packing, "_build", slow)
+    prepared = prepare(data)
+    assert documents(prepared, prepared.train) == TRAIN
+
+
+def test_unwritable_cache(data: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    data.cache_dir = str(tmp_path / "file/cache")
+    with pytest.raises(UserError, match=r"Cannot write the data cache .*file/cache .*data\.cache_dir"):
+        prepare(data)
+
+
+def test_full_disk(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(packing, "_write_header", full)
+    with pytest.raises(UserError, match=r"No space left on device.*make room"):
+        prepare(data)
+
+
+def test_mistakes_in_files_and_tokenizer_come_through(data: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "val.jsonl").write_text('{"text": "cut')
+    with pytest.raises(UserError, match=r"val\.jsonl, line 1"):
+        prepare(data)
+    data.tokenizer = "./nowhere"
+    with pytest.raises(UserError, match=r"data\.tokenizer '\./nowhere'"):  # before the corpus is read
+        prepare(data)
