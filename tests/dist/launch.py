@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -93,3 +95,6 @@ def worker_main(act: Any) -> None:
     scratch = Path(sys.argv[1])
     result = act(json.loads((scratch / "payload.json").read_text()))
     (scratch / f"result{os.environ['RANK']}.json").write_text(json.dumps(result))
+    if dist.is_initialized():  # leave together: a rank that ends while others talk can make gloo abort
+        dist.barrier()
+        dist.destroy_process_group()

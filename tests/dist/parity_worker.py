@@ -39,7 +39,7 @@ def watch_switches(engine: Any, seen: dict[str, float]) -> None:
 
 
 def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
-    config = small_config(case["method"], train__precision=case["precision"], **case.get("changes", {}))
+    config = small_config(case["method"], train__precision=case["precision"], train__seed=1, **case.get("changes", {}))
     engine = build_engine(config, case["stage"], mesh)
     seen = {"function_change": 0.0, "master_gap": 0.0, "reset_left": 0.0}
     if isinstance(engine.method, SwitchLora) and case.get("watch"):

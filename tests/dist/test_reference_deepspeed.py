@@ -21,9 +21,7 @@ def test_one_step_at_a_time(dp: int) -> None:
         print(f"\ndp {dp} {case}: " + ", ".join(f"{key} {value:.1e}" for key, value in worst.items()))
         assert worst["switched"] > 100
         assert worst["integers"] == worst["row_step"] == 0.0
-        assert worst["loss"] < 1e-6
-        assert worst["grad_norm"] < 1e-6
-        assert worst["W"] < 1e-6
-        assert worst["exp_avg"] < 1e-5
-        assert worst["exp_avg_sq"] < 1e-5
-        assert worst["master"] < 1e-5
+        for key in ("loss", "grad_norm", "W"):
+            assert worst[key] < 1e-6, key
+        for key in ("exp_avg", "exp_avg_sq", "master"):  # gradients cancel: their rounding is larger than fp32's epsilon
+            assert worst[key] < 1e-5, key

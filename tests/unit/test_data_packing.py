@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_switchlora.config import DataConfig, UserError
@@ -95,6 +96,19 @@ def test_cutting_long_documents_changes_no_token(data: DataConfig, monkeypatch: 
     cut = prepare(data)
     assert np.array_equal(tokens(cut.train), tokens(whole.train))
     assert np.array_equal(tokens(cut.val), tokens(whole.val))
+
+
+def test_a_named_tokenizer_gets_whole_documents(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare(data)
+    tokenizer = AutoTokenizer.from_pretrained(first.tokenizer_dir)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # cuts would show
+    tokenizer.save_pretrained(first.tokenizer_dir)
+    data.tokenizer = str(first.tokenizer_dir)
+    whole = tokens(prepare(data).train)
+    monkeypatch.setattr(packing, "PIECE", 7)
+    data.cache_dir = str(first.folder.parent / "other")
+    assert np.array_equal(tokens(prepare(data).train), whole)
+    assert len(whole) == first.train.num_tokens + 3  # a space before each document
 
 
 def test_pieces_make_up_the_documents() -> None:
