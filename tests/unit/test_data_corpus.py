@@ -82,7 +82,7 @@ def test_stdlib_stops_before_the_limit_and_skips_other_encodings(
     for folder in ("test", "site-packages", "pkg/tests"):
         (root / folder).mkdir(parents=True)
         (root / folder / "a.py").write_text("outside")
-    corpus = load_corpus(DataConfig(max_bytes=20 * 9 + 11 + 1), tmp_path / "scratch")
+    corpus = load_corpus(DataConfig(max_bytes=20 * 9 + 10 + 1), tmp_path / "scratch")
     assert texts(corpus.train) == [f"{i:02}-5678\r\n" for i in range(22) if i not in (3, 4, 10)]
     assert texts(corpus.val) == ["10-5678\r\n"]
 

