@@ -31,7 +31,7 @@ MODEL = (
     "--model.hidden_size 144 --model.intermediate_size 384 --model.num_layers 4 --model.num_heads 4 "
     "--train.seq_len 128 --train.micro_batch_size 16 --train.global_batch_size 16 --train.warmup_steps 50 "
     "--train.eval_interval 200 --train.device cpu --train.threads 1 --data.source files --data.tokenizer char"
-).split()
+)
 Point = tuple[float, float]
 
 
@@ -62,7 +62,10 @@ class Table:
         return float(self.runs[key]["val_loss"])
 
     def save(self) -> None:
-        self.content["machine"] = {"processor": platform.processor() or platform.machine(), "system": platform.platform()}
+        self.content["machine"] = {
+            "processor": platform.processor() or platform.machine(),
+            "system": platform.platform(),
+        }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         scratch = self.path.with_suffix(".tmp")
         scratch.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
@@ -74,7 +77,7 @@ def launch(text: Path, steps: int, rank: int, method: str, point: Point, seed: i
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
         options = [
-            *MODEL, "--data.files", str(text), "--method.name", method, "--method.rank", str(rank), "--train.steps",
+            *MODEL.split(), "--data.files", str(text), "--method.name", method, "--method.rank", str(rank), "--train.steps",
             str(steps), "--optim.lr", str(point[0]), "--optim.dense_lr", str(point[1]), "--train.seed", str(seed),
             "--output_dir", str(folder),
         ]  # fmt: skip

@@ -30,13 +30,10 @@ class LowRankLinear(nn.Module):
         self.rank, self.scaling = rank, scaling
         self.register_buffer("weight", base.weight.detach())
         row_parallel = base.shard_dim == 1
-        like = {"dtype": self.weight.dtype, "device": self.weight.device}
-        self.lora_A = declare(
-            nn.Parameter(torch.empty(rank, self.in_features, **like)), shard_dim=1 if row_parallel else None, rows=True
-        )
-        self.lora_B = declare(
-            nn.Parameter(torch.empty(rank, self.out_features, **like)), shard_dim=None if row_parallel else 1, rows=True
-        )
+        A = self.weight.new_empty(rank, self.in_features)
+        B = self.weight.new_empty(rank, self.out_features)
+        self.lora_A = declare(nn.Parameter(A), shard_dim=1 if row_parallel else None, rows=True)
+        self.lora_B = declare(nn.Parameter(B), shard_dim=None if row_parallel else 1, rows=True)
 
     def forward(self, x: Tensor) -> Tensor:
         base = F.linear(x, self.weight.to(x.dtype))

@@ -147,14 +147,14 @@ def _switch_side(
 
 def _plan_ring(config: ScheduleConfig, state: SwitchState, step: int, plan: StepPlan) -> None:
     counts = _counts(config, "A", step)
-    for layer in np.flatnonzero(counts):
+    for layer in map(int, np.flatnonzero(counts)):
         count = min(int(counts[layer]), _window_cap(config, state, layer))
         if count <= 0:
             continue
         for side in "AB":
             pointer = state.pointer[side]
             positions = (pointer[layer] + np.arange(count)) % config.rank
-            plan.switches.append(_switch_side(config, state, side, int(layer), step, positions))
+            plan.switches.append(_switch_side(config, state, side, layer, step, positions))
             pointer[layer] = (pointer[layer] + count) % config.rank
 
 

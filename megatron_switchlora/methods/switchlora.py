@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -89,10 +90,10 @@ class SwitchLora(Lora):
         """Masked rows of each factor in this step."""
         frozen: dict[nn.Parameter, Tensor] = {}
         for side in "AB":
-            masked = self.state.frozen[side] > 0
-            for layer in masked.any(axis=1).nonzero()[0]:
-                factor = self.switching[layer].lora_A if side == "A" else self.switching[layer].lora_B
-                frozen[factor] = torch.from_numpy(masked[layer].nonzero()[0])
+            for linear, left in zip(self.switching, self.state.frozen[side], strict=True):
+                rows = np.flatnonzero(left)
+                if len(rows):
+                    frozen[linear.lora_A if side == "A" else linear.lora_B] = torch.from_numpy(rows)
         return frozen
 
     def after_step(self, step: int) -> None:

@@ -52,7 +52,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], *, beta1: float, beta2: float, eps: float) -> None:
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
-        self.hyper = {"beta1": beta1, "beta2": beta2, "eps": eps}
+        self.betas, self.eps = (beta1, beta2), eps
         self.layout: Optional[RowLayout] = None
         self.frozen: dict[nn.Parameter, Tensor] = {}
         self.found_nonfinite = False
@@ -98,10 +98,10 @@ class RowAdamW(torch.optim.Optimizer):
                     self.found_nonfinite = True
                     continue
                 for piece in self.layout.by_master[master]:
-                    exp_avg, exp_avg_sq, steps = self._views(piece)
                     adamw_(
-                        piece.block(master), piece.block(master.grad), exp_avg, exp_avg_sq, steps, self._frozen_in(piece),
-                        lr=group["lr"], weight_decay=group["weight_decay"], **self.hyper,
+                        piece.block(master), piece.block(master.grad), *self._views(piece),
+                        frozen=self._frozen_in(piece), lr=group["lr"], weight_decay=group["weight_decay"],
+                        beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
                     )  # fmt: skip
 
     @torch.no_grad()

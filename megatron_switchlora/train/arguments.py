@@ -35,6 +35,7 @@ def build_parser() -> ArgumentParser:
         prog="pretrain.py",
         description="Pre-train a LLaMA with full-rank, LoRA or SwitchLoRA training under DeepSpeed.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with the run configuration.")
     parser.add_argument(

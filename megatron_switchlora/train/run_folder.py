@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-import sys
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -91,7 +90,7 @@ class RunFolder:
         self.path, self.writes = path, writes
         self.meta: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
-        self._metrics = open(path / "metrics.jsonl", "x", encoding="utf-8") if writes else None
+        self._metrics = (path / "metrics.jsonl").open("x", encoding="utf-8") if writes else None
 
     def write_config(self, config: RunConfig, ds_config: dict[str, Any]) -> None:
         if self.writes:
@@ -135,13 +134,3 @@ class RunFolder:
     def close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
-
-
-def say(rank: int, text: str) -> None:
-    """One line from rank 0."""
-    if rank == 0:
-        print(text, flush=True)
-
-
-def command_line() -> str:
-    return " ".join(sys.argv)

@@ -14,27 +14,24 @@ def closing_words(trainer: Trainer, val_loss: float, seconds: float) -> str:
     steps = [record for record in run.history if "loss" in record]
     dp = trainer.mesh.size("dp")
     lines = [
-        f"Trained a {counts.full_total / 1e6:.2f} M parameter LLaMA with {config.method.name} for {len(steps)} steps "
-        f"({steps[-1]['tokens'] / 1e6:.2f} M tokens) on {dp} data-parallel rank{'s' if dp > 1 else ''} in {seconds:.0f} s.",
-        f"Validation perplexity {math.exp(val_loss):.2f}; the training tokens' unigram model has "
-        f"{trainer.data.unigram_val_ppl:.2f} on the same text.",
-        f"Speed: {median(r['tokens_per_second'] for r in steps):,.0f} tokens a second (median step).",
-        f"Trainable: {counts.trainable:,} of {counts.full_total:,} parameters ({counts.trainable / counts.full_total:.1%}).",
+        f"Trained a LLaMA of {counts.full_total / 1e6:.2f} M parameters with {config.method.name}: {len(steps)} steps, "
+        f"{steps[-1]['tokens'] / 1e6:.2f} M tokens, {dp} data-parallel rank{'s' if dp > 1 else ''}, {seconds:.0f} s.",
+        f"Validation perplexity: {math.exp(val_loss):.2f} (unigram model of the training tokens on the same text: "
+        f"{trainer.data.unigram_val_ppl:.2f}).",
+        f"Speed: {median(record['tokens_per_second'] for record in steps):,.0f} tokens per second (median step).",
+        f"Trainable: {counts.trainable:,} of {counts.full_total:,} parameters, "
+        f"{counts.trainable / counts.full_total:.1%}.",
     ]
     if dp > 1:
-        measured = steps[-1]["dp_bytes"]
+        given = steps[-1]["dp_bytes"]
+        # full-rank training in this setting reduces the same way, over all parameters
+        full = given * counts.full_total / counts.trainable
         lines.append(
-            f"Gradient traffic: {measured / 1e6:.2f} MB a step handed to data-parallel collectives by each rank (recorded); "
-            f"full-rank training hands over {full_rank_bytes(trainer) / 1e6:.2f} MB (its gradients in the same precision)."
+            f"Gradient bytes a step and rank: {given / 1e6:.2f} MB recorded; full-rank training of this model: "
+            f"{full / 1e6:.2f} MB (by its parameter count), so {1 - given / full:.1%} saved."
         )
     lines += [
         f"Run folder: {run.path} (loss.png, metrics.jsonl, final/ for transformers).",
-        f'Next, try: .venv/bin/python tools/generate.py {run.path} "def "',
+        f'Next: .venv/bin/python tools/generate.py {run.path} "def "',
     ]
     return "\n".join(lines)
-
-
-def full_rank_bytes(trainer: Trainer) -> int:
-    """Gradient bytes a step of full-rank training in this run's setting: the measured bytes, scaled by parameters."""
-    steps = [record for record in trainer.run.history if "loss" in record]
-    return round(steps[-1]["dp_bytes"] * trainer.counts.full_total / trainer.counts.trainable)

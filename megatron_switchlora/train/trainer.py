@@ -118,8 +118,8 @@ class Trainer:
         found = differing(named, self.mesh.group("dp"), self.device)
         if found:
             raise UserError(
-                f"The data-parallel ranks do not start equal: {found[0]} ({len(found)} tensors in all). They must run the "
-                "same code, configuration and library versions."
+                f"The data-parallel ranks do not start equal: {found[0]} ({len(found)} tensors in all). They must run "
+                "the same code, configuration and library versions."
             )
 
     def _write_head(self) -> None:
@@ -148,8 +148,8 @@ class Trainer:
         )
         if self.last_step < config.train.steps:
             self.say(
-                f"the data ends after {self.last_step} of {config.train.steps} steps (train.epochs {config.train.epochs}): "
-                "the run will stop there"
+                f"the data ends after {self.last_step} of {config.train.steps} steps "
+                f"(train.epochs {config.train.epochs}): the run will stop there"
             )
 
     def say(self, text: str) -> None:
@@ -206,8 +206,8 @@ class Trainer:
             f"first bad on rank {places[0][0]}: {places[0][1]}" if places else "it did not show again in a second pass"
         )
         raise UserError(
-            f"Step {step + 1} gave loss {result.loss}, gradient norm {result.grad_norm}: not finite, so the step was not "
-            f"applied and the run stops; {place}. Lower optim.lr, lengthen train.warmup_steps or check the data. "
+            f"Step {step + 1} gave loss {result.loss}, gradient norm {result.grad_norm}: not finite, so the step was "
+            f"not applied and the run stops; {place}. Lower optim.lr, lengthen train.warmup_steps or check the data. "
             f"The records up to here are in {self.run.path}."
         )
 

@@ -80,7 +80,9 @@ def make_reference(config: RunConfig, method: Method) -> Reference:
     )
 
 
-def parameter_states(reference: Reference, method: SwitchLora) -> dict[str, tuple[torch.nn.Parameter, dict[str, Tensor]]]:
+def parameter_states(
+    reference: Reference, method: SwitchLora
+) -> dict[str, tuple[torch.nn.Parameter, dict[str, Tensor]]]:
     """For each trainable tensor: the package's parameter and the reference's state, in the package's layout."""
     found = {}
     for name, linear in method.linears.items():

@@ -107,8 +107,8 @@ class Reference:
         self.slot_of_B: dict[str, list[int]] = {}
         self.frozen_left_A = {name: [0] * r for name in self.names}
         self.frozen_left_B = {name: [0] * r for name in self.names}
-        self.pointer_A = {name: 0 for name in self.names}
-        self.pointer_B = {name: r // 2 for name in self.names}
+        self.pointer_A = dict.fromkeys(self.names, 0)
+        self.pointer_B = dict.fromkeys(self.names, r // 2)
         for name in self.names:
             m, n = self.W[name].shape
             c = min(m, n)

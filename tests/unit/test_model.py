@@ -26,7 +26,9 @@ SHAPES = {
 
 
 def make_model(**changes: object) -> LlamaForCausalLM:
-    config = ModelConfig(hidden_size=64, intermediate_size=100, num_layers=3, num_heads=4, initializer_range=0.1, **changes)
+    config = ModelConfig(
+        hidden_size=64, intermediate_size=100, num_layers=3, num_heads=4, initializer_range=0.1, **changes
+    )
     model = LlamaForCausalLM(config, VOCAB)
     initialize_weights(model, seed=3)
     return model

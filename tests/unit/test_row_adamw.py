@@ -32,14 +32,18 @@ def make(params: list[nn.Parameter], lr: float = 0.02, weight_decay: float = 0.0
 def random_gradients(params: list[nn.Parameter], step: int) -> None:
     generator = torch.Generator().manual_seed(100 + step)
     for param in params:
-        param.grad = torch.randn(param.shape, generator=generator) * 10.0 ** torch.randint(-9, 3, (1,), generator=generator)
+        param.grad = torch.randn(param.shape, generator=generator) * 10.0 ** torch.randint(
+            -9, 3, (1,), generator=generator
+        )
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_equals_torch_adamw_bit_for_bit(weight_decay: float) -> None:
     ours, theirs = parameters(), [nn.Parameter(p.detach().clone()) for p in parameters()]
     optimizer = make(ours, weight_decay=weight_decay)
-    reference = torch.optim.AdamW(theirs, lr=0.02, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, foreach=True)
+    reference = torch.optim.AdamW(
+        theirs, lr=0.02, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, foreach=True
+    )
     for step in range(300):
         lr = 0.02 * lr_factor(step, 20, 300)
         optimizer.param_groups[0]["lr"] = reference.param_groups[0]["lr"] = lr
@@ -113,7 +117,9 @@ def test_first_update_after_a_freeze(freeze: int, size: float) -> None:
 
 def test_a_cut_row_equals_a_whole_one() -> None:
     """Two partitions, cut in the middle of a row, step as one: values, resets, freezes and rewrites."""
-    whole = declare(nn.Parameter(torch.randn(6, 10, generator=torch.Generator().manual_seed(0))), shard_dim=None, rows=True)
+    whole = declare(
+        nn.Parameter(torch.randn(6, 10, generator=torch.Generator().manual_seed(0))), shard_dim=None, rows=True
+    )
     reference = make([whole])
     split = declare(nn.Parameter(whole.detach().clone()), shard_dim=None, rows=True)
     for cut in (1, 10, 25, 37, 59):

@@ -10,7 +10,14 @@ import pytest
 from megatron_switchlora.lowrank.schedule import ScheduleConfig, end_step, initial_state, plan_step, switch_rate
 
 BASE = ScheduleConfig(
-    candidates=(16, 40, 40, 9), rank=8, interval0=10, ratio=1.0, total_steps=4000, freeze_steps=5, selection="ring", seed=3
+    candidates=(16, 40, 40, 9),
+    rank=8,
+    interval0=10,
+    ratio=1.0,
+    total_steps=4000,
+    freeze_steps=5,
+    selection="ring",
+    seed=3,
 )
 VARIANTS = [
     BASE,

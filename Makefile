@@ -1,0 +1,32 @@
+# The two commands: `make pretrain` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: pretrain test test-full checks clean
+
+pretrain: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/cpu_quickstart.yaml --ds_config ds_configs/zero1.json
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: $(STAMP)
+	$(BIN)/python -m pytest
+
+checks: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# An interrupted installation leaves no stamp and is done again.
+$(STAMP): requirements.txt requirements-dev.txt pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed, this is " + sys.version'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

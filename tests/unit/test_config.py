@@ -1,0 +1,184 @@
+"""Configuration and command line: values arrive, mistakes get the rule, the values and what to change."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_switchlora.config import RunConfig, UserError, validate
+from megatron_switchlora.parallel.mesh import mesh_sizes
+from megatron_switchlora.parallel.ranks import Ranks, complete_environment, discover_ranks
+from megatron_switchlora.train.arguments import parse_arguments
+from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
+from megatron_switchlora.train.run_folder import create_folder
+
+ISSUE_LINE = (
+    "--method.name switchlora --method.rank 24 --method.interval0 40 --optim.lr 0.02 --optim.dense_lr 0.02 "
+    "--train.steps 600 --train.warmup_steps 50 --train.seq_len 128 --train.micro_batch_size 8 "
+    "--train.global_batch_size 32 --train.seed 0 --model.hidden_size 144 --model.intermediate_size 384 "
+    "--model.num_layers 4 --model.num_heads 4 --data.source files --data.files a*.json.gz --data.tokenizer char "
+    "--output_dir DIR"
+)
+
+
+def test_options_reach_the_configuration() -> None:
+    config = parse_arguments(ISSUE_LINE.split()).config
+    assert (config.method.rank, config.optim.dense_lr, config.train.global_batch_size) == (24, 0.02, 32)
+    assert config.data.patterns() == ["a*.json.gz"]
+    assert config.output_dir == "DIR"
+
+
+def test_options_override_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("method:\n  rank: 8\noptim:\n  lr: 1e-3\ndata:\n  source: files\n  files: [a, b]\n")
+    parsed = parse_arguments(["--config", str(path), "--method.rank", "9", "--ds_config", "x.json"])
+    assert (parsed.config.method.rank, parsed.config.optim.lr, parsed.ds_config) == (9, 0.001, "x.json")
+    assert parsed.config.data.patterns() == ["a", "b"]
+    assert parsed.config.train.steps == RunConfig().train.steps
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong", "right"),
+    [("optim:\n  lrr: 1\n", "optim.lrr", "optim.lr"), ("trian:\n  steps: 1\n", "trian.steps", "train.steps"),
+     ("method:\n  intervall0: 3\n", "method.intervall0", "method.interval0")],
+)  # fmt: skip
+def test_unknown_yaml_keys_name_the_nearest(tmp_path: Path, text: str, wrong: str, right: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"{re.escape(wrong)}'.*did you mean '{re.escape(right)}'"):
+        parse_arguments(["--config", str(path)])
+
+
+def test_unknown_options_name_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"'train.step'.*'train.steps'"):
+        parse_arguments(["--train.step", "3"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model.num_heads 5", r"hidden_size 144 must be a multiple of model.num_heads 5"),
+        ("--model.hidden_size 12 --method.rank 4", r"head size 3 .* must be even"),
+        ("--model.num_kv_heads 3", r"num_heads 4 must be a multiple of model.num_kv_heads 3"),
+        ("--method.rank 145", r"method.rank must be between 1 and .* 144; it is 145"),
+        ("--method.rank 40 --model.num_kv_heads 1", r"here 36; it is 40"),
+        ("--method.rank 1", r"rank 1 cannot switch"),
+        ("--method.interval0 9", r"at least 2 \* method.freeze_steps.* 9 and 5"),
+        ("--method.switch_ratio 0", r"switch_ratio must be positive"),
+        ("--train.warmup_steps 700", r"between 0 and train.steps 600; it is 700"),
+        ("--train.micro_batch_size 0", r"micro_batch_size must be at least 1, not 0"),
+        ("--optim.lr 0", r"optim.lr must be positive"),
+        ("--optim.beta2 1", r"beta2 must lie in \[0, 1\)"),
+        ("--parallel.tp 2", r"parallel.tp 2 is not supported yet: the mesh is 1 x dp x 1"),
+        ("--parallel.lte_heads 4", r"lte_heads 4 is not supported yet"),
+        ("--data.source files", r"needs data.files"),
+        ("--data.files x", r"belong to data.source files"),
+        ("--data.vocab_size 100", r"at least 257"),
+        ("--method.name lorra", r"method.name"),
+        ("--train.steps many", r"train.steps"),
+        ("--config /nowhere/x.yaml", r"/nowhere/x.yaml"),
+        ("stray", r"stray"),
+    ],
+)
+def test_refusals(arguments: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_arguments(arguments.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"zero_optimization": {"stage": 3}}, r"stage must be 0, 1 or 2, it is 3.*zero2.json"),
+        ({"optimizer": {"type": "AdamW"}}, r"sets 'optimizer'"),
+        ({"scheduler": {"type": "WarmupLR"}}, r"sets 'scheduler'"),
+        ({"fp16": {"enabled": True}}, r"enables 'fp16'"),
+        ({"zero_optimization": {"stage": 1, "round_robin_gradients": True}}, r"round_robin_gradients"),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+            r"offload_optimizer.device 'cpu'",
+        ),
+        ({"train_batch_size": 64}, r"train_batch_size to 64, .* says 32 \(train.global_batch_size\)"),
+        ({"train_micro_batch_size_per_gpu": 4}, r"to 4, .* says 8 \(train.micro_batch_size\)"),
+        ({"gradient_accumulation_steps": 4}, r"to 4, .* says 2"),
+        ({"gradient_clipping": 0.5}, r"gradient_clipping to 0.5, .* says 1.0 \(optim.clip\)"),
+        ({"bf16": {"enabled": True}}, r"bf16.enabled to True, but train.precision is 'fp32'"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, r"grad_accum_dtype 'bf16' does not go with"),
+        ({"zero_optimization": [1]}, r"must be an object"),
+    ],
+)
+def test_contradicting_deepspeed_json(given: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve_ds_config(given, RunConfig(), dp=2)
+
+
+def test_deepspeed_json_is_filled_in() -> None:
+    given = {"zero_optimization": {"stage": 2}, "train_batch_size": "auto", "gradient_clipping": 1.0, "wandb": {"x": 1}}
+    resolved = resolve_ds_config(given, RunConfig(), dp=4)
+    assert resolved["train_batch_size"] == 32
+    assert resolved["gradient_accumulation_steps"] == 1
+    assert resolved["bf16"] == {"enabled": False}
+    assert resolved["wandb"] == {"x": 1}
+    assert given["train_batch_size"] == "auto"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", None])
+def test_unreadable_deepspeed_json(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "ds.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        read_ds_config(str(path))
+
+
+def test_batch_that_does_not_split() -> None:
+    with pytest.raises(
+        UserError, match=r"global_batch_size 32 must be a multiple of .* 8 x 3 data-parallel ranks = 24"
+    ):
+        resolve_ds_config({}, RunConfig(), dp=3)
+
+
+def test_world_that_does_not_fit_the_mesh() -> None:
+    config = RunConfig()
+    config.parallel.tp = 2
+    with pytest.raises(UserError, match=r"world of 3 ranks must be a multiple"):
+        mesh_sizes(config.parallel, 3)
+
+
+def test_ranks_from_the_environment() -> None:
+    full = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert discover_ranks({**full, "LOCAL_SIZE": "2"}) == Ranks(3, 4, 1, 2)
+    assert discover_ranks({}) == Ranks()
+    with pytest.raises(UserError, match="not MASTER_ADDR"):
+        discover_ranks({key: value for key, value in full.items() if key != "MASTER_ADDR"})
+    with pytest.raises(UserError, match="whole numbers"):
+        discover_ranks({**full, "RANK": "x"})
+    with pytest.raises(UserError, match="below their group"):
+        discover_ranks({**full, "RANK": "4"})
+    alone: dict[str, str] = {}
+    complete_environment(alone)
+    assert discover_ranks(alone) == Ranks()
+
+
+def test_used_output_folder_is_refused(tmp_path: Path) -> None:
+    create_folder(tmp_path / "new" / "run")
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"already holds a run \(metrics.jsonl\)"):
+        create_folder(tmp_path)
+    with pytest.raises(UserError, match="cannot be written"):
+        create_folder(tmp_path / "metrics.jsonl" / "below")
+
+
+def test_shipped_files_load() -> None:
+    root = Path(__file__).resolve().parents[2]
+    yamls, jsons = sorted((root / "launch" / "configs").glob("*.yaml")), sorted((root / "ds_configs").glob("*.json"))
+    assert yamls and len(jsons) >= 4
+    for path in yamls:
+        config = parse_arguments(["--config", str(path)]).config
+        validate(config)
+        for ds_path in jsons:
+            config.train.precision = "bf16" if "fp32_accum" in ds_path.name else "fp32"
+            resolved = resolve_ds_config(read_ds_config(str(ds_path)), config, dp=2)
+            json.dumps(resolved)

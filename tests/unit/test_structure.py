@@ -1,0 +1,80 @@
+"""The house rules that can be checked: imports point one way, files stay small, nothing is unpickled."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "megatron_switchlora"
+# A layer may import itself and those listed after it in its row.
+ALLOWED = {
+    "config": set(),
+    "parallel": {"config"},
+    "lowrank": {"parallel", "config"},
+    "optim": {"parallel", "config"},
+    "model": {"parallel", "config"},
+    "data": {"config"},
+    "methods": {"lowrank", "optim", "model", "parallel", "config"},
+    "train": {"methods", "lowrank", "optim", "model", "data", "parallel", "config"},
+}
+
+
+def sources() -> list[Path]:
+    return [path for folder in (PACKAGE, "launch", "tools", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    """Absolute names of the modules a file imports."""
+    names = set()
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(parts[: len(parts) - node.level]) if node.level else ""
+            names.add(".".join(filter(None, (base, node.module))))
+    return names
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(ROOT / PACKAGE).with_suffix("").parts[0]
+
+
+def test_imports_point_one_way() -> None:
+    checked = 0
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        if path.parent == ROOT / PACKAGE and path.stem == "__init__":
+            continue
+        own = layer(path)
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] in ("launch", "tools", "tests"):
+                raise AssertionError(f"{path} imports {name}")
+            if parts[0] == PACKAGE and len(parts) > 1 and parts[1] != own:
+                assert parts[1] in ALLOWED[own], f"{path} imports {name}: {own} may import {sorted(ALLOWED[own])}"
+                checked += 1
+    assert checked > 30
+
+
+def test_only_the_engine_imports_deepspeed() -> None:
+    users = {
+        str(path.relative_to(ROOT))
+        for path in sources()
+        if any(name.split(".")[0] == "deepspeed" for name in imported(path)) and "tests" not in path.parts
+    }
+    assert users == {f"{PACKAGE}/train/engine.py"}
+
+
+def test_files_stay_small() -> None:
+    long = {str(path): n for path in sources() if (n := len(path.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_nothing_is_unpickled() -> None:
+    for path in sources():
+        if "tests" in path.parts:
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert "import pickle" not in text and "allow_pickle=True" not in text, path
+        assert "torch.load(" not in text or "weights_only=True" in text, path
