@@ -77,8 +77,8 @@ def launch(text: Path, steps: int, rank: int, method: str, point: Point, seed: i
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
         options = [
-            *MODEL.split(), "--data.files", str(text), "--method.name", method, "--method.rank", str(rank), "--train.steps",
-            str(steps), "--optim.lr", str(point[0]), "--optim.dense_lr", str(point[1]), "--train.seed", str(seed),
+            *MODEL.split(), "--data.files", str(text), "--method.name", method, "--method.rank", str(rank),
+            "--train.steps",            str(steps), "--optim.lr", str(point[0]), "--optim.dense_lr", str(point[1]), "--train.seed", str(seed),
             "--output_dir", str(folder),
         ]  # fmt: skip
         command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *options]
