@@ -8,11 +8,14 @@ A mistake in the input is told once, by rank 0, and ends every rank with status 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 from megatron_switchlora.config import UserError, require
 from megatron_switchlora.parallel.agree import PeerError
@@ -20,6 +23,30 @@ from megatron_switchlora.parallel.ranks import Ranks, discover_ranks
 from megatron_switchlora.train.arguments import Arguments, parse_arguments
 from megatron_switchlora.train.device import choose_device
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, or the launcher's SIGTERM."""
+
+
+def stop_on_signals() -> None:
+    """Raise `Stopped` on the first SIGINT or SIGTERM (launchers send both), ignore the others."""
+
+    def stop(number: int, _frame: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(signal.Signals(number).name)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process now. Left to the interpreter, gloo's threads sometimes abort it when a peer is gone already."""
+    atexit._run_exitfuncs()  # what libraries (W&B, TensorBoard) want to flush
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @contextlib.contextmanager
@@ -30,16 +57,14 @@ def told_once(rank: int) -> Iterator[None]:
     except UserError as error:
         if rank == 0:  # every rank raises it: what one rank alone finds goes through agree.on_one_rank
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        leave(2)
     except PeerError:
-        sys.exit(2)
-    except KeyboardInterrupt:
+        leave(2)
+    except Stopped as stop:
         if rank == 0:
-            print(
-                "\ninterrupted: all ranks stop; the records so far are in the run folder", file=sys.stderr, flush=True
-            )
-        sys.stdout.flush()
-        os._exit(130)  # peers may wait in a collective for ever: no clean-up that needs them
+            text = f"stopped by {stop}: all ranks end; the records so far are in the run folder"
+            print(f"\n{text}", file=sys.stderr, flush=True)
+        leave(130)
 
 
 def check_early(arguments: Arguments, ranks: Ranks) -> None:
@@ -80,10 +105,12 @@ def main() -> None:
         return  # rank 0 prints
     rank = int(os.environ.get("RANK") or 0)
     with told_once(rank):
+        stop_on_signals()
         ranks = discover_ranks(os.environ)
         arguments = parse_arguments(sys.argv[1:])
         check_early(arguments, ranks)
         run(arguments, ranks)
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -76,11 +76,11 @@ def launch(text: Path, steps: int, rank: int, method: str, point: Point, seed: i
     """Run the trainer in a throw-away folder; its last records."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
-        options = [
-            *MODEL.split(), "--data.files", str(text), "--method.name", method, "--method.rank", str(rank),
-            "--train.steps",            str(steps), "--optim.lr", str(point[0]), "--optim.dense_lr", str(point[1]), "--train.seed", str(seed),
-            "--output_dir", str(folder),
-        ]  # fmt: skip
+        chosen = {
+            "data.files": text, "method.name": method, "method.rank": rank, "train.steps": steps, "optim.lr": point[0],
+            "optim.dense_lr": point[1], "train.seed": seed, "output_dir": folder,
+        }  # fmt: skip
+        options = [*MODEL.split(), *(word for key, value in chosen.items() for word in (f"--{key}", str(value)))]
         command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *options]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

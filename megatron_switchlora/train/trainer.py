@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -97,6 +98,7 @@ class Trainer:
         self.val_store = self.data.val.samples(train.seq_len)
         order = BatchOrder(len(self.train_store), train.global_batch_size, train.seed)
         self.loader = TrainLoader(self.train_store, order, train.micro_batch_size, self.mesh.rank("dp"), dp)
+        self._validation_batches()  # refuses a validation set without a sample
         available = order.batches_in(train.epochs) if train.epochs else train.steps
         self.last_step = min(train.steps, available)
 
@@ -159,11 +161,12 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Validation loss, in nats a token."""
-        train = self.config.train
-        batches = eval_batches(
-            self.val_store, train.micro_batch_size, self.mesh.rank("dp"), self.mesh.size("dp"), train.eval_samples
-        )
-        return self.engine.evaluate(batches)
+        return self.engine.evaluate(self._validation_batches())
+
+    def _validation_batches(self) -> Iterator[torch.Tensor]:
+        """This data rank's share of the validation samples."""
+        size, limit = self.config.train.micro_batch_size, self.config.train.eval_samples
+        return eval_batches(self.val_store, size, self.mesh.rank("dp"), self.mesh.size("dp"), limit)
 
     def _evaluate_and_log(self, step: int) -> float:
         loss = self.evaluate()

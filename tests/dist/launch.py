@@ -7,6 +7,7 @@ when it returns, ended by their ids.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -43,14 +44,30 @@ def clean_environment(scratch: Path) -> dict[str, str]:
     return env
 
 
+def descendants(pid: int) -> list[int]:
+    """Processes, not yet ended, that `pid` started, and those started by them (torchrun's have their own sessions)."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                if fields[0] != "Z":
+                    parents.setdefault(int(fields[1]), []).append(int(entry.name))
+    found, queue = [], [pid]
+    while queue:
+        children = parents.get(queue.pop(), [])
+        found += children
+        queue += children
+    return found
+
+
 def end(processes: list[subprocess.Popen]) -> None:
-    """Kill the process groups that were started here and reap them."""
+    """Kill what was started here, by id, and reap it."""
     for process in processes:
         if process.poll() is None:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            for pid in [process.pid, *descendants(process.pid)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         process.wait()
 
 

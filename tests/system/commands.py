@@ -1,0 +1,92 @@
+"""Run the user's command lines in a throw-away folder and look at what is left."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from tests.dist.launch import REPOSITORY, clean_environment, end, free_port
+
+BIN = Path(sys.executable).parent
+SMALL = (  # noqa: SIM905
+    "--model.hidden_size 32 --model.intermediate_size 48 --model.num_layers 2 --model.num_heads 2 --method.rank 6 "
+    "--method.interval0 4 --method.freeze_steps 2 --train.steps 12 --train.warmup_steps 3 --train.seq_len 32 "
+    "--train.micro_batch_size 2 --train.global_batch_size 8 --train.eval_interval 6 --train.threads 1 --optim.lr 0.01 "
+    "--train.device cpu --data.source files --data.vocab_size 300"
+).split()
+
+
+def write_corpus(folder: Path) -> Path:
+    """Two of Python's own sources as text files."""
+    folder.mkdir(exist_ok=True)
+    for module in (argparse, textwrap):
+        source = Path(str(module.__file__))
+        (folder / f"{source.stem}.txt").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    return folder
+
+
+class Place:
+    """A scratch folder with a corpus, a private cache and a run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.corpus = write_corpus(folder / "corpus")
+        self.env = {**clean_environment(folder), "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONUNBUFFERED": "1"}
+        self.env["PATH"] = f"{BIN}:{self.env['PATH']}"
+
+    def options(self, run: str, *more: str) -> list[str]:
+        return [*SMALL, "--data.files", f"{self.corpus}/*.txt", "--output_dir", str(self.folder / run), *more]
+
+    def command(self, launcher: str, arguments: list[str]) -> list[str]:
+        """The line a user would type under a launcher: deepspeed, torchrun or alone."""
+        script = str(REPOSITORY / "launch" / "pretrain.py")
+        port = str(free_port())
+        lines = {
+            "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port, script],
+            "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", port, script],
+            "alone": [sys.executable, script],
+        }
+        return lines[launcher] + arguments
+
+    def start(self, launcher: str, arguments: list[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(launcher, arguments), env=self.env, cwd=self.folder, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, launcher: str, arguments: list[str], timeout: float = 120) -> tuple[int, str]:
+        """Exit status and output; everything started is gone afterwards."""
+        process = self.start(launcher, arguments)
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        finally:
+            end([process])
+        return process.returncode, output
+
+    def run_pair(self, arguments: list[str], timeout: float = 60) -> tuple[list[int], str]:
+        """Two ranks without a launcher that would repeat their words: statuses and both outputs."""
+        world = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+        }
+        processes = [
+            subprocess.Popen(
+                self.command("alone", arguments), env={**self.env, **world, "RANK": rank, "LOCAL_RANK": rank},
+                cwd=self.folder, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            ) for rank in "01"
+        ]  # fmt: skip
+        try:
+            outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+        finally:
+            end(processes)
+        return [process.returncode for process in processes], "".join(outputs)
+
+    def records(self, run: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,198 @@
+"""The main job as users type it: under deepspeed, torchrun and alone; what it leaves; what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from megatron_switchlora.data.loader import eval_batches
+from megatron_switchlora.data.packing import open_prepared
+from tests.dist.launch import REPOSITORY
+from tests.system.commands import Place
+
+ZERO1 = ["--ds_config", str(REPOSITORY / "ds_configs" / "zero1.json")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("system"))
+
+
+@pytest.fixture(scope="module")
+def finished(place: Place) -> str:
+    """A finished run under the deepspeed launcher; returns its output."""
+    status, output = place.run("deepspeed", place.options("run", *ZERO1))
+    assert status == 0, output
+    return output
+
+
+def test_terminal_output(finished: str) -> None:
+    assert finished.count("step     12/12  loss") == 1
+    for words in ("Trained a LLaMA", "Validation perplexity", "tokens per second", "Trainable:", "Gradient bytes",
+                  "Run folder:", "tools/generate.py"):  # fmt: skip
+        assert finished.count(words) == 1, words
+    assert "Traceback" not in finished
+
+
+def test_run_folder(place: Place, finished: str) -> None:
+    run = place.folder / "run"
+    names = {path.name for path in run.iterdir()}
+    assert names == {"config.yaml", "ds_config.json", "metrics.jsonl", "meta.json", "loss.png", "tokenizer", "final"}
+    assert (run / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    meta = json.loads((run / "meta.json").read_text())
+    assert meta["finished"] and meta["mesh"] == {"lte": 1, "dp": 2, "tp": 1}
+    assert meta["versions"]["deepspeed"] == "0.19.8"
+    assert json.loads((run / "ds_config.json").read_text())["gradient_accumulation_steps"] == 2
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "tokenizer")
+    assert tokenizer.decode(tokenizer("def f(x):\n    pass")["input_ids"]) == "def f(x):\n    pass"
+
+
+def test_metrics(place: Place, finished: str) -> None:
+    records = place.records("run")
+    steps = [r for r in records if "loss" in r]
+    evaluations = [r for r in records if "val_loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 13))
+    assert [r["step"] for r in evaluations] == [0, 6, 12]
+    assert records[0] == evaluations[0]
+    for record in steps:
+        assert set(record) == {"step", "loss", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second",
+                               "peak_memory_bytes", "dp_bytes", "switched"}  # fmt: skip
+        assert record["tokens"] == record["step"] * 8 * 32
+    meta = json.loads((place.folder / "run" / "meta.json").read_text())
+    assert steps[0]["dp_bytes"] == 4 * meta["parameters"]["trainable"]
+    assert sum(r["switched"] for r in steps) > 20
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.3
+    assert evaluations[-1]["val_ppl"] == pytest.approx(math.exp(evaluations[-1]["val_loss"]))
+
+
+def test_final_model_in_transformers_has_the_same_validation_loss(place: Place, finished: str) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(place.folder / "run" / "final")
+    (cache,) = [p for p in (place.folder / "cache" / "megatron_switchlora").iterdir() if not p.name.startswith(".")]
+    total, count = 0.0, 0
+    for tokens in eval_batches(open_prepared(cache).val.samples(32), 8, 0, 1):
+        with torch.no_grad():
+            logits = model(tokens[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+        total, count = total + loss.item(), count + tokens[:, 1:].numel()
+    recorded = [r for r in place.records("run") if "val_loss" in r][-1]["val_loss"]
+    print(f"\ntransformers {total / count:.8f}, recorded {recorded:.8f}")
+    assert total / count == pytest.approx(recorded, abs=1e-5)
+
+
+@pytest.mark.parametrize("launcher", ["alone", "torchrun"])
+def test_evaluate_only_repeats_the_number(place: Place, finished: str, launcher: str) -> None:
+    arguments = ["--evaluate_only", "--output_dir", str(place.folder / "run")]
+    if launcher == "alone":
+        arguments += ["--train.threads", "1"]
+    status, output = place.run(launcher, arguments)
+    assert status == 0, output
+    recorded = [r for r in place.records("run") if "val_loss" in r][-1]["val_loss"]
+    (said,) = [line for line in output.splitlines() if "validation loss" in line]
+    assert float(said.split("validation loss ")[1].split(",")[0]) == pytest.approx(recorded, abs=1e-5)
+
+
+@pytest.mark.parametrize("launcher", ["alone", "torchrun"])
+def test_other_launchers_train_the_same(place: Place, finished: str, launcher: str) -> None:
+    """One process and torchrun's two see the same batches and switches as deepspeed's two."""
+    run = f"run_{launcher}"
+    status, output = place.run(launcher, place.options(run, "--optim.lr", "0.01"))
+    assert status == 0, output
+    for mine, theirs in zip(place.records(run), place.records("run"), strict=True):
+        for key in ("loss", "val_loss", "grad_norm"):
+            if key in theirs:
+                assert mine[key] == pytest.approx(theirs[key], rel=1e-5), (key, mine["step"])
+        assert mine.get("switched") == theirs.get("switched")
+
+
+def test_generate(place: Place, finished: str) -> None:
+    command = [sys.executable, str(REPOSITORY / "tools" / "generate.py"), str(place.folder / "run"), "def "]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=place.env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def ") and len(done.stdout) > 20
+    command[2] = str(place.folder)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=place.env, check=False)
+    assert done.returncode == 2 and "holds a model" in done.stderr
+
+
+def test_a_used_folder_is_refused_and_untouched(place: Place, finished: str) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (place.folder / "run").rglob("*")}
+    status, output = place.run("deepspeed", place.options("run", *ZERO1))
+    assert status != 0
+    assert output.count("already holds a run") == 1
+    assert {p: p.stat().st_mtime_ns for p in (place.folder / "run").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--method.rang", "6"], "did you mean 'method.rank'"),
+        (["--model.num_heads", "3"], "must be a multiple of model.num_heads 3"),
+        (["--train.global_batch_size", "6"], "train.global_batch_size 6 must be a multiple of"),
+        (["--data.files", "nowhere/*.txt"], "nowhere/*.txt"),
+        (["--data.val_fraction", "0.0001"], "validation"),
+        (["--train.global_batch_size", "8192"], "8192"),
+        (["--ds_config", "zero3.json"], "stage must be 0, 1 or 2"),
+    ],
+)
+def test_mistakes_are_told_once_and_end_every_rank(place: Place, more: list[str], message: str) -> None:
+    (place.folder / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
+    run = f"refused_{abs(hash(tuple(more)))}"
+    statuses, output = place.run_pair(place.options(run, *more))
+    assert statuses == [2, 2]
+    assert output.count("error: ") == 1, output
+    assert message in output
+    assert "Traceback" not in output, output
+    assert not (place.folder / run).exists()
+
+
+def test_a_run_that_blows_up_names_step_and_layer(place: Place) -> None:
+    more = ["--optim.lr", "1e20", "--optim.clip", "0", "--train.warmup_steps", "0", "--method.name", "full"]
+    status, output = place.run("deepspeed", place.options("blown", *more))
+    assert status != 0
+    assert output.count("error: ") == 1, output
+    assert "Step 2 gave loss" in output and "first bad on rank 0: the output of model.layers.0" in output, output
+
+
+def test_print_config_and_help_appear_once(place: Place) -> None:
+    status, output = place.run("torchrun", ["--print_config", "--method.rank", "11"])
+    assert status == 0
+    assert output.count("rank: 11") == 1
+    assert place.run("alone", ["--help"])[1].count("--optim.dense_lr") == 2  # usage line and help
+
+
+def test_monitor_and_end_of_data(place: Place) -> None:
+    """TensorBoard files appear when the JSON asks; train.epochs ends the run in plain words."""
+    events = place.folder / "events"
+    ds = {
+        "zero_optimization": {"stage": 0},
+        "tensorboard": {"enabled": True, "output_path": str(events), "job_name": "j"},
+    }
+    (place.folder / "tb.json").write_text(json.dumps(ds))
+    more = ["--ds_config", "tb.json", "--train.epochs", "1", "--train.steps", "5000", "--method.name", "lora"]
+    more += ["--train.global_batch_size", "128", "--train.eval_interval", "1000"]
+    status, output = place.run("alone", place.options("monitored", *more))
+    assert status == 0, output
+    last = [r for r in place.records("monitored") if "loss" in r][-1]["step"]
+    assert f"the data ends after {last} of 5000 steps (train.epochs 1)" in output
+    assert list((events / "j").glob("events*"))
+
+
+def test_bf16_run(place: Place) -> None:
+    """bf16 through the trainer: exported model and recorded loss agree to bf16's precision."""
+    ds = str(REPOSITORY / "ds_configs" / "zero1_fp32_accum.json")
+    status, output = place.run("alone", place.options("bf16", "--train.precision", "bf16", "--ds_config", ds))
+    assert status == 0, output
+    fp32 = place.records("run")[-1]["val_loss"] if (place.folder / "run").exists() else None
+    mine = place.records("bf16")[-1]["val_loss"]
+    if fp32 is not None:
+        assert mine == pytest.approx(fp32, rel=0.01)
+    state = transformers.AutoModelForCausalLM.from_pretrained(place.folder / "bf16" / "final").state_dict()
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+    assert Path(place.folder / "bf16" / "loss.png").exists()
