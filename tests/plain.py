@@ -49,12 +49,13 @@ def make_batches(config: RunConfig, steps: int, seed: int = 1) -> list[Tensor]:
 class PlainRun:
     """Model, method and optimizer in one process; `step` mirrors `train.engine.Engine.train_step`."""
 
-    def __init__(self, config: RunConfig, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: RunConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         self.config = config
         model = LlamaForCausalLM(config.model, VOCAB)
         initialize_weights(model, config.train.seed)
         self.model = model.to(dtype)
         self.method = build_method(config, self.model)
+        self.model.to(device)
         optim = config.optim
         self.optimizer = RowAdamW(self.method.param_groups(), beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps)
         self.params = [param for group in self.optimizer.param_groups for param in group["params"]]
