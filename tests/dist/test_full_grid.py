@@ -1,0 +1,53 @@
+"""The wider grid of `make test-full`: selections, weight decay, checkpointing, host bank, classic init, all in bf16 too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.dist.launch import run_ranks
+from tests.dist.test_zero_parity import BF16_STAGES, STAGES, worst
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full", "changes": {"optim__weight_decay": 0.1}},
+    "classic": {"method": "lora", "changes": {"method__init": "classic"}},
+    "random": {"method": "switchlora", "changes": {"method__selection": "random"}},
+    "independent": {"method": "switchlora", "changes": {"method__selection": "independent"}},
+    "decay": {"method": "switchlora", "changes": {"optim__weight_decay": 0.1, "method__freeze_steps": 0}},
+    "tied": {"method": "switchlora", "changes": {"model__tie_embeddings": True, "method__bank_device": "host"}},
+    "checkpointing": {"method": "switchlora", "changes": {"train__activation_checkpointing": True}},
+    "no clip": {"method": "switchlora", "changes": {"optim__clip": 0.0, "optim__dense_lr": 0.0005}},
+}
+CASES = [
+    {"name": name, "stage": stage, "precision": precision, "steps": 20, **variant}
+    for name, variant in VARIANTS.items()
+    for precision, stages in (("fp32", STAGES), ("bf16", BF16_STAGES))
+    for stage in stages
+]
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[int, list[dict[str, Any]]]:
+    return {dp: run_ranks(dp, "tests.dist.parity_worker", {"cases": CASES}, timeout=420)[0] for dp in (1, 2)}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_mesh_and_stage_agrees(results: dict, name: str) -> None:
+    runs = {
+        (dp, case["precision"], case["stage"]): run
+        for dp, found in results.items()
+        for case, run in zip(CASES, found, strict=True)
+        if case["name"] == name
+    }
+    base = runs[1, "fp32", "0"]
+    assert len(runs) == 2 * (len(STAGES) + len(BF16_STAGES))
+    gaps = {"fp32": 0.0, "bf16": 0.0}
+    for (_, precision, _), run in runs.items():
+        assert run["switched"] == base["switched"]
+        assert run["cast_gap"] == 0.0
+        gaps[precision] = max(gaps[precision], worst(run["losses"], base["losses"]))
+    print(f"\n{name}: losses within {gaps['fp32']:.1e} (fp32), {gaps['bf16']:.1e} (bf16) of fp32 at stage 0")
+    assert gaps["fp32"] < 1e-6
+    assert gaps["bf16"] < 5e-3
