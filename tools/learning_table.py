@@ -2,10 +2,10 @@
 """Full-rank, LoRA and SwitchLoRA on Tiny Shakespeare, each at swept rates, three seeds: prints the table.
 
 Every run is `launch/pretrain.py` as one process (hidden 144, 4 layers, 4 heads, ffn 384, context 128, batch 16,
-initialisation 0.04, character tokens, 90/10 split by position). For a setting (steps, rank) and a method, `optim.lr` and
-`optim.dense_lr` are swept at seed 0 around a starting point: the best point's neighbours at half and double of
-either rate are tried until none is better. The best point then runs at seeds 1 and 2. Results are kept in a JSON
-file, so the command can be stopped and started again, and prints the table from what it has.
+initialisation 0.04, character tokens, 90/10 split by position). For a setting (steps, rank) and a method, `optim.lr`
+and `optim.dense_lr` are swept at seed 0 around a starting point: the best point's neighbours at half and double of
+either rate are tried until none is better. The best point then runs at seeds 1 and 2. Results are kept in a JSON file,
+so the command can be stopped and started again, and prints the table from what it has.
 
     python tools/learning_table.py --text input.txt --out benchmarks/learning_table.json --jobs 2
 """
@@ -30,7 +30,8 @@ START = {"full": (0.002, 0.02), "lora": (0.02, 0.02), "switchlora": (0.02, 0.02)
 MODEL = (
     "--model.hidden_size 144 --model.intermediate_size 384 --model.num_layers 4 --model.num_heads 4 "
     "--train.seq_len 128 --train.micro_batch_size 16 --train.global_batch_size 16 --train.warmup_steps 50 "
-    "--model.initializer_range 0.04 --train.eval_interval 200 --train.device cpu --train.threads 1 --data.source files --data.tokenizer char"
+    "--model.initializer_range 0.04 --train.eval_interval 200 --train.device cpu --train.threads 1 "
+    "--data.source files --data.tokenizer char"
 )
 Point = tuple[float, float]
 
