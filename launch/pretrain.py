@@ -50,18 +50,18 @@ def leave(status: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def told_once(rank: int) -> Iterator[None]:
+def told_once(first: bool) -> Iterator[None]:
     """Turn the errors that people cause, and Ctrl-C, into one line and an exit status."""
     try:
         yield
     except UserError as error:
-        if rank == 0:  # every rank raises it: what one rank alone finds goes through agree.on_one_rank
+        if first:  # every rank raises it: what one rank alone finds goes through agree.on_one_rank
             print(f"error: {error}", file=sys.stderr, flush=True)
         leave(2)
     except PeerError:
         leave(2)
     except Stopped as stop:
-        if rank == 0:
+        if first:
             text = f"stopped by {stop}: all ranks end; the records so far are in the run folder"
             print(f"\n{text}", file=sys.stderr, flush=True)
         leave(130)
@@ -101,10 +101,10 @@ def run(arguments: Arguments, ranks: Ranks) -> None:
 
 def main() -> None:
     quiet = {"--print_config", "--help", "-h"}
-    if int(os.environ.get("RANK") or 0) and any(arg.split("=")[0] in quiet for arg in sys.argv[1:]):
+    first = os.environ.get("RANK", "0") == "0"
+    if not first and any(arg.split("=")[0] in quiet for arg in sys.argv[1:]):
         return  # rank 0 prints
-    rank = int(os.environ.get("RANK") or 0)
-    with told_once(rank):
+    with told_once(first):
         stop_on_signals()
         ranks = discover_ranks(os.environ)
         arguments = parse_arguments(sys.argv[1:])

@@ -198,6 +198,10 @@ def _validate_model(m: ModelConfig) -> None:
         value = getattr(m, name)
         require(value >= 1, f"model.{name} must be at least 1, not {value}: give a positive size.")
     require(
+        m.num_kv_heads is None or m.num_kv_heads >= 1,
+        f"model.num_kv_heads must be at least 1, not {m.num_kv_heads}: leave it out for as many as model.num_heads.",
+    )
+    require(
         m.hidden_size % m.num_heads == 0,
         f"model.hidden_size {m.hidden_size} must be a multiple of model.num_heads {m.num_heads}: change one of them.",
     )
@@ -210,6 +214,9 @@ def _validate_model(m: ModelConfig) -> None:
         m.num_heads % m.kv_heads == 0,
         f"model.num_heads {m.num_heads} must be a multiple of model.num_kv_heads {m.kv_heads}: change one of them.",
     )
+    for name in ("initializer_range", "rope_theta", "rms_norm_eps"):
+        number = getattr(m, name)
+        require(math.isfinite(number) and number > 0, f"model.{name} must be positive, not {number}.")
     require(m.vocab_size is None or m.vocab_size >= 1, f"model.vocab_size must be positive, not {m.vocab_size}.")
 
 

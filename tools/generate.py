@@ -39,7 +39,8 @@ def main() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     torch.manual_seed(arguments.seed)
-    tokens = tokenizer(arguments.prompt, return_tensors="pt", add_special_tokens=False)
+    prompt = arguments.prompt or tokenizer.eos_token  # nothing to continue: begin a document
+    tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {}
     with torch.no_grad():
         out = model.generate(

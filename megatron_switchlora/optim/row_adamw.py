@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_switchlora.optim.layout import Piece, RowLayout
+from megatron_switchlora.parallel.shard import has_rows
 
 
 def adamw_(
@@ -90,12 +91,13 @@ class RowAdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         if self.layout is None:
             return
+        masters = [m for group in self.param_groups for m in group["params"] if m.grad is not None]
+        if masters and not torch.isfinite(torch.nn.utils.get_total_norm([m.grad for m in masters])):
+            self.found_nonfinite = True
+            return
         for group in self.param_groups:
             for master in group["params"]:
                 if master.grad is None or master not in self.layout.by_master:
-                    continue
-                if not torch.isfinite(torch.linalg.vector_norm(master.grad)):
-                    self.found_nonfinite = True
                     continue
                 for piece in self.layout.by_master[master]:
                     adamw_(
@@ -136,7 +138,7 @@ class RowAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def read_rows(self, param: nn.Parameter) -> dict[str, Tensor]:
         """This rank's share of the same four tensors, zero where another rank owns the elements."""
-        rows = param.size(0) if getattr(param, "rows", False) else 1
+        rows = param.size(0) if has_rows(param) else 1
         dtype = torch.promote_types(param.dtype, torch.float32)
         full = {key: torch.zeros(param.shape, dtype=dtype) for key in ("master", "exp_avg", "exp_avg_sq")}
         full["row_step"] = torch.zeros(rows)

@@ -19,22 +19,25 @@ class PeerError(Exception):
     """Another rank failed and has said why: end quietly with a non-zero status."""
 
 
-def gather_texts(text: str, device: torch.device) -> list[str]:
-    """Every rank's text, in rank order, on every rank; collective over the world."""
+def gather_texts(text: str, device: torch.device, group: dist.ProcessGroup | None = None) -> list[str]:
+    """Every rank's text, in rank order, on every rank; collective over the group (by default the world)."""
     mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
     size = torch.tensor([mine.numel()], dtype=torch.int64, device=device)
-    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, size)
+    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, size, group=group)
     longest = max(int(s) for s in sizes)
     padded = torch.zeros(max(1, longest), dtype=torch.uint8, device=device)
     padded[: mine.numel()] = mine
     gathered = [torch.zeros_like(padded) for _ in sizes]
-    dist.all_gather(gathered, padded)
+    dist.all_gather(gathered, padded, group=group)
     return [bytes(g[: int(s)].tolist()).decode() for g, s in zip(gathered, sizes, strict=True)]
 
 
-def on_one_rank(acts: bool, action: Callable[[], str], device: torch.device) -> str:
-    """Run `action` on the ranks where `acts`; the first such rank's result goes to everyone. Collective.
+def on_one_rank(
+    acts: bool, action: Callable[[], str], device: torch.device, group: dist.ProcessGroup | None = None
+) -> str:
+    """Run `action` on the ranks where `acts`; the first such rank's result goes to everyone. Collective over the
+    group, whose time-out must allow for the action.
 
     Raises:
         UserError: on every rank, if the action raised one somewhere (the first such rank's).
@@ -48,7 +51,7 @@ def on_one_rank(acts: bool, action: Callable[[], str], device: torch.device) -> 
         except Exception as error:  # told to the others first
             failure = error
             outcome = {"error": str(error), "by_user": isinstance(error, UserError)}
-    outcomes = [json.loads(text) for text in gather_texts(json.dumps(outcome), device)]
+    outcomes = [json.loads(text) for text in gather_texts(json.dumps(outcome), device, group)]
     mistakes = [entry["error"] for entry in outcomes if entry.get("by_user")]
     if mistakes:
         raise UserError(mistakes[0])

@@ -34,6 +34,14 @@ def discover_ranks(env: Mapping[str, str]) -> Ranks:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     present = [name for name in names if name in env]
     if "RANK" not in env and "WORLD_SIZE" not in env:
+        other = next(
+            (n for n in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS") if int(env.get(n) or 1) > 1), None
+        )
+        if other:
+            raise UserError(
+                f"{other} is {env[other]}, but RANK and WORLD_SIZE are not set: mpirun and srun are not supported yet, "
+                "so start with deepspeed or torchrun."
+            )
         return Ranks()
     missing = [name for name in names if name not in env]
     if missing:

@@ -11,12 +11,13 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Optional
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from megatron_switchlora.config import RunConfig, UserError, validate
+from megatron_switchlora.config import RunConfig, UserError, require, validate
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ def build_parser() -> ArgumentParser:
         "--ds_config", type=Optional[str], default=None, help="DeepSpeed JSON; by default ZeRO stage 1."
     )
     parser.add_argument(
-        "--evaluate_only", action="store_true", help="Evaluate the finished run in --output_dir and stop."
+        "--evaluate_only",
+        action="store_true",
+        help="Evaluate the finished run in --output_dir and stop; all but the device comes from its config.yaml.",
     )
     parser.add_argument(
         "--local_rank", type=int, default=0, help="Set by the deepspeed launcher; the environment decides."
@@ -81,14 +84,53 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         UserError: unknown keys, wrong types, unreadable files, or a rule of `config.validate`.
     """
     parser = build_parser()
+    files, others = split_config_files(argv)
+    for path in files:
+        check_yaml(path)
     try:
-        namespace = parser.parse_args(list(argv))
+        namespace = parser.parse_args([f"--config={path}" for path in files] + others)
         made = parser.instantiate(namespace)
     except (ArgumentError, yaml.YAMLError, TypeError, ValueError, OSError) as error:
         raise _explain(parser, error) from None
     config = to_run_config(made)
     validate(config)
     return Arguments(config, namespace.ds_config, namespace.evaluate_only)
+
+
+def split_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files given with --config, and all other words: options override files wherever they stand."""
+    files: list[str] = []
+    others: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--config":
+            files.append(next(words, ""))
+        elif word.startswith("--config="):
+            files.append(word.removeprefix("--config="))
+        else:
+            others.append(word)
+    return files, others
+
+
+def check_yaml(path: str) -> None:
+    """Raises: UserError, unless the file holds sections with fields."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {error.strerror}. Give a file of launch/configs/.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    sections = {name for name, kind in RunConfig.__annotations__.items() if kind.endswith("Config")}
+    wrong = (
+        []
+        if not isinstance(content, dict)
+        else [k for k in sections & set(content) if not isinstance(content[k], dict)]
+    )
+    require(
+        isinstance(content, dict) and not wrong,
+        f"--config {path} must hold sections with fields, as 'train:' with '  steps: 600' below it; "
+        + (f"{wrong[0]!r} has none." if wrong else f"it holds {type(content).__name__}."),
+    )
 
 
 def to_run_config(namespace: Namespace) -> RunConfig:

@@ -2,8 +2,8 @@
 
 The JSON owns stage, buckets, overlap, accumulation type and logging. Batch sizes, clip and precision
 belong to the run configuration: they are written into the resolved JSON, and a file that sets one of
-them to another value is refused, naming both. Refused as well is what the row-step optimizer is not
-proven with: stage 3, stock optimizers and schedulers, fp16, offload, `round_robin_gradients`.
+them to another value is refused, naming both. Only settings that the row-step optimizer is proven with
+are let through (`ALLOWED`): stage 3, stock optimizers, fp16, offload, bf16 moments and others are refused.
 """
 
 from __future__ import annotations
@@ -13,6 +13,31 @@ from pathlib import Path
 from typing import Any, Optional
 
 from megatron_switchlora.config import RunConfig, UserError, accumulation_steps, require
+
+DERIVED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_allow_untested_optimizer",
+)
+# Sections and the keys they may set; None: any. DeepSpeed itself ignores what it does not know.
+ALLOWED: dict[str, Optional[set[str]]] = {
+    "zero_optimization": {
+        "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
+        "allgather_bucket_size", "overlap_comm", "round_robin_gradients", "offload_optimizer", "offload_param",
+    },
+    "bf16": {"enabled"},
+    "fp16": {"enabled"},
+    "amp": {"enabled"},
+    "data_types": {"grad_accum_dtype"},
+    "tensorboard": None, "wandb": None, "csv_monitor": None, "comet": None, "comms_logger": None,
+    "flops_profiler": None,
+}  # fmt: skip
+SCALARS = {
+    *DERIVED, "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "prescale_gradients",
+    "gradient_predivide_factor",
+}  # fmt: skip
 
 
 def read_ds_config(path: Optional[str]) -> dict[str, Any]:
@@ -33,25 +58,43 @@ def read_ds_config(path: Optional[str]) -> dict[str, Any]:
     return content
 
 
-def _refuse_unsupported(given: dict[str, Any], precision: str) -> None:
-    zero = given.get("zero_optimization", {})
-    require(isinstance(zero, dict), f"zero_optimization must be an object in the DeepSpeed JSON, not {zero!r}.")
-    stage = zero.get("stage", 0)
-    require(
-        stage in (0, 1, 2) and not isinstance(stage, bool),
-        f"zero_optimization.stage must be 0, 1 or 2, it is {stage!r}: stage 3 partitions the frozen weights that "
-        "switching rewrites; use ds_configs/zero2.json.",
-    )
+def _refuse_unknown(given: dict[str, Any]) -> None:
     for section in ("optimizer", "scheduler"):
         require(
             section not in given,
             f"The DeepSpeed JSON sets {section!r}, but the row-step optimizer and its schedule come from the run "
             f"configuration (optim.*): remove {section!r} from the JSON.",
         )
-    for section in ("fp16", "amp"):
-        enabled = given.get(section, {})
+    for key, value in given.items():
         require(
-            not (isinstance(enabled, dict) and enabled.get("enabled", False)),
+            key in SCALARS or key in ALLOWED,
+            f"The DeepSpeed JSON sets {key!r}, which is unknown or not proven with the row-step optimizer: remove it. "
+            f"Allowed are {', '.join(sorted([*SCALARS, *ALLOWED]))}.",
+        )
+        if key in SCALARS:
+            continue
+        require(isinstance(value, dict), f"{key} must be an object in the DeepSpeed JSON, not {value!r}.")
+        allowed = ALLOWED[key]
+        wrong = [] if allowed is None else sorted(set(value) - allowed)
+        require(
+            not wrong,
+            f"The DeepSpeed JSON sets {key}.{wrong[0] if wrong else ''}, which is unknown or not proven with the "
+            f"row-step optimizer: remove it. Allowed in {key} are {', '.join(sorted(allowed or ()))}.",
+        )
+
+
+def _refuse_unsupported(given: dict[str, Any], precision: str) -> None:
+    _refuse_unknown(given)
+    zero = given.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    require(
+        stage in (0, 1, 2) and not isinstance(stage, bool),
+        f"zero_optimization.stage must be 0, 1 or 2, it is {stage!r}: stage 3 partitions the frozen weights that "
+        "switching rewrites; use ds_configs/zero2.json.",
+    )
+    for section in ("fp16", "amp"):
+        require(
+            not given.get(section, {}).get("enabled", False),
             f"The DeepSpeed JSON enables {section!r}, which is not supported: use train.precision bf16 or fp32.",
         )
     require(
@@ -60,10 +103,10 @@ def _refuse_unsupported(given: dict[str, Any], precision: str) -> None:
         "proven: set it to false.",
     )
     for key in ("offload_optimizer", "offload_param"):
-        device = (zero.get(key) or {}).get("device", "none")
-        require(device == "none", f"zero_optimization.{key}.device {device!r} is not supported: set it to 'none'.")
-    require("tensor_parallel" not in given, "The mesh comes from parallel.tp: remove 'tensor_parallel' from the JSON.")
-    accumulate = (given.get("data_types") or {}).get("grad_accum_dtype")
+        offload = zero.get(key)
+        device = offload.get("device", "none") if isinstance(offload, dict) else offload
+        require(device in (None, "none"), f"zero_optimization.{key} to {device!r} is not supported: remove it.")
+    accumulate = given.get("data_types", {}).get("grad_accum_dtype")
     require(
         accumulate in (None, precision) or (accumulate == "fp32" and stage == 1),
         f"data_types.grad_accum_dtype {accumulate!r} does not go with train.precision {precision!r} at ZeRO stage "
@@ -99,12 +142,12 @@ def resolve_ds_config(given: dict[str, Any], config: RunConfig, dp: int) -> dict
         )
         resolved[key] = value
     bf16 = train.precision == "bf16"
-    stated = (given.get("bf16") or {}).get("enabled", "auto")
+    stated = given.get("bf16", {}).get("enabled", "auto")
     require(
         stated in ("auto", bf16),
         f"The DeepSpeed JSON sets bf16.enabled to {stated!r}, but train.precision is {train.precision!r}: remove it "
         "from the JSON or change train.precision.",
     )
-    resolved["bf16"] = {**(given.get("bf16") or {}), "enabled": bf16}
+    resolved["bf16"] = {"enabled": bf16}
     resolved.setdefault("steps_per_print", 10**9)
     return resolved

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_switchlora.config import RunConfig
+from megatron_switchlora.config import RunConfig, UserError
 from megatron_switchlora.methods.base import Method
 from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.optim.layout import deepspeed_layout
@@ -35,6 +35,7 @@ from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.parallel.ranks import complete_environment
 from megatron_switchlora.train.comm import CommRecorder
+from megatron_switchlora.train.integrity import differing
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,17 @@ class Engine:
         self.model: LlamaForCausalLM = self.ds.module
         self.optimizer.attach(deepspeed_layout(self.ds.optimizer, self.params))
         method.start(self.optimizer)
+        self._check_replicas()
+
+    def _check_replicas(self) -> None:
+        """Parameters, frozen weights, banks and switching state must be equal on all data ranks from the start."""
+        named = [*self.model.named_parameters(), *self.method.replicated_state()]
+        found = differing(named, self.mesh.group("dp"), self.device)
+        if found:
+            raise UserError(
+                f"The data-parallel ranks do not start equal: {found[0]} ({len(found)} tensors in all). They must run "
+                "the same code, configuration and library versions."
+            )
 
     def _set_lr(self, step: int) -> float:
         train = self.config.train
@@ -161,3 +173,8 @@ def mean_loss(
     dist.all_reduce(sums, group=group)
     model.train(training)
     return float(sums[0] / sums[1])
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats, kept within the range of a float."""
+    return math.exp(min(loss, 700.0))

@@ -1,25 +1,26 @@
 """Evaluate a finished run: `--evaluate_only --output_dir RUN`.
 
-Loads `RUN/final` into plain linears and measures the validation loss on the data that the run's own
-configuration names, so the number is that of the run's last record.
+Loads `RUN/final` into plain linears and measures the validation loss, in fp32, on the run's own data: everything but
+`--output_dir` and the device comes from `RUN/config.yaml`. In an fp32 run the number is that of the last record. A
+corpus that has changed since is refused: it would have another tokenizer.
 """
 
 from __future__ import annotations
 
-import math
+import json
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megatron_switchlora.config import RunConfig
+from megatron_switchlora.config import RunConfig, require
 from megatron_switchlora.data.loader import eval_batches
 from megatron_switchlora.model.hf import load_merged
 from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.parallel.mesh import build_mesh
 from megatron_switchlora.parallel.ranks import Ranks
 from megatron_switchlora.train.arguments import parse_arguments
-from megatron_switchlora.train.engine import mean_loss
+from megatron_switchlora.train.engine import mean_loss, perplexity
 from megatron_switchlora.train.trainer import prepare_data, vocabulary_size
 
 
@@ -27,12 +28,18 @@ def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float
     """Print and return the validation loss of the run in `config.output_dir`.
 
     Raises:
-        UserError: the folder holds no finished run.
+        UserError: the folder holds no finished run, or its corpus has changed.
     """
     folder = Path(config.output_dir or "")
     stored = parse_arguments(["--config", str(folder / "config.yaml")]).config
     mesh = build_mesh(stored.parallel)
     data = prepare_data(stored, ranks, device)
+    trained_on = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["data"]
+    require(
+        data.folder.name == trained_on,
+        f"The text that {folder} was trained on has changed since (its data is {data.folder.name} now and was "
+        f"{trained_on}), so its numbers cannot be repeated: restore the files that its config.yaml names.",
+    )
     model = LlamaForCausalLM(stored.model, vocabulary_size(stored, data))
     load_merged(model, folder / "final")
     train = stored.train
@@ -41,6 +48,6 @@ def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float
     )
     loss = mean_loss(model.to(device), batches, mesh.group("dp"), device)
     if ranks.rank == 0:
-        print(f"{folder}: validation loss {loss:.6f}, perplexity {math.exp(min(loss, 700.0)):.3f}", flush=True)
+        print(f"{folder}: validation loss {loss:.6f}, perplexity {perplexity(loss):.3f}", flush=True)
     dist.barrier()
     return loss

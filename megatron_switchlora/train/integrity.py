@@ -18,8 +18,10 @@ CHUNK = 1 << 22
 @torch.no_grad()
 def fingerprint(tensor: Tensor) -> Tensor:
     """int64 [2] on the tensor's device."""
+    sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    if tensor.numel() == 0:  # torch refuses to see nothing as bytes
+        return sums
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    sums = torch.zeros(2, dtype=torch.int64, device=data.device)
     for start in range(0, data.numel(), CHUNK):
         part = data[start : start + CHUNK].long()
         weights = (torch.arange(part.numel(), device=data.device) + start) % 1_000_003 + 1

@@ -9,7 +9,9 @@ Only rank 0 writes. A folder that holds a run already is refused.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import platform
 import subprocess
 from datetime import datetime
@@ -24,39 +26,52 @@ from megatron_switchlora.config import RunConfig, UserError
 RUN_FILES = ("config.yaml", "metrics.jsonl", "meta.json", "final")
 
 
-def default_folder(config: RunConfig) -> Path:
-    """runs/<method>-<date>-<time>, numbered if that second is taken."""
-    base = Path("runs") / f"{config.method.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    names = [base, *(Path(f"{base}-{n}") for n in range(2, 100))]
-    return next(name for name in names if not name.exists())
-
-
-def refuse_used_folder(folder: Path) -> None:
-    """Raises: UserError, if the folder holds a run."""
+def refuse_folder(folder: Path) -> None:
+    """Raises: UserError, if the folder holds a run or could not be made."""
     found = [name for name in RUN_FILES if (folder / name).exists()]
     if found:
         raise UserError(
             f"The output folder {folder} already holds a run ({', '.join(found)}), which is never overwritten: choose "
             "another --output_dir or move the folder away."
         )
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"The output folder {folder} cannot be made: {parent} is not a folder that can be written.")
 
 
-def create_folder(folder: Path) -> None:
-    """Make the folder and try to write in it.
+def create_folder(folder: Path) -> Path:
+    """Make the folder and claim it with an empty metrics.jsonl, which only one of two runs can do.
 
     Raises:
         UserError: it holds a run, or cannot be written.
     """
-    refuse_used_folder(folder)
+    refuse_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write_test"
-        probe.touch()
-        probe.unlink()
+        (folder / "metrics.jsonl").touch(exist_ok=False)
+    except FileExistsError:
+        raise UserError(f"The output folder {folder} was just taken by another run: choose another.") from None
     except OSError as error:
         raise UserError(
             f"The output folder {folder} cannot be written: {error.strerror}. Choose another --output_dir."
         ) from None
+    return folder
+
+
+def default_folder(method: str) -> Path:
+    """Create runs/<method>-<date>-<time>, numbered if another run has taken that second.
+
+    Raises:
+        UserError: runs/ cannot be written.
+    """
+    base = f"{method}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in range(1, 100):
+        folder = Path("runs") / (base if number == 1 else f"{base}-{number}")
+        if not folder.exists():
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                return create_folder(folder)
+    raise UserError(f"A hundred runs have taken {Path('runs') / base}: give --output_dir.")
 
 
 def _git(*arguments: str) -> Optional[str]:
@@ -90,7 +105,7 @@ class RunFolder:
         self.path, self.writes = path, writes
         self.meta: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
-        self._metrics = (path / "metrics.jsonl").open("x", encoding="utf-8") if writes else None
+        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8") if writes else None
 
     def write_config(self, config: RunConfig, ds_config: dict[str, Any]) -> None:
         if self.writes:
@@ -108,7 +123,7 @@ class RunFolder:
         """Append an object to metrics.jsonl, numbers in full precision."""
         self.history.append(record)
         if self._metrics is not None:
-            self._metrics.write(json.dumps(record) + "\n")
+            self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
             self._metrics.flush()
 
     def plot(self) -> None:

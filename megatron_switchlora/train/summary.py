@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from statistics import median
 
+from megatron_switchlora.train.engine import perplexity
 from megatron_switchlora.train.trainer import Trainer
 
 
@@ -16,8 +16,8 @@ def closing_words(trainer: Trainer, val_loss: float, seconds: float) -> str:
     lines = [
         f"Trained a LLaMA of {counts.full_total / 1e6:.2f} M parameters with {config.method.name}: {len(steps)} steps, "
         f"{steps[-1]['tokens'] / 1e6:.2f} M tokens, {dp} data-parallel rank{'s' if dp > 1 else ''}, {seconds:.0f} s.",
-        f"Validation perplexity: {math.exp(val_loss):.2f} (unigram model of the training tokens on the same text: "
-        f"{trainer.data.unigram_val_ppl:.2f}).",
+        f"Validation perplexity: {perplexity(val_loss):.2f} (unigram model of the training tokens on the "
+        f"same text: {trainer.data.unigram_val_ppl:.2f}).",
         f"Speed: {median(record['tokens_per_second'] for record in steps):,.0f} tokens per second (median step).",
         f"Trainable: {counts.trainable:,} of {counts.full_total:,} parameters, "
         f"{counts.trainable / counts.full_total:.1%}.",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Optional
 
@@ -30,21 +31,21 @@ from megatron_switchlora.parallel.ranks import Ranks
 from megatron_switchlora.train.device import peak_flops, peak_memory_bytes
 from megatron_switchlora.train.diagnose import find_bad_layer
 from megatron_switchlora.train.ds_config import resolve_ds_config
-from megatron_switchlora.train.engine import Engine, StepResult
-from megatron_switchlora.train.integrity import differing
+from megatron_switchlora.train.engine import Engine, StepResult, perplexity
 from megatron_switchlora.train.run_folder import (
     RunFolder,
     create_folder,
     default_folder,
-    refuse_used_folder,
+    refuse_folder,
     versions,
 )
 
 
 def prepare_data(config: RunConfig, ranks: Ranks, device: torch.device) -> PreparedData:
     """Tokenise on the first rank of every node, tell the others where the cache is. Collective."""
+    waiting = dist.new_group(timeout=timedelta(days=7))  # a large corpus takes hours, collectives give up sooner
     first = ranks.local_rank == 0
-    folder = on_one_rank(first, lambda: str(prepare(config.data, progress=ranks.rank == 0).folder), device)
+    folder = on_one_rank(first, lambda: str(prepare(config.data, progress=ranks.rank == 0).folder), device, waiting)
     return open_prepared(Path(folder))
 
 
@@ -78,7 +79,6 @@ class Trainer:
         initialize_weights(model, config.train.seed)
         self.method = build_method(config, model)
         self.engine = Engine(model, self.method, config, self.ds_config, self.mesh, device)
-        self._check_replicas()
         self.run = self._open_run_folder()
         self._write_head()
 
@@ -87,7 +87,7 @@ class Trainer:
 
         def look() -> str:
             if self.config.output_dir:
-                refuse_used_folder(Path(self.config.output_dir))
+                refuse_folder(Path(self.config.output_dir))
             return ""
 
         on_one_rank(self.ranks.rank == 0, look, self.device)
@@ -106,23 +106,14 @@ class Trainer:
         """Rank 0 chooses and creates the folder."""
 
         def create() -> str:
-            folder = Path(self.config.output_dir) if self.config.output_dir else default_folder(self.config)
-            create_folder(folder)
-            return str(folder)
+            return str(
+                create_folder(Path(self.config.output_dir)) if self.config.output_dir else default_folder(method)
+            )
 
+        method = self.config.method.name
         folder = on_one_rank(self.ranks.rank == 0, create, self.device)
         self.config.output_dir = folder
         return RunFolder(Path(folder), writes=self.ranks.rank == 0)
-
-    def _check_replicas(self) -> None:
-        """Parameters, frozen weights and banks must be equal on all data ranks from the start."""
-        named = [*self.engine.model.named_parameters(), *self.method.replicated_state()]
-        found = differing(named, self.mesh.group("dp"), self.device)
-        if found:
-            raise UserError(
-                f"The data-parallel ranks do not start equal: {found[0]} ({len(found)} tensors in all). They must run "
-                "the same code, configuration and library versions."
-            )
 
     def _write_head(self) -> None:
         config, counts = self.config, self.counts
@@ -136,6 +127,7 @@ class Trainer:
             versions=versions(),
             mesh={axis: self.mesh.size(axis) for axis in ("lte", "dp", "tp")},
             device=str(self.device.type),
+            data=self.data.folder.name,
             vocab_size=self.vocab_size,
             parameters={"trainable": counts.trainable, "full_rank": counts.full_total},
             train_samples=len(self.train_store),
@@ -170,8 +162,13 @@ class Trainer:
 
     def _evaluate_and_log(self, step: int) -> float:
         loss = self.evaluate()
-        self.run.log({"step": step, "val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))})
-        self.say(f"step {step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700.0)):.2f}")
+        require(
+            math.isfinite(loss),
+            f"The validation loss after step {step} is {loss}: the last update has destroyed the model, and the run "
+            "stops. Lower optim.lr, lengthen train.warmup_steps or clip (optim.clip).",
+        )
+        self.run.log({"step": step, "val_loss": loss, "val_ppl": perplexity(loss)})
+        self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
         self._monitor(step, {"val_loss": loss})
         return loss
 
@@ -258,10 +255,9 @@ class Trainer:
         """Write the final model, the plot and the outcome."""
         steps = [record for record in self.run.history if "loss" in record]
         self.run.update_meta(
-            finished=True,
             steps=len(steps),
             val_loss=val_loss,
-            val_ppl=math.exp(min(val_loss, 700.0)),
+            val_ppl=perplexity(val_loss),
             dp_bytes_per_step=steps[-1]["dp_bytes"] if steps else 0,
         )
         if self.run.writes:
@@ -272,5 +268,6 @@ class Trainer:
             self.tokenizer.save_pretrained(building)
             building.rename(final)
         self.run.plot()
+        self.run.update_meta(finished=True)
         self.run.close()
         dist.barrier()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_switchlora.config import UserError
+from megatron_switchlora.methods import SwitchLora
+from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.train.diagnose import find_bad_layer
+from megatron_switchlora.train.ds_config import resolve_ds_config
 from megatron_switchlora.train.integrity import differing
 from tests.dist.engines import DS_JSON, build_engine, full_rows, micro_batches, start
 from tests.dist.launch import worker_main
-from tests.plain import make_batches, small_config
+from tests.plain import VOCAB, make_batches, small_config
 
 CLASSES = [("fp32", "0"), ("fp32", "1"), ("fp32", "2"), ("bf16", "0"), ("bf16", "1"), ("bf16", "2"), ("bf16", "1f")]
 BAD = "model.layers.1.mlp.up_proj"
@@ -82,6 +86,27 @@ def poisoned_step(engine: Any, config: Any, mesh: Any, where: str) -> dict[str, 
     return {"healthy": result.healthy, "unchanged": same, "found": found}
 
 
+def refused_start(mesh: Any) -> str:
+    """What the engine says when one rank starts from another candidate bank."""
+
+    class Odd(SwitchLora):
+        def start(self, optimizer: RowAdamW) -> None:
+            super().start(optimizer)
+            self.bank.rows["A"][2][0, 0] += mesh.rank("dp")
+
+    config = small_config()
+    model = LlamaForCausalLM(config.model, VOCAB)
+    initialize_weights(model, 0)
+    ds_config = resolve_ds_config(DS_JSON["1"], config, mesh.size("dp"))
+    from megatron_switchlora.train.engine import Engine
+
+    try:
+        Engine(model, Odd(config, model), config, ds_config, mesh, torch.device("cpu"))
+    except UserError as error:
+        return str(error)
+    return "accepted"
+
+
 def act(_payload: dict[str, Any]) -> dict[str, Any]:
     mesh = start()
     results: dict[str, Any] = {"contract": {}, "poison": {}}
@@ -93,6 +118,12 @@ def act(_payload: dict[str, Any]) -> dict[str, Any]:
         results["contract"][key] = internals(engine, stage)
         for step, batch in enumerate(make_batches(config, 2)):
             assert engine.train_step(step, micro_batches(config, batch, mesh)).healthy
+        if key == "fp32 0":
+            unclipped = small_config("full", optim__clip=0.0, train__activation_checkpointing=True)
+            bare = build_engine(unclipped, stage, mesh)
+            results["checkpointing"] = bare.model.model.checkpointing
+            assert bare.train_step(0, micro_batches(unclipped, make_batches(unclipped, 1)[0], mesh)).healthy
+            results["poison"]["fp32 0 without clip output"] = poisoned_step(bare, unclipped, mesh, "output")
         for where in ("output", "gradient"):
             results["poison"][f"{key} {where}"] = poisoned_step(engine, config, mesh, where)
     named = [*engine.model.named_parameters(), *engine.method.replicated_state()]
@@ -101,7 +132,7 @@ def act(_payload: dict[str, Any]) -> dict[str, Any]:
         engine.method.linears[BAD].weight[3, 5] += 1e-6
         engine.method.bank.rows["B"][4].view(-1)[7] *= -1
     results["corrupted"] = differing(named, mesh.group("dp"), engine.device)
-    results["rank"] = int(os.environ["RANK"])
+    results["refused"] = refused_start(mesh)
     return results
 
 

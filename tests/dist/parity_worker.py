@@ -7,9 +7,46 @@ from typing import Any
 import torch
 
 from megatron_switchlora.methods import SwitchLora
+from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from tests.dist.engines import build_engine, full_rows, micro_batches, start
 from tests.dist.launch import worker_main
-from tests.plain import make_batches, small_config
+from tests.plain import VOCAB, make_batches, small_config
+
+
+def start_gap(engine: Any) -> float:
+    """How far W + sBA is from the plain initial weights, relative, at the start."""
+    plain = LlamaForCausalLM(engine.config.model, VOCAB)
+    initialize_weights(plain, engine.config.train.seed)
+    dense = dict(plain.named_parameters())
+    return max(
+        float((linear.effective_weight() - dense[f"{name}.weight"]).norm() / dense[f"{name}.weight"].norm())
+        for name, linear in engine.method.linears.items()
+    )
+
+
+def watch_freezes(engine: Any, seen: dict[str, float]) -> None:
+    """Around every optimizer step: frozen rows' masters stay, others move."""
+    method = engine.method
+    planned, ended = method.before_step, method.after_step
+    held: dict[Any, Any] = {}
+
+    def before_step(step: int) -> int:
+        count = planned(step)
+        for side in "AB":
+            for linear, left in zip(method.switching, method.state.frozen[side], strict=True):
+                factor = linear.lora_A if side == "A" else linear.lora_B
+                held[factor] = full_rows(engine, factor)["master"], torch.from_numpy(left > 0)
+        return count
+
+    def after_step(step: int) -> None:
+        for factor, (master, frozen) in held.items():
+            moved = (full_rows(engine, factor)["master"] - master).abs().amax(1)
+            seen["frozen_rows"] += int(frozen.sum())
+            seen["frozen_moved"] = max(seen["frozen_moved"], float(moved[frozen].max()) if frozen.any() else 0.0)
+            seen["free_stuck"] += int((moved[~frozen] == 0).sum())
+        ended(step)
+
+    method.before_step, method.after_step = before_step, after_step
 
 
 def watch_switches(engine: Any, seen: dict[str, float]) -> None:
@@ -41,9 +78,13 @@ def watch_switches(engine: Any, seen: dict[str, float]) -> None:
 def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
     config = small_config(case["method"], train__precision=case["precision"], train__seed=1, **case.get("changes", {}))
     engine = build_engine(config, case["stage"], mesh)
-    seen = {"function_change": 0.0, "master_gap": 0.0, "reset_left": 0.0}
+    seen = dict.fromkeys(
+        ("function_change", "master_gap", "reset_left", "frozen_rows", "frozen_moved", "free_stuck", "start_gap"), 0.0
+    )
     if isinstance(engine.method, SwitchLora) and case.get("watch"):
+        seen["start_gap"] = start_gap(engine)
         watch_switches(engine, seen)
+        watch_freezes(engine, seen)
     losses, norms, switched, dp_bytes = [], [], 0, []
     for step, batch in enumerate(make_batches(config, case["steps"])):
         result = engine.train_step(step, micro_batches(config, batch, mesh))

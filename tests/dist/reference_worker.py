@@ -56,14 +56,15 @@ def act(payload: dict[str, Any]) -> list[dict[str, float]]:
     mesh = start()
     results = []
     for case in payload["cases"]:
-        config = small_config(method__selection=case["selection"], optim__weight_decay=case["weight_decay"])
+        config = small_config(method__selection=case["selection"], optim__weight_decay=case["weight_decay"], optim__dense_lr=0.005)
         engine = build_engine(config, case["stage"], mesh)
         reference = make_reference(config, engine.method)
         worst: dict[str, float] = {"switched": 0.0}
         for step, batch in enumerate(make_batches(config, case["steps"])):
             load_reference(engine, reference)
-            lr = config.optim.lr * lr_factor(step, config.train.warmup_steps, config.train.steps)
-            theirs = reference.step(step, list(batch.split(config.train.micro_batch_size)), lr, lr)
+            factor = lr_factor(step, config.train.warmup_steps, config.train.steps)
+            rates = config.optim.lr * factor, config.optim.dense_lr * factor
+            theirs = reference.step(step, list(batch.split(config.train.micro_batch_size)), *rates)
             result = engine.train_step(step, micro_batches(config, batch, mesh))
             assert result.switched == theirs["switched"]
             found = compare(engine, reference)

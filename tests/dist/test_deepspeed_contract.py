@@ -27,7 +27,7 @@ def test_internals_are_as_relied_upon(ranks: list) -> None:
 
 def test_a_bad_step_is_refused_on_every_rank_and_class(ranks: list) -> None:
     for rank in ranks:
-        assert len(rank["poison"]) == 14
+        assert len(rank["poison"]) == 15
         for key, seen in rank["poison"].items():
             assert not seen["healthy"], key
             assert seen["unchanged"], key
@@ -52,3 +52,12 @@ def test_corrupted_replicas_are_named(ranks: list) -> None:
             "model.layers.1.mlp.up_proj.weight differs between group rank 0 and ranks [1]",
             "bank_B.4 differs between group rank 0 and ranks [1]",
         ]
+
+
+def test_unequal_ranks_are_refused_at_the_start(ranks: list) -> None:
+    for rank in ranks:
+        assert rank["refused"].startswith("The data-parallel ranks do not start equal: bank_A.2 differs"), rank["refused"]
+
+
+def test_checkpointing_reaches_the_model(ranks: list) -> None:
+    assert all(rank["checkpointing"] is True for rank in ranks)

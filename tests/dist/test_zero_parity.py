@@ -8,6 +8,7 @@ import pytest
 
 from tests.dist.launch import run_ranks
 
+pytestmark = pytest.mark.timeout(620)  # two launches
 METHODS = ("full", "lora", "switchlora")
 STAGES = ("0", "1", "2")
 BF16_STAGES = ("0", "1", "2", "1f")
@@ -115,6 +116,9 @@ def test_a_switch_keeps_the_function(results: dict) -> None:
             assert 0 < run["function_change"] < 1e-6, (name, run["function_change"])
             assert run["master_gap"] == 0.0, name
             assert run["reset_left"] == 0.0, name
+            assert run["frozen_rows"] > 100, name
+            assert run["frozen_moved"] == run["free_stuck"] == 0.0, name
+            assert run["start_gap"] < 1e-6, name
         print("\nlargest relative change of W + sBA in a switch:", max(run["function_change"] for run in watched.values()))
 
 

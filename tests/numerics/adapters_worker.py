@@ -37,7 +37,7 @@ def act(payload: dict[str, Any]) -> float:
         options = {
             "config": REPOSITORY / "launch" / "configs" / "cpu_quickstart.yaml", "train.steps": payload["steps"],
             "train.warmup_steps": 10, "train.global_batch_size": 32, "train.eval_samples": 128, "train.threads": 1,
-            "output_dir": Path(folder) / "run",
+            "output_dir": Path(folder) / "run", "data.cache_dir": Path(folder) / "cache",
         }  # fmt: skip
         words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
         loss = trainer_module.Trainer(parse_arguments(words).config, {}, Ranks(), device).fit()

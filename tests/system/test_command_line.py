@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,27 @@ def test_a_run_that_blows_up_names_step_and_layer(place: Place) -> None:
     assert status != 0
     assert output.count("error: ") == 1, output
     assert "Step 2 gave loss" in output and "first bad on rank 0: the output of model.layers.0" in output, output
+
+
+def test_a_run_whose_last_update_destroys_the_model_fails(place: Place) -> None:
+    more = ["--train.steps", "1", "--train.warmup_steps", "0", "--optim.lr", "1e30", "--optim.clip", "0"]
+    status, output = place.run("alone", place.options("destroyed", *more))
+    assert status == 2
+    assert "The validation loss after step 1 is" in output
+    assert not (place.folder / "destroyed" / "final").exists()
+    assert "NaN" not in (place.folder / "destroyed" / "metrics.jsonl").read_text()
+
+
+def test_evaluating_on_a_changed_corpus_is_refused(place: Place, finished: str) -> None:
+    changed = place.corpus / "textwrap.txt"
+    before, times = changed.read_text(), (changed.stat().st_atime_ns, changed.stat().st_mtime_ns)
+    try:
+        changed.write_text(before + "# one more line\n")
+        status, output = place.run("alone", ["--evaluate_only", "--output_dir", str(place.folder / "run")])
+        assert status == 2 and "has changed since" in output, output
+    finally:
+        changed.write_text(before)
+        os.utime(changed, ns=times)
 
 
 def test_print_config_and_help_appear_once(place: Place) -> None:

@@ -11,9 +11,10 @@ import pytest
 from megatron_switchlora.config import RunConfig, UserError, validate
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.parallel.ranks import Ranks, complete_environment, discover_ranks
+from megatron_switchlora.train import run_folder
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
-from megatron_switchlora.train.run_folder import create_folder
+from megatron_switchlora.train.run_folder import create_folder, default_folder
 
 ISSUE_LINE = (
     "--method.name switchlora --method.rank 24 --method.interval0 40 --optim.lr 0.02 --optim.dense_lr 0.02 "
@@ -40,6 +41,21 @@ def test_options_override_the_file(tmp_path: Path) -> None:
     assert parsed.config.train.steps == RunConfig().train.steps
 
 
+def test_options_win_wherever_they_stand(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("method:\n  rank: 8\n")
+    assert parse_arguments(["--method.rank", "11", "--config", str(path)]).config.method.rank == 11
+    assert parse_arguments(["--method.rank=11", f"--config={path}"]).config.method.rank == 11
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "3\n", "method:\n", "method: [1]\n", "optim: [\n"])
+def test_yaml_without_sections_names_the_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"--config {re.escape(str(path))} (must hold sections|is not valid YAML)"):
+        parse_arguments(["--config", str(path)])
+
+
 @pytest.mark.parametrize(
     ("text", "wrong", "right"),
     [("optim:\n  lrr: 1\n", "optim.lrr", "optim.lr"), ("trian:\n  steps: 1\n", "trian.steps", "train.steps"),
@@ -62,6 +78,9 @@ def test_unknown_options_name_the_nearest() -> None:
     [
         ("--model.num_heads 5", r"hidden_size 144 must be a multiple of model.num_heads 5"),
         ("--model.hidden_size 12 --method.rank 4", r"head size 3 .* must be even"),
+        ("--model.num_kv_heads 0", r"num_kv_heads must be at least 1, not 0"),
+        ("--model.rope_theta 0", r"model.rope_theta must be positive"),
+        ("--model.initializer_range -1", r"model.initializer_range must be positive"),
         ("--model.num_kv_heads 3", r"num_heads 4 must be a multiple of model.num_kv_heads 3"),
         ("--method.rank 145", r"method.rank must be between 1 and .* 144; it is 145"),
         ("--method.rank 40 --model.num_kv_heads 1", r"here 36; it is 40"),
@@ -98,7 +117,7 @@ def test_refusals(arguments: str, message: str) -> None:
         ({"zero_optimization": {"stage": 1, "round_robin_gradients": True}}, r"round_robin_gradients"),
         (
             {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
-            r"offload_optimizer.device 'cpu'",
+            r"offload_optimizer to 'cpu'",
         ),
         ({"train_batch_size": 64}, r"train_batch_size to 64, .* says 32 \(train.global_batch_size\)"),
         ({"train_micro_batch_size_per_gpu": 4}, r"to 4, .* says 8 \(train.micro_batch_size\)"),
@@ -107,6 +126,14 @@ def test_refusals(arguments: str, message: str) -> None:
         ({"bf16": {"enabled": True}}, r"bf16.enabled to True, but train.precision is 'fp32'"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, r"grad_accum_dtype 'bf16' does not go with"),
         ({"zero_optimization": [1]}, r"must be an object"),
+        ({"bf16": True}, r"bf16 must be an object"),
+        ({"data_types": "fp32"}, r"data_types must be an object"),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, r"sets 'torch_autocast'"),
+        ({"bf16": {"bf16_optimizer_states": True}}, r"sets bf16.bf16_optimizer_states"),
+        ({"zero_optimization": {"stage": 1, "cpu_offload": True}}, r"sets zero_optimization.cpu_offload"),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": "cpu"}}, r"offload_optimizer to 'cpu'"),
+        ({"communication_data_type": "fp16"}, r"sets 'communication_data_type'"),
+        ({"train_batch_sise": 32}, r"sets 'train_batch_sise', which is unknown"),
     ],
 )
 def test_contradicting_deepspeed_json(given: dict, message: str) -> None:
@@ -157,18 +184,29 @@ def test_ranks_from_the_environment() -> None:
         discover_ranks({**full, "RANK": "x"})
     with pytest.raises(UserError, match="below their group"):
         discover_ranks({**full, "RANK": "4"})
+    with pytest.raises(UserError, match="OMPI_COMM_WORLD_SIZE is 2, but RANK"):
+        discover_ranks({"OMPI_COMM_WORLD_SIZE": "2"})
     alone: dict[str, str] = {}
     complete_environment(alone)
     assert discover_ranks(alone) == Ranks()
 
 
 def test_used_output_folder_is_refused(tmp_path: Path) -> None:
-    create_folder(tmp_path / "new" / "run")
+    assert create_folder(tmp_path / "new" / "run") == tmp_path / "new" / "run"
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=r"already holds a run \(metrics.jsonl\)"):
         create_folder(tmp_path)
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match=r"cannot be made: .*metrics.jsonl is not a folder"):
         create_folder(tmp_path / "metrics.jsonl" / "below")
+
+
+def test_two_runs_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = {default_folder("full") for _ in range(5)}
+    assert len(folders) == 5
+    monkeypatch.setattr(run_folder, "refuse_folder", lambda folder: None)  # both looked before either came
+    with pytest.raises(UserError, match="was just taken by another run"):
+        create_folder(next(iter(folders)))
 
 
 def test_shipped_files_load() -> None:
