@@ -106,11 +106,10 @@ class Trainer:
         """Rank 0 chooses and creates the folder."""
 
         def create() -> str:
-            return str(
-                create_folder(Path(self.config.output_dir)) if self.config.output_dir else default_folder(method)
-            )
+            if self.config.output_dir:
+                return str(create_folder(Path(self.config.output_dir)))
+            return str(default_folder(self.config.method.name))
 
-        method = self.config.method.name
         folder = on_one_rank(self.ranks.rank == 0, create, self.device)
         self.config.output_dir = folder
         return RunFolder(Path(folder), writes=self.ranks.rank == 0)
