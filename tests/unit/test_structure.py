@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+from fnmatch import fnmatch
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_switchlora"
@@ -78,3 +81,11 @@ def test_nothing_is_unpickled() -> None:
         text = path.read_text(encoding="utf-8")
         assert "import pickle" not in text and "allow_pickle=True" not in text, path
         assert "torch.load(" not in text or "weights_only=True" in text, path
+
+
+def test_every_test_folder_is_collected(pytestconfig: pytest.Config) -> None:
+    """pytest by default passes over folders named `dist`, silently."""
+    patterns = pytestconfig.getini("norecursedirs")
+    folders = [path for path in (ROOT / "tests").iterdir() if path.is_dir() and list(path.glob("test_*.py"))]
+    assert len(folders) == 5
+    assert not [folder.name for folder in folders for pattern in patterns if fnmatch(folder.name, pattern)]
