@@ -11,7 +11,6 @@ operations in the same order, bias corrections formed in float64 and cast once. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Optional
 
 import torch
@@ -149,9 +148,3 @@ class RowAdamW(torch.optim.Optimizer):
                 piece.source(full[key]).copy_(block)
             full["row_step"][piece.first_row : piece.first_row + piece.rows] = steps.cpu()
         return full
-
-    def state_bytes(self, params: Iterable[nn.Parameter]) -> int:
-        """Bytes of optimizer state held here for these parameters."""
-        pieces = [piece for param in params for piece in self.pieces(param)]
-        size = sum(2 * piece.rows * piece.width * piece.master.element_size() for piece in pieces)
-        return size + sum(4 * piece.rows for piece in pieces)

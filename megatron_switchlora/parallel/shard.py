@@ -24,12 +24,6 @@ def declare(param: nn.Parameter, *, shard_dim: Optional[int], rows: bool = False
     return param
 
 
-def shard_dim_of(param: Tensor) -> Optional[int]:
-    """Dimension split over tensor-parallel ranks; an undeclared parameter is an error of ours."""
-    assert hasattr(param, "shard_dim"), "parameter without declare()"
-    return param.shard_dim
-
-
 def has_rows(param: Tensor) -> bool:
     """Whether dimension 0 counts LoRA vectors."""
     return getattr(param, "rows", False)

@@ -64,11 +64,10 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 class CommRecorder:
-    """`bytes[Record]` and `calls[Record]` since the last `clear`. Use as a context manager."""
+    """`bytes[Record]` since the last `clear`. Use as a context manager."""
 
     def __init__(self) -> None:
         self.bytes: Counter[Record] = Counter()
-        self.calls: Counter[Record] = Counter()
         self._phase = "other"
         self._originals: dict[str, Callable[..., Any]] = {}
 
@@ -92,7 +91,6 @@ class CommRecorder:
                 for tensor in _tensors(given):
                     record = Record(self._phase, group.group_name, op, str(tensor.dtype).removeprefix("torch."))
                     self.bytes[record] += tensor.numel() * tensor.element_size()
-                    self.calls[record] += 1
             return original(group, *args, **kwargs)
 
         return call
@@ -116,4 +114,3 @@ class CommRecorder:
 
     def clear(self) -> None:
         self.bytes.clear()
-        self.calls.clear()
