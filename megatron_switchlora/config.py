@@ -77,6 +77,15 @@ class MethodConfig:
     with separate counts for A and B (Algorithm 2 of the paper)."""
     bank_device: Literal["device", "host"] = "device"
     """Where the candidate vectors live; host memory is pinned when there is a GPU."""
+    bank_spread: Literal["tp", "dp"] = "tp"
+    """tp: no candidate is held twice over the tensor-parallel ranks, data-parallel ranks hold copies; dp: candidates
+    are spread over the data-parallel ranks too."""
+    compute: Literal["auto", "merged", "split"] = "auto"
+    """merged: form W + sBA, then one dense product; split: W x and s B (A x) apart; auto: whichever costs fewer
+    FLOPs, a layer at a time."""
+    merged_cache: Literal["micro_batch", "accumulation", "recompute"] = "micro_batch"
+    """How long the merged form keeps W + sBA: from a micro-batch's forward to its backward, over all micro-batches of
+    a step, or not at all (formed again in backward)."""
 
 
 @dataclass
@@ -129,6 +138,8 @@ class TrainConfig:
     """auto: a GPU for every local rank if there are enough, else the CPU."""
     threads: int = 0
     """CPU threads of a rank; 0 divides the cores by the local ranks."""
+    check_interval: int = 100
+    """Steps between checks that replicated tensors are still equal on all ranks that hold them; 0 switches them off."""
 
 
 @dataclass
@@ -167,7 +178,7 @@ class ParallelConfig:
     lte_heads: int = 1
     """LTE heads, the outermost axis (only 1 for now)."""
     tp: int = 1
-    """Tensor-parallel ranks, the innermost axis (only 1 for now)."""
+    """Tensor-parallel ranks, the innermost axis. Heads and key/value heads must divide; other sizes are padded."""
 
 
 @dataclass
@@ -263,6 +274,7 @@ def _validate_train(config: RunConfig) -> None:
         t.eval_samples is None or t.eval_samples >= 1, f"train.eval_samples must be at least 1, not {t.eval_samples}."
     )
     require(t.threads >= 0, f"train.threads must not be negative, it is {t.threads}.")
+    require(t.check_interval >= 0, f"train.check_interval must not be negative, it is {t.check_interval}.")
     require(t.seed >= 0, f"train.seed must not be negative, it is {t.seed}.")
     for name in ("lr", "eps"):
         value = getattr(o, name)
@@ -293,6 +305,35 @@ def _validate_data(d: DataConfig) -> None:
     require(d.max_bytes >= 1, f"data.max_bytes must be positive, not {d.max_bytes}.")
 
 
+def _validate_parallel(config: RunConfig) -> None:
+    m, tp, heads = config.model, config.parallel.tp, config.parallel.lte_heads
+    require(heads == 1, f"parallel.lte_heads {heads} is not supported yet: the mesh is 1 x dp x tp, so set it to 1.")
+    require(tp >= 1, f"parallel.tp must be at least 1, not {tp}.")
+    for name, count in (("num_heads", m.num_heads), ("num_kv_heads", m.kv_heads)):
+        require(
+            count % tp == 0,
+            f"model.{name} {count} must be a multiple of parallel.tp {tp}, since a rank holds whole heads: change one "
+            "of them.",
+        )
+    require_shard("model.intermediate_size", m.intermediate_size, tp)
+    if m.vocab_size is not None:
+        require_shard("The vocabulary", m.vocab_size, tp)
+
+
+def require_shard(name: str, size: int, tp: int) -> None:
+    """Every tensor-parallel rank must hold something real of a padded dimension.
+
+    Raises:
+        UserError: the last rank's shard would be padding alone.
+    """
+    shard = -(-size // tp)
+    require(
+        shard * (tp - 1) < size,
+        f"{name} {size} over parallel.tp {tp} gives shards of {shard}, which leaves the last rank padding alone: lower "
+        "parallel.tp.",
+    )
+
+
 def validate(config: RunConfig) -> None:
     """Check every rule that needs no data and no process group.
 
@@ -303,12 +344,7 @@ def validate(config: RunConfig) -> None:
     _validate_method(config)
     _validate_train(config)
     _validate_data(config.data)
-    for axis in ("lte_heads", "tp"):
-        size = getattr(config.parallel, axis)
-        require(
-            size == 1,
-            f"parallel.{axis} {size} is not supported yet: the mesh is 1 x dp x 1 (lte x dp x tp), so set it to 1.",
-        )
+    _validate_parallel(config)
 
 
 def accumulation_steps(train: TrainConfig, dp: int) -> int:
