@@ -1,52 +1,135 @@
 """The candidate bank: vectors that wait to be switched in (SwitchLoRA, section 2.2).
 
 A layer's side has C = min(m, n) candidates, one row each, [C, in] for A and [C, out] for B. The live
-vectors are members: live row i owns a slot whose stored copy is stale while it is live. A switch
-writes the live vector back to its own slot and takes the vector of the new slot. The bank holds the
-precision in which the forward uses the factors; it lives on the device or in (pinned) host memory.
-It is no `nn.Parameter`: DeepSpeed would broadcast data-parallel rank 0's copy over it.
+vectors are members: live row i owns a slot whose stored copy is stale while it is live. Under tensor
+parallelism the bank of a split factor is split like it, [C, local]; that of a replicated factor is split
+by candidate over the ranks that would hold copies, [C / tp, length]. With spread "dp" candidates are
+split over the data-parallel ranks as well. Rows that other ranks hold are fetched for all layers at
+once: each owner writes its rows into a buffer of zeros and one all-reduce over bytes (exact for every
+dtype) completes it. The bank is no `nn.Parameter`: DeepSpeed would broadcast rank 0's rows over it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Optional
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from megatron_switchlora.lowrank.schedule import LayerSwitch
+from megatron_switchlora.parallel.mesh import Mesh
+from megatron_switchlora.parallel.shard import Axis, Split
+
+Key = tuple[str, int]  # side and layer
+
+
+@dataclass
+class HeldRows:
+    """This rank's candidates of one side of a layer: rows [held, local length], `split` says which of the C."""
+
+    rows: Tensor
+    split: Split
+
+    def mine(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Of some slots, the positions of those held here, and their row numbers."""
+        held = (slots >= self.split.start) & (slots < self.split.start + self.split.real)
+        positions = held.nonzero().squeeze(1)
+        return positions, slots[positions] - self.split.start
+
+
+class Fetch:
+    """Rows on their way: `result()[side, layer]` is [count, local length] on the device."""
+
+    def __init__(self, rows: dict[Key, Tensor], works: list[dist.Work]) -> None:
+        self._rows, self._works = rows, works
+
+    def result(self) -> dict[Key, Tensor]:
+        for work in self._works:
+            work.wait()
+        self._works = []
+        return self._rows
 
 
 class CandidateBank:
-    """Candidates of all switching layers: `rows[side][layer]` is a [C, length] tensor."""
+    """Candidates of all switching layers. `location` is "device" or "host", `spread` is "tp" or "dp"."""
 
-    def __init__(self, location: str) -> None:
-        self.location = location
-        self.rows: dict[str, dict[int, Tensor]] = {"A": {}, "B": {}}
+    def __init__(self, location: str, spread: str, mesh: Mesh) -> None:
+        self.location, self.spread, self.mesh = location, spread, mesh
+        self.held: dict[Key, HeldRows] = {}
+        self.device = torch.device("cpu")
 
-    def add(self, side: str, layer: int, vectors: Tensor) -> None:
-        """Put a layer's candidates [C, length] into the bank."""
-        self.rows[side][layer] = vectors
+    def _sharing_axis(self, factor_split: Optional[Split]) -> Axis:
+        """The ranks over which the candidates of a factor are spread."""
+        whole = factor_split is None  # replicated: every tensor-parallel rank would hold a copy
+        if self.spread == "dp":
+            return self.mesh.axis("head" if whole else "dp")
+        return self.mesh.axis("tp") if whole else Axis()
+
+    def add(self, side: str, layer: int, vectors: Tensor, factor_split: Optional[Split]) -> None:
+        """Keep this rank's part of a layer's candidates [C, full length]."""
+        split = Split(0, len(vectors), self._sharing_axis(factor_split))
+        local = vectors if factor_split is None else factor_split.take(vectors)
+        self.held[side, layer] = HeldRows(split.take(local).clone(), split)
 
     def place(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Cast to the factors' precision and move to where the bank lives."""
-        for side in self.rows.values():
-            for layer, vectors in side.items():
-                if self.location == "device":
-                    side[layer] = vectors.to(device, dtype)
-                else:
-                    host = vectors.to("cpu", dtype)
-                    side[layer] = host.pin_memory() if device.type == "cuda" else host
+        """Cast to the factors' precision and move to where the bank lives; fetched rows go to `device`."""
+        self.device = device
+        for held in self.held.values():
+            if self.location == "device":
+                held.rows = held.rows.to(device, dtype)
+            else:
+                host = held.rows.to("cpu", dtype)
+                held.rows = host.pin_memory() if device.type == "cuda" else host
 
-    def exchange(self, side: str, layer: int, old_slots: Tensor, old: Tensor, new_slots: Tensor) -> Tensor:
-        """Write the live vectors `old` [c, length] to their own slots, return those of `new_slots` on old's device."""
-        bank = self.rows[side][layer]
-        bank.index_copy_(0, old_slots.to(bank.device), old.to(bank.device))
-        return bank.index_select(0, new_slots.to(bank.device)).to(old.device)
+    def put_back(self, switch: LayerSwitch, old: Tensor) -> None:
+        """Store the vectors [count, local length] that stop being live in their own slots, where held."""
+        held = self.held[switch.side, switch.layer]
+        positions, rows = held.mine(torch.from_numpy(switch.old_slots))
+        values = old if len(positions) == len(old) else old.index_select(0, positions.to(old.device))
+        held.rows.index_copy_(0, rows.to(held.rows.device), values.to(held.rows.device))
+
+    def fetch(self, switches: Iterable[LayerSwitch]) -> Fetch:
+        """Start getting the rows of `new_slots`, as the bank holds them now: call it after the last step's `put_back`.
+        Collective, one all-reduce an axis over which candidates are spread, for all layers together."""
+        rows: dict[Key, Tensor] = {}
+        shared: dict[int, list[Key]] = {}
+        axes: dict[int, Axis] = {}
+        for switch in switches:
+            key = (switch.side, switch.layer)
+            held = self.held[key]
+            rows[key] = self._local_rows(held, torch.from_numpy(switch.new_slots))
+            if held.split.axis.size > 1:
+                axes[id(held.split.axis.group)] = held.split.axis
+                shared.setdefault(id(held.split.axis.group), []).append(key)
+        works = [self._complete(rows, keys, axes[number]) for number, keys in shared.items()]
+        return Fetch(rows, works)
+
+    def _local_rows(self, held: HeldRows, slots: Tensor) -> Tensor:
+        """Rows of the slots on the device, zeros for those held elsewhere."""
+        positions, numbers = held.mine(slots)
+        found = held.rows.index_select(0, numbers.to(held.rows.device)).to(self.device, non_blocking=True)
+        if len(positions) == len(slots):
+            return found
+        return found.new_zeros(len(slots), found.size(1)).index_copy_(0, positions.to(self.device), found)
+
+    def _complete(self, rows: dict[Key, Tensor], keys: list[Key], axis: Axis) -> dist.Work:
+        """Sum the ranks' bytes: every row is zero but on its owner. Replaces `rows` by views of the buffer."""
+        flat = torch.cat([rows[key].reshape(-1) for key in keys])
+        parts = flat.split([rows[key].numel() for key in keys])
+        for key, part in zip(keys, parts, strict=True):
+            rows[key] = part.view(rows[key].shape)
+        work = dist.all_reduce(flat.view(torch.uint8), group=axis.group, async_op=True)
+        assert work is not None
+        return work
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of all candidates, in a fixed order."""
-        for side, layers in self.rows.items():
-            for layer, vectors in sorted(layers.items()):
-                yield f"bank_{side}.{layer}", vectors
+        """(name, tensor) of all candidates held here, in a fixed order."""
+        for (side, layer), held in sorted(self.held.items()):
+            yield f"bank_{side}.{layer}", held.rows
 
     def num_bytes(self) -> int:
-        return sum(vectors.numel() * vectors.element_size() for _, vectors in self.tensors())
+        """Bytes that the candidates take on this rank."""
+        return sum(held.rows.numel() * held.rows.element_size() for held in self.held.values())

@@ -5,48 +5,88 @@ thousands of folds into a bf16 W would drift by per cent. One LoRA vector is one
     weight  [out, in]  W, fp32 (or float64 in tests)
     lora_A  [rank, in]
     lora_B  [rank, out]  B transposed, so that column i of the paper's B is row i
-The split form computes x W^T and (x A^T) B in the activation's precision. Under tensor parallelism
-A would be split with W's input (row-parallel), B with its output (column-parallel).
+Under tensor parallelism a column-parallel layer splits W and B on out and replicates A, a row-parallel
+one splits W and A on in and replicates B, so that s B A has exactly the shard's shape and no forward
+collective is added. Each rank computes a part of the replicated factor's gradient (`enter_block` sums
+them). Computed in the merged form (`lowrank/merged.py`) or split, both in the activation's precision.
 """
 
 from __future__ import annotations
+
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_switchlora.config import MethodConfig
+from megatron_switchlora.lowrank.merged import MergedLinear, merge, prefers_merged
+from megatron_switchlora.parallel.collectives import leave
 from megatron_switchlora.parallel.linear import ParallelLinear
-from megatron_switchlora.parallel.shard import declare
+from megatron_switchlora.parallel.shard import Split, declare
 
 
 class LowRankLinear(nn.Module):
-    """Replaces a parallel linear; takes over its weight as the frozen base."""
+    """Replaces a parallel linear; takes over its weight as the frozen base. `in_features` and `out_features` are the
+    full sizes."""
 
     weight: Tensor
 
-    def __init__(self, base: ParallelLinear, rank: int, scaling: float) -> None:
+    def __init__(self, base: ParallelLinear, method: MethodConfig) -> None:
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.rank, self.scaling = rank, scaling
+        self.tp, self.split, self.row_parallel = base.tp, base.split, base.split_dim == 1
+        self.rank, self.scaling = method.rank, method.alpha / method.rank
+        self.compute, self.cache = method.compute, method.merged_cache
         self.register_buffer("weight", base.weight.detach())
-        row_parallel = base.shard_dim == 1
-        A = self.weight.new_empty(rank, self.in_features)
-        B = self.weight.new_empty(rank, self.out_features)
-        self.lora_A = declare(nn.Parameter(A), shard_dim=1 if row_parallel else None, rows=True)
-        self.lora_B = declare(nn.Parameter(B), shard_dim=None if row_parallel else 1, rows=True)
+        out_local, in_local = self.weight.shape
+        A = nn.Parameter(self.weight.new_empty(self.rank, in_local))
+        B = nn.Parameter(self.weight.new_empty(self.rank, out_local))
+        along = Split(1, self.split.size, self.tp)
+        self.lora_A = declare(A, shard=along if self.row_parallel else None, rows=True)
+        self.lora_B = declare(B, shard=None if self.row_parallel else along, rows=True)
+        self._merged: Optional[Tensor] = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        base = F.linear(x, self.weight.to(x.dtype))
-        return torch.add(base, F.linear(x, self.lora_A) @ self.lora_B, alpha=self.scaling)
+    def partial_parameters(self) -> tuple[nn.Parameter, ...]:
+        return (self.lora_B,) if self.row_parallel else (self.lora_A,)
+
+    def forward(self, x: Tensor, *entered: Tensor) -> Tensor:
+        A: Tensor = self.lora_A
+        B: Tensor = self.lora_B
+        if entered and self.row_parallel:
+            (B,) = entered
+        elif entered:
+            (A,) = entered
+        y = self._merged_form(x, A, B) if self._merges(x) else self._split_form(x, A, B)
+        return leave(self.tp, y) if self.row_parallel else y
+
+    def _merges(self, x: Tensor) -> bool:
+        if self.compute != "auto":
+            return self.compute == "merged"
+        formed = 2 if self.cache == "recompute" and torch.is_grad_enabled() else 1
+        return prefers_merged(x.numel() // x.size(-1), self.weight.size(0), self.weight.size(1), formed)
+
+    def _split_form(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return torch.add(F.linear(x, self.weight.to(x.dtype)), F.linear(x, A) @ B, alpha=self.scaling)
+
+    def _merged_form(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        if self.cache == "accumulation" and self._merged is None:
+            self._merged = merge(self.weight, A, B, self.scaling)
+        return MergedLinear.apply(x, A, B, self.weight, self._merged, self.scaling, self.cache != "recompute")
+
+    def forget_merged(self) -> None:
+        """W or a factor has changed: the cached W_eff, if any, is not theirs."""
+        self._merged = None
 
     @torch.no_grad()
     def add_product(self, sign: float) -> None:
         """W <- W + sign s B A, from the factors as the forward uses them, in W's precision."""
         A, B = self.lora_A.to(self.weight.dtype), self.lora_B.to(self.weight.dtype)
         self.weight.addmm_(B.t(), A, alpha=sign * self.scaling)
+        self.forget_merged()
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
-        """W + s B A [out, in], in W's precision."""
+        """This rank's part of W + s B A [out, in], in W's precision."""
         A, B = self.lora_A.to(self.weight.dtype), self.lora_B.to(self.weight.dtype)
         return torch.addmm(self.weight, B.t(), A, alpha=self.scaling)

@@ -3,12 +3,14 @@
 A's row i to slot j (B's is the mirror image):
     W += s B[:, i] (A_old - A_new);  bank[slot of i] = A_old;  A[i] = A_new
 The difference is formed from the rows as the forward uses them (the low-precision ones under bf16) and
-added to the fp32 W. What becomes of the optimizer's state is the caller's business.
+added to the fp32 W. Under tensor parallelism all of it is local: the rows are this rank's parts. What
+becomes of the optimizer's state is the caller's business.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from megatron_switchlora.lowrank.bank import CandidateBank
 from megatron_switchlora.lowrank.linear import LowRankLinear
@@ -16,14 +18,12 @@ from megatron_switchlora.lowrank.schedule import LayerSwitch
 
 
 @torch.no_grad()
-def apply_switch(linear: LowRankLinear, bank: CandidateBank, switch: LayerSwitch) -> None:
-    """Switch one side of one layer in place: factor rows, bank and W."""
+def apply_switch(linear: LowRankLinear, bank: CandidateBank, switch: LayerSwitch, new: Tensor) -> None:
+    """Switch one side of one layer in place to the fetched rows `new` [count, length]: factor, bank and W."""
     factor, counterpart = (linear.lora_A, linear.lora_B) if switch.side == "A" else (linear.lora_B, linear.lora_A)
     positions = torch.from_numpy(switch.positions).to(factor.device)
     old = factor.index_select(0, positions)
-    new = bank.exchange(
-        switch.side, switch.layer, torch.from_numpy(switch.old_slots), old, torch.from_numpy(switch.new_slots)
-    )
+    bank.put_back(switch, old)
     factor.index_copy_(0, positions, new)
     difference = old.to(linear.weight.dtype) - new.to(linear.weight.dtype)
     other = counterpart.index_select(0, positions).to(linear.weight.dtype)

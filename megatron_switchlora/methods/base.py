@@ -9,6 +9,7 @@ adapters at `optim.lr`; embedding and head at `optim.dense_lr`; norms, also at d
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,13 +17,24 @@ from torch import Tensor, nn
 from megatron_switchlora.config import RunConfig
 from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.optim.row_adamw import RowAdamW
+from megatron_switchlora.parallel.mesh import Mesh
+from megatron_switchlora.parallel.shard import is_split
+
+
+@dataclass(frozen=True)
+class Replica:
+    """A tensor that must be equal on all ranks of a line: "dp", or "head" (dp x tp)."""
+
+    name: str
+    tensor: Tensor
+    line: str
 
 
 class Method:
     """Base of all methods: does nothing beside training what is trainable."""
 
-    def __init__(self, config: RunConfig, model: LlamaForCausalLM) -> None:
-        self.config, self.model = config, model
+    def __init__(self, config: RunConfig, model: LlamaForCausalLM, mesh: Mesh) -> None:
+        self.config, self.model, self.mesh = config, model, mesh
 
     def matrices(self) -> list[nn.Parameter]:
         """The trainable tensors of the decoder's linears."""
@@ -54,6 +66,10 @@ class Method:
     def after_step(self, step: int) -> None:
         """The optimizer has stepped."""
 
-    def replicated_state(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of state beside the parameters that all data ranks must hold alike."""
-        yield from self.model.named_buffers()
+    def replicas(self) -> Iterator[Replica]:
+        """Everything that several ranks hold alike: parameters, buffers (frozen weights, split like the matrices they
+        are), and a method's own state."""
+        for name, param in self.model.named_parameters():
+            yield Replica(name, param, "dp" if is_split(param) else "head")
+        for name, buffer in self.model.named_buffers():
+            yield Replica(name, buffer, "dp")

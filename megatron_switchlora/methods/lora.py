@@ -14,18 +14,18 @@ from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.methods.base import Method
 from megatron_switchlora.model.llama import LlamaForCausalLM, decoder_linears
 from megatron_switchlora.optim.row_adamw import RowAdamW
-from megatron_switchlora.parallel.shard import named_generator
+from megatron_switchlora.parallel.mesh import Mesh
+from megatron_switchlora.parallel.shard import named_generator, shard_of
 
 
 class Lora(Method):
     """`linears` are the adapted layers by Hugging Face name, in layer order."""
 
-    def __init__(self, config: RunConfig, model: LlamaForCausalLM) -> None:
-        super().__init__(config, model)
-        rank = config.method.rank
+    def __init__(self, config: RunConfig, model: LlamaForCausalLM, mesh: Mesh) -> None:
+        super().__init__(config, model, mesh)
         self.linears: dict[str, LowRankLinear] = {}
         for name, parent, attribute, base in list(decoder_linears(model)):
-            linear = LowRankLinear(base, rank, config.method.alpha / rank)
+            linear = LowRankLinear(base, config.method)
             setattr(parent, attribute, linear)
             self.linears[name] = linear
         self._draw_factors()
@@ -40,8 +40,12 @@ class Lora(Method):
 
     def _draw_factors(self) -> None:
         for name, linear in self.linears.items():
-            linear.lora_A.data.copy_(self._draw_vectors("A", name, linear.rank))
-            linear.lora_B.data.copy_(self._draw_vectors("B", name, linear.rank))
+            self._fill_factor(linear.lora_A, self._draw_vectors("A", name, linear.rank))
+            self._fill_factor(linear.lora_B, self._draw_vectors("B", name, linear.rank))
+
+    @staticmethod
+    def _fill_factor(factor: nn.Parameter, full: Tensor) -> None:
+        factor.data.copy_(shard_of(factor, full))
 
     def matrices(self) -> list[nn.Parameter]:
         return [factor for linear in self.linears.values() for factor in (linear.lora_A, linear.lora_B)]
@@ -50,3 +54,7 @@ class Lora(Method):
         super().start(optimizer)
         for linear in self.linears.values():
             linear.add_product(-1.0)
+
+    def after_step(self, step: int) -> None:
+        for linear in self.linears.values():
+            linear.forget_merged()

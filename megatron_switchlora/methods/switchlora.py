@@ -4,18 +4,22 @@ In a step, after the last backward and before the clip: plan this step's switche
 for each fold the difference into W, exchange the vectors with the bank, copy the new rows to the fp32
 masters, zero the counterpart's moments and step counter and hold it still for N steps. The switched
 vector keeps its own moments. Rewriting rows changes no stored gradient; the counterpart's is stale now
-and is masked in this very step.
+and is masked in this very step. As the draws are pure, the next step is planned right then and its rows
+are fetched from the bank, which holds what this step has written back, while training goes on.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Optional
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megatron_switchlora.lowrank.bank import CandidateBank
+from megatron_switchlora.lowrank.bank import CandidateBank, Fetch
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.lowrank.schedule import (
     ScheduleConfig,
@@ -26,8 +30,19 @@ from megatron_switchlora.lowrank.schedule import (
     plan_step,
 )
 from megatron_switchlora.lowrank.switch import apply_switch
+from megatron_switchlora.methods.base import Replica
 from megatron_switchlora.methods.lora import Lora
 from megatron_switchlora.optim.row_adamw import RowAdamW
+
+
+@dataclass
+class PlannedStep:
+    """A step planned ahead: its switches, the state after planning, and the candidates on their way."""
+
+    step: int
+    plan: StepPlan
+    state: SwitchState
+    fetch: Fetch
 
 
 class SwitchLora(Lora):
@@ -53,16 +68,17 @@ class SwitchLora(Lora):
             seed=train.seed,
         )
         self.state = initial_state(self.schedule)
-        self.bank = CandidateBank(method.bank_device)
+        self._planned: Optional[PlannedStep] = None
+        self.bank = CandidateBank(method.bank_device, method.bank_spread, self.mesh)
         for layer, (name, linear) in enumerate(spare.items()):
             for side, factor in (("A", linear.lora_A), ("B", linear.lora_B)):
                 vectors = self._draw_vectors(side, name, self.schedule.candidates[layer])  # type: ignore[arg-type]
-                self.bank.add(side, layer, vectors)
-                factor.data.copy_(vectors[torch.from_numpy(self.state.slots[side][layer])])
+                self.bank.add(side, layer, vectors, factor.shard)  # type: ignore[attr-defined]
+                self._fill_factor(factor, vectors[torch.from_numpy(self.state.slots[side][layer])])
         for name, linear in self.linears.items():
             if name not in spare:
-                linear.lora_A.data.copy_(self._draw_vectors("A", name, linear.rank))
-                linear.lora_B.data.copy_(self._draw_vectors("B", name, linear.rank))
+                self._fill_factor(linear.lora_A, self._draw_vectors("A", name, linear.rank))
+                self._fill_factor(linear.lora_B, self._draw_vectors("B", name, linear.rank))
 
     def start(self, optimizer: RowAdamW) -> None:
         factor = next(iter(self.linears.values())).lora_A
@@ -70,21 +86,40 @@ class SwitchLora(Lora):
         super().start(optimizer)
 
     def before_step(self, step: int) -> int:
-        plan = plan_step(self.schedule, self.state, step)
-        self._apply(plan)
+        ahead = self._planned
+        planned = ahead if ahead is not None and ahead.step == step else self._plan(step, copy.deepcopy(self.state))
+        self.state = planned.state
+        self._apply(planned)
         self.optimizer.set_frozen(self._frozen_rows())
-        return plan.count
+        self._planned = None
+        if step + 1 < self.config.train.steps:
+            following = copy.deepcopy(self.state)
+            end_step(following)
+            self._planned = self._plan(step + 1, following)
+        return planned.plan.count
 
-    def _apply(self, plan: StepPlan) -> None:
-        for switch in plan.switches:
+    def _plan(self, step: int, state: SwitchState) -> PlannedStep:
+        """Plan a step from the state before it, which is advanced, and start fetching its candidates."""
+        plan = plan_step(self.schedule, state, step)
+        return PlannedStep(step, plan, state, self.bank.fetch(plan.switches))
+
+    def forget_plan(self) -> None:
+        """State or bank were changed from outside: plan the coming step anew. Collective, as the fetch is."""
+        if self._planned is not None:
+            self._planned.fetch.result()
+        self._planned = None
+
+    def _apply(self, planned: PlannedStep) -> None:
+        rows = planned.fetch.result()
+        for switch in planned.plan.switches:
             linear = self.switching[switch.layer]
             factor, counterpart = linear.lora_A, linear.lora_B
             if switch.side == "B":
                 factor, counterpart = counterpart, factor
-            apply_switch(linear, self.bank, switch)
-            rows = torch.from_numpy(switch.positions)
-            self.optimizer.rows_rewritten(factor, rows)
-            self.optimizer.reset_rows(counterpart, rows)
+            apply_switch(linear, self.bank, switch, rows[switch.side, switch.layer])
+            positions = torch.from_numpy(switch.positions)
+            self.optimizer.rows_rewritten(factor, positions)
+            self.optimizer.reset_rows(counterpart, positions)
 
     def _frozen_rows(self) -> dict[nn.Parameter, Tensor]:
         """Masked rows of each factor in this step."""
@@ -97,11 +132,13 @@ class SwitchLora(Lora):
         return frozen
 
     def after_step(self, step: int) -> None:
+        super().after_step(step)
         end_step(self.state)
 
-    def replicated_state(self) -> Iterator[tuple[str, Tensor]]:
-        yield from super().replicated_state()
-        yield from self.bank.tensors()
+    def replicas(self) -> Iterator[Replica]:
+        yield from super().replicas()
+        if self.config.method.bank_spread == "tp":  # spread over dp, nothing of the bank is held twice
+            yield from (Replica(name, rows, "dp") for name, rows in self.bank.tensors())
         for kind in ("pointer", "slots", "frozen"):
             for side, values in getattr(self.state, kind).items():
-                yield f"{kind}_{side}", torch.from_numpy(values)
+                yield Replica(f"{kind}_{side}", torch.from_numpy(values), "head")

@@ -1,7 +1,7 @@
 """Out to Hugging Face and back: the merged model as a folder that `transformers` loads.
 
-Adapters are folded in W's precision (fp32); module names are Hugging Face's already. Only safetensors
-and JSON are read or written.
+Adapters are folded in W's precision (fp32); module names are Hugging Face's already. Tensor-parallel
+shards are gathered and their padding is stripped. Only safetensors and JSON are read or written.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_switchlora.config import ModelConfig, UserError
 from megatron_switchlora.model.llama import LlamaForCausalLM
+from megatron_switchlora.parallel.shard import full_shape, shard_of
 
 
 def hf_config(config: ModelConfig, vocab_size: int, seq_len: int, eos_token_id: int | None) -> dict[str, Any]:
@@ -49,28 +50,35 @@ def hf_config(config: ModelConfig, vocab_size: int, seq_len: int, eos_token_id: 
 
 @torch.no_grad()
 def merged_state_dict(model: LlamaForCausalLM) -> dict[str, Tensor]:
-    """The effective weights by Hugging Face name, fp32 on the CPU; a tied head is left out."""
+    """The effective weights by Hugging Face name, fp32 on the CPU; a tied head is left out. Collective over tp."""
     state = {}
     for name, module in model.named_modules():
-        if hasattr(module, "effective_weight"):
-            if not (name == "lm_head" and model.config.tie_embeddings):
-                state[f"{name}.weight"] = module.effective_weight()
-        elif getattr(module, "weight", None) is not None:
-            state[f"{name}.weight"] = module.weight.detach()
-    return {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
+        if getattr(module, "weight", None) is None or (name == "lm_head" and model.config.tie_embeddings):
+            continue
+        part = module.effective_weight() if hasattr(module, "effective_weight") else module.weight.detach()
+        split = getattr(module, "split", None)
+        whole = part if split is None else split.gather(part)
+        state[f"{name}.weight"] = whole.to("cpu", torch.float32).contiguous()
+    return state
 
 
-def export_model(model: LlamaForCausalLM, folder: Path, seq_len: int, eos_token_id: int | None) -> None:
-    """Write `config.json`, `generation_config.json` and `model.safetensors` into an existing folder."""
+def export_model(
+    model: LlamaForCausalLM, folder: Path, seq_len: int, eos_token_id: int | None, writes: bool = True
+) -> None:
+    """Write `config.json`, `generation_config.json` and `model.safetensors` into an existing folder, on the rank that
+    `writes`. Collective over tp."""
+    state = merged_state_dict(model)
+    if not writes:
+        return
     config = hf_config(model.config, model.vocab_size, seq_len, eos_token_id)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     generation = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "do_sample": False}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    save_file(merged_state_dict(model), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def load_merged(model: LlamaForCausalLM, folder: Path) -> None:
-    """Load an exported folder into a model whose linears are plain.
+    """Load an exported folder into a model whose linears are plain, or this rank's part of it.
 
     Raises:
         UserError: no such file, or tensors that do not fit the model.
@@ -81,12 +89,11 @@ def load_merged(model: LlamaForCausalLM, folder: Path) -> None:
     state = load_file(path)
     if model.config.tie_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    own = model.state_dict()
-    wrong = [
-        n for n in sorted(set(own) | set(state)) if n not in own or n not in state or own[n].shape != state[n].shape
-    ]
+    own = dict(model.named_parameters(remove_duplicate=False))
+    names = sorted(set(own) | set(state))
+    wrong = [n for n in names if n not in own or n not in state or full_shape(own[n]) != list(state[n].shape)]
     if wrong:
         raise UserError(
             f"{path} does not fit the configured model: {len(wrong)} tensors differ, the first is {wrong[0]}."
         )
-    model.load_state_dict(state)
+    model.load_state_dict({name: shard_of(own[name], tensor) for name, tensor in state.items()})

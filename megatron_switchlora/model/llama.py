@@ -3,7 +3,8 @@
 RMSNorm, rotary embedding with rotated halves, grouped-query causal attention through PyTorch's SDPA,
 SwiGLU. Linears are the parallel layers of `parallel/linear.py`; a method may replace those of the
 decoder layers by low-rank ones (`decoder_linears` lists them). Shapes: B batch, S sequence,
-D hidden, F feed-forward, V vocabulary, H heads, K key/value heads.
+D hidden, F feed-forward, V vocabulary, H heads, K key/value heads. Under tensor parallelism a rank
+holds whole heads and a part of F and V; a block runs one all-reduce forward and one backward.
 With `labels`, `forward` returns the mean cross entropy; without, the logits. Not supported: biases,
 rope scaling, attention masks other than causal, caches for generation (export to transformers).
 """
@@ -19,14 +20,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_switchlora.config import ModelConfig
+from megatron_switchlora.parallel.collectives import gather_columns
+from megatron_switchlora.parallel.cross_entropy import token_cross_entropy
 from megatron_switchlora.parallel.linear import (
     ColumnParallelLinear,
     ParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    token_cross_entropy,
+    enter_block,
 )
-from megatron_switchlora.parallel.shard import declare, named_generator
+from megatron_switchlora.parallel.shard import Axis, Split, declare, full_shape, named_generator, shard_of
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -38,7 +41,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
-        self.weight = declare(nn.Parameter(torch.ones(hidden_size)), shard_dim=None)
+        self.weight = declare(nn.Parameter(torch.ones(hidden_size)), shard=None)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,45 +68,50 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention with K key/value heads for H query heads."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tp: Axis) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.tp = config.head_dim, tp
         kv_size = config.kv_heads * config.head_dim
-        self.q_proj = ColumnParallelLinear(config.hidden_size, config.hidden_size)
-        self.k_proj = ColumnParallelLinear(config.hidden_size, kv_size)
-        self.v_proj = ColumnParallelLinear(config.hidden_size, kv_size)
-        self.o_proj = RowParallelLinear(config.hidden_size, config.hidden_size)
+        self.q_proj = ColumnParallelLinear(config.hidden_size, config.hidden_size, tp)
+        self.k_proj = ColumnParallelLinear(config.hidden_size, kv_size, tp)
+        self.v_proj = ColumnParallelLinear(config.hidden_size, kv_size, tp)
+        self.o_proj = RowParallelLinear(config.hidden_size, config.hidden_size, tp)
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        x_BSD, (*entered, o_entered) = enter_block(x_BSD, (*projections, self.o_proj), self.tp)
         q, k, v = (
-            projection(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(x_BSD, *partial).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection, partial in zip(projections, entered, strict=True)
         )
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(out.transpose(1, 2).flatten(2), *o_entered)
 
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tp: Axis) -> None:
         super().__init__()
-        self.gate_proj = ColumnParallelLinear(config.hidden_size, config.intermediate_size)
-        self.up_proj = ColumnParallelLinear(config.hidden_size, config.intermediate_size)
-        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size)
+        self.tp = tp
+        self.gate_proj = ColumnParallelLinear(config.hidden_size, config.intermediate_size, tp)
+        self.up_proj = ColumnParallelLinear(config.hidden_size, config.intermediate_size, tp)
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, tp)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))
+        linears = (self.gate_proj, self.up_proj, self.down_proj)
+        x_BSD, (gate, up, down) = enter_block(x_BSD, linears, self.tp)
+        return self.down_proj(F.silu(self.gate_proj(x_BSD, *gate)) * self.up_proj(x_BSD, *up), *down)
 
 
 class DecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward, each with a residual connection."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tp: Axis) -> None:
         super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = MLP(config)
+        self.self_attn = Attention(config, tp)
+        self.mlp = MLP(config, tp)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -115,11 +123,11 @@ class DecoderLayer(nn.Module):
 class LlamaModel(nn.Module):
     """Embedding, decoder layers and the final norm: `model.*` in Hugging Face's names."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, tp: Axis) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = VocabParallelEmbedding(vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.embed_tokens = VocabParallelEmbedding(vocab_size, config.hidden_size, tp)
+        self.layers = nn.ModuleList(DecoderLayer(config, tp) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.checkpointing = False
 
@@ -135,34 +143,38 @@ class LlamaModel(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
-    """The whole model. `vocab_size` overrides the configuration's (which may leave it to the tokenizer)."""
+    """The whole model, or this rank's part of it. `vocab_size` overrides the configuration's (which may leave it to
+    the tokenizer)."""
 
-    def __init__(self, config: ModelConfig, vocab_size: Optional[int] = None) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: Optional[int] = None, tp: Optional[Axis] = None) -> None:
         super().__init__()
         size = vocab_size if vocab_size is not None else config.vocab_size
         assert size is not None, "vocabulary size unknown"
-        self.config, self.vocab_size = config, size
-        self.model = LlamaModel(config, size)
-        self.lm_head = ColumnParallelLinear(config.hidden_size, size)
+        self.config, self.vocab_size, self.tp = config, size, tp or Axis()
+        self.model = LlamaModel(config, size, self.tp)
+        self.lm_head = ColumnParallelLinear(config.hidden_size, size, self.tp)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, tokens_BS: Tensor, labels_BS: Optional[Tensor] = None) -> Tensor:
         """Logits [B, S, V], or with labels [B, S] (already shifted) their mean cross entropy."""
-        logits = self.lm_head(self.model(tokens_BS))
-        return logits if labels_BS is None else token_cross_entropy(logits, labels_BS).mean()
+        x_BSD, _ = enter_block(self.model(tokens_BS), (self.lm_head,), self.tp)
+        logits = self.lm_head(x_BSD)
+        if labels_BS is None:
+            return gather_columns(Split(logits.dim() - 1, self.vocab_size, self.tp), logits)
+        return token_cross_entropy(logits, labels_BS, self.lm_head.split).mean()
 
 
 def initialize_weights(model: LlamaForCausalLM, seed: int) -> None:
-    """Normal matrices with `initializer_range`, norms one; drawn by name for the full tensor."""
+    """Normal matrices with `initializer_range`, norms one; drawn by name for the full tensor, then cut."""
     for name, param in model.named_parameters():
         if param.dim() < 2:
             param.data.fill_(1.0)
         else:
-            values = torch.empty(param.shape).normal_(
+            values = torch.empty(full_shape(param)).normal_(
                 0.0, model.config.initializer_range, generator=named_generator(seed, name)
             )
-            param.data.copy_(values)
+            param.data.copy_(shard_of(param, values))
 
 
 def decoder_linears(model: LlamaForCausalLM) -> Iterator[tuple[str, nn.Module, str, ParallelLinear]]:

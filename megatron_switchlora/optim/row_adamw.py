@@ -47,7 +47,7 @@ class RowAdamW(torch.optim.Optimizer):
     """AdamW over a `RowLayout`. Groups carry `lr`, `weight_decay` and a `name`.
 
     `step` does nothing before `attach` (DeepSpeed's bf16 stage 0 steps once at initialisation). A non-finite
-    gradient leaves everything as it is and sets `found_nonfinite`.
+    gradient, or `refuse_step` set by who knows of one elsewhere, leaves everything as it is and sets `found_nonfinite`.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, beta1: float, beta2: float, eps: float) -> None:
@@ -56,6 +56,7 @@ class RowAdamW(torch.optim.Optimizer):
         self.layout: Optional[RowLayout] = None
         self.frozen: dict[nn.Parameter, Tensor] = {}
         self.found_nonfinite = False
+        self.refuse_step = False
 
     def attach(self, layout: RowLayout) -> None:
         """Adopt the layout and create all state now (DeepSpeed links lazily created state only in part)."""
@@ -91,7 +92,9 @@ class RowAdamW(torch.optim.Optimizer):
         if self.layout is None:
             return
         masters = [m for group in self.param_groups for m in group["params"] if m.grad is not None]
-        if masters and not torch.isfinite(torch.nn.utils.get_total_norm([m.grad for m in masters])):
+        if self.refuse_step or (
+            masters and not torch.isfinite(torch.nn.utils.get_total_norm([m.grad for m in masters]))
+        ):
             self.found_nonfinite = True
             return
         for group in self.param_groups:

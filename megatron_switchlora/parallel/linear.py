@@ -1,65 +1,86 @@
-"""Linear layers and the embedding as the tensor-parallel mesh sees them.
+"""Linear layers and the embedding, split over tensor-parallel ranks (Megatron-LM, arXiv 1909.08053).
 
-    ColumnParallelLinear    weight [out, in], split on out
-    RowParallelLinear       weight [out, in], split on in
-    VocabParallelEmbedding  weight [vocabulary, hidden], split on the vocabulary
-The mesh is 1 x dp x 1 for now, so a shard is the whole tensor and no collective runs; the split is
-declared on the parameter all the same. No biases, as in LLaMA.
+    ColumnParallelLinear    weight [out, in], split on out: needs all of x, gives a part of y
+    RowParallelLinear       weight [out, in], split on in: takes a part of x, sums y over the ranks
+    VocabParallelEmbedding  weight [vocabulary, hidden], split on the vocabulary, summed likewise
+A size that does not divide is padded with zero rows or columns, which stay zero: a padded output meets a
+padded, zero input of the next layer, so its gradient is zero. A block calls `enter_block` once: its
+backward sums the gradient of x over the ranks, and with it those of replicated parameters of which
+each rank computes a part (a low-rank layer has one). No biases, as in LLaMA.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_switchlora.parallel.shard import declare
+from megatron_switchlora.parallel.collectives import enter, leave
+from megatron_switchlora.parallel.shard import Axis, Split, declare
 
 
 class ParallelLinear(nn.Module):
-    """y = x W^T with x [..., in] and W [out, in]; the base of the two splits."""
+    """y = x W^T with x [..., in] and W [out, in]; the base of the two splits. `in_features` and `out_features` are the
+    full sizes."""
 
-    shard_dim: int
+    split_dim: int
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, tp: Axis) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = declare(nn.Parameter(torch.empty(out_features, in_features)), shard_dim=self.shard_dim)
+        self.in_features, self.out_features, self.tp = in_features, out_features, tp
+        shape = [out_features, in_features]
+        self.split = Split(self.split_dim, shape[self.split_dim], tp)
+        shape[self.split_dim] = self.split.local
+        self.weight = declare(nn.Parameter(torch.empty(shape)), shard=self.split)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+    def partial_parameters(self) -> tuple[nn.Parameter, ...]:
+        """Replicated parameters of whose gradient every rank computes a part."""
+        return ()
+
+    def forward(self, x: Tensor, *entered: Tensor) -> Tensor:
+        """`entered` are the partial parameters as `enter_block` returned them."""
+        y = F.linear(x, self.weight)
+        return leave(self.tp, y) if self.split_dim == 1 else y
 
     def effective_weight(self) -> Tensor:
-        """The matrix [out, in] that the layer applies."""
+        """This rank's part of the matrix [out, in] that the layer applies."""
         return self.weight.detach()
 
 
 class ColumnParallelLinear(ParallelLinear):
     """Split on the output features: q, k, v, gate, up and the head."""
 
-    shard_dim = 0
+    split_dim = 0
 
 
 class RowParallelLinear(ParallelLinear):
     """Split on the input features: o and down."""
 
-    shard_dim = 1
+    split_dim = 1
+
+
+def enter_block(x: Tensor, linears: Sequence[nn.Module], tp: Axis) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    """x on its way into a block of these linears, and each linear's partial parameters: pass them to its forward."""
+    partial = [linear.partial_parameters() for linear in linears]  # type: ignore[operator]
+    x, *flat = enter(tp, x, *(param for params in partial for param in params))
+    waiting = iter(flat)
+    return x, [tuple(next(waiting) for _ in params) for params in partial]
 
 
 class VocabParallelEmbedding(nn.Module):
     """Token ids [...] to vectors [..., hidden]."""
 
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, tp: Axis) -> None:
         super().__init__()
-        self.weight = declare(nn.Parameter(torch.empty(vocab_size, hidden_size)), shard_dim=0)
+        self.split = Split(0, vocab_size, tp)
+        self.weight = declare(nn.Parameter(torch.empty(self.split.local, hidden_size)), shard=self.split)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
-
-
-def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of each token, in fp32 at least. logits [..., V], targets [...] -> [...]."""
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    flat = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
-    return flat.view_as(targets)
+        if self.split.axis.size == 1:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.split.start
+        elsewhere = (local < 0) | (local >= self.split.real)
+        vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return leave(self.split.axis, vectors.masked_fill(elsewhere.unsqueeze(-1), 0.0))

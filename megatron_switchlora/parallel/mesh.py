@@ -1,8 +1,9 @@
 """The mesh of ranks: axes lte x dp x tp, the last running fastest.
 
 Rank = (lte_rank * dp + dp_rank) * tp + tp_rank. Each axis has one process group per line of ranks
-along it; they are created here, in the same order on every rank, and passed on explicitly. The
-class also speaks DeepSpeed's `mpu` protocol, so that ZeRO partitions over one head's data-parallel
+along it, and "head" is the plane dp x tp of one LTE head, counted dp first; they are created here, in
+the same order on every rank, and passed on explicitly. The class also speaks
+DeepSpeed's `mpu` protocol, so that ZeRO partitions over one head's data-parallel
 ranks and the gradient norm is summed over `tp`.
 """
 
@@ -14,13 +15,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_switchlora.config import ParallelConfig, UserError
+from megatron_switchlora.parallel.shard import Axis
 
 AXES = ("lte", "dp", "tp")
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes, this rank's coordinates and its process groups, one per axis."""
+    """Sizes, this rank's coordinates and its process groups, one per axis and one for the head."""
 
     sizes: dict[str, int]
     coords: dict[str, int]
@@ -34,6 +36,13 @@ class Mesh:
 
     def group(self, axis: str) -> dist.ProcessGroup:
         return self.groups[axis]
+
+    def axis(self, name: str) -> Axis:
+        """This rank's line along "lte", "dp", "tp", or its "head"."""
+        if name == "head":
+            size = self.size("dp") * self.size("tp")
+            return Axis(size, self.rank("dp") * self.size("tp") + self.rank("tp"), self.groups.get("head"))
+        return Axis(self.size(name), self.rank(name), self.groups.get(name))
 
     # DeepSpeed's mpu protocol
     def get_data_parallel_rank(self) -> int:
@@ -59,6 +68,11 @@ class Mesh:
     get_tensor_model_parallel_group = get_model_parallel_group
 
 
+def lone_mesh() -> Mesh:
+    """One process without process groups."""
+    return Mesh(dict.fromkeys(AXES, 1), dict.fromkeys(AXES, 0), {})
+
+
 def mesh_sizes(parallel: ParallelConfig, world_size: int) -> dict[str, int]:
     """Axis sizes for a world.
 
@@ -79,10 +93,11 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
     sizes = mesh_sizes(parallel, dist.get_world_size())
     grid = torch.arange(dist.get_world_size()).reshape([sizes[axis] for axis in AXES])
     position = (grid == dist.get_rank()).nonzero()[0].tolist()
+    lines = {axis: grid.movedim(index, -1).reshape(-1, sizes[axis]) for index, axis in enumerate(AXES)}
+    lines["head"] = grid.reshape(sizes["lte"], -1)
     groups = {}
-    for index, axis in enumerate(AXES):
-        lines = grid.movedim(index, -1).reshape(-1, sizes[axis])
-        for line in lines.tolist():
+    for axis, members in lines.items():
+        for line in members.tolist():
             group = dist.new_group(line)
             if dist.get_rank() in line:
                 groups[axis] = group

@@ -64,10 +64,11 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 class CommRecorder:
-    """`bytes[Record]` since the last `clear`. Use as a context manager."""
+    """`bytes[Record]` and `calls[Record]` since the last `clear`. Use as a context manager."""
 
     def __init__(self) -> None:
         self.bytes: Counter[Record] = Counter()
+        self.calls: Counter[Record] = Counter()
         self._phase = "other"
         self._originals: dict[str, Callable[..., Any]] = {}
 
@@ -88,9 +89,11 @@ class CommRecorder:
             if group.size() > 1:
                 index = INPUT_ARGUMENT[op]
                 given = args[index] if index < len(args) else list(kwargs.values())[index - len(args)]
-                for tensor in _tensors(given):
+                tensors = list(_tensors(given))
+                for position, tensor in enumerate(tensors):
                     record = Record(self._phase, group.group_name, op, str(tensor.dtype).removeprefix("torch."))
                     self.bytes[record] += tensor.numel() * tensor.element_size()
+                    self.calls[record] += position == 0
             return original(group, *args, **kwargs)
 
         return call
@@ -114,3 +117,4 @@ class CommRecorder:
 
     def clear(self) -> None:
         self.bytes.clear()
+        self.calls.clear()

@@ -2,7 +2,8 @@
 
 The optimizer has refused the step, so the weights are those that produced it: the micro-batches run
 again, with hooks that look at each module's output, then at the gradients of outputs and trainable
-weights, in the order in which the backward pass meets them. No collective runs and no `.grad` is touched.
+weights, in the order in which the backward pass meets them. No `.grad` is touched. Only tensor-parallel
+collectives run, so every rank makes all passes before it answers (the loss is equal on those ranks).
 """
 
 from __future__ import annotations
@@ -41,22 +42,24 @@ def _run(model: LlamaForCausalLM, tokens: Tensor) -> tuple[Tensor, list[tuple[st
 
 
 def find_bad_layer(model: LlamaForCausalLM, micro_batches: list[Tensor], device: torch.device) -> Optional[str]:
-    """A phrase that names the first bad tensor, or None if this rank's data gives none."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not _finite(tensor):
-            return f"the weights of {name}"
+    """A phrase that names the first bad tensor, or None if this rank's data gives none. Collective over tp."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    bad = [f"the weights of {name}" for name, tensor in tensors if not _finite(tensor)]
     for tokens in micro_batches:
         loss, outputs = _run(model, tokens.to(device))
-        for name, output in outputs:
-            if not _finite(output):
-                return f"the output of {name}"
+        bad += [f"the output of {name}" for name, output in outputs if not _finite(output)]
         if not _finite(loss):
-            return "the loss"
-        params = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-        named = [(f"the gradient of the output of {n}", t) for n, t in reversed(outputs) if t.requires_grad]
-        named += [(f"the gradient of {n}", p) for n, p in reversed(params)]
-        gradients = torch.autograd.grad(loss, [tensor for _, tensor in named], allow_unused=True)
-        for (name, _), gradient in zip(named, gradients, strict=True):
-            if gradient is not None and not _finite(gradient):
-                return name
-    return None
+            bad.append("the loss")
+        else:
+            bad += _bad_gradients(model, loss, outputs)
+    return bad[0] if bad else None
+
+
+def _bad_gradients(model: LlamaForCausalLM, loss: Tensor, outputs: list[tuple[str, Tensor]]) -> list[str]:
+    """Phrases for the gradients that are not finite, in the order of the backward pass."""
+    params = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    named = [(f"the gradient of the output of {n}", t) for n, t in reversed(outputs) if t.requires_grad]
+    named += [(f"the gradient of {n}", p) for n, p in reversed(params)]
+    gradients = torch.autograd.grad(loss, [tensor for _, tensor in named], allow_unused=True)
+    pairs = zip(named, gradients, strict=True)
+    return [name for (name, _), gradient in pairs if gradient is not None and not _finite(gradient)]

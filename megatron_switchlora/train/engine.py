@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Optional
 
 import deepspeed
 import torch
@@ -32,8 +32,10 @@ from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.optim.layout import deepspeed_layout
 from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.optim.row_adamw import RowAdamW
+from megatron_switchlora.parallel.agree import gather_texts
 from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.parallel.ranks import complete_environment
+from megatron_switchlora.parallel.shard import is_split
 from megatron_switchlora.train.comm import CommRecorder
 from megatron_switchlora.train.integrity import differing
 
@@ -97,14 +99,24 @@ class Engine:
         self._check_replicas()
 
     def _check_replicas(self) -> None:
-        """Parameters, frozen weights, banks and switching state must be equal on all data ranks from the start."""
-        named = [*self.model.named_parameters(), *self.method.replicated_state()]
-        found = differing(named, self.mesh.group("dp"), self.device)
+        """Parameters, frozen weights, banks and switching state must be equal wherever they are held alike."""
+        found = self.differing_replicas()
         if found:
             raise UserError(
-                f"The data-parallel ranks do not start equal: {found[0]} ({len(found)} tensors in all). They must run "
-                "the same code, configuration and library versions."
+                f"The ranks do not start equal: {found[0]} ({len(found)} such differences). They must run the same "
+                "code, configuration and library versions."
             )
+
+    def differing_replicas(self) -> list[str]:
+        """Sentences for tensors that should be equal on several ranks and are not, alike on every rank. Collective
+        over the world."""
+        replicas = list(self.method.replicas())
+        found = []
+        for line in ("dp", "head"):
+            named = [(replica.name, replica.tensor) for replica in replicas if replica.line == line]
+            found += differing(named, self.mesh.group(line), self.device)
+        texts = gather_texts("\n".join(found), self.device)
+        return list(dict.fromkeys(sentence for text in texts for sentence in text.splitlines()))
 
     def _set_lr(self, step: int) -> float:
         train = self.config.train
@@ -113,9 +125,26 @@ class Engine:
             group["lr"] = group["base_lr"] * factor
         return self.config.optim.lr * factor
 
-    def _plain_norm(self) -> Tensor:
-        """Norm of the reduced gradients where DeepSpeed reports none (fp32 at stage 0)."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
+    def _before_step(self) -> Optional[Tensor]:
+        """What DeepSpeed leaves undone at stage 0: in fp32 the gradients' norm, which is returned, over tensor-parallel
+        ranks too; in bf16 its norm looks for the mark of a shard on the gradient."""
+        if self.ds.optimizer is self.optimizer:
+            norms = {
+                split: torch.nn.utils.get_total_norm(
+                    [p.grad for p in self.params if p.grad is not None and is_split(p) == split]
+                ).to(self.device)
+                for split in (False, True)
+            }
+            squares = norms[True] ** 2
+            if self.mesh.size("tp") > 1:
+                dist.all_reduce(squares, group=self.mesh.group("tp"))
+            norm = (norms[False] ** 2 + squares).sqrt()
+            self.optimizer.refuse_step = not bool(torch.isfinite(norm))
+            return norm
+        for param in self.params:
+            if param.grad is not None:
+                param.grad.tensor_model_parallel = is_split(param)
+        return None
 
     def train_step(self, step: int, micro_batches: list[Tensor]) -> StepResult:
         """Step number `step` (from 0) on this rank's micro-batches, each [micro_batch_size, S + 1] tokens."""
@@ -132,9 +161,9 @@ class Engine:
                 with self.recorder.phase("gradient"):
                     self.ds.backward(loss)
                 if index == len(micro_batches) - 1:
-                    switched = self.method.before_step(step)
-                    if self.ds.optimizer is self.optimizer:
-                        norm = self._plain_norm()
+                    with self.recorder.phase("switch"):
+                        switched = self.method.before_step(step)
+                    norm = self._before_step()
                 with self.recorder.phase("step"):
                     self.ds.step()
         self.method.after_step(step)
@@ -143,12 +172,13 @@ class Engine:
         return self._result(losses / len(micro_batches), grad_norm, lr, switched, dp_bytes)
 
     def _result(self, loss: Tensor, grad_norm: float, lr: float, switched: int, dp_bytes: int) -> StepResult:
-        """Average the loss over the data ranks, and agree on whether all went well."""
+        """Average the loss over the data ranks, and agree with all of the head on whether all went well."""
         skipped = bool(getattr(self.ds.optimizer, "overflow", False))
         bad = self.optimizer.found_nonfinite or skipped or not math.isfinite(grad_norm)
         self.optimizer.found_nonfinite = False
-        shared = torch.stack([loss, torch.tensor(float(bad), dtype=loss.dtype, device=loss.device)])
-        dist.all_reduce(shared, group=self.mesh.group("dp"))
+        share = loss if self.mesh.rank("tp") == 0 else torch.zeros_like(loss)  # tensor-parallel ranks have the same
+        shared = torch.stack([share, torch.tensor(float(bad), dtype=loss.dtype, device=loss.device)])
+        dist.all_reduce(shared, group=self.mesh.group("head"))
         mean, bad_ranks = (shared / self.mesh.size("dp")).tolist()
         return StepResult(mean, grad_norm, lr, switched, dp_bytes, bad_ranks == 0 and math.isfinite(mean))
 

@@ -40,7 +40,7 @@ def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float
         f"The text that {folder} was trained on has changed since (its data is {data.folder.name} now and was "
         f"{trained_on}), so its numbers cannot be repeated: restore the files that its config.yaml names.",
     )
-    model = LlamaForCausalLM(stored.model, vocabulary_size(stored, data))
+    model = LlamaForCausalLM(stored.model, vocabulary_size(stored, data), mesh.axis("tp"))
     load_merged(model, folder / "final")
     train = stored.train
     batches = eval_batches(

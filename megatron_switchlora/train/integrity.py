@@ -1,7 +1,8 @@
 """Are replicas equal? Fingerprints of tensors, compared over a process group.
 
-A fingerprint is two 64-bit sums of the tensor's bytes: plain, and weighted by position, so that one
-changed element or two swapped ones show. It runs on the tensor's device and moves 16 bytes a tensor.
+A fingerprint is two 64-bit sums of the tensor's words (4 bytes each where its size allows): plain, and
+weighted by position, so that one changed element or two swapped ones show. It runs on the tensor's
+device and moves 16 bytes a tensor.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ def fingerprint(tensor: Tensor) -> Tensor:
     if tensor.numel() == 0:  # torch refuses to see nothing as bytes
         return sums
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if data.numel() % 4 == 0:
+        data = data.view(torch.int32)
     for start in range(0, data.numel(), CHUNK):
         part = data[start : start + CHUNK].long()
         weights = (torch.arange(part.numel(), device=data.device) + start) % 1_000_003 + 1
@@ -31,17 +34,21 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def differing(named: Iterable[tuple[str, Tensor]], group: dist.ProcessGroup, device: torch.device) -> list[str]:
-    """Sentences for the tensors that are not equal on all ranks of the group (empty: all equal).
+    """Sentences for the tensors that are not equal on all ranks of the group (empty: all equal), with global ranks.
 
     Collective over the group; the tensors' names and order must agree on all ranks.
     """
     pairs = list(named)
+    ranks = dist.get_process_group_ranks(group)
+    if not pairs or len(ranks) == 1:
+        return []
     mine = torch.stack([fingerprint(tensor).to(device) for _, tensor in pairs])
     gathered = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(gathered, mine, group=group)
     found = []
     for index, (name, _) in enumerate(pairs):
-        odd = [rank for rank, theirs in enumerate(gathered) if not torch.equal(theirs[index], gathered[0][index])]
+        first = gathered[0][index]
+        odd = [rank for rank, theirs in zip(ranks, gathered, strict=True) if not torch.equal(theirs[index], first)]
         if odd:
-            found.append(f"{name} differs between group rank 0 and ranks {odd}")
+            found.append(f"{name} differs between rank {ranks[0]} and {', '.join(map(str, odd))}")
     return found

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_switchlora.config import RunConfig, UserError, require
+from megatron_switchlora.config import RunConfig, UserError, require, require_shard
 from megatron_switchlora.data.loader import BatchOrder, TrainLoader, eval_batches
 from megatron_switchlora.data.packing import PreparedData, open_prepared, prepare
 from megatron_switchlora.methods import build_method
@@ -53,13 +53,14 @@ def vocabulary_size(config: RunConfig, data: PreparedData) -> int:
     """The model's vocabulary.
 
     Raises:
-        UserError: smaller than the tokenizer's.
+        UserError: smaller than the tokenizer's, or too small for the tensor-parallel ranks.
     """
     size = config.model.vocab_size or data.vocab_size
     require(
         size >= data.vocab_size,
         f"model.vocab_size {size} is smaller than the tokenizer's {data.vocab_size}: raise it or leave it out.",
     )
+    require_shard("The vocabulary", size, config.parallel.tp)
     return size
 
 
@@ -75,9 +76,9 @@ class Trainer:
         self._load_data()
         self.vocab_size = vocabulary_size(config, self.data)
         self.counts = count_parameters(config.model, config.method, self.vocab_size)
-        model = LlamaForCausalLM(config.model, self.vocab_size)
+        model = LlamaForCausalLM(config.model, self.vocab_size, self.mesh.axis("tp"))
         initialize_weights(model, config.train.seed)
-        self.method = build_method(config, model)
+        self.method = build_method(config, model, self.mesh)
         self.engine = Engine(model, self.method, config, self.ds_config, self.mesh, device)
         self.run = self._open_run_folder()
         self._write_head()
@@ -135,8 +136,9 @@ class Trainer:
         )
         self.say(
             f"{config.method.name}: {counts.trainable / 1e6:.2f} M of {counts.full_total / 1e6:.2f} M parameters train "
-            f"({counts.trainable / counts.full_total:.1%}); mesh lte 1 x dp {self.mesh.size('dp')} x tp 1 on "
-            f"{self.device.type}; {len(self.train_store)} training and {len(self.val_store)} validation samples of "
+            f"({counts.trainable / counts.full_total:.1%}); mesh lte 1 x dp {self.mesh.size('dp')} x tp "
+            f"{self.mesh.size('tp')} on {self.device.type}; "
+            f"{len(self.train_store)} training and {len(self.val_store)} validation samples of "
             f"{config.train.seq_len} tokens; a unigram model reaches perplexity {self.data.unigram_val_ppl:.1f}"
         )
         if self.last_step < config.train.steps:
@@ -210,6 +212,17 @@ class Trainer:
             f"The records up to here are in {self.run.path}."
         )
 
+    def _check_replicas(self, step: int) -> None:
+        """Stop if what several ranks must hold alike has come apart: memory or network damage, or a bug."""
+        found = self.engine.differing_replicas()
+        require(
+            not found,
+            f"After step {step + 1} ranks that must hold the same hold different values: {'; '.join(found[:5])} "
+            f"({len(found)} such differences). A device, its memory or the network has failed, or library versions "
+            f"differ. The records up to here are in {self.run.path}; train.check_interval sets how often they are "
+            "compared.",
+        )
+
     def fit(self) -> float:
         """Train, record, export; returns the final validation loss."""
         config = self.config.train
@@ -228,6 +241,8 @@ class Trainer:
             record = self._record(step, result, now - began, now - start)
             self.run.log(record)
             self._show(record, bar)
+            if config.check_interval and (step + 1) % config.check_interval == 0:
+                self._check_replicas(step)
             if (step + 1) % config.eval_interval == 0 or step + 1 == self.last_step:
                 val_loss = self._evaluate_and_log(step + 1)
         if bar is not None:
@@ -259,14 +274,20 @@ class Trainer:
             val_ppl=perplexity(val_loss),
             dp_bytes_per_step=steps[-1]["dp_bytes"] if steps else 0,
         )
-        if self.run.writes:
-            final = self.run.path / "final"
-            building = self.run.path / "final.tmp"
-            building.mkdir()
-            export_model(self.engine.model, building, self.config.train.seq_len, self.tokenizer.eos_token_id)
-            self.tokenizer.save_pretrained(building)
-            building.rename(final)
+        if self.mesh.rank("dp") == 0:
+            self._export()
         self.run.plot()
         self.run.update_meta(finished=True)
         self.run.close()
         dist.barrier()
+
+    def _export(self) -> None:
+        """Write `final/` from the first data rank's tensor-parallel ranks, aside and then renamed."""
+        building = self.run.path / "final.tmp"
+        if self.run.writes:
+            building.mkdir()
+        end_mark = self.tokenizer.eos_token_id if self.run.writes else None
+        export_model(self.engine.model, building, self.config.train.seq_len, end_mark, writes=self.run.writes)
+        if self.run.writes:
+            self.tokenizer.save_pretrained(building)
+            building.rename(self.run.path / "final")

@@ -29,7 +29,7 @@ def internals(engine: Any, stage: str) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "client_kept": engine.ds.basic_optimizer is engine.optimizer,
         "group_keys_survive": [group["name"] for group in groups] == ["matrices", "dense", "norms"],
-        "params_declared": all(hasattr(param, "shard_dim") for param in engine.params),
+        "params_declared": all(hasattr(param, "shard") for param in engine.params),
         "module_is_the_model": engine.ds.module is engine.model,
     }
     kind = type(optimizer).__name__
@@ -92,7 +92,7 @@ def refused_start(mesh: Any) -> str:
     class Odd(SwitchLora):
         def start(self, optimizer: RowAdamW) -> None:
             super().start(optimizer)
-            self.bank.rows["A"][2][0, 0] += mesh.rank("dp")
+            self.bank.held["A", 2].rows[0, 0] += mesh.rank("dp")
 
     config = small_config()
     model = LlamaForCausalLM(config.model, VOCAB)
@@ -101,7 +101,7 @@ def refused_start(mesh: Any) -> str:
     from megatron_switchlora.train.engine import Engine
 
     try:
-        Engine(model, Odd(config, model), config, ds_config, mesh, torch.device("cpu"))
+        Engine(model, Odd(config, model, mesh), config, ds_config, mesh, torch.device("cpu"))
     except UserError as error:
         return str(error)
     return "accepted"
@@ -126,11 +126,11 @@ def act(_payload: dict[str, Any]) -> dict[str, Any]:
             results["poison"]["fp32 0 without clip output"] = poisoned_step(bare, unclipped, mesh, "output")
         for where in ("output", "gradient"):
             results["poison"][f"{key} {where}"] = poisoned_step(engine, config, mesh, where)
-    named = [*engine.model.named_parameters(), *engine.method.replicated_state()]
+    named = [(replica.name, replica.tensor) for replica in engine.method.replicas()]
     results["equal"] = differing(named, mesh.group("dp"), engine.device)
     if mesh.rank("dp") == 1:
         engine.method.linears[BAD].weight[3, 5] += 1e-6
-        engine.method.bank.rows["B"][4].view(-1)[7] *= -1
+        engine.method.bank.held["B", 4].rows.view(-1)[7] *= -1
     results["corrupted"] = differing(named, mesh.group("dp"), engine.device)
     results["refused"] = refused_start(mesh)
     return results

@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_switchlora.config import RunConfig
+from megatron_switchlora.config import ParallelConfig, RunConfig
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.parallel.mesh import Mesh, build_mesh
 from megatron_switchlora.parallel.ranks import discover_ranks
 from megatron_switchlora.train.device import choose_device
 from megatron_switchlora.train.ds_config import resolve_ds_config
-from tests.plain import VOCAB, small_config
+from tests.plain import VOCAB
 
 DS_JSON: dict[str, dict[str, Any]] = {
     "0": {"zero_optimization": {"stage": 0}},
@@ -26,22 +26,22 @@ DS_JSON: dict[str, dict[str, Any]] = {
 }
 
 
-def start() -> Mesh:
+def start(tp: int = 1) -> Mesh:
     """Bring up communication on the CPU and build the mesh."""
     device = choose_device("cpu", discover_ranks(os.environ), 1)
     from megatron_switchlora.train.engine import start_distributed
 
     start_distributed(device, timeout_s=60)
-    return build_mesh(small_config().parallel)
+    return build_mesh(ParallelConfig(tp=tp))
 
 
 def build_engine(config: RunConfig, stage: str, mesh: Mesh) -> Any:
     """A fresh engine; `stage` is a key of DS_JSON."""
     from megatron_switchlora.train.engine import Engine
 
-    model = LlamaForCausalLM(config.model, VOCAB)
+    model = LlamaForCausalLM(config.model, VOCAB, mesh.axis("tp"))
     initialize_weights(model, config.train.seed)
-    method = build_method(config, model)
+    method = build_method(config, model, mesh)
     ds_config = resolve_ds_config(DS_JSON[stage], config, mesh.size("dp"))
     return Engine(model, method, config, ds_config, mesh, torch.device("cpu"))
 
@@ -57,7 +57,8 @@ def full_rows(engine: Any, param: torch.nn.Parameter) -> dict[str, Tensor]:
     mine = engine.optimizer.read_rows(param)
     if type(engine.ds.optimizer).__name__ in ("RowAdamW", "FP16_UnfusedOptimizer"):
         return mine  # every rank has all of it
+    group = engine.mesh.group("dp")
     for key, tensor in mine.items():
         # A row cut by a partition boundary has its counter on both ranks, equal: take the larger.
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX if key == "row_step" else dist.ReduceOp.SUM)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX if key == "row_step" else dist.ReduceOp.SUM, group=group)
     return mine

@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 
+from pathlib import Path
+
+from safetensors.torch import save_file
+
 from megatron_switchlora.methods import SwitchLora
+from megatron_switchlora.model.hf import merged_state_dict
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from tests.dist.engines import build_engine, full_rows, micro_batches, start
 from tests.dist.launch import worker_main
@@ -19,7 +24,7 @@ def start_gap(engine: Any) -> float:
     initialize_weights(plain, engine.config.train.seed)
     dense = dict(plain.named_parameters())
     return max(
-        float((linear.effective_weight() - dense[f"{name}.weight"]).norm() / dense[f"{name}.weight"].norm())
+        float((linear.effective_weight() - linear.split.take(dense[f"{name}.weight"])).norm() / linear.weight.norm())
         for name, linear in engine.method.linears.items()
     )
 
@@ -75,6 +80,39 @@ def watch_switches(engine: Any, seen: dict[str, float]) -> None:
     method.before_step = before_step
 
 
+def bank_facts(engine: Any) -> dict[str, Any]:
+    """Is the bank whole over the ranks, does each hold its part only, how many bytes are here?"""
+    method = engine.method
+    whole, real, expected = True, 0, 0
+    names = [name for name, linear in method.linears.items() if linear in method.switching]
+    for (side, layer), held in method.bank.held.items():
+        linear, candidates = method.switching[layer], method.schedule.candidates[layer]
+        factor = linear.lora_A if side == "A" else linear.lora_B
+        rows = held.split.gather(held.rows)
+        rows = rows if factor.shard is None else factor.shard.gather(rows)
+        whole &= torch.equal(rows, method._draw_vectors(side, names[layer], candidates).to(rows.dtype))
+        counted = torch.tensor(held.split.real)
+        torch.distributed.all_reduce(counted, group=held.split.axis.group) if held.split.axis.group else None
+        real += int(counted) - candidates
+        expected += held.split.local * factor.size(1) * rows.element_size()
+    return {"whole": whole, "held_twice": real, "bytes": method.bank.num_bytes(), "expected_bytes": expected}
+
+
+def padding_left(engine: Any) -> float:
+    """The largest value in the padding of parameters, frozen weights and moments on this rank: must be zero."""
+    largest = 0.0
+    for param in engine.params:
+        if param.shard is not None and param.shard.real < param.shard.local:
+            tensors = [param.detach(), *(t for key, t in full_rows(engine, param).items() if key != "row_step")]
+            for tensor in tensors:
+                pad = tensor.narrow(param.shard.dim, param.shard.real, param.shard.local - param.shard.real)
+                largest = max(largest, float(pad.abs().max()))
+    for linear in getattr(engine.method, "linears", {}).values():
+        pad = linear.weight.narrow(linear.split.dim, linear.split.real, linear.split.local - linear.split.real)
+        largest = max(largest, float(pad.abs().max()) if pad.numel() else 0.0)
+    return largest
+
+
 def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
     config = small_config(case["method"], train__precision=case["precision"], train__seed=1, **case.get("changes", {}))
     engine = build_engine(config, case["stage"], mesh)
@@ -85,6 +123,7 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
         seen["start_gap"] = start_gap(engine)
         watch_switches(engine, seen)
         watch_freezes(engine, seen)
+    bank = bank_facts(engine) if isinstance(engine.method, SwitchLora) else None
     losses, norms, switched, dp_bytes = [], [], 0, []
     for step, batch in enumerate(make_batches(config, case["steps"])):
         result = engine.train_step(step, micro_batches(config, batch, mesh))
@@ -97,10 +136,17 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
         float((full_rows(engine, p)["master"].to(p.dtype).float() - p.detach().float()).abs().max())
         for p in engine.params
     )
+    if "export" in case:
+        state = merged_state_dict(engine.model)
+        if torch.distributed.get_rank() == 0:
+            save_file(state, Path(case["export"]))
     rows = [p for p in engine.params if p.rows]
     layout = engine.optimizer.layout
     return {
         "losses": losses,
+        "differing": engine.differing_replicas(),
+        "padding": padding_left(engine),
+        "bank": bank,
         "norms": norms,
         "switched": switched,
         "dp_bytes": dp_bytes,
@@ -125,7 +171,7 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
 
 
 def act(payload: dict[str, Any]) -> list[dict[str, Any]]:
-    mesh = start()
+    mesh = start(payload.get("tp", 1))
     return [run_case(case, mesh) for case in payload["cases"]]
 
 

@@ -19,10 +19,11 @@ def load_reference(engine: Any, reference: Any) -> None:
     """Write the reference's whole state into the engine: weights, masters, moments, counters, bank, slots."""
     method = engine.method
     assert isinstance(method, SwitchLora)
+    method.forget_plan()
     for layer, (name, linear) in enumerate(method.linears.items()):
         linear.weight.copy_(reference.W[name])
-        method.bank.rows["A"][layer].copy_(reference.bank_A[name])
-        method.bank.rows["B"][layer].copy_(reference.bank_B[name])
+        method.bank.held["A", layer].rows.copy_(reference.bank_A[name])
+        method.bank.held["B", layer].rows.copy_(reference.bank_B[name])
         state = method.state
         state.slots["A"][layer], state.slots["B"][layer] = reference.slot_of_A[name], reference.slot_of_B[name]
         state.frozen["A"][layer] = np.array(reference.frozen_left_A[name])

@@ -49,14 +49,14 @@ def test_corrupted_replicas_are_named(ranks: list) -> None:
     for rank in ranks:
         assert rank["equal"] == []
         assert rank["corrupted"] == [
-            "model.layers.1.mlp.up_proj.weight differs between group rank 0 and ranks [1]",
-            "bank_B.4 differs between group rank 0 and ranks [1]",
+            "model.layers.1.mlp.up_proj.weight differs between rank 0 and 1",
+            "bank_B.4 differs between rank 0 and 1",
         ]
 
 
 def test_unequal_ranks_are_refused_at_the_start(ranks: list) -> None:
     for rank in ranks:
-        assert rank["refused"].startswith("The data-parallel ranks do not start equal: bank_A.2 differs"), rank["refused"]
+        assert rank["refused"].startswith("The ranks do not start equal: bank_A.2 differs"), rank["refused"]
 
 
 def test_checkpointing_reaches_the_model(ranks: list) -> None:

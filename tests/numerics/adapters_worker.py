@@ -24,8 +24,8 @@ def act(payload: dict[str, Any]) -> float:
     from megatron_switchlora.train import trainer as trainer_module
     from megatron_switchlora.train.engine import start_distributed
 
-    def build(config: Any, model: Any) -> Any:
-        method = build_method(config, model)
+    def build(config: Any, model: Any, mesh: Any) -> Any:
+        method = build_method(config, model, mesh)
         if zeroed:
             for factor in method.matrices():
                 factor.register_hook(torch.zeros_like)

@@ -73,8 +73,8 @@ def make_reference(config: RunConfig, method: Method) -> Reference:
         frozen={n: x.weight for n, x in method.linears.items()},
         A={n: x.lora_A.detach() for n, x in method.linears.items()},
         B={n: x.lora_B.detach().t() for n, x in method.linears.items()},
-        bank_A={n: method.bank.rows["A"][i] for i, n in enumerate(names)},
-        bank_B={n: method.bank.rows["B"][i] for i, n in enumerate(names)},
+        bank_A={n: method.bank.held["A", i].rows for i, n in enumerate(names)},
+        bank_B={n: method.bank.held["B", i].rows for i, n in enumerate(names)},
         uniform=uniform,
         sample=sample,
     )
@@ -116,8 +116,8 @@ def differences(reference: Reference, method: SwitchLora, optimizer: RowAdamW) -
 
     for layer, (name, linear) in enumerate(method.linears.items()):
         note("W", linear.weight, reference.W[name])
-        note("bank", method.bank.rows["A"][layer], reference.bank_A[name])
-        note("bank", method.bank.rows["B"][layer], reference.bank_B[name])
+        note("bank", method.bank.held["A", layer].rows, reference.bank_A[name])
+        note("bank", method.bank.held["B", layer].rows, reference.bank_B[name])
         for side, slots, frozen, pointer in (
             ("A", reference.slot_of_A, reference.frozen_left_A, reference.pointer_A),
             ("B", reference.slot_of_B, reference.frozen_left_B, reference.pointer_B),

@@ -5,30 +5,32 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_switchlora.config import MethodConfig
 from megatron_switchlora.lowrank.bank import CandidateBank
 from megatron_switchlora.lowrank.init import draw_vectors, factor_std
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.lowrank.schedule import ScheduleConfig, end_step, initial_state, plan_step
 from megatron_switchlora.lowrank.switch import apply_switch
 from megatron_switchlora.parallel.linear import ColumnParallelLinear
-from megatron_switchlora.parallel.shard import named_generator
+from megatron_switchlora.parallel.mesh import lone_mesh
+from megatron_switchlora.parallel.shard import Axis, named_generator
 
 M, N, R = 160, 96, 12
 
 
 def drift_after_folds(folds: int, weight_dtype: torch.dtype, factor_dtype: torch.dtype) -> float:
     """Relative change of W + sBA (formed in float64) over at least `folds` switches of one linear."""
-    base = ColumnParallelLinear(N, M)
+    base = ColumnParallelLinear(N, M, Axis())
     base.weight.data.normal_(0, 0.02, generator=named_generator(0, "W"))
-    linear = LowRankLinear(base, R, 1 / R).to(factor_dtype)
+    linear = LowRankLinear(base, MethodConfig(rank=R)).to(factor_dtype)
     linear.weight = base.weight.detach().to(weight_dtype)
-    bank = CandidateBank("device")
+    bank = CandidateBank("device", "tp", lone_mesh())
     config = ScheduleConfig((min(M, N),), R, 4.0, 1.0, 10**6, 2, "ring", 0)
     state = initial_state(config)
     for side, factor, length in (("A", linear.lora_A, N), ("B", linear.lora_B, M)):
         std = factor_std(side, "switchlora", M, N, R)  # type: ignore[arg-type]
         vectors = draw_vectors(min(M, N), length, std, named_generator(0, side)).to(factor_dtype)
-        bank.add(side, 0, vectors)
+        bank.add(side, 0, vectors, None)
         factor.data.copy_(vectors[state.slots[side][0]])
     linear.add_product(-1.0)
 
@@ -38,8 +40,10 @@ def drift_after_folds(folds: int, weight_dtype: torch.dtype, factor_dtype: torch
 
     before, done, step = effective(), 0, 0
     while done < folds:
-        for switch in plan_step(config, state, step).switches:
-            apply_switch(linear, bank, switch)
+        switches = plan_step(config, state, step).switches
+        rows = bank.fetch(switches).result()
+        for switch in switches:
+            apply_switch(linear, bank, switch, rows[switch.side, 0])
             done += len(switch.positions)
         end_step(state)
         step += 1

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_switchlora.lowrank.bank import CandidateBank
 from megatron_switchlora.lowrank.init import GAIN, draw_vectors, factor_std
+from megatron_switchlora.lowrank.schedule import LayerSwitch
+from megatron_switchlora.parallel.mesh import lone_mesh
 from megatron_switchlora.parallel.shard import named_generator
 from megatron_switchlora.train.integrity import fingerprint
 from tests.plain import PlainRun, make_batches, small_config
@@ -44,8 +47,8 @@ def test_live_vectors_are_members_of_the_bank() -> None:
     method = PlainRun(small_config()).method
     for layer, linear in enumerate(method.switching):
         for side, factor in (("A", linear.lora_A), ("B", linear.lora_B)):
-            assert torch.equal(method.bank.rows[side][layer][method.state.slots[side][layer]], factor)
-            assert len(method.bank.rows[side][layer]) == min(linear.in_features, linear.out_features)
+            assert torch.equal(method.bank.held[side, layer].rows[method.state.slots[side][layer]], factor)
+            assert len(method.bank.held[side, layer].rows) == min(linear.in_features, linear.out_features)
 
 
 def test_bank_stays_consistent_over_training() -> None:
@@ -57,7 +60,7 @@ def test_bank_stays_consistent_over_training() -> None:
     assert switched > 500
     for layer, linear in enumerate(run.method.switching):
         for side, factor in (("A", linear.lora_A), ("B", linear.lora_B)):
-            rows = run.method.bank.rows[side][layer].clone()
+            rows = run.method.bank.held[side, layer].rows.clone()
             rows[torch.from_numpy(run.method.state.slots[side][layer])] = factor.detach()
             torch.testing.assert_close(rows, before[f"bank_{side}.{layer}"], rtol=0, atol=1e-8)
 
@@ -91,13 +94,14 @@ def test_layers_without_spare_candidates_do_not_switch() -> None:
     assert torch.equal(still.weight, before)
 
 
-def test_exchange_writes_back_before_it_reads() -> None:
-    bank = CandidateBank("device")
-    bank.add("A", 0, torch.arange(10.0)[:, None].repeat(1, 3))
-    old = torch.full((2, 3), -1.0)
-    new = bank.exchange("A", 0, torch.tensor([4, 5]), old, torch.tensor([9, 0]))
+def test_the_bank_gives_and_takes_rows() -> None:
+    bank = CandidateBank("device", "tp", lone_mesh())
+    bank.add("A", 0, torch.arange(10.0)[:, None].repeat(1, 3), None)
+    switch = LayerSwitch(0, "A", np.array([0, 1]), np.array([4, 5]), np.array([9, 0]))
+    new = bank.fetch([switch]).result()["A", 0]
+    bank.put_back(switch, torch.full((2, 3), -1.0))
     assert new[:, 0].tolist() == [9.0, 0.0]
-    assert bank.rows["A"][0][:, 0].tolist() == [0, 1, 2, 3, -1, -1, 6, 7, 8, 9]
+    assert bank.held["A", 0].rows[:, 0].tolist() == [0, 1, 2, 3, -1, -1, 6, 7, 8, 9]
 
 
 def test_fingerprints_see_every_change() -> None:

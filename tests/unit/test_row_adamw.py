@@ -18,7 +18,7 @@ def parameters() -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(5)
     shapes = [(7, 33), (12, 8), (40,), (5, 6)]
     return [
-        declare(nn.Parameter(torch.randn(*shape, generator=generator)), shard_dim=None, rows=index < 2)
+        declare(nn.Parameter(torch.randn(*shape, generator=generator)), shard=None, rows=index < 2)
         for index, shape in enumerate(shapes)
     ]
 
@@ -117,11 +117,9 @@ def test_first_update_after_a_freeze(freeze: int, size: float) -> None:
 
 def test_a_cut_row_equals_a_whole_one() -> None:
     """Two partitions, cut in the middle of a row, step as one: values, resets, freezes and rewrites."""
-    whole = declare(
-        nn.Parameter(torch.randn(6, 10, generator=torch.Generator().manual_seed(0))), shard_dim=None, rows=True
-    )
+    whole = declare(nn.Parameter(torch.randn(6, 10, generator=torch.Generator().manual_seed(0))), shard=None, rows=True)
     reference = make([whole])
-    split = declare(nn.Parameter(whole.detach().clone()), shard_dim=None, rows=True)
+    split = declare(nn.Parameter(whole.detach().clone()), shard=None, rows=True)
     for cut in (1, 10, 25, 37, 59):
         flat = split.detach().flatten().clone()
         halves = [flat[:cut].clone(), flat[cut:].clone()]
@@ -134,7 +132,7 @@ def test_a_cut_row_equals_a_whole_one() -> None:
             optimizer.attach(layout)
             optimizers.append(optimizer)
         one = nn.Parameter(split.detach().clone())
-        declare(one, shard_dim=None, rows=True)
+        declare(one, shard=None, rows=True)
         reference = make([one])
         for step in range(8):
             random_gradients([one], step)

@@ -1,0 +1,53 @@
+"""Cases of tensor-parallel parity, run on a mesh, and how far they are from one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.dist.launch import run_ranks
+
+METHODS = ("full", "lora", "switchlora")
+STAGES = ("0", "1", "2")
+BF16_STAGES = ("0", "1", "2", "1f")
+STEPS = 20
+# odd sizes: 75 is padded at TP 2, 4, the vocabulary of 61 at any TP
+PADDED = {"model__intermediate_size": 75, "model__num_kv_heads": 4}
+
+
+def grid(shape: dict[str, Any] = PADDED, methods: tuple[str, ...] = METHODS) -> list[dict[str, Any]]:
+    """Every method at every stage in fp32, switchlora in every bf16 class too."""
+    fp32 = [{"method": m, "stage": s, "precision": "fp32", "steps": STEPS, "changes": shape} for m in methods for s in STAGES]
+    bf16 = [{"method": "switchlora", "stage": s, "precision": "bf16", "steps": STEPS, "changes": shape} for s in BF16_STAGES]
+    return [*fp32, *bf16]
+
+
+def run_mesh(dp: int, tp: int, cases: list[dict[str, Any]], timeout: float = 280) -> list[dict[str, Any]]:
+    """Results of rank 0; all ranks must say the same, hold equal replicas and keep the padding at zero."""
+    ranks = run_ranks(dp * tp, "tests.dist.parity_worker", {"cases": cases, "tp": tp}, timeout)
+    for rank, found in enumerate(ranks):
+        for case, mine, first in zip(cases, found, ranks[0], strict=True):
+            where = (dp, tp, rank, case)
+            assert mine["losses"] == first["losses"], where
+            assert mine["norms"] == first["norms"], where
+            assert mine["differing"] == [], where
+            assert mine["padding"] == 0.0, where
+            if mine["bank"]:
+                assert mine["bank"]["whole"] and mine["bank"]["held_twice"] == 0, where
+                assert mine["bank"]["bytes"] == mine["bank"]["expected_bytes"], where
+    return ranks[0]
+
+
+def worst(a: list[float], b: list[float]) -> float:
+    """Largest relative difference."""
+    return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+
+
+def gaps(cases: list[dict[str, Any]], found: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, float]:
+    """Largest differences from `base` (the same cases on one process), by precision and kind; switches must agree."""
+    result: dict[str, float] = {}
+    for case, mine, theirs in zip(cases, found, base, strict=True):
+        assert mine["switched"] == theirs["switched"], case
+        for kind in ("losses", "norms"):
+            key = f"{case['precision']} {kind}"
+            result[key] = max(result.get(key, 0.0), worst(mine[kind], theirs[kind]))
+    return result
