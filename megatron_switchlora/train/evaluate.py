@@ -2,7 +2,8 @@
 
 Loads `RUN/final` into plain linears and measures the validation loss, in fp32, on the run's own data: everything but
 `--output_dir` and the device comes from `RUN/config.yaml`. In an fp32 run the number is that of the last record. A
-corpus that has changed since is refused: it would have another tokenizer.
+corpus that has changed since is refused: it would have another tokenizer. The model is split over tensor-parallel
+ranks as in the run if the world allows, else every rank holds all of it: the number is the same.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_switchlora.config import RunConfig, require
+from megatron_switchlora.config import ParallelConfig, RunConfig, require
 from megatron_switchlora.data.loader import eval_batches
 from megatron_switchlora.model.hf import load_merged
 from megatron_switchlora.model.llama import LlamaForCausalLM
@@ -32,7 +33,8 @@ def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float
     """
     folder = Path(config.output_dir or "")
     stored = parse_arguments(["--config", str(folder / "config.yaml")]).config
-    mesh = build_mesh(stored.parallel)
+    tp = stored.parallel.tp if ranks.world_size % stored.parallel.tp == 0 else 1
+    mesh = build_mesh(ParallelConfig(tp=tp))
     data = prepare_data(stored, ranks, device)
     trained_on = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["data"]
     require(

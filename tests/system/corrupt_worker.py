@@ -1,0 +1,47 @@
+"""Trains on dp 2 x tp 2 and changes one element on one rank; returns what the trainer says, for several tensors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_switchlora.config import UserError
+from megatron_switchlora.parallel.ranks import discover_ranks
+from megatron_switchlora.train.arguments import parse_arguments
+from megatron_switchlora.train.device import choose_device
+from tests.dist.launch import worker_main
+
+
+def act(payload: dict[str, Any]) -> dict[str, str]:
+    ranks = discover_ranks(os.environ)
+    device = choose_device("cpu", ranks, 1)
+    from megatron_switchlora.train.engine import start_distributed
+    from megatron_switchlora.train.trainer import Trainer
+
+    start_distributed(device)
+    said = {}
+    for number, target in enumerate(payload["targets"]):
+        config = parse_arguments(payload["options"]).config
+        config.output_dir = str(Path(str(config.output_dir)) / f"run{number}")
+        trainer = Trainer(config, {"zero_optimization": {"stage": 1}}, ranks, device)
+        after = trainer.method.after_step
+
+        def corrupt(step: int, trainer: Any = trainer, target: str = target, after: Any = after) -> None:
+            after(step)
+            replicas = {replica.name: replica for replica in trainer.method.replicas()}
+            odd = {"head": 1, "dp": 3}[replicas[target].line]
+            if step == 4 and ranks.rank == odd:
+                replicas[target].tensor.data.view(-1)[5] += 1e-6
+
+        trainer.method.after_step = corrupt  # type: ignore[method-assign]
+        try:
+            trainer.fit()
+            said[target] = "nothing"
+        except UserError as error:
+            said[target] = str(error)
+    return said
+
+
+if __name__ == "__main__":
+    worker_main(act)

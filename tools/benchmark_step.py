@@ -1,0 +1,233 @@
+#!/usr/bin/env python3
+"""What a step costs: full-rank against SwitchLoRA merged and split, the cache policies, switching and the bank.
+
+Engines of one model under DeepSpeed in one process step in turn on the same random tokens; each round's times are
+divided by the full-rank step of that round, and medians over rounds are reported. GEMMs dominate from hidden 1024 on.
+FLOP ratios are counted by the formulas of the seven linears (and the same head for all). "held" is what the forward
+pass keeps for the backward pass beside the parameters: saved tensors, W + sBA among them. The switching rate is that of
+the start.
+
+    python tools/benchmark_step.py --out benchmarks/step_cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from megatron_switchlora.config import MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from megatron_switchlora.methods import build_method
+from megatron_switchlora.model.counts import decoder_shapes
+from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.parallel.mesh import build_mesh
+from megatron_switchlora.parallel.ranks import discover_ranks
+from megatron_switchlora.train.device import choose_device
+from megatron_switchlora.train.ds_config import resolve_ds_config
+from megatron_switchlora.train.run_folder import versions
+
+if TYPE_CHECKING:
+    from megatron_switchlora.train.engine import Engine
+
+ROOT = Path(__file__).resolve().parents[1]
+SEQ_LEN = 512
+
+
+def make_config(options: argparse.Namespace, method: MethodConfig, precision: str, micro_batches: int) -> RunConfig:
+    samples = options.tokens // SEQ_LEN
+    return RunConfig(
+        model=ModelConfig(
+            vocab_size=options.vocab_size, hidden_size=options.hidden_size, num_layers=options.num_layers,
+            intermediate_size=options.intermediate_size, num_heads=options.hidden_size // 64,
+        ),
+        method=method,
+        optim=OptimConfig(lr=1e-4),
+        train=TrainConfig(
+            steps=10**6, warmup_steps=0, seq_len=SEQ_LEN, micro_batch_size=samples // micro_batches,
+            global_batch_size=samples, precision=precision,  # type: ignore[arg-type]
+        ),
+    )  # fmt: skip
+
+
+def make_engine(config: RunConfig, device: torch.device) -> Engine:
+    from megatron_switchlora.train.engine import Engine
+
+    mesh = build_mesh(config.parallel)
+    model = LlamaForCausalLM(config.model)
+    initialize_weights(model, 0)
+    ds_config = resolve_ds_config({"zero_optimization": {"stage": 1}}, config, 1)
+    return Engine(model, build_method(config, model, mesh), config, ds_config, mesh, device)
+
+
+def flop_ratio(config: RunConfig) -> float:
+    """FLOPs of a step's linears, head included, over full-rank's."""
+    method, model, tokens = config.method, config.model, config.train.micro_batch_size * SEQ_LEN
+    head = 6 * model.hidden_size * (model.vocab_size or 0)
+    full = adapted = head
+    for m, n in decoder_shapes(model) * model.num_layers:
+        r, products = method.rank, {"merged": 4, "split": 6}[method.compute]
+        formed = {"micro_batch": 1, "recompute": 2, "accumulation": 1}[method.merged_cache]
+        full += 6 * m * n
+        adapted += 4 * m * n + products * r * (m + n)
+        if method.compute == "merged":
+            adapted += round(formed * 2 * m * n * r / tokens)
+    return adapted / full
+
+
+def held_bytes(engine: Engine, tokens: torch.Tensor) -> int:
+    """Bytes of the distinct storages that one forward pass keeps for backward, without parameters and buffers."""
+    known = {t.untyped_storage().data_ptr() for t in [*engine.model.parameters(), *engine.model.buffers()]}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = engine.model(tokens[:, :-1], tokens[:, 1:])
+    del loss
+    for linear in getattr(engine.method, "linears", {}).values():
+        linear.forget_merged()
+    return sum(seen.values())
+
+
+def watch(target: Any, name: str, spent: dict[str, list[float]], key: str) -> None:
+    """Add the seconds spent in a method to the last entry of spent[key]."""
+    function: Callable[..., Any] = getattr(target, name)
+    spent.setdefault(key, [])
+
+    def call(*args: Any) -> Any:
+        began = time.perf_counter()
+        result = function(*args)
+        spent[key][-1] += time.perf_counter() - began
+        return result
+
+    setattr(target, name, call)
+
+
+def watch_switching(engine: Engine, spent: dict[str, list[float]]) -> None:
+    watch(engine.method, "before_step", spent, "switching")
+    watch(engine.method, "after_step", spent, "switching")
+    watch(engine.method.bank, "fetch", spent, "bank")  # type: ignore[attr-defined]
+    watch(engine.method.bank, "put_back", spent, "bank")  # type: ignore[attr-defined]
+
+
+def batches(config: RunConfig, step: int) -> list[torch.Tensor]:
+    shape = (config.train.global_batch_size, SEQ_LEN + 1)
+    generator = torch.Generator().manual_seed(step)
+    return list(
+        torch.randint(0, config.model.vocab_size or 1, shape, generator=generator).split(config.train.micro_batch_size)
+    )
+
+
+def compare(
+    engines: dict[str, Engine], rounds: int, spent: dict[str, dict[str, list[float]]]
+) -> dict[str, list[float]]:
+    """Seconds of every engine's steps, interleaved; the first round warms up and is dropped."""
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for step in range(rounds + 1):
+        for name, engine in engines.items():
+            data = batches(engine.config, step)
+            for values in spent.get(name, {}).values():
+                values.append(0.0)
+            began = time.perf_counter()
+            engine.train_step(step, data)
+            seconds[name].append(time.perf_counter() - began)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def ratio(values: list[float], base: list[float]) -> float:
+    return round(median(a / b for a, b in zip(values, base, strict=True)), 4)
+
+
+def forms(options: argparse.Namespace, precision: str, device: torch.device) -> dict[str, Any]:
+    """Full-rank against both forms at h/4, h/8, h/16."""
+    engines: dict[str, Engine] = {}
+    configs: dict[str, RunConfig] = {}
+    spent: dict[str, dict[str, list[float]]] = {}
+    full = make_config(options, MethodConfig(name="full"), precision, 1)
+    engines["full"] = make_engine(full, device)
+    for divisor in (4, 8, 16):
+        for compute in ("merged", "split"):
+            method = MethodConfig(rank=options.hidden_size // divisor, compute=compute)  # type: ignore[arg-type]
+            name = f"{compute} r=h/{divisor}"
+            configs[name] = make_config(options, method, precision, 1)
+            engines[name] = make_engine(configs[name], device)
+            spent[name] = {}
+            watch_switching(engines[name], spent[name])
+    seconds = compare(engines, options.rounds, spent)
+    found: dict[str, Any] = {"full": {"seconds": median(seconds["full"])}}
+    for name, config in configs.items():
+        shares = {key: round(median(v / t for v, t in zip(values[1:], seconds[name], strict=True)), 5)
+                  for key, values in spent[name].items()}  # fmt: skip
+        found[name] = {
+            "step_ratio": ratio(seconds[name], seconds["full"]),
+            "flop_ratio": round(flop_ratio(config), 4),
+            "share_of_step": shares,
+        }
+        print(precision, name, found[name], flush=True)
+    return found
+
+
+def policies(options: argparse.Namespace, precision: str, device: torch.device) -> dict[str, Any]:
+    """The cache policies over four micro-batches, against the split form."""
+    engines = {}
+    for name in ("split", "micro_batch", "accumulation", "recompute"):
+        compute = "split" if name == "split" else "merged"
+        cache = "micro_batch" if name == "split" else name
+        method = MethodConfig(rank=options.hidden_size // 4, compute=compute, merged_cache=cache)
+        engines[name] = make_engine(make_config(options, method, precision, 4), device)
+    held = {name: held_bytes(engine, batches(engine.config, 0)[0]) for name, engine in engines.items()}
+    seconds = compare(engines, options.rounds, {})
+    found = {
+        name: {"step_ratio_to_split": ratio(seconds[name], seconds["split"]), "held_bytes": held[name]}
+        for name in engines
+    }
+    print(precision, found, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--hidden_size", type=int, default=1024)
+    parser.add_argument("--intermediate_size", type=int, default=2736)
+    parser.add_argument("--num_layers", type=int, default=1)
+    parser.add_argument("--vocab_size", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    device = choose_device(options.device, discover_ranks(os.environ), 0)
+    from megatron_switchlora.train.engine import start_distributed, stop_distributed
+
+    start_distributed(device)
+    result: dict[str, Any] = {
+        "setting": {key: value for key, value in vars(options).items() if key != "out"},
+        "machine": {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(),
+                    "threads": torch.get_num_threads(), "device": str(device)},
+        "versions": versions(),
+    }  # fmt: skip
+    for precision in options.precisions:
+        result[precision] = {
+            "forms": forms(options, precision, device),
+            "policies": policies(options, precision, device),
+        }
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    stop_distributed()
+
+
+if __name__ == "__main__":
+    main()
