@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Pre-train a LLaMA. Start it with deepspeed, torchrun, or alone as one process:
+"""Pre-train a LLaMA. Start it with deepspeed, torchrun, mpirun, srun, or alone as one process:
 
 deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/cpu_quickstart.yaml --ds_config ds_configs/zero1.json
 
@@ -19,7 +19,8 @@ from typing import NoReturn
 
 from megatron_switchlora.config import UserError, require
 from megatron_switchlora.parallel.agree import PeerError
-from megatron_switchlora.parallel.ranks import Ranks, discover_ranks
+from megatron_switchlora.parallel.launchers import is_first
+from megatron_switchlora.parallel.ranks import RankError, Ranks, complete_environment, discover_ranks
 from megatron_switchlora.train.arguments import Arguments, parse_arguments
 from megatron_switchlora.train.device import choose_device
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
@@ -55,7 +56,8 @@ def told_once(first: bool) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if first:  # every rank raises it: what one rank alone finds goes through agree.on_one_rank
+        # Every rank raises it: what one rank alone finds goes through agree.on_one_rank, or is a RankError.
+        if first or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         leave(2)
     except PeerError:
@@ -101,13 +103,14 @@ def run(arguments: Arguments, ranks: Ranks) -> None:
 
 def main() -> None:
     quiet = {"--print_config", "--help", "-h"}
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first(os.environ)
     if not first and any(arg.split("=")[0] in quiet for arg in sys.argv[1:]):
         return  # rank 0 prints
     with told_once(first):
         stop_on_signals()
+        arguments = parse_arguments(sys.argv[1:])  # --help works wherever it is typed
         ranks = discover_ranks(os.environ)
-        arguments = parse_arguments(sys.argv[1:])
+        complete_environment(os.environ)
         check_early(arguments, ranks)
         run(arguments, ranks)
     leave(0)

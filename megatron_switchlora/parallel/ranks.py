@@ -1,18 +1,24 @@
-"""Which process is this? Read once, from the environment that the launcher left.
+"""Which process is this, and where does its world meet? Read once, from the environment that the launcher left.
 
-`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; the size
-of the local group is LOCAL_SIZE or LOCAL_WORLD_SIZE. With none of them set the process is alone:
-rank 0 of a world of one, meeting itself on a free port.
+What launchers set is in launchers.py. `complete_environment` writes the result under the names that torch and deepspeed
+read. With no launcher the process is alone: rank 0 of a world of one, meeting itself on a free port.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import socket
+import zlib
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-from megatron_switchlora.config import UserError
+from megatron_switchlora.config import UserError, require
+from megatron_switchlora.parallel.launchers import SLURM, TORCH, Launcher, in_srun_step, which_launcher
+
+
+class RankError(UserError):
+    """A mistake that perhaps no other rank sees: each that does tells it."""
 
 
 @dataclass(frozen=True)
@@ -25,49 +31,125 @@ class Ranks:
     local_size: int = 1
 
 
+def number(env: Mapping[str, str], name: str) -> int:
+    """A variable's whole number."""
+    try:
+        return int(env[name])
+    except ValueError:
+        raise UserError(
+            f"{name} must be a whole number, but it is {env[name]!r}: leave it to the launcher, or correct it."
+        ) from None
+
+
+def require_all(env: Mapping[str, str], launcher: Launcher) -> None:
+    """All of the launcher's variables must be there, and Slurm's must come from an srun step."""
+    names = launcher.names()
+    missing = ", ".join(name for name in names if name not in env)
+    present = ", ".join(f"{name}={env[name]}" for name in names if name in env)
+    if launcher is SLURM and "SLURM_JOB_ID" in env and not in_srun_step(env):
+        raise UserError(
+            f"In a Slurm job of several tasks srun must start the ranks, but found {present} without an srun step's "
+            "SLURM_STEP_ID: put srun before python, or srun -n 1 for one process."
+        )
+    require(
+        not missing,
+        f"{launcher.title} must set all of {', '.join(names)}; found {present} but not {missing}: start with "
+        "deepspeed, torchrun, mpirun or srun and pass on all that it sets, or unset what was found.",
+    )
+
+
+def tasks_on_node(text: str, node: int, world: int) -> int:
+    """Ranks on a node of Slurm's list: "2(x3),1" means 2, 2, 2, 1."""
+    counts: list[int] = []
+    if re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", text):
+        for part in text.split(","):
+            count, _, times = part.rstrip(")").partition("(x")
+            counts += [int(count)] * int(times or 1)
+    require(
+        0 <= node < len(counts) and sum(counts) == world,
+        f"SLURM_STEP_TASKS_PER_NODE must have an entry for SLURM_NODEID {node} and add up to SLURM_NTASKS {world}, but "
+        f"it is {text!r}: start with srun and pass on all that it sets.",
+    )
+    return counts[node]
+
+
+def read_local_size(env: Mapping[str, str], launcher: Launcher, world: int) -> int:
+    """How many ranks share this host."""
+    if launcher is TORCH:  # torchrun's name, deepspeed's, or one host
+        return next((number(env, name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if env.get(name)), world)
+    if launcher is SLURM:
+        return tasks_on_node(env["SLURM_STEP_TASKS_PER_NODE"], number(env, "SLURM_NODEID"), world)
+    return number(env, launcher.others[0])
+
+
 def discover_ranks(env: Mapping[str, str]) -> Ranks:
     """Read the launcher's variables.
 
     Raises:
         UserError: only some of the variables are set, or they contradict one another.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    present = [name for name in names if name in env]
-    if "RANK" not in env and "WORLD_SIZE" not in env:
-        other = next(
-            (n for n in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS") if int(env.get(n) or 1) > 1), None
-        )
-        if other:
-            raise UserError(
-                f"{other} is {env[other]}, but RANK and WORLD_SIZE are not set: mpirun and srun are not supported yet, "
-                "so start with deepspeed or torchrun."
-            )
+    launcher = which_launcher(env)
+    if launcher is None:
         return Ranks()
-    missing = [name for name in names if name not in env]
-    if missing:
-        raise UserError(
-            f"A launcher must set all of {', '.join(names)}; found {', '.join(present)} but not {', '.join(missing)}: "
-            "start with deepspeed or torchrun, or unset them to run alone."
+    if "SLURM_TASKS_PER_NODE" in env:  # the older name
+        env = {"SLURM_STEP_TASKS_PER_NODE": env["SLURM_TASKS_PER_NODE"], **env}
+    require_all(env, launcher)
+    if "MASTER_PORT" in env:
+        port = number(env, "MASTER_PORT")
+        require(0 < port < 65536, f"MASTER_PORT must lie between 1 and 65535, but it is {port}: give a free port.")
+    world = number(env, launcher.size)
+    local_size = read_local_size(env, launcher, world)
+    ranks = Ranks(number(env, launcher.rank), world, number(env, launcher.local_rank), local_size)
+    if not 0 <= ranks.rank < world or not 0 <= ranks.local_rank < local_size <= world:
+        raise RankError(
+            f"Ranks must lie below their group's size, but {launcher.title} says {ranks}: start all ranks with one "
+            f"launcher, or correct {', '.join(launcher.names()[:3])}."
         )
-    try:
-        world = int(env["WORLD_SIZE"])
-        local_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)
-        ranks = Ranks(int(env["RANK"]), world, int(env["LOCAL_RANK"]), local_size)
-    except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be whole numbers: {error}.") from None
-    if not 0 <= ranks.rank < ranks.world_size or not 0 <= ranks.local_rank < ranks.local_size:
-        raise UserError(f"Ranks must lie below their group's size, but the environment says {ranks}.")
     return ranks
 
 
+def meeting_place(env: Mapping[str, str], launcher: Launcher, ranks: Ranks) -> tuple[str, str]:
+    """Address and port of rank 0: as given, else from what the launcher tells all ranks alike.
+
+    Raises:
+        UserError: a rank cannot know.
+    """
+    one_host = ranks.local_size == ranks.world_size
+    # 127.0.0.1 under srun too: a node's name in Slurm need not resolve.
+    address = env.get("MASTER_ADDR") or ("127.0.0.1" if one_host else launcher.host(env))
+    key = launcher.key(env) if one_host or launcher.key_spans_hosts else None
+    # Fixed ports lie below those that the kernel gives out by itself, from 32768 on Linux.
+    port = env.get("MASTER_PORT") or (key and str(20000 + zlib.crc32(key.encode()) % 12000))
+    if address and port:
+        return address, port
+    lacking = " and ".join(name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if not value)
+    raise UserError(
+        f"Every rank must know where rank 0 listens, but nothing tells {lacking} to rank {ranks.rank} of "
+        f"{launcher.title}, with {ranks.local_size} of {ranks.world_size} ranks on this host: give the host of rank 0 "
+        "and a free port there, by mpirun -genv MASTER_ADDR node1 -genv MASTER_PORT 29500 (Open MPI: "
+        "-x MASTER_ADDR=node1 -x MASTER_PORT=29500), or by export before srun."
+    )
+
+
 def complete_environment(env: MutableMapping[str, str]) -> None:
-    """Set the variables of a lone process where no launcher has, with a port that is free now."""
-    if "RANK" in env:
+    """Put the ranks and where they meet under torch's names, where the launcher has not.
+
+    Raises:
+        UserError: as `discover_ranks` and `meeting_place`.
+    """
+    launcher, ranks = which_launcher(env), discover_ranks(env)
+    if launcher is TORCH:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if launcher is not None and ranks.world_size > 1:
+        address, port = meeting_place(env, launcher, ranks)
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address, port = "127.0.0.1", str(probe.getsockname()[1])
+    env.update(
+        RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank),
+        LOCAL_WORLD_SIZE=str(ranks.local_size), MASTER_ADDR=address, MASTER_PORT=port,
+    )  # fmt: skip
 
 
 def cpu_threads(requested: int, local_size: int) -> int:

@@ -33,7 +33,8 @@ def free_port() -> int:
 def clean_environment(scratch: Path) -> dict[str, str]:
     """The environment without a launcher's variables, with one thread and private extension builds."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
-    env = {key: value for key, value in os.environ.items() if key not in launcher}
+    families = ("SLURM_", "OMPI_", "PMI_", "PMIX_", "MPI_LOCAL", "HYDI_")
+    env = {key: value for key, value in os.environ.items() if key not in launcher and not key.startswith(families)}
     env.update(
         OMP_NUM_THREADS="1",
         TOKENIZERS_PARALLELISM="true",

@@ -43,12 +43,13 @@ class Place:
         return [*SMALL, "--data.files", f"{self.corpus}/*.txt", "--output_dir", str(self.folder / run), *more]
 
     def command(self, launcher: str, arguments: list[str]) -> list[str]:
-        """The line a user would type under a launcher: deepspeed, torchrun or alone."""
+        """The line a user would type under a launcher: deepspeed, torchrun, mpirun or alone."""
         script = str(REPOSITORY / "launch" / "pretrain.py")
         port = str(free_port())
         lines = {
             "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port, script],
             "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", port, script],
+            "mpirun": [str(BIN / "mpirun"), "-n", "2", sys.executable, script],
             "alone": [sys.executable, script],
         }
         return lines[launcher] + arguments
@@ -76,11 +77,15 @@ class Place:
             "WORLD_SIZE": "2",
             "LOCAL_WORLD_SIZE": "2",
         }
+        return self.run_each(arguments, [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"], timeout)
+
+    def run_each(self, arguments: list[str], added: list[dict[str, str]], timeout: float) -> tuple[list[int], str]:
+        """One process by hand for each environment that is added to the clean one: statuses and all outputs."""
         processes = [
             subprocess.Popen(
-                self.command("alone", arguments), env={**self.env, **world, "RANK": rank, "LOCAL_RANK": rank},
-                cwd=self.folder, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            ) for rank in "01"
+                self.command("alone", arguments), env={**self.env, **variables}, cwd=self.folder, text=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            ) for variables in added
         ]  # fmt: skip
         try:
             outputs = [process.communicate(timeout=timeout)[0] for process in processes]

@@ -1,10 +1,11 @@
-"""The main job as users type it: under deepspeed, torchrun and alone; what it leaves; what it refuses."""
+"""The main job as users type it: under deepspeed, torchrun, mpirun, srun and alone; what it leaves; what it refuses."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import transformers
 from megatron_switchlora.data.loader import eval_batches
 from megatron_switchlora.data.packing import open_prepared
 from tests.dist.launch import REPOSITORY
-from tests.system.commands import Place
+from tests.system.commands import BIN, Place
 
 ZERO1 = ["--ds_config", str(REPOSITORY / "ds_configs" / "zero1.json")]
 
@@ -99,12 +100,27 @@ def test_evaluate_only_repeats_the_number(place: Place, finished: str, launcher:
     assert float(said.split("validation loss ")[1].split(",")[0]) == pytest.approx(recorded, abs=1e-5)
 
 
-@pytest.mark.parametrize("launcher", ["alone", "torchrun"])
+def srun_variables(rank: int) -> dict[str, str]:
+    """What srun -n 2 sets on one node, of what matters here; the job number makes the port this test's own."""
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "node[07]"}
+    tasks = {"SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
+    return {**job, **tasks, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+
+
+@pytest.mark.parametrize("launcher", ["alone", "torchrun", "mpirun", "srun"])
 def test_other_launchers_train_the_same(place: Place, finished: str, launcher: str) -> None:
-    """One process and torchrun's two see the same batches and switches as deepspeed's two."""
+    """One process, and two under other launchers, see the same batches and switches as deepspeed's two."""
     run = f"run_{launcher}"
-    status, output = place.run(launcher, place.options(run, "--optim.lr", "0.01"))
-    assert status == 0, output
+    arguments = place.options(run, "--optim.lr", "0.01")
+    if launcher == "srun":
+        statuses, output = place.run_each(arguments, [srun_variables(0), srun_variables(1)], timeout=120)
+        assert statuses == [0, 0], output
+    else:
+        status, output = place.run(launcher, arguments)
+        assert status == 0, output
+    assert output.count("step     12/12  loss") == 1
+    meta = json.loads((place.folder / run / "meta.json").read_text())
+    assert meta["mesh"]["dp"] == (1 if launcher == "alone" else 2)
     for mine, theirs in zip(place.records(run), place.records("run"), strict=True):
         for key in ("loss", "val_loss", "grad_norm"):
             if key in theirs:
@@ -153,6 +169,55 @@ def test_mistakes_are_told_once_and_end_every_rank(place: Place, more: list[str]
     assert not (place.folder / run).exists()
 
 
+def test_mpirun_tells_a_mistake_once(place: Place) -> None:
+    status, output = place.run("mpirun", place.options("refused_mpi", "--train.global_batch_size", "6"), timeout=60)
+    assert status == 2
+    assert output.count("error: ") == 1, output
+    assert "must be a multiple of" in output and "x 2 data-parallel ranks" in output, output
+
+
+@pytest.mark.parametrize(
+    ("dropped", "told", "message"),
+    [
+        ("SLURM_NTASKS", 1, "found SLURM_PROCID=0, .* but not SLURM_NTASKS: start with"),
+        ("SLURM_PROCID", 2, "but not SLURM_PROCID: start with"),  # nobody knows who is first
+        ("SLURM_STEP_ID", 1, "found SLURM_PROCID=0, SLURM_NTASKS=2, .*: put srun before python"),
+    ],
+)
+def test_incomplete_srun_ends_every_rank(place: Place, dropped: str, told: int, message: str) -> None:
+    added = [{name: value for name, value in srun_variables(rank).items() if name != dropped} for rank in (0, 1)]
+    statuses, output = place.run_each(place.options("refused_srun"), added, timeout=60)
+    assert statuses == [2, 2]
+    assert output.count("error: ") == told and re.search(message, output), output
+    assert "Traceback" not in output, output
+
+
+def test_a_rank_beyond_its_world_tells_it_itself(place: Place) -> None:
+    """Rank 0 sees nothing wrong there, so it cannot tell."""
+    variables = {**srun_variables(1), "SLURM_PROCID": "2"}
+    statuses, output = place.run_each(place.options("beyond"), [variables], timeout=60)
+    assert statuses == [2]
+    assert output.count("error: Ranks must lie below their group's size, but srun says Ranks(rank=2") == 1, output
+
+
+def test_ranks_of_mpirun_agree_on_a_port_below_a_shell(place: Place) -> None:
+    """The processes' parents differ there; two starts at a time get two ports."""
+    code = (
+        "import os; from megatron_switchlora.parallel.ranks import complete_environment as c; c(os.environ); "
+        "print(os.environ['RANK'], os.environ['MASTER_ADDR'], os.environ['MASTER_PORT'])"
+    )
+    said = []
+    for _ in range(2):
+        command = [str(BIN / "mpirun"), "-n", "2", "sh", "-c", '"$0" -c "$1"; exit $?', sys.executable, code]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=place.env, check=False)
+        assert done.returncode == 0, done.stderr
+        said.append([line.split() for line in sorted(done.stdout.splitlines())])
+    for (zero, address0, port0), (one, address1, port1) in said:
+        assert (zero, one) == ("0", "1")
+        assert (address0, port0) == (address1, port1)
+    assert said[0][0][2] != said[1][0][2]
+
+
 def test_a_run_that_blows_up_names_step_and_layer(place: Place) -> None:
     more = ["--optim.lr", "1e20", "--optim.clip", "0", "--train.warmup_steps", "0", "--method.name", "full"]
     status, output = place.run("deepspeed", place.options("blown", *more))
@@ -183,9 +248,10 @@ def test_evaluating_on_a_changed_corpus_is_refused(place: Place, finished: str) 
 
 
 def test_print_config_and_help_appear_once(place: Place) -> None:
-    status, output = place.run("torchrun", ["--print_config", "--method.rank", "11"])
-    assert status == 0
-    assert output.count("rank: 11") == 1
+    for launcher in ("torchrun", "mpirun"):
+        status, output = place.run(launcher, ["--print_config", "--method.rank", "11"])
+        assert status == 0
+        assert output.count("rank: 11") == 1
     assert place.run("alone", ["--help"])[1].count("--optim.dense_lr") == 2  # usage line and help
 
 

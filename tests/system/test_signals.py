@@ -58,7 +58,7 @@ def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
     return left
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "mpirun"])
 def test_a_dead_rank_ends_the_others(place: Place, launcher: str) -> None:
     process = place.start(launcher, place.options("run", *LONG))
     try:

@@ -10,7 +10,6 @@ import pytest
 
 from megatron_switchlora.config import RunConfig, UserError, validate
 from megatron_switchlora.parallel.mesh import mesh_sizes
-from megatron_switchlora.parallel.ranks import Ranks, complete_environment, discover_ranks
 from megatron_switchlora.train import run_folder
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
@@ -178,23 +177,6 @@ def test_world_that_does_not_fit_the_mesh() -> None:
     config.parallel.tp = 2
     with pytest.raises(UserError, match=r"world of 3 ranks must be a multiple"):
         mesh_sizes(config.parallel, 3)
-
-
-def test_ranks_from_the_environment() -> None:
-    full = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    assert discover_ranks({**full, "LOCAL_SIZE": "2"}) == Ranks(3, 4, 1, 2)
-    assert discover_ranks({}) == Ranks()
-    with pytest.raises(UserError, match="not MASTER_ADDR"):
-        discover_ranks({key: value for key, value in full.items() if key != "MASTER_ADDR"})
-    with pytest.raises(UserError, match="whole numbers"):
-        discover_ranks({**full, "RANK": "x"})
-    with pytest.raises(UserError, match="below their group"):
-        discover_ranks({**full, "RANK": "4"})
-    with pytest.raises(UserError, match="OMPI_COMM_WORLD_SIZE is 2, but RANK"):
-        discover_ranks({"OMPI_COMM_WORLD_SIZE": "2"})
-    alone: dict[str, str] = {}
-    complete_environment(alone)
-    assert discover_ranks(alone) == Ranks()
 
 
 def test_used_output_folder_is_refused(tmp_path: Path) -> None:
