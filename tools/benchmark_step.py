@@ -160,7 +160,7 @@ def forms(options: argparse.Namespace, precision: str, device: torch.device) -> 
     engines["full"] = make_engine(full, device)
     for divisor in (4, 8, 16):
         for compute in ("merged", "split"):
-            method = MethodConfig(rank=options.hidden_size // divisor, compute=compute)  # type: ignore[arg-type]
+            method = MethodConfig(rank=options.hidden_size // divisor, compute=compute)
             name = f"{compute} r=h/{divisor}"
             configs[name] = make_config(options, method, precision, 1)
             engines[name] = make_engine(configs[name], device)
@@ -184,9 +184,9 @@ def policies(options: argparse.Namespace, precision: str, device: torch.device) 
     """The cache policies over four micro-batches, against the split form."""
     engines = {}
     for name in ("split", "micro_batch", "accumulation", "recompute"):
-        compute = "split" if name == "split" else "merged"
-        cache = "micro_batch" if name == "split" else name
-        method = MethodConfig(rank=options.hidden_size // 4, compute=compute, merged_cache=cache)
+        method = MethodConfig(rank=options.hidden_size // 4, compute="split" if name == "split" else "merged")
+        if name != "split":
+            method.merged_cache = name  # type: ignore[assignment]
         engines[name] = make_engine(make_config(options, method, precision, 4), device)
     held = {name: held_bytes(engine, batches(engine.config, 0)[0]) for name, engine in engines.items()}
     seconds = compare(engines, options.rounds, {})
