@@ -1,8 +1,8 @@
 """Text: which documents a run trains and validates on.
 
-A corpus is two `datasets.Dataset`s (train, val) with one column "text", one row a document, kept on disk by
-Arrow. Source `stdlib` needs no download: Python's own sources, every 20th file held out. Source `files` takes the
-user's (`files.py`).
+A corpus is two rows of documents (train, val), each a dict with the key "text". Source `stdlib` needs no download:
+Python's own sources, every 20th file held out. Source `files` takes the user's (`files.py`). Both are kept on disk by
+Arrow, as `datasets.Dataset`s. Source `hf` is a dataset of the hub (`stream.py`), read once and never kept.
 `corpus_identity` describes the same choice from names, sizes and times alone: it keys the cache.
 """
 
@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 
 from ..config import DataConfig, UserError, require
 from .files import file_texts, files_identity
+from .stream import stream_identity, stream_texts
 
 FEATURES = datasets.Features({"text": datasets.Value("large_string")})  # 64-bit offsets: a document may exceed 2 GB
 # pydoc_data is one generated file, a tenth of all; wherever it fell, it would dominate the held-out text
@@ -31,10 +32,10 @@ HOLD_OUT_EVERY, HOLD_OUT_AT = 20, 10
 
 @dataclass
 class Corpus:
-    """Documents of a run: datasets with one column "text", and what identifies them (JSON-able)."""
+    """Documents of a run, {"text": ...} each, and what identifies them (JSON-able). Of a stream: to be read once."""
 
-    train: datasets.Dataset
-    val: datasets.Dataset
+    train: Iterable[dict[str, str]]
+    val: Iterable[dict[str, str]]
     identity: dict[str, object]
 
 
@@ -42,12 +43,13 @@ def corpus_identity(data: DataConfig) -> dict[str, object]:
     """What the corpus depends on, without reading it: file names, sizes and modification times (ns), and options.
 
     Raises:
-        UserError: a file that is missing, empty or a directory, a pattern without match, no standard library.
+        UserError: a file that is missing, empty or a directory, a pattern without match, no standard library, a hub
+            dataset whose commit cannot be looked up.
     """
     if data.source == "stdlib":
         listed = [[name, size] for name, size in _stdlib_files(data.max_bytes)]
         return {"source": "stdlib", "python": platform.python_version(), "files": listed}
-    return files_identity(data)
+    return files_identity(data) if data.source == "files" else stream_identity(data)
 
 
 def load_corpus(data: DataConfig, scratch: Path, *, progress: bool = False) -> Corpus:
@@ -55,9 +57,13 @@ def load_corpus(data: DataConfig, scratch: Path, *, progress: bool = False) -> C
 
     Raises:
         UserError: as `corpus_identity`, and for every file that is unreadable, damaged, cut off, not UTF-8, without
-            text, neither JSON lines nor Parquet or without the text field; nothing to hold out.
+            text, neither JSON lines nor Parquet or without the text field; nothing to hold out. Of a stream: these and
+            broken connections as it is read.
     """
     identity = corpus_identity(data)
+    if data.source == "hf":
+        streamed_train, streamed_val = stream_texts(data, scratch)
+        return Corpus(_rows(streamed_train), _rows(streamed_val), identity)
     train_texts, val_texts = _stdlib_texts(data.max_bytes) if data.source == "stdlib" else file_texts(data)
     train = _store(train_texts, scratch / "train", progress)
     if val_texts is None:

@@ -24,11 +24,14 @@ from typing import BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub import HfFileSystem
 
 from ..config import DataConfig, UserError, require
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 ROWS = 1024  # of a Parquet file, decoded at once; bounds memory
+HUB = "hf://"
+Source = Path | str  # a file here, or the address of one on the hub
 
 
 # --- data.source files
@@ -91,7 +94,7 @@ def _stamp(path: Path) -> list[str | int]:
 # --- one file
 
 
-def form_of(source: Path) -> tuple[str, str]:
+def form_of(source: Source) -> tuple[str, str]:
     """What a file holds by its name, "json", "parquet" or "text", and the suffix of its compression or ""."""
     name = str(source).lower()
     compression = next((suffix for suffix in COMPRESSED if name.endswith(suffix)), "")
@@ -101,7 +104,7 @@ def form_of(source: Path) -> tuple[str, str]:
     return "parquet" if name.endswith(".parquet") else "text", compression
 
 
-def documents(source: Path, text_field: str) -> Iterator[str]:
+def documents(source: Source, text_field: str) -> Iterator[str]:
     """The documents of one file that have text, in order.
 
     Raises:
@@ -123,7 +126,7 @@ def documents(source: Path, text_field: str) -> Iterator[str]:
 
 
 @contextmanager
-def _reading(source: Path) -> Iterator[BinaryIO]:
+def _reading(source: Source) -> Iterator[BinaryIO]:
     """The decompressed bytes of a file; every failure to read them is a UserError that names the file."""
     try:
         with _open(source) as stream:
@@ -141,14 +144,14 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _open(source: Path) -> Iterator[BinaryIO]:
+def _open(source: Source) -> Iterator[BinaryIO]:
     form, compression = form_of(source)
     require(
         not (form == "parquet" and compression),
         f"{source}: a Parquet file is compressed inside, not as a whole: decompress it first.",
     )
     with (
-        source.open("rb") as raw,
+        source.open("rb") if isinstance(source, Path) else HfFileSystem().open(source, "rb") as raw,
         _decompressed(raw, compression) as stream,
     ):
         yield stream
@@ -167,7 +170,7 @@ def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
     return raw
 
 
-def _plain_text(source: Path, stream: BinaryIO) -> Iterator[str]:
+def _plain_text(source: Source, stream: BinaryIO) -> Iterator[str]:
     content = stream.read()
     try:
         yield content.decode("utf-8")
@@ -176,7 +179,7 @@ def _plain_text(source: Path, stream: BinaryIO) -> Iterator[str]:
         raise UserError(f"{source}, line {line}: not UTF-8 ({error.reason}): convert the file to UTF-8.") from None
 
 
-def _json_texts(source: Path, stream: BinaryIO, text_field: str) -> Iterator[str]:
+def _json_texts(source: Source, stream: BinaryIO, text_field: str) -> Iterator[str]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
@@ -202,7 +205,7 @@ def _json_texts(source: Path, stream: BinaryIO, text_field: str) -> Iterator[str
         yield text
 
 
-def _parquet_texts(source: Path, stream: BinaryIO, text_field: str) -> Iterator[str]:
+def _parquet_texts(source: Source, stream: BinaryIO, text_field: str) -> Iterator[str]:
     # Buffered instead of read ahead: a column of a row group need not fit into memory.
     file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
     schema = file.schema_arrow
