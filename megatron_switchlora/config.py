@@ -10,7 +10,7 @@ This module imports nothing of the package: every other module may import it.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, Optional, Union
 
 
@@ -146,8 +146,9 @@ class TrainConfig:
 class DataConfig:
     """The text and its tokenizer."""
 
-    source: Literal["stdlib", "files"] = "stdlib"
-    """stdlib: the sources of Python's standard library on this machine; files: text, JSON lines, C4's .json.gz."""
+    source: Literal["stdlib", "files", "hf"] = "stdlib"
+    """stdlib: the sources of Python's standard library on this machine; files: text, JSON lines (C4's .json.gz),
+    Parquet; hf: a dataset of the Hugging Face hub, tokenised while it streams."""
     files: Union[list[str], str, None] = None
     """Training files or glob patterns (source files): one, or a list."""
     val_files: Union[list[str], str, None] = None
@@ -155,7 +156,21 @@ class DataConfig:
     val_fraction: float = 0.1
     """Share of the text (by characters, at its end) held out when there are no val_files."""
     text_field: str = "text"
-    """Field of a JSON object that holds the text."""
+    """Field of a JSON object, or column of a Parquet file, that holds the text."""
+    hf_name: str = "allenai/c4"
+    """Dataset of source hf: a name on the hub, or a folder laid out like one. Its files: JSON lines or Parquet."""
+    hf_config: Optional[str] = "en"
+    """Configuration of the dataset; null if it has only one. In a folder whose README.md names none: the subfolder."""
+    hf_split: str = "train"
+    """Split to train on."""
+    hf_val_split: str = "validation"
+    """Split to validate on."""
+    hf_revision: Optional[str] = None
+    """Commit, tag or branch on the hub; by default main. A full commit hash needs no network once data is cached."""
+    max_documents: Optional[int] = 46_000_000
+    """Training documents taken from the head of hf_split at most (default: the paper's share of C4); null: all."""
+    max_val_documents: Optional[int] = 10_000
+    """Validation documents taken from the head of hf_val_split at most; null: all."""
     max_bytes: int = 10_000_000
     """Size limit of the stdlib corpus."""
     tokenizer: str = "bpe"
@@ -298,6 +313,22 @@ def _validate_data(d: DataConfig) -> None:
             not d.files and not d.val_files,
             f"data.files and data.val_files belong to data.source files, not {d.source}.",
         )
+    if d.source == "hf":
+        require(
+            d.tokenizer not in ("bpe", "char"),
+            f"data.source hf keeps no text to build a {d.tokenizer} tokenizer from: give a Hugging Face name or folder "
+            "as data.tokenizer, such as t5-base or the tokenizer/ of an earlier run.",
+        )
+        require(
+            d.hf_split != d.hf_val_split,
+            f"data.hf_split and data.hf_val_split are both {d.hf_split!r}: validate on another split.",
+        )
+    of_hf = [f for f in fields(d) if f.name.startswith("hf_") or f.name in ("max_documents", "max_val_documents")]
+    given = [f.name for f in of_hf if getattr(d, f.name) != f.default]
+    require(d.source == "hf" or not given, f"data.{', data.'.join(given)} belong to data.source hf, not {d.source}.")
+    for name in ("max_documents", "max_val_documents"):
+        value = getattr(d, name)
+        require(value is None or value >= 1, f"data.{name} must be at least 1 or null for all, not {value}.")
     require(0 < d.val_fraction < 1, f"data.val_fraction must lie between 0 and 1, it is {d.val_fraction}.")
     require(
         d.vocab_size >= 257, f"data.vocab_size must be at least 257 (256 bytes and an end mark), it is {d.vocab_size}."

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import datasets
 import numpy as np
@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from ..config import DataConfig, UserError, require
 from .corpus import characters, corpus_identity, load_corpus
 from .loader import TokenStore
+from .stream import pinned
 from .tokenizer import BUILT, build_tokenizer, tokenizer_identity
 
 FORMAT = 1  # raise it whenever the same input would give other files
@@ -58,6 +59,7 @@ def prepare(data: DataConfig, *, progress: bool = False) -> PreparedData:
     Raises:
         UserError: anything wrong with the corpus or the tokenizer; a cache folder that cannot be written.
     """
+    data = pinned(data)  # once, so that the name of the cache and what goes into it are of one commit
     cache = _cache_dir(data)
     folder = cache / _cache_key(data)
     if _fault(folder) is None:
@@ -162,7 +164,8 @@ def _build(data: DataConfig, build: Path, documents: Path, progress: bool) -> No
     # Built tokenizers give the same tokens when a text is cut where `_pieces` cuts; of others this is not known.
     longest = PIECE if built else None
     if built:
-        stride = math.ceil(int(characters(corpus.train).sum()) / TRAINING_CHARACTERS) if data.tokenizer == "bpe" else 1
+        stored = cast(datasets.Dataset, corpus.train)  # the configuration refuses to build one from a stream
+        stride = math.ceil(int(characters(stored).sum()) / TRAINING_CHARACTERS) if data.tokenizer == "bpe" else 1
         texts = (text for text, _ in _pieces(corpus.train, longest))
         tokenizer = build_tokenizer(data, islice(texts, 0, None, stride))
     tokenizer.save_pretrained(build / "tokenizer")
@@ -220,7 +223,11 @@ def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, boo
 
 
 def _tokenise(
-    tokenizer: PreTrainedTokenizerFast, documents: datasets.Dataset, longest: int | None, path: Path, progress: bool
+    tokenizer: PreTrainedTokenizerFast,
+    documents: Iterable[dict[str, str]],
+    longest: int | None,
+    path: Path,
+    progress: bool,
 ) -> tuple[dict[str, int], np.ndarray]:
     """Write the tokens of all documents, an end mark after each, to a .npy file.
 
@@ -233,7 +240,7 @@ def _tokenise(
     backend.no_truncation()
     backend.no_padding()
     counts = np.zeros(len(tokenizer), dtype=np.int64)
-    num_bytes = 0
+    num_bytes = num_documents = 0
     rows = tqdm(documents, desc=f"Tokenising {path.stem}", unit=" documents", disable=not progress)
     with path.open("wb") as file:
         _write_header(file, dtype, 0)
@@ -243,6 +250,7 @@ def _tokenise(
             for (text, last), encoding in zip(batch, encodings, strict=True):
                 parts += [np.array(encoding.ids, dtype=dtype), end[: int(last)]]
                 num_bytes += len(text.encode())
+                num_documents += last
             tokens = np.concatenate(parts)
             require(
                 int(tokens.max(initial=0)) < len(counts),
@@ -253,7 +261,7 @@ def _tokenise(
             file.write(tokens.tobytes())
         file.seek(0)
         _write_header(file, dtype, int(counts.sum()))
-    return {"documents": len(documents), "tokens": int(counts.sum()), "bytes": num_bytes}, counts
+    return {"documents": num_documents, "tokens": int(counts.sum()), "bytes": num_bytes}, counts
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from megatron_switchlora.config import RunConfig, UserError, require, require_shard
 from megatron_switchlora.data.loader import BatchOrder, TrainLoader, eval_batches
 from megatron_switchlora.data.packing import PreparedData, open_prepared, prepare
+from megatron_switchlora.data.stream import pinned
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.counts import count_parameters, model_flops_per_token
 from megatron_switchlora.model.hf import export_model
@@ -42,7 +43,12 @@ from megatron_switchlora.train.run_folder import (
 
 
 def prepare_data(config: RunConfig, ranks: Ranks, device: torch.device) -> PreparedData:
-    """Tokenise on the first rank of every node, tell the others where the cache is. Collective."""
+    """Tokenise on the first rank of every node, tell the others where the cache is. Collective.
+
+    The commit of a hub dataset is looked up once, for all nodes, and stays in `config`: the run can name its data.
+    """
+    commit = on_one_rank(ranks.rank == 0, lambda: pinned(config.data).hf_revision or "", device)
+    config.data.hf_revision = commit or None
     waiting = dist.new_group(timeout=timedelta(days=7))  # a large corpus takes hours, collectives give up sooner
     first = ranks.local_rank == 0
     folder = on_one_rank(first, lambda: str(prepare(config.data, progress=ranks.rank == 0).folder), device, waiting)

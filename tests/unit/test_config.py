@@ -31,6 +31,15 @@ def test_options_reach_the_configuration() -> None:
     assert config.output_dir == "DIR"
 
 
+def test_c4_needs_two_options() -> None:
+    data = parse_arguments(["--data.source", "hf", "--data.tokenizer", "t5-base"]).config.data
+    assert (data.hf_name, data.hf_config, data.max_documents) == ("allenai/c4", "en", 46_000_000)
+    assert (data.hf_split, data.hf_val_split) == ("train", "validation")
+    everything = "--data.source hf --data.tokenizer t5-base --data.max_documents null --data.hf_config null"
+    data = parse_arguments(everything.split()).config.data
+    assert (data.max_documents, data.hf_config) == (None, None)
+
+
 def test_options_override_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("method:\n  rank: 8\noptim:\n  lr: 1e-3\ndata:\n  source: files\n  files: [a, b]\n")
@@ -100,6 +109,12 @@ def test_unknown_options_name_the_nearest() -> None:
         ("--parallel.lte_heads 4", r"lte_heads 4 is not supported yet"),
         ("--data.source files", r"needs data.files"),
         ("--data.files x", r"belong to data.source files"),
+        ("--data.source hf --data.files x --data.tokenizer t5-base", r"belong to data.source files, not hf"),
+        ("--data.source hf", r"data.source hf keeps no text to build a bpe tokenizer from.*t5-base"),
+        ("--data.source hf --data.tokenizer a --data.hf_split validation", r"are both 'validation'"),
+        ("--data.source hf --data.tokenizer a --data.max_documents 0", r"max_documents must be at least 1 or null"),
+        ("--data.hf_name a --data.max_documents 3", r"data.hf_name, data.max_documents belong to data.source hf"),
+        ("--data.hf_nam a", r"data.hf_nam'.*did you mean 'data.hf_name'"),
         ("--data.vocab_size 100", r"at least 257"),
         ("--method.name lorra", r"method.name"),
         ("--train.steps many", r"train.steps"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from megatron_switchlora.data import corpus as corpus_module
+from megatron_switchlora.data import files as files_module
 
 from .test_data_corpus import COMPRESS, refused, write_json
 
@@ -98,5 +98,5 @@ def test_files_without_text_not_utf8_or_unreadable(tmp_path: Path, monkeypatch: 
     def forbidden(path: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(corpus_module, "_open", forbidden)  # the tests may run as root, whom no mode stops
+    monkeypatch.setattr(files_module, "_open", forbidden)  # the tests may run as root, whom no mode stops
     refused(tmp_path, "secret.txt cannot be read", "Permission denied", files=[str(tmp_path / "secret.txt")])

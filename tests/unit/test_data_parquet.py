@@ -1,0 +1,117 @@
+"""Parquet files: every row's text as it stands, and every fault found."""
+
+from __future__ import annotations
+
+import gzip
+import random
+import tracemalloc
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_switchlora.data import files as files_module
+from megatron_switchlora.data.files import documents
+
+from .test_data_corpus import load, refused, texts, write_json
+
+TEXTS = ["one\r\n two", "ünï 日本 🎉\u2028", "2020-01-01", "5", "\n", "", "last"]
+LETTERS = [f"document {i} " + random.Random(i).randbytes(50).hex() for i in range(300)]
+
+
+def write(path: Path, columns: dict[str, object], **options: object) -> Path:
+    pq.write_table(pa.table(columns), path, **options)
+    return path
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_rows_are_documents(tmp_path: Path, kind: pa.DataType, compression: str) -> None:
+    columns = {"url": ["u"] * len(TEXTS), "text": pa.array(TEXTS, kind), "list": [[1]] * len(TEXTS)}
+    path = write(tmp_path / "a.parquet", columns, row_group_size=3, compression=compression)
+    (tmp_path / "v.txt").write_text("held out")
+    corpus = load(tmp_path, files=str(path), val_files=str(tmp_path / "v.txt"))
+    assert texts(corpus.train) == [text for text in TEXTS if text.strip()]
+
+
+def test_other_column_names_beside_json_lines_and_as_validation(tmp_path: Path) -> None:
+    first = write_json(tmp_path / "1.jsonl", [{"a.b": "json", "text": 5}])
+    second = write(tmp_path / "2.PARQUET", {"a.b": ["row"], "text": [5]})
+    third = write(tmp_path / "3.parquet", {"a.b": ["held out"]})
+    corpus = load(tmp_path, files=[str(first), str(second)], val_files=str(third), text_field="a.b")
+    assert (texts(corpus.train), texts(corpus.val)) == (["json", "row"], ["held out"])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1024])
+def test_batches_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(files_module, "ROWS", rows)
+    path = write(tmp_path / "a.parquet", {"text": LETTERS}, row_group_size=100)
+    assert list(documents(path, "text")) == LETTERS
+
+
+def test_a_row_group_need_not_fit_into_memory(tmp_path: Path) -> None:
+    rows = [random.Random(i).randbytes(1000).hex() for i in range(20_000)]
+    path = write(tmp_path / "a.parquet", {"text": rows}, use_dictionary=False, compression="none")
+    assert pq.ParquetFile(path).num_row_groups == 1
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()  # sees what is read from the file, Arrow's own pool what is decoded
+    decoded = max(pa.total_allocated_bytes() - before for _ in documents(path, "text"))
+    most = decoded + tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 10_000_000 < path.stat().st_size / 3
+
+
+# --- damage
+
+
+@pytest.mark.parametrize(
+    ("columns", "parts"),
+    [
+        ({"content": ["a"], "url": ["u"]}, ["no column 'text'", "'content', 'url'", "data.text_field"]),
+        ({"text": [5]}, ["'text' holds int64", "not strings", "data.text_field"]),
+        ({"text": [["a"]]}, ["'text' holds list", "not strings"]),
+        ({"text": [b"a"]}, ["'text' holds binary", "not strings"]),
+        ({"text": pa.array([None], pa.null())}, ["'text' holds null", "not strings"]),
+        ({"text": pa.array(["a", "b", "c", None])}, ["row group 1, row 1", "null"]),
+        ({"text": ["", " "]}, ["no document with text"]),
+        ({"text": pa.array([], pa.string())}, ["no document with text"]),
+    ],
+)
+def test_columns_that_hold_no_text(tmp_path: Path, columns: dict[str, object], parts: list[str]) -> None:
+    good = write(tmp_path / "good.parquet", {"text": ["fine"]})
+    bad = write(tmp_path / "bad.parquet", columns, row_group_size=2)
+    refused(tmp_path, "bad.parquet", *parts, files=[str(good), str(bad)])
+    refused(tmp_path, "bad.parquet", *parts, files=str(good), val_files=str(bad))
+
+
+def test_bytes_that_are_no_utf8(tmp_path: Path) -> None:
+    offsets, content = pa.array([0, 1, 3], pa.int32()).buffers()[1], pa.py_buffer(b"a\xff\xfe")
+    column = pa.Array.from_buffers(pa.string(), 2, [None, offsets, content])
+    path = write(tmp_path / "a.parquet", {"text": column})
+    refused(tmp_path, "a.parquet, row group 0, row 1", "not UTF-8", files=str(path))
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_cut_off_anywhere(tmp_path: Path, compression: str) -> None:
+    path = write(tmp_path / "cut.parquet", {"text": LETTERS}, row_group_size=100, compression=compression)
+    whole = path.read_bytes()
+    for length in [*range(1, len(whole) - 1, 997), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        refused(tmp_path, "cut.parquet cannot be read", "cut off", "fetch it again", files=str(path))
+
+
+def test_flipped_bits_under_checksums_and_other_files(tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.parquet", {"text": LETTERS}, compression="none", write_page_checksum=True)
+    whole = path.read_bytes()
+    for place in (whole.index(b"document 150"), 2 * len(whole) // 3):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        refused(tmp_path, "bad.parquet cannot be read", "fetch it again", files=str(path))
+    path.write_bytes(b"plain text, no Parquet")
+    refused(tmp_path, "bad.parquet cannot be read", files=str(path))
+    (tmp_path / "whole.parquet.gz").write_bytes(gzip.compress(whole))
+    refused(tmp_path, "whole.parquet.gz", "compressed inside", files=str(tmp_path / "whole.parquet.gz"))
+    (tmp_path / "empty.parquet").touch()
+    refused(tmp_path, "empty.parquet is empty", files=str(tmp_path / "empty.parquet"))
