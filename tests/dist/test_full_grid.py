@@ -1,4 +1,5 @@
-"""The wider grid of `make test-full`: selections, weight decay, checkpointing, host bank, classic init, all in bf16 too."""
+"""The wider grid of `make test-full`: selections, weight decay, checkpointing, host bank, classic init, all in bf16 too;
+tensor-parallel meshes up to eight ranks."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.dist.launch import run_ranks
+from tests.dist.tp_grid import PADDED, gaps, grid, run_mesh
 from tests.dist.test_zero_parity import BF16_STAGES, STAGES, worst
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
@@ -51,3 +53,24 @@ def test_every_mesh_and_stage_agrees(results: dict, name: str) -> None:
     print(f"\n{name}: losses within {gaps['fp32']:.1e} (fp32), {gaps['bf16']:.1e} (bf16) of fp32 at stage 0")
     assert gaps["fp32"] < 1e-6
     assert gaps["bf16"] < 5e-3
+
+
+SIX_HEADS = {**PADDED, "model__num_heads": 6, "model__num_kv_heads": 3}  # heads of 8
+TWELVE = {**PADDED, "train__global_batch_size": 12}
+TP_MESHES = {(2, 1): PADDED, (1, 4): PADDED, (2, 4): PADDED, (1, 3): SIX_HEADS, (3, 2): TWELVE}
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """The cases of each shape on one process."""
+    return [(shape, run_mesh(1, 1, grid(shape))) for shape in (PADDED, SIX_HEADS, TWELVE)]
+
+
+@pytest.mark.parametrize("mesh", TP_MESHES)
+def test_tensor_parallel_meshes_equal_one_process(alone: list, mesh: tuple[int, int]) -> None:
+    cases = grid(TP_MESHES[mesh])
+    (base,) = [runs for shape, runs in alone if shape == TP_MESHES[mesh]]
+    found = gaps(cases, run_mesh(*mesh, cases, timeout=600), base)
+    print(f"\ndp {mesh[0]} x tp {mesh[1]}: " + ", ".join(f"{key} {value:.1e}" for key, value in found.items()))
+    assert found["fp32 losses"] < 1e-5 and found["fp32 norms"] < 1e-5
+    assert found["bf16 losses"] < 5e-3 and found["bf16 norms"] < 5e-2
