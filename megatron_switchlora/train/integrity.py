@@ -1,8 +1,8 @@
 """Are replicas equal? Fingerprints of tensors, compared over a process group.
 
-A fingerprint is two 64-bit sums of the tensor's words (4 bytes each where its size allows): plain, and
-weighted by position, so that one changed element or two swapped ones show. It runs on the tensor's
-device and moves 16 bytes a tensor.
+A fingerprint is two 64-bit sums of the elements' bits read as integers: plain, and weighted by position,
+so that one changed element or two swapped ones show. It runs on the tensor's device and moves 16 bytes a
+tensor.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 CHUNK = 1 << 22
+INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 @torch.no_grad()
@@ -22,9 +23,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
     sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
     if tensor.numel() == 0:  # torch refuses to see nothing as bytes
         return sums
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if data.numel() % 4 == 0:
-        data = data.view(torch.int32)
+    data = tensor.detach().contiguous().view(-1).view(INTEGER[tensor.element_size()])
     for start in range(0, data.numel(), CHUNK):
         part = data[start : start + CHUNK].long()
         weights = (torch.arange(part.numel(), device=data.device) + start) % 1_000_003 + 1

@@ -124,13 +124,14 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
         watch_switches(engine, seen)
         watch_freezes(engine, seen)
     bank = bank_facts(engine) if isinstance(engine.method, SwitchLora) else None
-    losses, norms, switched, dp_bytes = [], [], 0, []
+    losses, norms, switched, dp_bytes, fetches = [], [], 0, [], []
     for step, batch in enumerate(make_batches(config, case["steps"])):
         result = engine.train_step(step, micro_batches(config, batch, mesh))
         assert result.healthy
         losses.append(result.loss)
         norms.append(result.grad_norm)
         dp_bytes.append(result.dp_bytes)
+        fetches.append(sum(n for record, n in engine.recorder.calls.items() if record.phase == "switch"))
         switched += result.switched
     cast_gap = max(
         float((full_rows(engine, p)["master"].to(p.dtype).float() - p.detach().float()).abs().max())
@@ -150,6 +151,7 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
         "norms": norms,
         "switched": switched,
         "dp_bytes": dp_bytes,
+        "fetches": fetches,
         "trainable": sum(p.numel() for p in engine.params),
         "wrapper": type(engine.ds.optimizer).__name__,
         "cast_gap": cast_gap,

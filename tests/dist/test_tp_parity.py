@@ -74,6 +74,19 @@ def test_where_the_bank_lies_changes_nothing(results: dict, mesh: tuple[int, int
         assert found[first + 1]["bank"]["bytes"] < 0.52 * found[first]["bank"]["bytes"]
 
 
+@pytest.mark.parametrize("mesh", [(1, 1), *MESHES])
+def test_one_fetch_a_step_for_all_layers(results: dict, mesh: tuple[int, int]) -> None:
+    """Nothing at TP 1; one all-reduce over tp; with candidates spread over dp too, one over dp and one over the head."""
+    cases, found = results[mesh]
+    for case, run in zip(cases, found, strict=True):
+        wanted = {(1, 1): 0, (1, 2): 1, (2, 2): 1}[mesh] * (case["method"] == "switchlora")
+        if mesh == (2, 2) and case["changes"].get("method__bank_spread") == "dp":
+            wanted = 2
+        first, *others = run["fetches"]
+        assert first == 2 * wanted, case  # its own rows and the next step's
+        assert set(others) <= {0, wanted} and others[0] == wanted, (case, others)
+
+
 def test_the_bank_is_split_over_tp(results: dict) -> None:
     """Half of the bytes of one process, but for padding: 75 columns become 38, odd counts of candidates one more."""
     first = len(grid())

@@ -115,3 +115,8 @@ def test_fingerprints_see_every_change() -> None:
     assert not torch.equal(base, fingerprint(swapped))
     assert not torch.equal(base, fingerprint(changed))
     assert fingerprint(torch.empty(0, 3)).tolist() == [0, 0]  # a bank of no layer
+    for dtype in (torch.bfloat16, torch.float64, torch.int64, torch.bool):
+        flat = torch.zeros(24, dtype=dtype)  # DeepSpeed's parameters are views at any offset of a flat tensor
+        flat[4:] = 1
+        assert torch.equal(fingerprint(flat[3:23]), fingerprint(flat[3:23].clone()))
+        assert not torch.equal(fingerprint(flat[3:23]), fingerprint(flat[4:24]))
