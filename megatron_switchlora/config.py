@@ -263,6 +263,13 @@ def _validate_method(config: RunConfig) -> None:
     require(
         method.rank >= 2, "method.rank 1 cannot switch: A and B switch different positions, so give rank 2 or more."
     )
+    largest = m.hidden_size  # of q and o; kv and a narrow feed-forward have less
+    require(
+        method.rank < largest,
+        f"A bank has min(m, n) candidates for each matrix, of which method.rank are live, so method.rank {method.rank} "
+        f"leaves nothing to switch in any matrix (min(m, n) is {largest} at most): lower the rank, or use method.name "
+        "lora.",
+    )
     require(method.freeze_steps >= 0, f"method.freeze_steps must not be negative, it is {method.freeze_steps}.")
     require(method.interval0 > 0, f"method.interval0 must be positive, not {method.interval0}.")
     require(

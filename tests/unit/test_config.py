@@ -93,6 +93,7 @@ def test_unknown_options_name_the_nearest() -> None:
         ("--method.rank 145", r"method.rank must be between 1 and .* 144; it is 145"),
         ("--method.rank 40 --model.num_kv_heads 1", r"here 36; it is 40"),
         ("--method.rank 1", r"rank 1 cannot switch"),
+        ("--method.rank 144", r"rank 144 leaves nothing to switch in any matrix \(min\(m, n\) is 144 at most\)"),
         ("--method.interval0 9", r"at least 2 \* method.freeze_steps.* 9 and 5"),
         ("--method.switch_ratio 0", r"switch_ratio must be positive"),
         ("--train.warmup_steps 700", r"between 0 and train.steps 600; it is 700"),
