@@ -1,15 +1,22 @@
-"""Analytic counts of a configuration: parameters and FLOPs. Nothing here builds a model."""
+"""Analytic counts of a configuration: parameters and FLOPs. Nothing here builds a model.
+
+A total counts every parameter once and no padding (`count_parameters`). What one tensor-parallel rank
+holds is its shard of each split tensor, padded to ceil(size / tp), and all of each replicated one
+(`count_shard`). Split are: q, k, v, gate, up on the output, o and down on the input, embedding and head
+on the vocabulary; of an adapter the factor on the split side; norms and the other factor are replicated.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_switchlora.config import MethodConfig, ModelConfig
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters by group, unpadded."""
+    """Parameters by group: of the model, unpadded, or those that a rank holds."""
 
     embedding: int
     head: int
@@ -23,29 +30,70 @@ class ParameterCounts:
         return self.embedding + self.head + self.norms + (self.matrices if self.full_rank else self.adapters)
 
     @property
+    def frozen(self) -> int:
+        return 0 if self.full_rank else self.matrices
+
+    @property
     def full_total(self) -> int:
         """Parameters of the model itself, which full-rank training trains and communicates."""
         return self.embedding + self.head + self.norms + self.matrices
 
 
+def shard_size(size: int, ranks: int) -> int:
+    """What each of `ranks` holds of a dimension, padding included."""
+    return -(-size // ranks)
+
+
+class Projection(NamedTuple):
+    """A linear layer of the decoder: full sizes, and which of them tensor parallelism splits."""
+
+    out_features: int
+    in_features: int
+    row_parallel: bool
+
+    def shard(self, tp: int) -> tuple[int, int]:
+        """(out, in) of a rank's part of W."""
+        if self.row_parallel:
+            return self.out_features, shard_size(self.in_features, tp)
+        return shard_size(self.out_features, tp), self.in_features
+
+
+def projections(config: ModelConfig) -> list[Projection]:
+    """The seven of one decoder layer: q, k, v, o, gate, up, down."""
+    h, f, kv = config.hidden_size, config.intermediate_size, config.kv_heads * config.head_dim
+    return [
+        Projection(h, h, False),
+        Projection(kv, h, False),
+        Projection(kv, h, False),
+        Projection(h, h, True),
+        Projection(f, h, False),
+        Projection(f, h, False),
+        Projection(h, f, True),
+    ]
+
+
 def decoder_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     """(out, in) of the seven projections of one layer: q, k, v, o, gate, up, down."""
-    h, f, kv = config.hidden_size, config.intermediate_size, config.kv_heads * config.head_dim
-    return [(h, h), (kv, h), (kv, h), (h, h), (f, h), (f, h), (h, f)]
+    return [(p.out_features, p.in_features) for p in projections(config)]
 
 
-def count_parameters(config: ModelConfig, method: MethodConfig, vocab_size: int) -> ParameterCounts:
-    """Counts of a model under a method."""
-    shapes = decoder_shapes(config) * config.num_layers
-    embedding = vocab_size * config.hidden_size
+def count_shard(config: ModelConfig, method: MethodConfig, vocab_size: int, tp: int) -> ParameterCounts:
+    """Elements that one of `tp` tensor-parallel ranks holds, padding included."""
+    shapes = [p.shard(tp) for p in projections(config)]
+    embedding = shard_size(vocab_size, tp) * config.hidden_size
     return ParameterCounts(
         embedding=embedding,
         head=0 if config.tie_embeddings else embedding,
         norms=(2 * config.num_layers + 1) * config.hidden_size,
-        matrices=sum(m * n for m, n in shapes),
-        adapters=0 if method.name == "full" else sum(method.rank * (m + n) for m, n in shapes),
+        matrices=config.num_layers * sum(m * n for m, n in shapes),
+        adapters=0 if method.name == "full" else config.num_layers * method.rank * sum(m + n for m, n in shapes),
         full_rank=method.name == "full",
     )
+
+
+def count_parameters(config: ModelConfig, method: MethodConfig, vocab_size: int) -> ParameterCounts:
+    """Counts of a model under a method, unpadded, whatever the mesh."""
+    return count_shard(config, method, vocab_size, tp=1)
 
 
 def model_flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> float:

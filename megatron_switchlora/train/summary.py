@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
+from megatron_switchlora.model.memory import full_rank_bytes, saved_words
 from megatron_switchlora.train.engine import perplexity
 from megatron_switchlora.train.trainer import Trainer
 
@@ -24,11 +25,10 @@ def closing_words(trainer: Trainer, val_loss: float, seconds: float) -> str:
     ]
     if dp > 1:
         given = steps[-1]["dp_bytes"]
-        # full-rank training in this setting reduces the same way, over all parameters
-        full = given * counts.full_total / counts.trainable
+        full = full_rank_bytes(given, config, trainer.vocab_size, trainer.mesh.size("tp"))
         lines.append(
             f"Gradient bytes a step and rank: {given / 1e6:.2f} MB recorded; full-rank training of this model: "
-            f"{full / 1e6:.2f} MB (by its parameter count), so {1 - given / full:.1%} saved."
+            f"{full / 1e6:.2f} MB (by its parameter count), so {saved_words(given, full)}."
         )
     lines += [
         f"Run folder: {run.path} (loss.png, metrics.jsonl, final/ for transformers).",

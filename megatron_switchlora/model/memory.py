@@ -1,0 +1,243 @@
+"""What a rank's memory holds, by kind, and the gradient bytes it communicates, from the configuration alone.
+
+The peak is what is always there plus the larger of two phases: forward and backward, where activations
+live, and the optimizer's step, where fp32 gradients do. Tensors are counted with their tensor-parallel
+padding; ZeRO's alignment, tensors that straddle two partitions, temporaries of one operation, libraries
+and the allocator's gaps are left out. Gradients, masters and buckets are those of deepspeed 0.19.8's
+classes (see `optim/layout.py`). Activations are a formula: what autograd keeps in `model/llama.py`.
+All sizes are bytes. tp and dp are the mesh's; a "token" is one of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_switchlora.config import RunConfig, accumulation_steps
+from megatron_switchlora.model.counts import Projection, count_shard, projections, shard_size
+
+FP32 = 4
+FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed copies at once where ZeRO does not reduce: stage 0, fp32 sums
+
+Phase = Literal["always", "backward", "step", "host"]
+
+
+@dataclass(frozen=True)
+class Zero:
+    """DeepSpeed's part: ZeRO stage, whether micro-batches accumulate in fp32 (BF16_Optimizer), and the elements of
+    the buckets in which stages 1 and 2 reduce."""
+
+    stage: int = 1
+    fp32_accumulation: bool = False
+    bucket: int = 500_000_000
+
+
+@dataclass(frozen=True)
+class Item:
+    """Bytes of one kind and when they are there."""
+
+    kind: str
+    bytes: int
+    phase: Phase
+
+
+def compute_bytes(config: RunConfig) -> int:
+    """Bytes of a number in the precision of compute."""
+    return 2 if config.train.precision == "bf16" else FP32
+
+
+def peak_bytes(items: list[Item]) -> int:
+    """The most a rank's device holds at once."""
+    return phase_bytes(items, "always") + max(phase_bytes(items, "backward"), phase_bytes(items, "step"))
+
+
+def phase_bytes(items: list[Item], phase: Phase) -> int:
+    return sum(item.bytes for item in items if item.phase == phase)
+
+
+def memory_items(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero) -> list[Item]:
+    """Everything a rank holds, largest first within a phase; kinds that a run does not have are left out."""
+    items = [
+        *_weights(config, vocab_size, tp),
+        *_bank(config, tp, dp),
+        *_optimizer(config, vocab_size, tp, dp, zero),
+        *_gradients(config, vocab_size, tp, dp, zero),
+        *_activations(config, vocab_size, tp),
+    ]
+    order = ("always", "backward", "step", "host")
+    return sorted((item for item in items if item.bytes), key=lambda item: (order.index(item.phase), -item.bytes))
+
+
+def gradient_bytes(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero) -> tuple[int, int]:
+    """Bytes a rank hands to data-parallel collectives in a step: with this method, and with full-rank training.
+
+    Stage 2 reduces at every micro-batch, all others once a step; fp32 sums are cast to bf16 on their way.
+    """
+    if dp == 1:
+        return 0, 0
+    times = accumulation_steps(config.train, dp) if zero.stage == 2 else 1
+    counts = count_shard(config.model, config.method, vocab_size, tp)
+    each = times * compute_bytes(config)
+    return counts.trainable * each, counts.full_total * each
+
+
+def full_rank_bytes(given: float, config: RunConfig, vocab_size: int, tp: int) -> float:
+    """Gradient bytes of full-rank training where this method's are `given`: it reduces the same way, over a rank's
+    part of all parameters."""
+    counts = count_shard(config.model, config.method, vocab_size, tp)
+    return given * counts.full_total / counts.trainable
+
+
+def saved_words(given: float, full: float) -> str:
+    """How `given` compares with full-rank training's bytes."""
+    return f"{1 - given / full:.1%} saved" if given <= full else f"{given / full - 1:.1%} more"
+
+
+def _weights(config: RunConfig, vocab_size: int, tp: int) -> list[Item]:
+    counts = count_shard(config.model, config.method, vocab_size, tp)
+    return [
+        Item(f"trainable parameters, {config.train.precision}", counts.trainable * compute_bytes(config), "always"),
+        Item("frozen W, fp32", counts.frozen * FP32, "always"),
+        *_compute_copies(config, tp),
+    ]
+
+
+def _is_merged(config: RunConfig, projection: Projection, tp: int) -> bool:
+    """Whether a layer computes with W + sBA; auto takes what costs fewer FLOPs on a rank's shard."""
+    method, train = config.method, config.train
+    if method.compute != "auto":
+        return method.compute == "merged"
+    out, in_ = projection.shard(tp)
+    formed = 2 if method.merged_cache == "recompute" else 1
+    return train.micro_batch_size * train.seq_len * (out + in_) > formed * out * in_
+
+
+def _compute_copies(config: RunConfig, tp: int) -> list[Item]:
+    """W + sBA of merged layers, and W in bf16 for split ones (in fp32 they use W itself): kept for backward.
+
+    Checkpointing keeps one decoder layer's at a time, unless the cache lasts over the micro-batches.
+    """
+    if config.method.name == "full":
+        return []
+    method, layers, size = config.method, config.model.num_layers, compute_bytes(config)
+    at_once = 1 if config.train.activation_checkpointing else layers
+    shapes = [(p.shard(tp), _is_merged(config, p, tp)) for p in projections(config.model)]
+    merged = [size * m * n for (m, n), is_merged in shapes if is_merged]
+    split = [size * m * n for (m, n), is_merged in shapes if not is_merged and size != FP32]
+    held = {
+        "micro_batch": at_once * sum(merged),
+        "accumulation": layers * sum(merged),
+        "recompute": max(merged, default=0),
+    }[method.merged_cache]
+    until: Phase = "always" if method.merged_cache == "accumulation" else "backward"
+    return [
+        Item(f"W + sBA, {config.train.precision}", held, until),
+        Item("W for the split form, bf16", at_once * sum(split), "backward"),
+    ]
+
+
+def _bank(config: RunConfig, tp: int, dp: int) -> list[Item]:
+    """C = min(out, in) candidates a side where that is more than the rank. The split factor's are [C, length / tp],
+    the replicated factor's are spread by candidate over tp; `bank_spread dp` spreads both over dp too."""
+    method = config.method
+    if method.name != "switchlora":
+        return []
+    spread = dp if method.bank_spread == "dp" else 1
+    values = 0
+    for p in projections(config.model):
+        candidates = min(p.out_features, p.in_features)
+        if candidates > method.rank:
+            split, replicated = (p.in_features, p.out_features) if p.row_parallel else (p.out_features, p.in_features)
+            values += shard_size(candidates, spread) * shard_size(split, tp)
+            values += shard_size(candidates, spread * tp) * replicated
+    held = values * config.model.num_layers * compute_bytes(config)
+    if method.bank_device == "host":
+        return [Item("candidate bank, in host memory", held, "host")]
+    return [Item(f"candidate bank, {config.train.precision}", held, "always")]
+
+
+def step_counters(config: RunConfig) -> int:
+    """Adam step counters without ZeRO: one a LoRA vector, one a dense tensor."""
+    model = config.model
+    tensors = (1 if model.tie_embeddings else 2) + 2 * model.num_layers + 1
+    per_projection = 1 if config.method.name == "full" else 2 * config.method.rank
+    return tensors + 7 * model.num_layers * per_projection
+
+
+def _optimizer(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero) -> list[Item]:
+    count = count_shard(config.model, config.method, vocab_size, tp).trainable
+    share = 1 if zero.stage == 0 else dp
+    no_copy = zero.stage == 0 and config.train.precision == "fp32"
+    return [
+        Item("fp32 masters", 0 if no_copy else shard_size(count, share) * FP32, "always"),
+        Item("Adam moments, fp32", 2 * shard_size(count, share) * FP32, "always"),
+        Item("Adam step counters", shard_size(step_counters(config), share) * FP32, "always"),
+    ]
+
+
+def _gradients(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero) -> list[Item]:
+    """Gradients, the buckets they are reduced in, and their fp32 form for the optimizer's step."""
+    counts = count_shard(config.model, config.method, vocab_size, tp)
+    count, size, precision = counts.trainable, compute_bytes(config), config.train.precision
+    name, in_step = f"gradients, {precision}", "fp32 gradients of the step"
+    if zero.fp32_accumulation:
+        copies = min(count, FALLBACK_BUCKET) * (FP32 + size)
+        return [
+            Item(name, count * size, "always"),
+            Item("gradient sums, fp32", count * FP32, "always"),
+            Item("copies to reduce", copies, "step"),
+        ]
+    if zero.stage == 0:
+        fp32_form = 0 if size == FP32 else count * FP32
+        copies = min(count, FALLBACK_BUCKET) * size
+        return [
+            Item(name, count * size, "always"),
+            Item(in_step, fp32_form, "step"),
+            Item("copies to reduce", copies if not fp32_form else 0, "step"),  # gone when the fp32 form comes
+        ]
+    part = shard_size(count, dp) * size
+    in_backward = count * size
+    if zero.stage == 2:  # the sum of earlier micro-batches, and this one's part
+        in_backward = part * min(2, accumulation_steps(config.train, dp))
+    # the optimizer takes one group at a time: the decoder's matrices or adapters, then the dense tensors
+    group = max(counts.trainable - counts.embedding - counts.head - counts.norms, counts.embedding + counts.head)
+    flat = shard_size(group, dp) * FP32
+    return [
+        Item(name, in_backward, "backward"),
+        Item("buckets to reduce", zero.bucket * size, "backward"),
+        Item(name, part, "step"),
+        Item(in_step, flat, "step"),
+    ]
+
+
+def layer_activation_bytes(config: RunConfig, tp: int) -> int:
+    """What autograd keeps of one decoder layer for the backward pass, a token."""
+    model, size = config.model, compute_bytes(config)
+    hidden, kv = model.hidden_size, model.kv_heads * model.head_dim
+    norms = 2 * ((FP32 + size) * hidden + FP32)  # the input in fp32, the normalised one, 1 / rms
+    inputs = 2 * size * hidden  # of q, k, v and of gate, up
+    attention = size * (2 * hidden + 2 * kv) // tp + FP32 * model.num_heads // tp  # q, k, v, result, log-sums
+    mlp = 4 * size * shard_size(model.intermediate_size, tp)  # gate, silu(gate), up, their product
+    lowrank = 0
+    if config.method.name != "full":
+        lowrank = sum(size * config.method.rank for p in projections(model) if not _is_merged(config, p, tp))
+    return norms + inputs + attention + mlp + lowrank
+
+
+def _activations(config: RunConfig, vocab_size: int, tp: int) -> list[Item]:
+    """Estimates for one micro-batch. Of the logits, three fp32 tensors live at once as the backward pass begins: the
+    log-probabilities and the gradient before and after them."""
+    model, train, size = config.model, config.train, compute_bytes(config)
+    tokens = train.micro_batch_size * train.seq_len
+    logits = 3 * FP32 * tokens * shard_size(vocab_size, tp)
+    layer = tokens * layer_activation_bytes(config, tp)
+    kept = tokens * ((FP32 + 2 * size) * model.hidden_size + FP32)  # the last norm and the head's input
+    how = "with" if train.activation_checkpointing else "without"
+    if train.activation_checkpointing:  # the layers' inputs, and one layer computed again once the logits are gone
+        kept += tokens * model.num_layers * size * model.hidden_size + max(0, layer - logits)
+    else:
+        kept += model.num_layers * layer
+    return [
+        Item(f"activations {how} checkpointing (estimate)", kept, "backward"),
+        Item("logits and their gradient, fp32 (estimate)", logits, "backward"),
+    ]
