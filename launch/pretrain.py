@@ -81,6 +81,16 @@ def check_early(arguments: Arguments, ranks: Ranks) -> None:
     )
 
 
+def show_plan(arguments: Arguments, first: bool) -> None:
+    """The plan of the run, from rank 0; raises what the run would on every rank."""
+    from megatron_switchlora.train.dry_run import plan
+
+    world_size = arguments.dry_run_world or discover_ranks(os.environ).world_size
+    text = plan(arguments.config, read_ds_config(arguments.ds_config), world_size)
+    if first:
+        print(text)
+
+
 def run(arguments: Arguments, ranks: Ranks) -> None:
     device = choose_device(arguments.config.train.device, ranks, arguments.config.train.threads)
     from megatron_switchlora.train.engine import start_distributed, stop_distributed
@@ -109,6 +119,9 @@ def main() -> None:
     with told_once(first):
         stop_on_signals()
         arguments = parse_arguments(sys.argv[1:])  # --help works wherever it is typed
+        if arguments.dry_run:
+            show_plan(arguments, first)
+            leave(0)
         ranks = discover_ranks(os.environ)
         complete_environment(os.environ)
         check_early(arguments, ranks)

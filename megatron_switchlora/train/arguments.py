@@ -27,6 +27,8 @@ class Arguments:
     config: RunConfig
     ds_config: Optional[str]
     evaluate_only: bool
+    dry_run: bool = False
+    dry_run_world: Optional[int] = None
 
 
 def build_parser() -> ArgumentParser:
@@ -46,6 +48,17 @@ def build_parser() -> ArgumentParser:
         "--evaluate_only",
         action="store_true",
         help="Evaluate the finished run in --output_dir and stop; all but the device comes from its config.yaml.",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Print mesh, parameters, memory and gradient bytes of this run and stop: needs no GPU and reads no data.",
+    )
+    parser.add_argument(
+        "--dry_run_world",
+        type=Optional[int],
+        default=None,
+        help="Ranks that --dry_run plans for; by default the world's.",
     )
     parser.add_argument(
         "--local_rank", type=int, default=0, help="Set by the deepspeed launcher; the environment decides."
@@ -94,7 +107,22 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         raise _explain(parser, error) from None
     config = to_run_config(made)
     validate(config)
-    return Arguments(config, namespace.ds_config, namespace.evaluate_only)
+    check_modes(namespace)
+    return Arguments(config, namespace.ds_config, namespace.evaluate_only, namespace.dry_run, namespace.dry_run_world)
+
+
+def check_modes(namespace: Namespace) -> None:
+    """Raises: UserError, if the options that say what to do instead of training do not go together."""
+    world = namespace.dry_run_world
+    require(world is None or world >= 1, f"--dry_run_world must be at least 1, not {world}.")
+    require(
+        world is None or namespace.dry_run,
+        f"--dry_run_world {world} says for how many ranks --dry_run plans: give --dry_run too, or leave it out.",
+    )
+    require(
+        not (namespace.dry_run and namespace.evaluate_only),
+        "--dry_run plans a training run and --evaluate_only evaluates a finished one: give one of them.",
+    )
 
 
 def split_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -1,0 +1,139 @@
+"""`--dry_run`: what a run would be, from its configuration alone.
+
+Prints mesh and batch, parameters by group, a rank's memory by kind and the gradient bytes of a step,
+for any number of ranks. Reads no data, no tokenizer and no network, and needs neither GPU nor process
+group; what a run refuses before it reads its data is refused here with the same words.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_switchlora.config import RunConfig, UserError, accumulation_steps, require_shard
+from megatron_switchlora.model.counts import count_parameters, count_shard
+from megatron_switchlora.model.memory import (
+    Item,
+    Zero,
+    gradient_bytes,
+    memory_items,
+    peak_bytes,
+    phase_bytes,
+    saved_words,
+)
+from megatron_switchlora.parallel.mesh import mesh_sizes
+from megatron_switchlora.train.ds_config import resolve_ds_config
+
+PHASES = {"always": "throughout", "backward": "forward and backward", "step": "optimizer step"}
+
+
+def plan(config: RunConfig, given_ds_config: dict[str, Any], world_size: int) -> str:
+    """The report. `given_ds_config` is the user's DeepSpeed JSON.
+
+    Raises:
+        UserError: what the run would refuse, or a vocabulary that only the tokenizer knows.
+    """
+    mesh = mesh_sizes(config.parallel, world_size)
+    zero = zero_settings(resolve_ds_config(given_ds_config, config, mesh["dp"]))
+    vocab_size, source = planned_vocabulary(config)
+    items = memory_items(config, vocab_size, mesh["tp"], mesh["dp"], zero)
+    sections = [
+        _setting(config, mesh, zero, f"{vocab_size:,} ({source})"),
+        _parameters(config, vocab_size, mesh["tp"]),
+        _memory(items),
+        _gradients(config, vocab_size, mesh, zero),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def planned_vocabulary(config: RunConfig) -> tuple[int, str]:
+    """Size of the vocabulary and where it is written, without a tokenizer."""
+    model, data = config.model, config.data
+    if model.vocab_size is not None:
+        size, source = model.vocab_size, "model.vocab_size"
+    elif data.tokenizer == "bpe":
+        size, source = data.vocab_size, "data.vocab_size; a small corpus may train a smaller tokenizer"
+    else:
+        raise UserError(
+            f"--dry_run does not read data.tokenizer {data.tokenizer!r}: give the vocabulary as model.vocab_size."
+        )
+    require_shard("The vocabulary", size, config.parallel.tp)
+    return size, source
+
+
+def zero_settings(resolved: dict[str, Any]) -> Zero:
+    """What the resolved DeepSpeed JSON says about memory."""
+    section = resolved.get("zero_optimization", {})
+    bucket = int(section.get("reduce_bucket_size", Zero.bucket))
+    buckets = (2 if section.get("overlap_comm") else 1) if section.get("contiguous_gradients", True) else 0
+    fp32_accumulation = resolved["bf16"]["enabled"] and (
+        resolved.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    )
+    return Zero(section.get("stage", 0), fp32_accumulation, bucket * buckets)
+
+
+def _setting(config: RunConfig, mesh: dict[str, int], zero: Zero, vocabulary: str) -> list[str]:
+    train, method = config.train, config.method
+    micro_batches = accumulation_steps(train, mesh["dp"])
+    tokens = train.global_batch_size * train.seq_len
+    rank = "" if method.name == "full" else f" at rank {method.rank}"
+    sums = ", micro-batches summed in fp32" if zero.fp32_accumulation else ""
+    return [
+        f"Dry run of {method.name}{rank}: nothing is read, trained or written.",
+        f"mesh        lte {mesh['lte']} x dp {mesh['dp']} x tp {mesh['tp']}; ZeRO stage {zero.stage}{sums}; "
+        f"{train.precision}",
+        f"batch       {train.global_batch_size} samples of {train.seq_len} tokens; a rank runs {micro_batches} x "
+        f"{train.micro_batch_size} (micro-batches x samples)",
+        f"length      {train.steps:,} steps of {tokens:,} tokens, {train.steps * tokens / 1e6:,.1f} M tokens",
+        f"vocabulary  {vocabulary}",
+    ]
+
+
+def _parameters(config: RunConfig, vocab_size: int, tp: int) -> list[str]:
+    """Totals count every parameter once, unpadded; the last column is what a rank holds, padding included."""
+    whole, mine = (
+        count_parameters(config.model, config.method, vocab_size),
+        count_shard(config.model, config.method, vocab_size, tp),
+    )
+    full = whole.full_rank
+    rows = [
+        ("decoder matrices", whole.matrices if full else 0, whole.frozen, mine.matrices),
+        ("adapters", whole.adapters, 0, mine.adapters),
+        ("embedding", whole.embedding, 0, mine.embedding),
+        ("head", whole.head, 0, mine.head),
+        ("norms", whole.norms, 0, mine.norms),
+        ("total", whole.trainable, whole.frozen, mine.trainable + mine.frozen),
+        ("full-rank training", whole.full_total, 0, mine.full_total),
+    ]
+    lines = [f"{'parameters':<20}{'trainable':>27}{'frozen':>27}{'on a rank':>18}"]
+    for name, trainable, frozen, local in rows:
+        if local:
+            lines.append(f"  {name:<18}{_millions(trainable):>27}{_millions(frozen):>27}{local:>18,}")
+    return lines
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M {count:>15,}" if count else "-"
+
+
+def _memory(items: list[Item]) -> list[str]:
+    peak = peak_bytes(items)
+    unit, scale = ("GB", 1e9) if peak >= 1e9 else ("MB", 1e6)
+    lines = [f"{'memory of a rank':<52}{unit:>9}"]
+    for phase, title in PHASES.items():
+        mine = [item for item in items if item.phase == phase]
+        lines.append(f"  {title:<50}{phase_bytes(items, phase) / scale:>9.3f}")  # type: ignore[arg-type]
+        lines += [f"    {item.kind:<48}{item.bytes / scale:>9.3f}" for item in mine]
+    lines.append(f"  {'peak: throughout + the larger phase (estimate)':<50}{peak / scale:>9.3f}")
+    lines += [f"  {item.kind:<50}{item.bytes / scale:>9.3f}" for item in items if item.phase == "host"]
+    return lines
+
+
+def _gradients(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Zero) -> list[str]:
+    given, full = gradient_bytes(config, vocab_size, mesh["tp"], mesh["dp"], zero)
+    if not given:
+        return ["Gradient bytes a step and rank: 0, with one data-parallel rank."]
+    often = "at every micro-batch" if zero.stage == 2 else "once a step"
+    return [
+        f"Gradient bytes a step and rank: {given / 1e6:,.2f} MB, reduced {often}; full-rank training in this setting: "
+        f"{full / 1e6:,.2f} MB, so {saved_words(given, full)}."
+    ]
