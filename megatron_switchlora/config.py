@@ -1,4 +1,4 @@
-"""The run configuration: everything a run needs, in nested dataclasses, validated once.
+"""The run configuration: everything a run needs, in nested dataclasses, validated once by rules.py.
 
 The YAML given with `--config` and the dotted command line options (`--optim.lr 0.02`) fill these
 fields; the docstring under a field is its help text. DeepSpeed's JSON owns only DeepSpeed's own
@@ -9,8 +9,7 @@ This module imports nothing of the package: every other module may import it.
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Literal, Optional, Union
 
 
@@ -219,145 +218,6 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _validate_model(m: ModelConfig) -> None:
-    for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads"):
-        value = getattr(m, name)
-        require(value >= 1, f"model.{name} must be at least 1, not {value}: give a positive size.")
-    require(
-        m.num_kv_heads is None or m.num_kv_heads >= 1,
-        f"model.num_kv_heads must be at least 1, not {m.num_kv_heads}: leave it out for as many as model.num_heads.",
-    )
-    require(
-        m.hidden_size % m.num_heads == 0,
-        f"model.hidden_size {m.hidden_size} must be a multiple of model.num_heads {m.num_heads}: change one of them.",
-    )
-    require(
-        m.head_dim % 2 == 0,
-        f"The head size {m.head_dim} (model.hidden_size {m.hidden_size} / model.num_heads {m.num_heads}) must be even "
-        "for rotary embeddings: change one of them.",
-    )
-    require(
-        m.num_heads % m.kv_heads == 0,
-        f"model.num_heads {m.num_heads} must be a multiple of model.num_kv_heads {m.kv_heads}: change one of them.",
-    )
-    for name in ("initializer_range", "rope_theta", "rms_norm_eps"):
-        number = getattr(m, name)
-        require(math.isfinite(number) and number > 0, f"model.{name} must be positive, not {number}.")
-    require(m.vocab_size is None or m.vocab_size >= 1, f"model.vocab_size must be positive, not {m.vocab_size}.")
-
-
-def _validate_method(config: RunConfig) -> None:
-    method, m = config.method, config.model
-    if method.name == "full":
-        return
-    kv_size = m.kv_heads * m.head_dim
-    smallest = min(m.hidden_size, m.intermediate_size, kv_size)
-    require(
-        1 <= method.rank <= smallest,
-        f"method.rank must be between 1 and min(m, n) of every adapted matrix, here {smallest}; it is {method.rank}: "
-        "lower the rank or widen the model.",
-    )
-    require(method.alpha > 0, f"method.alpha must be positive, not {method.alpha}.")
-    if method.name != "switchlora":
-        return
-    require(
-        method.rank >= 2, "method.rank 1 cannot switch: A and B switch different positions, so give rank 2 or more."
-    )
-    largest = m.hidden_size  # of q and o; kv and a narrow feed-forward have less
-    require(
-        method.rank < largest,
-        f"A bank has min(m, n) candidates for each matrix, of which method.rank are live, so method.rank {method.rank} "
-        f"leaves nothing to switch in any matrix (min(m, n) is {largest} at most): lower the rank, or use method.name "
-        "lora.",
-    )
-    require(method.freeze_steps >= 0, f"method.freeze_steps must not be negative, it is {method.freeze_steps}.")
-    require(method.interval0 > 0, f"method.interval0 must be positive, not {method.interval0}.")
-    require(
-        method.interval0 >= 2 * method.freeze_steps,
-        f"method.interval0 must be at least 2 * method.freeze_steps, or frozen vectors would fill the ring; they are "
-        f"{method.interval0:g} and {method.freeze_steps}: raise the interval or freeze for fewer steps.",
-    )
-    require(method.switch_ratio > 0, f"method.switch_ratio must be positive, not {method.switch_ratio}.")
-    total = method.switch_total_steps
-    require(total is None or total >= 1, f"method.switch_total_steps must be at least 1, not {total}.")
-
-
-def _validate_train(config: RunConfig) -> None:
-    t, o = config.train, config.optim
-    for name in ("steps", "seq_len", "micro_batch_size", "global_batch_size", "eval_interval"):
-        value = getattr(t, name)
-        require(value >= 1, f"train.{name} must be at least 1, not {value}.")
-    require(
-        0 <= t.warmup_steps <= t.steps,
-        f"train.warmup_steps must lie between 0 and train.steps {t.steps}; it is {t.warmup_steps}.",
-    )
-    require(t.epochs is None or t.epochs >= 1, f"train.epochs must be at least 1, not {t.epochs}.")
-    require(
-        t.eval_samples is None or t.eval_samples >= 1, f"train.eval_samples must be at least 1, not {t.eval_samples}."
-    )
-    require(t.threads >= 0, f"train.threads must not be negative, it is {t.threads}.")
-    require(t.check_interval >= 0, f"train.check_interval must not be negative, it is {t.check_interval}.")
-    require(t.seed >= 0, f"train.seed must not be negative, it is {t.seed}.")
-    for name in ("lr", "eps"):
-        value = getattr(o, name)
-        require(math.isfinite(value) and value > 0, f"optim.{name} must be positive, not {value}.")
-    require(
-        o.dense_lr is None or (math.isfinite(o.dense_lr) and o.dense_lr >= 0),
-        f"optim.dense_lr must not be negative, it is {o.dense_lr}.",
-    )
-    for name in ("beta1", "beta2"):
-        value = getattr(o, name)
-        require(0 <= value < 1, f"optim.{name} must lie in [0, 1), it is {value}.")
-    require(o.clip >= 0, f"optim.clip must not be negative (0 switches it off), it is {o.clip}.")
-    require(o.weight_decay >= 0, f"optim.weight_decay must not be negative, it is {o.weight_decay}.")
-
-
-def _validate_data(d: DataConfig) -> None:
-    if d.source == "files":
-        require(bool(d.files), "data.source files needs data.files: give file names or glob patterns.")
-    else:
-        require(
-            not d.files and not d.val_files,
-            f"data.files and data.val_files belong to data.source files, not {d.source}.",
-        )
-    if d.source == "hf":
-        require(
-            d.tokenizer not in ("bpe", "char"),
-            f"data.source hf keeps no text to build a {d.tokenizer} tokenizer from: give a Hugging Face name or folder "
-            "as data.tokenizer, such as t5-base or the tokenizer/ of an earlier run.",
-        )
-        require(
-            d.hf_split != d.hf_val_split,
-            f"data.hf_split and data.hf_val_split are both {d.hf_split!r}: validate on another split.",
-        )
-    of_hf = [f for f in fields(d) if f.name.startswith("hf_") or f.name in ("max_documents", "max_val_documents")]
-    given = [f.name for f in of_hf if getattr(d, f.name) != f.default]
-    require(d.source == "hf" or not given, f"data.{', data.'.join(given)} belong to data.source hf, not {d.source}.")
-    for name in ("max_documents", "max_val_documents"):
-        value = getattr(d, name)
-        require(value is None or value >= 1, f"data.{name} must be at least 1 or null for all, not {value}.")
-    require(0 < d.val_fraction < 1, f"data.val_fraction must lie between 0 and 1, it is {d.val_fraction}.")
-    require(
-        d.vocab_size >= 257, f"data.vocab_size must be at least 257 (256 bytes and an end mark), it is {d.vocab_size}."
-    )
-    require(d.max_bytes >= 1, f"data.max_bytes must be positive, not {d.max_bytes}.")
-
-
-def _validate_parallel(config: RunConfig) -> None:
-    m, tp, heads = config.model, config.parallel.tp, config.parallel.lte_heads
-    require(heads == 1, f"parallel.lte_heads {heads} is not supported yet: the mesh is 1 x dp x tp, so set it to 1.")
-    require(tp >= 1, f"parallel.tp must be at least 1, not {tp}.")
-    for name, count in (("num_heads", m.num_heads), ("num_kv_heads", m.kv_heads)):
-        require(
-            count % tp == 0,
-            f"model.{name} {count} must be a multiple of parallel.tp {tp}, since a rank holds whole heads: change one "
-            "of them.",
-        )
-    require_shard("model.intermediate_size", m.intermediate_size, tp)
-    if m.vocab_size is not None:
-        require_shard("The vocabulary", m.vocab_size, tp)
-
-
 def require_shard(name: str, size: int, tp: int) -> None:
     """Every tensor-parallel rank must hold something real of a padded dimension.
 
@@ -370,19 +230,6 @@ def require_shard(name: str, size: int, tp: int) -> None:
         f"{name} {size} over parallel.tp {tp} gives shards of {shard}, which leaves the last rank padding alone: lower "
         "parallel.tp.",
     )
-
-
-def validate(config: RunConfig) -> None:
-    """Check every rule that needs no data and no process group.
-
-    Raises:
-        UserError: with the rule, the values and what to change.
-    """
-    _validate_model(config.model)
-    _validate_method(config)
-    _validate_train(config)
-    _validate_data(config.data)
-    _validate_parallel(config)
 
 
 def accumulation_steps(train: TrainConfig, dp: int) -> int:

@@ -17,7 +17,8 @@ from typing import Optional
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from megatron_switchlora.config import RunConfig, UserError, require, validate
+from megatron_switchlora.config import RunConfig, UserError, require
+from megatron_switchlora.rules import validate
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Parse and validate.
 
     Raises:
-        UserError: unknown keys, wrong types, unreadable files, or a rule of `config.validate`.
+        UserError: unknown keys, wrong types, unreadable files, or a rule of `rules.validate`.
     """
     parser = build_parser()
     files, others = split_config_files(argv)

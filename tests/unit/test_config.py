@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_switchlora.config import RunConfig, UserError, validate
+from megatron_switchlora.config import RunConfig, UserError
 from megatron_switchlora.parallel.mesh import mesh_sizes
+from megatron_switchlora.rules import validate
 from megatron_switchlora.train import run_folder
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config

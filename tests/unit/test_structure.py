@@ -13,13 +13,14 @@ PACKAGE = "megatron_switchlora"
 # A layer may import itself and those listed after it in its row.
 ALLOWED = {
     "config": set(),
+    "rules": {"config"},
     "parallel": {"config"},
     "lowrank": {"parallel", "config"},
     "optim": {"parallel", "config"},
     "model": {"parallel", "config"},
     "data": {"config"},
     "methods": {"lowrank", "optim", "model", "parallel", "config"},
-    "train": {"methods", "lowrank", "optim", "model", "data", "parallel", "config"},
+    "train": {"methods", "lowrank", "optim", "model", "data", "parallel", "rules", "config"},
 }
 
 
