@@ -53,7 +53,7 @@ def internals(engine: Any, stage: str) -> dict[str, Any]:
             exact &= torch.equal(values, param.detach().flatten()[here.start : here.start + here.numel].float())
             owned += here.numel
         counted = torch.tensor(owned)
-        dist.all_reduce(counted)
+        dist.all_reduce(counted, group=engine.mesh.group("dp"))
         facts["mapping_is_exact"] = exact
         facts["every_element_owned_once"] = int(counted) == sum(param.numel() for param in engine.params)
         facts["low_precision_is_a_view"] = engine.params[0].data_ptr() == (
@@ -63,7 +63,7 @@ def internals(engine: Any, stage: str) -> dict[str, Any]:
 
 
 def poisoned_step(engine: Any, config: Any, mesh: Any, where: str) -> dict[str, Any]:
-    """A step whose forward or backward goes bad in one layer on data rank 0; nothing may be written."""
+    """A step whose forward or backward goes bad in one layer on rank 0; nothing may be written."""
     batches = micro_batches(config, make_batches(config, 3)[2], mesh)
     module = dict(engine.model.named_modules())[BAD]
 
@@ -73,7 +73,7 @@ def poisoned_step(engine: Any, config: Any, mesh: Any, where: str) -> dict[str, 
             output.register_hook(lambda grad: grad * float("nan"))
         return output * poison
 
-    handle = module.register_forward_hook(forward_hook) if mesh.rank("dp") == 0 else None
+    handle = module.register_forward_hook(forward_hook) if dist.get_rank() == 0 else None
     before = {n: b.clone() for n, b in engine.model.state_dict().items()}
     masters = [full_rows(engine, p)["master"] for p in engine.params]
     engine.method.before_step = lambda step: 0
@@ -107,8 +107,8 @@ def refused_start(mesh: Any) -> str:
     return "accepted"
 
 
-def act(_payload: dict[str, Any]) -> dict[str, Any]:
-    mesh = start()
+def act(payload: dict[str, Any]) -> dict[str, Any]:
+    mesh = start(payload.get("tp", 1))
     results: dict[str, Any] = {"contract": {}, "poison": {}}
     assert set(DS_JSON) >= {stage for _, stage in CLASSES}
     for precision, stage in CLASSES:
@@ -126,6 +126,8 @@ def act(_payload: dict[str, Any]) -> dict[str, Any]:
             results["poison"]["fp32 0 without clip output"] = poisoned_step(bare, unclipped, mesh, "output")
         for where in ("output", "gradient"):
             results["poison"][f"{key} {where}"] = poisoned_step(engine, config, mesh, where)
+    if mesh.size("tp") > 1:
+        return results
     named = [(replica.name, replica.tensor) for replica in engine.method.replicas()]
     results["equal"] = differing(named, mesh.group("dp"), engine.device)
     if mesh.rank("dp") == 1:

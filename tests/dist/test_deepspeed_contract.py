@@ -17,6 +17,24 @@ def ranks() -> list[dict[str, Any]]:
     return run_ranks(2, "tests.dist.contract_worker", {}, timeout=200)
 
 
+@pytest.fixture(scope="module")
+def split_ranks() -> list[dict[str, Any]]:
+    """Two tensor-parallel ranks."""
+    return run_ranks(2, "tests.dist.contract_worker", {"tp": 2}, timeout=200)
+
+
+def test_a_bad_step_on_one_tensor_parallel_rank_is_refused_on_all(split_ranks: list) -> None:
+    for rank in split_ranks:
+        assert len(rank["poison"]) == 15
+        for key, seen in rank["poison"].items():
+            assert not seen["healthy"] and seen["unchanged"], key
+            assert seen["found"] is not None, key  # what one rank sends, the other receives
+    for key, seen in split_ranks[0]["poison"].items():
+        if key.endswith("output"):
+            assert seen["found"] == "the output of model.layers.1.mlp.up_proj", key
+    assert all(all(facts.values()) for rank in split_ranks for facts in rank["contract"].values())
+
+
 def test_internals_are_as_relied_upon(ranks: list) -> None:
     for rank in ranks:
         assert len(rank["contract"]) == 7
