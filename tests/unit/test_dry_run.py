@@ -6,16 +6,20 @@ import copy
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_switchlora.config import ModelConfig, RunConfig, UserError
+from megatron_switchlora.methods import SwitchLora, build_method
 from megatron_switchlora.model.counts import count_parameters, count_shard
+from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.model.memory import Zero, full_rank_bytes, gradient_bytes, memory_items, peak_bytes
+from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.dry_run import plan, zero_settings
 from megatron_switchlora.train.ds_config import read_ds_config
@@ -158,11 +162,12 @@ def test_bank_sizes() -> None:
     assert "candidate bank" not in kinds(small_config("lora"))
 
 
+def size(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 @pytest.mark.parametrize("name", ["full", "lora", "switchlora"])
 def test_memory_is_that_of_built_objects(name: str) -> None:
-    def size(tensors: object) -> int:
-        return sum(t.numel() * t.element_size() for t in tensors)  # type: ignore[attr-defined]
-
     for changes in ({}, {"model__tie_embeddings": True, "method__rank": 24}):
         run = PlainRun(small_config(name, **changes))
         found = kinds(run.config)
@@ -172,8 +177,23 @@ def test_memory_is_that_of_built_objects(name: str) -> None:
         assert found["Adam step counters"] == size(state["row_step"] for state in states)
         assert found.get("frozen W", 0) == size(run.model.buffers())
         assert "fp32 masters" not in found
-        bank = size(tensor for _, tensor in run.method.bank.tensors()) if name == "switchlora" else 0
-        assert found.get("candidate bank", 0) == bank
+
+
+@pytest.mark.parametrize(("tp", "dp", "spread"), [(1, 3, "tp"), (1, 3, "dp"), (2, 2, "dp"), (4, 1, "tp"), (4, 3, "dp")])
+def test_memory_is_that_of_every_rank(tp: int, dp: int, spread: str) -> None:
+    """Each rank of a mesh, built alone: sizes that do not divide are padded alike on all of them."""
+    config = small_config(method__bank_spread=spread)
+    config.model.num_heads, config.model.num_kv_heads, config.model.intermediate_size = 8, 4, 77
+    found = kinds(config, tp, dp)
+    for rank in range(tp * dp):
+        mesh = Mesh({"lte": 1, "dp": dp, "tp": tp}, {"lte": 0, "dp": rank // tp, "tp": rank % tp}, {})
+        model = LlamaForCausalLM(config.model, VOCAB, mesh.axis("tp"))
+        initialize_weights(model, 0)
+        method = build_method(config, model, mesh)
+        assert isinstance(method, SwitchLora)
+        assert found["trainable parameters"] == size(model.parameters())
+        assert found["frozen W"] == size(model.buffers())
+        assert found["candidate bank"] == method.bank.num_bytes()
 
 
 def test_what_zero_partitions() -> None:
@@ -205,26 +225,29 @@ def peak_of(act: Callable[[], None]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "precision", "checkpointing", "compute"),
+    ("name", "precision", "checkpointing", "compute", "cache"),
     [
-        ("full", "fp32", False, "split"),
-        ("full", "fp32", True, "split"),
-        ("switchlora", "fp32", False, "split"),
-        ("switchlora", "bf16", False, "split"),
-        ("switchlora", "bf16", True, "split"),
-        ("switchlora", "bf16", False, "merged"),
+        ("full", "fp32", False, "auto", "micro_batch"),
+        ("full", "fp32", True, "auto", "micro_batch"),
+        ("switchlora", "fp32", False, "split", "micro_batch"),
+        ("switchlora", "bf16", False, "split", "micro_batch"),
+        ("switchlora", "bf16", True, "split", "micro_batch"),
+        ("switchlora", "bf16", False, "merged", "micro_batch"),
+        ("switchlora", "bf16", True, "merged", "micro_batch"),
+        ("switchlora", "bf16", False, "merged", "accumulation"),
+        ("switchlora", "bf16", False, "merged", "recompute"),
+        ("switchlora", "bf16", False, "auto", "recompute"),
     ],
 )
 def test_activations_of_a_micro_batch(
-    name: str, precision: str, checkpointing: bool, compute: str, monkeypatch: pytest.MonkeyPatch
+    name: str, precision: str, checkpointing: bool, compute: str, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Peak of one forward and backward pass, measured by the profiler, against the formula."""
-    if compute == "merged":
-        pytest.importorskip("megatron_switchlora.lowrank.merged")
     monkeypatch.setattr("tests.plain.VOCAB", 1000)
     config = small_config(
-        name, train__precision=precision, train__activation_checkpointing=checkpointing, method__compute=compute
-    )
+        name, train__precision=precision, train__activation_checkpointing=checkpointing, method__compute=compute,
+        method__merged_cache=cache,
+    )  # fmt: skip
     config.model = ModelConfig(
         hidden_size=96, intermediate_size=250, num_layers=12 if checkpointing else 3, num_heads=4
     )
@@ -243,7 +266,8 @@ def test_activations_of_a_micro_batch(
     measured = peak_of(one_pass)
     items = memory_items(config, 1000, 1, 1, Zero(0))
     formula = sum(item.bytes for item in items if item.phase == "backward")
-    print(f"{name} {precision} {compute} checkpointing {checkpointing}: {measured:,} measured, {formula:,} by formula")
+    case = f"{name} {precision} {compute} {cache} checkpointing {checkpointing}"
+    print(f"{case}: {measured:,} measured, {formula:,} by formula")
     assert formula == pytest.approx(measured, rel=0.15 if checkpointing else 0.02)
 
 
