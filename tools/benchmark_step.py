@@ -2,10 +2,11 @@
 """What a step costs: full-rank against SwitchLoRA merged and split, the cache policies, switching and the bank.
 
 Engines of one model under DeepSpeed in one process step in turn on the same random tokens; each round's times are
-divided by the full-rank step of that round, and medians over rounds are reported. GEMMs dominate from hidden 1024 on.
-FLOP ratios are counted by the formulas of the seven linears (and the same head for all). "held" is what the forward
-pass keeps for the backward pass beside the parameters: saved tensors, W + sBA among them. The switching rate is that of
-the start.
+divided by the full-rank step of that round, and medians over rounds are reported. "linears" are the seven projections
+of a layer alone, forward and backward, in the same manner: attention, norms and optimizer cost the same in all methods
+and draw the ratio of a whole step towards 1. FLOP ratios are by the formulas of the seven linears (and, for a step, the
+head). "held" is what the forward pass keeps for the backward pass beside the parameters: saved tensors, W + sBA among
+them. The switching rate is that of the start.
 
     python tools/benchmark_step.py --out benchmarks/step_cpu.json
 """
@@ -26,11 +27,14 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_switchlora.config import MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.counts import decoder_shapes
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.parallel.linear import ColumnParallelLinear
 from megatron_switchlora.parallel.mesh import build_mesh
 from megatron_switchlora.parallel.ranks import discover_ranks
+from megatron_switchlora.parallel.shard import Axis
 from megatron_switchlora.train.device import choose_device
 from megatron_switchlora.train.ds_config import resolve_ds_config
 from megatron_switchlora.train.run_folder import versions
@@ -68,11 +72,10 @@ def make_engine(config: RunConfig, device: torch.device) -> Engine:
     return Engine(model, build_method(config, model, mesh), config, ds_config, mesh, device)
 
 
-def flop_ratio(config: RunConfig) -> float:
-    """FLOPs of a step's linears, head included, over full-rank's."""
+def flop_ratio(config: RunConfig, head: bool = True) -> float:
+    """FLOPs of a step's linears, with or without the head, over full-rank's."""
     method, model, tokens = config.method, config.model, config.train.micro_batch_size * SEQ_LEN
-    head = 6 * model.hidden_size * (model.vocab_size or 0)
-    full = adapted = head
+    full = adapted = 6 * model.hidden_size * (model.vocab_size or 0) * head
     for m, n in decoder_shapes(model) * model.num_layers:
         r, products = method.rank, {"merged": 4, "split": 6}[method.compute]
         formed = {"micro_batch": 1, "recompute": 2, "accumulation": 1}[method.merged_cache]
@@ -180,6 +183,53 @@ def forms(options: argparse.Namespace, precision: str, device: torch.device) -> 
     return found
 
 
+def make_layers(config: RunConfig, dtype: torch.dtype, device: torch.device) -> list[torch.nn.Module]:
+    """The seven projections of a layer, plain or adapted, with random weights."""
+    made: list[torch.nn.Module] = []
+    for out_features, in_features in decoder_shapes(config.model):
+        base = ColumnParallelLinear(in_features, out_features, Axis()).to(device)
+        torch.nn.init.normal_(base.weight, std=0.02)
+        layer = base if config.method.name == "full" else LowRankLinear(base, config.method)
+        for param in layer.parameters():
+            torch.nn.init.normal_(param, std=0.02)
+            param.data = param.data.to(device, dtype)
+        made.append(layer)
+    return made
+
+
+def linears(options: argparse.Namespace, precision: str, device: torch.device) -> dict[str, Any]:
+    """The seven projections alone: plain, merged and split at h/4, h/8, h/16."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    configs = {"full": make_config(options, MethodConfig(name="full"), precision, 1)}
+    for divisor in (4, 8, 16):
+        for compute in ("merged", "split"):
+            method = MethodConfig(rank=options.hidden_size // divisor, compute=compute)  # type: ignore[arg-type]
+            configs[f"{compute} r=h/{divisor}"] = make_config(options, method, precision, 1)
+    layers = {name: make_layers(config, dtype, device) for name, config in configs.items()}
+    widths = [n for _, n in decoder_shapes(configs["full"].model)]
+    inputs = {n: torch.randn(options.tokens, n, device=device, dtype=dtype, requires_grad=True) for n in widths}
+    seconds: dict[str, list[float]] = {name: [] for name in layers}
+    for _ in range(options.rounds + 1):
+        for name, made in layers.items():
+            began = time.perf_counter()
+            for width, layer in zip(widths, made, strict=True):
+                y = layer(inputs[width])
+                y.backward(y.detach())
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+    found = {
+        name: {
+            "ratio": ratio(seconds[name][1:], seconds["full"][1:]),
+            "flop_ratio": round(flop_ratio(config, False), 4),
+        }
+        for name, config in configs.items()
+        if name != "full"
+    }
+    print(precision, "linears", found, flush=True)
+    return found
+
+
 def policies(options: argparse.Namespace, precision: str, device: torch.device) -> dict[str, Any]:
     """The cache policies over four micro-batches, against the split form."""
     engines = {}
@@ -222,6 +272,7 @@ def main() -> None:
     }  # fmt: skip
     for precision in options.precisions:
         result[precision] = {
+            "linears": linears(options, precision, device),
             "forms": forms(options, precision, device),
             "policies": policies(options, precision, device),
         }
