@@ -203,7 +203,7 @@ def linears(options: argparse.Namespace, precision: str, device: torch.device) -
     configs = {"full": make_config(options, MethodConfig(name="full"), precision, 1)}
     for divisor in (4, 8, 16):
         for compute in ("merged", "split"):
-            method = MethodConfig(rank=options.hidden_size // divisor, compute=compute)  # type: ignore[arg-type]
+            method = MethodConfig(rank=options.hidden_size // divisor, compute=compute)
             configs[f"{compute} r=h/{divisor}"] = make_config(options, method, precision, 1)
     layers = {name: make_layers(config, dtype, device) for name, config in configs.items()}
     widths = [n for _, n in decoder_shapes(configs["full"].model)]

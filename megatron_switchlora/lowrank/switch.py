@@ -3,8 +3,9 @@
 A's row i to slot j (B's is the mirror image):
     W += s B[:, i] (A_old - A_new);  bank[slot of i] = A_old;  A[i] = A_new
 The difference is formed from the rows as the forward uses them (the low-precision ones under bf16) and
-added to the fp32 W. Under tensor parallelism all of it is local: the rows are this rank's parts. What
-becomes of the optimizer's state is the caller's business.
+added to the fp32 W; A's and B's changes of a layer in one product, so that W is read and written once.
+Under tensor parallelism all of it is local: the rows are this rank's parts. What becomes of the
+optimizer's state is the caller's business.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from megatron_switchlora.lowrank.schedule import LayerSwitch
 
 
 @torch.no_grad()
-def apply_switch(linear: LowRankLinear, bank: CandidateBank, switch: LayerSwitch, new: Tensor) -> None:
-    """Switch one side of one layer in place to the fetched rows `new` [count, length]: factor, bank and W."""
+def switch_rows(linear: LowRankLinear, bank: CandidateBank, switch: LayerSwitch, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Switch one side of one layer in place to the fetched rows `new` [count, length], in the factor and the bank.
+    Returns what `fold` is to add to W for it: left [count, out] and right [count, in], W += s left^T right."""
     factor, counterpart = (linear.lora_A, linear.lora_B) if switch.side == "A" else (linear.lora_B, linear.lora_A)
     positions = torch.from_numpy(switch.positions).to(factor.device)
     old = factor.index_select(0, positions)
@@ -27,5 +29,11 @@ def apply_switch(linear: LowRankLinear, bank: CandidateBank, switch: LayerSwitch
     factor.index_copy_(0, positions, new)
     difference = old.to(linear.weight.dtype) - new.to(linear.weight.dtype)
     other = counterpart.index_select(0, positions).to(linear.weight.dtype)
-    left, right = (other, difference) if switch.side == "A" else (difference, other)
+    return (other, difference) if switch.side == "A" else (difference, other)
+
+
+@torch.no_grad()
+def fold(linear: LowRankLinear, changes: list[tuple[Tensor, Tensor]]) -> None:
+    """Add the changes of a layer's switches to W."""
+    left, right = (torch.cat(parts) for parts in zip(*changes, strict=True))
     linear.weight.addmm_(left.t(), right, alpha=linear.scaling)

@@ -29,7 +29,7 @@ from megatron_switchlora.lowrank.schedule import (
     initial_state,
     plan_step,
 )
-from megatron_switchlora.lowrank.switch import apply_switch
+from megatron_switchlora.lowrank.switch import fold, switch_rows
 from megatron_switchlora.methods.base import Replica
 from megatron_switchlora.methods.lora import Lora
 from megatron_switchlora.optim.row_adamw import RowAdamW
@@ -111,15 +111,19 @@ class SwitchLora(Lora):
 
     def _apply(self, planned: PlannedStep) -> None:
         rows = planned.fetch.result()
+        changes: dict[LowRankLinear, list[tuple[Tensor, Tensor]]] = {}
         for switch in planned.plan.switches:
             linear = self.switching[switch.layer]
             factor, counterpart = linear.lora_A, linear.lora_B
             if switch.side == "B":
                 factor, counterpart = counterpart, factor
-            apply_switch(linear, self.bank, switch, rows[switch.side, switch.layer])
+            change = switch_rows(linear, self.bank, switch, rows[switch.side, switch.layer])
+            changes.setdefault(linear, []).append(change)
             positions = torch.from_numpy(switch.positions)
             self.optimizer.rows_rewritten(factor, positions)
             self.optimizer.reset_rows(counterpart, positions)
+        for linear, parts in changes.items():
+            fold(linear, parts)
 
     def _frozen_rows(self) -> dict[nn.Parameter, Tensor]:
         """Masked rows of each factor in this step."""

@@ -10,7 +10,7 @@ from megatron_switchlora.lowrank.bank import CandidateBank
 from megatron_switchlora.lowrank.init import draw_vectors, factor_std
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.lowrank.schedule import ScheduleConfig, end_step, initial_state, plan_step
-from megatron_switchlora.lowrank.switch import apply_switch
+from megatron_switchlora.lowrank.switch import fold, switch_rows
 from megatron_switchlora.parallel.linear import ColumnParallelLinear
 from megatron_switchlora.parallel.mesh import lone_mesh
 from megatron_switchlora.parallel.shard import Axis, named_generator
@@ -42,9 +42,12 @@ def drift_after_folds(folds: int, weight_dtype: torch.dtype, factor_dtype: torch
     while done < folds:
         switches = plan_step(config, state, step).switches
         rows = bank.fetch(switches).result()
+        changes = []
         for switch in switches:
-            apply_switch(linear, bank, switch, rows[switch.side, 0])
+            changes.append(switch_rows(linear, bank, switch, rows[switch.side, 0]))
             done += len(switch.positions)
+        if changes:
+            fold(linear, changes)
         end_step(state)
         step += 1
     return float((effective() - before).norm() / before.norm())
