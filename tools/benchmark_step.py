@@ -9,6 +9,10 @@ head). "held" is what the forward pass keeps for the backward pass beside the pa
 them. The switching rate is that of the start.
 
     python tools/benchmark_step.py --out benchmarks/step_cpu.json
+    torchrun --nproc_per_node 2 tools/benchmark_step.py --tp 2 --divisors 4 --out benchmarks/step_cpu_tp2.json
+
+Under tensor parallelism the bytes a rank hands to collectives over tp are recorded too: those of the bank's fetch, and
+all others of a step.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from megatron_switchlora.config import MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from megatron_switchlora.config import MethodConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.counts import decoder_shapes
@@ -59,6 +63,7 @@ def make_config(options: argparse.Namespace, method: MethodConfig, precision: st
             steps=10**6, warmup_steps=0, seq_len=SEQ_LEN, micro_batch_size=samples // micro_batches,
             global_batch_size=samples, precision=precision,  # type: ignore[arg-type]
         ),
+        parallel=ParallelConfig(tp=options.tp),
     )  # fmt: skip
 
 
@@ -66,7 +71,7 @@ def make_engine(config: RunConfig, device: torch.device) -> Engine:
     from megatron_switchlora.train.engine import Engine
 
     mesh = build_mesh(config.parallel)
-    model = LlamaForCausalLM(config.model)
+    model = LlamaForCausalLM(config.model, tp=mesh.axis("tp"))
     initialize_weights(model, 0)
     ds_config = resolve_ds_config({"zero_optimization": {"stage": 1}}, config, 1)
     return Engine(model, build_method(config, model, mesh), config, ds_config, mesh, device)
@@ -155,13 +160,13 @@ def ratio(values: list[float], base: list[float]) -> float:
 
 
 def forms(options: argparse.Namespace, precision: str, device: torch.device) -> dict[str, Any]:
-    """Full-rank against both forms at h/4, h/8, h/16."""
+    """Full-rank against both forms at each rank."""
     engines: dict[str, Engine] = {}
     configs: dict[str, RunConfig] = {}
     spent: dict[str, dict[str, list[float]]] = {}
     full = make_config(options, MethodConfig(name="full"), precision, 1)
     engines["full"] = make_engine(full, device)
-    for divisor in (4, 8, 16):
+    for divisor in options.divisors:
         for compute in ("merged", "split"):
             method = MethodConfig(rank=options.hidden_size // divisor, compute=compute)
             name = f"{compute} r=h/{divisor}"
@@ -179,6 +184,13 @@ def forms(options: argparse.Namespace, precision: str, device: torch.device) -> 
             "flop_ratio": round(flop_ratio(config), 4),
             "share_of_step": shares,
         }
+        if options.tp > 1:
+            recorder = engines[name].recorder  # of the last step
+            bank = recorder.total("switch", engines[name].mesh.group("tp"))
+            found[name]["tp_bytes"] = {
+                "bank": bank,
+                "other": recorder.total(None, engines[name].mesh.group("tp")) - bank,
+            }
         print(precision, name, found[name], flush=True)
     return found
 
@@ -198,10 +210,10 @@ def make_layers(config: RunConfig, dtype: torch.dtype, device: torch.device) -> 
 
 
 def linears(options: argparse.Namespace, precision: str, device: torch.device) -> dict[str, Any]:
-    """The seven projections alone: plain, merged and split at h/4, h/8, h/16."""
+    """The seven projections alone: plain, merged and split at each rank."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     configs = {"full": make_config(options, MethodConfig(name="full"), precision, 1)}
-    for divisor in (4, 8, 16):
+    for divisor in options.divisors:
         for compute in ("merged", "split"):
             method = MethodConfig(rank=options.hidden_size // divisor, compute=compute)
             configs[f"{compute} r=h/{divisor}"] = make_config(options, method, precision, 1)
@@ -258,9 +270,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--divisors", type=int, nargs="+", default=[4, 8, 16], help="of the hidden size, giving ranks")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    device = choose_device(options.device, discover_ranks(os.environ), 0)
+    ranks = discover_ranks(os.environ)
+    device = choose_device(options.device, ranks, 0)
     from megatron_switchlora.train.engine import start_distributed, stop_distributed
 
     start_distributed(device)
@@ -271,12 +286,14 @@ def main() -> None:
         "versions": versions(),
     }  # fmt: skip
     for precision in options.precisions:
-        result[precision] = {
-            "linears": linears(options, precision, device),
-            "forms": forms(options, precision, device),
-            "policies": policies(options, precision, device),
-        }
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        result[precision] = {"forms": forms(options, precision, device)}
+        if options.tp == 1:
+            result[precision] |= {
+                "linears": linears(options, precision, device),
+                "policies": policies(options, precision, device),
+            }
+    if ranks.rank == 0:
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     stop_distributed()
 
 
