@@ -1,4 +1,4 @@
-"""TP 1, 2 x dp 1, 2 x ZeRO 0, 1, 2 x full, lora, switchlora against one process; the wider grid is in test_full_grid."""
+"""TP 2 x dp 1, 2 against one process: switchlora at ZeRO 0, 1, 2, full and lora at 1. All of it is in test_full_grid."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from tests.dist.tp_grid import PADDED, STAGES, gaps, grid, run_mesh, worst
 
 pytestmark = pytest.mark.timeout(900)
 MESHES = [(1, 2), (2, 2)]
+SMALL = [
+    *grid(methods=("switchlora",)),
+    *({"method": method, "stage": "1", "precision": "fp32", "steps": 20, "changes": PADDED} for method in ("full", "lora")),
+]
+# the first of each selection is compared with one process, all of them with one another
 SPREAD = [
     {"method": "switchlora", "stage": "1", "precision": "fp32", "steps": 12,
      "changes": {**PADDED, "method__selection": selection, **where}}
@@ -22,12 +27,17 @@ SPREAD = [
 LONG = {"method": "switchlora", "stage": "1", "precision": "fp32", "steps": 100, "changes": {**PADDED, "train__steps": 100}}
 
 
+def identity(case: dict[str, Any]) -> str:
+    """The same case on another mesh has the same."""
+    return str([case[key] for key in ("changes", "method", "stage", "precision", "steps")])
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     folder = tmp_path_factory.mktemp("exports")
     found: dict[Any, Any] = {}
     for dp, tp in [(1, 1), *MESHES]:
-        cases = [*grid(), *SPREAD]
+        cases = [*SMALL, *(SPREAD if (dp, tp) == (2, 2) else SPREAD[::3])]
         for index, case in enumerate(cases):
             if case["method"] == "switchlora" and (case["stage"], case["precision"]) == ("1", "fp32"):
                 case = cases[index] = {**case, "export": str(folder / f"{dp}-{tp}-{index}.safetensors")}
@@ -39,39 +49,33 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_equals_one_process(results: dict, mesh: tuple[int, int]) -> None:
-    cases, found = results[mesh]
-    count = len(results[1, 1][0])
-    worst_gaps = gaps(cases[:count], found[:count], results[1, 1][1])
+    found = {identity(case): run for case, run in zip(*results[mesh], strict=True)}
+    cases, base = results[1, 1]
+    worst_gaps = gaps(cases, [found[identity(case)] for case in cases], base)
     print(f"\ndp {mesh[0]} x tp {mesh[1]}: " + ", ".join(f"{key} {value:.1e}" for key, value in worst_gaps.items()))
     assert worst_gaps["fp32 losses"] < 1e-5 and worst_gaps["fp32 norms"] < 1e-5
     assert worst_gaps["bf16 losses"] < 5e-3 and worst_gaps["bf16 norms"] < 5e-2
-    assert found[[c["method"] for c in cases].index("switchlora")]["switched"] > 300
+    assert base[0]["switched"] > 300
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_stages_agree_on_a_mesh(results: dict, mesh: tuple[int, int]) -> None:
-    cases, found = results[mesh]
-    largest = 0.0
-    for method in ("full", "lora", "switchlora"):
-        runs = [r for c, r in zip(cases, found, strict=True) if c["method"] == method and c["precision"] == "fp32" and c["steps"] == 20]
-        assert len(runs) == len(STAGES)
-        for run in runs[1:]:
-            largest = max(largest, worst(run["losses"], runs[0]["losses"]), worst(run["norms"], runs[0]["norms"]))
+    runs = results[mesh][1][: len(STAGES)]
+    assert [case["stage"] for case in SMALL[: len(STAGES)]] == list(STAGES)
+    largest = max(worst(run[key], runs[0][key]) for run in runs[1:] for key in ("losses", "norms"))
     print(f"\ndp {mesh[0]} x tp {mesh[1]}: losses and norms across stages within {largest:.1e}")
     assert largest < 1e-6
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_where_the_bank_lies_changes_nothing(results: dict, mesh: tuple[int, int]) -> None:
-    """On the same mesh: bit for bit."""
-    cases, found = results[mesh]
-    first = len(grid())
+def test_where_the_bank_lies_changes_nothing(results: dict) -> None:
+    """On the same mesh, dp 2 x tp 2: bit for bit."""
+    cases, found = results[2, 2]
+    first = len(SMALL)
     for start in (first, first + 3):
         for offset in (1, 2):
             assert found[start + offset]["losses"] == found[start]["losses"], cases[start + offset]
     assert found[first]["losses"] != found[first + 3]["losses"]  # ring and random do differ
-    if mesh == (2, 2):
-        assert found[first + 1]["bank"]["bytes"] < 0.52 * found[first]["bank"]["bytes"]
+    assert found[first + 1]["bank"]["bytes"] < 0.52 * found[first]["bank"]["bytes"]
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), *MESHES])
@@ -89,16 +93,16 @@ def test_one_fetch_a_step_for_all_layers(results: dict, mesh: tuple[int, int]) -
 
 def test_the_bank_is_split_over_tp(results: dict) -> None:
     """Half of the bytes of one process, but for padding: 75 columns become 38, odd counts of candidates one more."""
-    first = len(grid())
-    alone, split = (results[mesh][1][first]["bank"]["bytes"] for mesh in ((1, 1), (1, 2)))
+    alone, split = (results[mesh][1][0]["bank"]["bytes"] for mesh in ((1, 1), (1, 2)))
     assert alone / 2 <= split < 0.51 * alone
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_export_is_that_of_one_process(results: dict, mesh: tuple[int, int]) -> None:
-    cases, largest = results[mesh][0], 0.0
-    pairs = [(case["export"], base["export"]) for case, base in zip(cases, results[1, 1][0], strict=False) if "export" in case]
-    assert len(pairs) == 1 + len(SPREAD)
+    largest = 0.0
+    exports = {identity(case): case["export"] for case in results[mesh][0] if "export" in case}
+    pairs = [(exports[identity(case)], case["export"]) for case in results[1, 1][0] if "export" in case]
+    assert len(pairs) == 3
     for mine, theirs in pairs:
         ours, base = load_file(Path(mine)), load_file(Path(theirs))
         assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in base.items()}

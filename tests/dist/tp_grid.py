@@ -15,7 +15,7 @@ PADDED = {"model__intermediate_size": 75, "model__num_kv_heads": 4}
 
 
 def grid(shape: dict[str, Any] = PADDED, methods: tuple[str, ...] = METHODS) -> list[dict[str, Any]]:
-    """Every method at every stage in fp32, switchlora in every bf16 class too."""
+    """Methods at every stage in fp32, switchlora in every bf16 class too."""
     fp32 = [{"method": m, "stage": s, "precision": "fp32", "steps": STEPS, "changes": shape} for m in methods for s in STAGES]
     bf16 = [{"method": "switchlora", "stage": s, "precision": "bf16", "steps": STEPS, "changes": shape} for s in BF16_STAGES]
     return [*fp32, *bf16]
