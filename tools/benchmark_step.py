@@ -33,7 +33,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from megatron_switchlora.config import MethodConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.methods import build_method
-from megatron_switchlora.model.counts import decoder_shapes
+from megatron_switchlora.model.counts import decoder_shapes, projections
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.parallel.linear import ColumnParallelLinear
 from megatron_switchlora.parallel.mesh import build_mesh
@@ -78,10 +78,10 @@ def make_engine(config: RunConfig, device: torch.device) -> Engine:
 
 
 def flop_ratio(config: RunConfig, head: bool = True) -> float:
-    """FLOPs of a step's linears, with or without the head, over full-rank's."""
+    """FLOPs of a rank's linears in a step, with or without the head, over full-rank's."""
     method, model, tokens = config.method, config.model, config.train.micro_batch_size * SEQ_LEN
-    full = adapted = 6 * model.hidden_size * (model.vocab_size or 0) * head
-    for m, n in decoder_shapes(model) * model.num_layers:
+    full = adapted = 6 * model.hidden_size * (model.vocab_size or 0) * head // config.parallel.tp
+    for m, n in [projection.shard(config.parallel.tp) for projection in projections(model)] * model.num_layers:
         r, products = method.rank, {"merged": 4, "split": 6}[method.compute]
         formed = {"micro_batch": 1, "recompute": 2, "accumulation": 1}[method.merged_cache]
         full += 6 * m * n
