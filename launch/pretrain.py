@@ -73,12 +73,14 @@ def check_early(arguments: Arguments, ranks: Ranks) -> None:
     """What can be refused before deepspeed is imported."""
     from megatron_switchlora.parallel.mesh import mesh_sizes
 
+    if arguments.evaluate_only:  # mesh and batch are those of the run's own configuration
+        require(
+            arguments.config.output_dir is not None,
+            "--evaluate_only evaluates the finished run in --output_dir: give its folder.",
+        )
+        return
     dp = mesh_sizes(arguments.config.parallel, ranks.world_size)["dp"]
     resolve_ds_config(read_ds_config(arguments.ds_config), arguments.config, dp)
-    require(
-        not arguments.evaluate_only or arguments.config.output_dir is not None,
-        "--evaluate_only evaluates the finished run in --output_dir: give its folder.",
-    )
 
 
 def show_plan(arguments: Arguments, first: bool) -> None:

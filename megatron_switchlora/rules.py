@@ -50,7 +50,7 @@ def _validate_method(config: RunConfig) -> None:
         f"method.rank must be between 1 and min(m, n) of every adapted matrix, here {smallest}; it is {method.rank}: "
         "lower the rank or widen the model.",
     )
-    require(method.alpha > 0, f"method.alpha must be positive, not {method.alpha}.")
+    require(math.isfinite(method.alpha) and method.alpha > 0, f"method.alpha must be positive, not {method.alpha}.")
     if method.name != "switchlora":
         return
     require(
@@ -101,7 +101,10 @@ def _validate_train(config: RunConfig) -> None:
     for name in ("beta1", "beta2"):
         value = getattr(o, name)
         require(0 <= value < 1, f"optim.{name} must lie in [0, 1), it is {value}.")
-    require(o.clip >= 0, f"optim.clip must not be negative (0 switches it off), it is {o.clip}.")
+    require(
+        math.isfinite(o.clip) and o.clip >= 0,
+        f"optim.clip must be finite and not negative (0 switches it off), it is {o.clip}.",
+    )
     require(o.weight_decay >= 0, f"optim.weight_decay must not be negative, it is {o.weight_decay}.")
 
 

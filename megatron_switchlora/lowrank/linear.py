@@ -32,8 +32,9 @@ class LowRankLinear(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, base: ParallelLinear, method: MethodConfig) -> None:
+    def __init__(self, base: ParallelLinear, method: MethodConfig, micro_batches: int = 1) -> None:
         super().__init__()
+        self.micro_batches = micro_batches  # of a step
         self.in_features, self.out_features = base.in_features, base.out_features
         self.tp, self.split, self.row_parallel = base.tp, base.split, base.split_dim == 1
         self.rank, self.scaling = method.rank, method.alpha / method.rank
@@ -63,8 +64,10 @@ class LowRankLinear(nn.Module):
     def _merges(self, x: Tensor) -> bool:
         if self.compute != "auto":
             return self.compute == "merged"
-        formed = 2 if self.cache == "recompute" and torch.is_grad_enabled() else 1
-        return prefers_merged(x.numel() // x.size(-1), self.weight.size(0), self.weight.size(1), formed)
+        formed = {"recompute": 2.0 if torch.is_grad_enabled() else 1.0, "accumulation": 1 / self.micro_batches}
+        return prefers_merged(
+            x.numel() // x.size(-1), self.weight.size(0), self.weight.size(1), formed.get(self.cache, 1.0)
+        )
 
     def _split_form(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return torch.add(F.linear(x, self.weight.to(x.dtype)), F.linear(x, A) @ B, alpha=self.scaling)

@@ -26,9 +26,9 @@ def merge(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return torch.add(weight, product, alpha=scaling, out=torch.empty_like(product))
 
 
-def prefers_merged(tokens: int, out_features: int, in_features: int, formed: int) -> bool:
-    """Whether the merged form costs fewer FLOPs than the split one for so many tokens, W_eff being formed `formed`
-    times: 2 r (m + n) tokens against 2 m n r a time."""
+def prefers_merged(tokens: int, out_features: int, in_features: int, formed: float) -> bool:
+    """Whether the merged form costs fewer FLOPs than the split one for a micro-batch of so many tokens, for which W_eff
+    is formed `formed` times (less than once if it lasts over several): 2 r (m + n) tokens against 2 m n r a time."""
     return tokens * (out_features + in_features) > formed * out_features * in_features
 
 

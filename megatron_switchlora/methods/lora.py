@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron_switchlora.config import RunConfig
+from megatron_switchlora.config import RunConfig, accumulation_steps
 from megatron_switchlora.lowrank.init import Side, draw_vectors, factor_std
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.methods.base import Method
@@ -23,9 +23,10 @@ class Lora(Method):
 
     def __init__(self, config: RunConfig, model: LlamaForCausalLM, mesh: Mesh) -> None:
         super().__init__(config, model, mesh)
+        micro_batches = accumulation_steps(config.train, mesh.size("dp"))
         self.linears: dict[str, LowRankLinear] = {}
         for name, parent, attribute, base in list(decoder_linears(model)):
-            linear = LowRankLinear(base, config.method)
+            linear = LowRankLinear(base, config.method, micro_batches)
             setattr(parent, attribute, linear)
             self.linears[name] = linear
         self._draw_factors()

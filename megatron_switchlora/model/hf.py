@@ -49,8 +49,9 @@ def hf_config(config: ModelConfig, vocab_size: int, seq_len: int, eos_token_id: 
 
 
 @torch.no_grad()
-def merged_state_dict(model: LlamaForCausalLM) -> dict[str, Tensor]:
-    """The effective weights by Hugging Face name, fp32 on the CPU; a tied head is left out. Collective over tp."""
+def merged_state_dict(model: LlamaForCausalLM, keeps: bool = True) -> dict[str, Tensor]:
+    """The effective weights by Hugging Face name, fp32 on the CPU, on the ranks that keep them; a tied head is left
+    out. Collective over tp."""
     state = {}
     for name, module in model.named_modules():
         if getattr(module, "weight", None) is None or (name == "lm_head" and model.config.tie_embeddings):
@@ -58,7 +59,8 @@ def merged_state_dict(model: LlamaForCausalLM) -> dict[str, Tensor]:
         part = module.effective_weight() if hasattr(module, "effective_weight") else module.weight.detach()
         split = getattr(module, "split", None)
         whole = part if split is None else split.gather(part)
-        state[f"{name}.weight"] = whole.to("cpu", torch.float32).contiguous()
+        if keeps:
+            state[f"{name}.weight"] = whole.to("cpu", torch.float32).contiguous()
     return state
 
 
@@ -67,7 +69,7 @@ def export_model(
 ) -> None:
     """Write `config.json`, `generation_config.json` and `model.safetensors` into an existing folder, on the rank that
     `writes`. Collective over tp."""
-    state = merged_state_dict(model)
+    state = merged_state_dict(model, keeps=writes)
     if not writes:
         return
     config = hf_config(model.config, model.vocab_size, seq_len, eos_token_id)

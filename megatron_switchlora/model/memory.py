@@ -58,11 +58,11 @@ def phase_bytes(items: list[Item], phase: Phase) -> int:
 def memory_items(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero) -> list[Item]:
     """Everything a rank holds, largest first within a phase; kinds that a run does not have are left out."""
     items = [
-        *_weights(config, vocab_size, tp),
+        *_weights(config, vocab_size, tp, dp),
         *_bank(config, tp, dp),
         *_optimizer(config, vocab_size, tp, dp, zero),
         *_gradients(config, vocab_size, tp, dp, zero),
-        *_activations(config, vocab_size, tp),
+        *_activations(config, vocab_size, tp, dp),
     ]
     order = ("always", "backward", "step", "host")
     return sorted((item for item in items if item.bytes), key=lambda item: (order.index(item.phase), -item.bytes))
@@ -93,26 +93,26 @@ def saved_words(given: float, full: float) -> str:
     return f"{1 - given / full:.1%} saved" if given <= full else f"{given / full - 1:.1%} more"
 
 
-def _weights(config: RunConfig, vocab_size: int, tp: int) -> list[Item]:
+def _weights(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[Item]:
     counts = count_shard(config.model, config.method, vocab_size, tp)
     return [
         Item(f"trainable parameters, {config.train.precision}", counts.trainable * compute_bytes(config), "always"),
         Item("frozen W, fp32", counts.frozen * FP32, "always"),
-        *_compute_copies(config, tp),
+        *_compute_copies(config, tp, accumulation_steps(config.train, dp)),
     ]
 
 
-def _is_merged(config: RunConfig, projection: Projection, tp: int) -> bool:
+def _is_merged(config: RunConfig, projection: Projection, tp: int, micro_batches: int) -> bool:
     """Whether a layer computes with W + sBA; auto takes what costs fewer FLOPs on a rank's shard."""
     method, train = config.method, config.train
     if method.compute != "auto":
         return method.compute == "merged"
     out, in_ = projection.shard(tp)
-    formed = 2 if method.merged_cache == "recompute" else 1
+    formed = {"recompute": 2, "accumulation": 1 / micro_batches}.get(method.merged_cache, 1)
     return train.micro_batch_size * train.seq_len * (out + in_) > formed * out * in_
 
 
-def _compute_copies(config: RunConfig, tp: int) -> list[Item]:
+def _compute_copies(config: RunConfig, tp: int, micro_batches: int) -> list[Item]:
     """W + sBA of merged layers, and W in bf16 for split ones (in fp32 they use W itself): kept for backward.
 
     Checkpointing keeps one decoder layer's at a time, unless the cache lasts over the micro-batches.
@@ -121,7 +121,7 @@ def _compute_copies(config: RunConfig, tp: int) -> list[Item]:
         return []
     method, layers, size = config.method, config.model.num_layers, compute_bytes(config)
     at_once = 1 if config.train.activation_checkpointing else layers
-    shapes = [(p.shard(tp), _is_merged(config, p, tp)) for p in projections(config.model)]
+    shapes = [(p.shard(tp), _is_merged(config, p, tp, micro_batches)) for p in projections(config.model)]
     merged = [size * m * n for (m, n), is_merged in shapes if is_merged]
     split = [size * m * n for (m, n), is_merged in shapes if not is_merged and size != FP32]
     held = {
@@ -210,7 +210,7 @@ def _gradients(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero)
     ]
 
 
-def layer_activation_bytes(config: RunConfig, tp: int) -> int:
+def layer_activation_bytes(config: RunConfig, tp: int, micro_batches: int = 1) -> int:
     """What autograd keeps of one decoder layer for the backward pass, a token."""
     model, size = config.model, compute_bytes(config)
     hidden, kv = model.hidden_size, model.kv_heads * model.head_dim
@@ -220,17 +220,18 @@ def layer_activation_bytes(config: RunConfig, tp: int) -> int:
     mlp = 4 * size * shard_size(model.intermediate_size, tp)  # gate, silu(gate), up, their product
     lowrank = 0
     if config.method.name != "full":
-        lowrank = sum(size * config.method.rank for p in projections(model) if not _is_merged(config, p, tp))
+        split = [p for p in projections(model) if not _is_merged(config, p, tp, micro_batches)]
+        lowrank = size * config.method.rank * len(split)
     return norms + inputs + attention + mlp + lowrank
 
 
-def _activations(config: RunConfig, vocab_size: int, tp: int) -> list[Item]:
+def _activations(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[Item]:
     """Estimates for one micro-batch. Of the logits, three fp32 tensors live at once as the backward pass begins: the
     log-probabilities and the gradient before and after them."""
     model, train, size = config.model, config.train, compute_bytes(config)
     tokens = train.micro_batch_size * train.seq_len
     logits = 3 * FP32 * tokens * shard_size(vocab_size, tp)
-    layer = tokens * layer_activation_bytes(config, tp)
+    layer = tokens * layer_activation_bytes(config, tp, accumulation_steps(config.train, dp))
     kept = tokens * ((FP32 + 2 * size) * model.hidden_size + FP32)  # the last norm and the head's input
     how = "with" if train.activation_checkpointing else "without"
     if train.activation_checkpointing:  # the layers' inputs, and one layer computed again once the logits are gone

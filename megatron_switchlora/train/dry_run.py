@@ -2,7 +2,8 @@
 
 Prints mesh and batch, parameters by group, a rank's memory by kind and the gradient bytes of a step,
 for any number of ranks. Reads no data, no tokenizer and no network, and needs neither GPU nor process
-group; what a run refuses before it reads its data is refused here with the same words.
+group; what a run refuses of its configuration is refused here with the same words (not a used output
+folder or a missing GPU: the plan may be for another machine).
 """
 
 from __future__ import annotations

@@ -32,6 +32,10 @@ def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float
         UserError: the folder holds no finished run, or its corpus has changed.
     """
     folder = Path(config.output_dir or "")
+    require(
+        (folder / "meta.json").is_file() and (folder / "config.yaml").is_file(),
+        f"{folder} holds no run (config.yaml and meta.json): give the folder of a finished one with --output_dir.",
+    )
     stored = parse_arguments(["--config", str(folder / "config.yaml")]).config
     tp = stored.parallel.tp if ranks.world_size % stored.parallel.tp == 0 else 1
     mesh = build_mesh(ParallelConfig(tp=tp))

@@ -45,6 +45,14 @@ def test_logits_and_gradients_equal_transformers(ranks: tuple) -> None:
     print(f"\ntp {tp} against transformers: " + ", ".join(f"{key} {value:.1e}" for key, value in worst.items()))
 
 
+def test_gradients_of_adapters_equal_one_process(ranks: tuple) -> None:
+    tp, results = ranks
+    worst = max(gap for result in results for gap in result["adapters"])
+    print(f"\ntp {tp}: gradients of adapted models within {worst:.1e}")
+    assert len(results[0]["adapters"]) == len(METHODS) - 1
+    assert worst < 1e-5
+
+
 def test_collectives_are_megatrons(ranks: tuple) -> None:
     """Forward: the embedding, two a layer, and two small ones of the loss; a low-rank layer adds none. Backward: two a
     layer and one before the head; the replicated factors' gradients ride with them."""

@@ -15,7 +15,7 @@ from megatron_switchlora.model.hf import export_model, load_merged, merged_state
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.optim.layout import plain_layout
 from megatron_switchlora.optim.row_adamw import RowAdamW
-from megatron_switchlora.parallel.mesh import Mesh
+from megatron_switchlora.parallel.mesh import Mesh, lone_mesh
 from megatron_switchlora.train.comm import CommRecorder
 from tests.dist.engines import start
 from tests.dist.launch import worker_main
@@ -96,12 +96,34 @@ def traffic(method: MethodConfig, heads: int, mesh: Mesh) -> dict[str, Any]:
     return found
 
 
+def adapter_gradients(method: MethodConfig, heads: int, mesh: Mesh) -> float:
+    """Largest difference of an adapted model's gradients from those of one process, relative to the largest."""
+    config = RunConfig(model=model_config({"intermediate_size": 77, "num_heads": heads}), method=method)
+    tokens = torch.randint(0, 61, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    found = []
+    for place in (lone_mesh(), mesh):
+        model = LlamaForCausalLM(config.model, 61, place.axis("tp"))
+        initialize_weights(model, SEED)
+        built = build_method(config, model, place)
+        for linear in built.linears.values():  # type: ignore[attr-defined]
+            linear.add_product(-1.0)
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        found.append({name: gather(p, p.grad) for name, p in model.named_parameters() if p.grad is not None})
+    whole, split = found
+    assert whole.keys() == split.keys() and any("lora_A" in name for name in whole)
+    return max(float((split[name] - goal).abs().max() / goal.abs().max()) for name, goal in whole.items())
+
+
 def act(payload: dict[str, Any]) -> dict[str, Any]:
     mesh = start(payload["tp"])
     return {
         "parity": {
             name: against_transformers(case["shape"], case["vocab"], mesh) for name, case in payload["shapes"].items()
         },
+        "adapters": [
+            adapter_gradients(MethodConfig(**method), payload["heads"], mesh)
+            for method in payload["methods"] if method["name"] != "full"
+        ],
         "traffic": [traffic(MethodConfig(**method), payload["heads"], mesh) for method in payload["methods"]],
     }
 

@@ -42,7 +42,7 @@ def test_its_export_has_no_padding_and_evaluates_anywhere(place: Place) -> None:
     for name, tensor in whole.items():
         assert float((split[name] - tensor).norm() / tensor.norm()) < 1e-5, name
     recorded = place.records("split")[-1]["val_loss"]
-    for launcher in ("alone", "torchrun"):
+    for launcher in ("alone", "torchrun", "torchrun 3"):
         status, output = place.run(launcher, ["--evaluate_only", "--output_dir", str(place.folder / "split")])
         assert status == 0, output
         (said,) = [line for line in output.splitlines() if "validation loss" in line]

@@ -100,6 +100,8 @@ def test_unknown_options_name_the_nearest() -> None:
         ("--train.warmup_steps 700", r"between 0 and train.steps 600; it is 700"),
         ("--train.micro_batch_size 0", r"micro_batch_size must be at least 1, not 0"),
         ("--optim.lr 0", r"optim.lr must be positive"),
+        ("--optim.clip .inf", r"optim.clip must be finite"),
+        ("--method.alpha .inf", r"method.alpha must be positive, not inf"),
         ("--optim.beta2 1", r"beta2 must lie in \[0, 1\)"),
         ("--parallel.tp 3", r"model.num_heads 4 must be a multiple of parallel.tp 3"),
         ("--model.num_kv_heads 1 --parallel.tp 2", r"model.num_kv_heads 1 must be a multiple of parallel.tp 2"),

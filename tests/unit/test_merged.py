@@ -117,6 +117,7 @@ def test_auto_takes_the_cheaper_form(cache: str) -> None:
                 forward_backward(make_linear(compute, torch.float32, cache), torch.float32, tokens)
             costs[compute] = counter.get_total_flops()
         assert costs["auto"] == min(costs["split"], costs["merged"]), (tokens, costs)
+    assert prefers_merged(20, M, N, 0.5) and not prefers_merged(20, M, N, 1)  # kept over two micro-batches
     assert prefers_merged(48, M, N, 1) and not prefers_merged(12, M, N, 1)
 
 
