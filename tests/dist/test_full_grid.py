@@ -81,9 +81,6 @@ def alone() -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
 def test_tensor_parallel_meshes_equal_one_process(alone: list, mesh: tuple[int, int]) -> None:
     chosen = grid(TP_MESHES[mesh])
     (base,) = [runs for shape, runs in alone if shape == TP_MESHES[mesh]]
-    if mesh == (2, 4):  # eight ranks: SwitchLoRA alone
-        base = [run for case, run in zip(chosen, base, strict=True) if case["method"] == "switchlora"]
-        chosen = grid(methods=("switchlora",))
     runs = run_mesh(*mesh, chosen, timeout=600)
     found = gaps(chosen, runs, base)
     print(f"\ndp {mesh[0]} x tp {mesh[1]}: " + ", ".join(f"{key} {value:.1e}" for key, value in found.items()))
@@ -91,4 +88,6 @@ def test_tensor_parallel_meshes_equal_one_process(alone: list, mesh: tuple[int, 
     assert found["bf16 losses"] < 5e-3 and found["bf16 norms"] < 5e-2
     for first in range(0, len(chosen) - len(BF16_STAGES), len(STAGES)):  # a method's stages
         stages = runs[first : first + len(STAGES)]
-        assert max(worst(run[key], stages[0][key]) for run in stages[1:] for key in ("losses", "norms")) < 1e-6
+        across = max(worst(run[key], stages[0][key]) for run in stages[1:] for key in ("losses", "norms"))
+        print(f"{chosen[first]['method']}: across stages within {across:.1e}")
+        assert across < 2e-6  # reached: 9.4e-7; four ranks' rounding may differ a little on another processor
