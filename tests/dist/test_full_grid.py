@@ -90,4 +90,4 @@ def test_tensor_parallel_meshes_equal_one_process(alone: list, mesh: tuple[int, 
         stages = runs[first : first + len(STAGES)]
         across = max(worst(run[key], stages[0][key]) for run in stages[1:] for key in ("losses", "norms"))
         print(f"{chosen[first]['method']}: across stages within {across:.1e}")
-        assert across < 2e-6  # reached: 9.4e-7; four ranks' rounding may differ a little on another processor
+        assert across < 3e-6  # reached: 9.4e-7, but for one step's norm on eight ranks, 1.2e-6 (docs/log.md, spikes)
