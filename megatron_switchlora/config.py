@@ -218,13 +218,18 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def shard_size(size: int, ranks: int) -> int:
+    """What each of `ranks` holds of a dimension, padding included."""
+    return -(-size // ranks)
+
+
 def require_shard(name: str, size: int, tp: int) -> None:
     """Every tensor-parallel rank must hold something real of a padded dimension.
 
     Raises:
         UserError: the last rank's shard would be padding alone.
     """
-    shard = -(-size // tp)
+    shard = shard_size(size, tp)
     require(
         shard * (tp - 1) < size,
         f"{name} {size} over parallel.tp {tp} gives shards of {shard}, which leaves the last rank padding alone: lower "

@@ -35,9 +35,9 @@ class HeldRows:
 
     def mine(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Of some slots, the positions of those held here, and their row numbers."""
-        held = (slots >= self.split.start) & (slots < self.split.start + self.split.real)
-        positions = held.nonzero().squeeze(1)
-        return positions, slots[positions] - self.split.start
+        rows, here = self.split.locate(slots)
+        positions = here.nonzero().squeeze(1)
+        return positions, rows[positions]
 
 
 class Fetch:
@@ -95,16 +95,14 @@ class CandidateBank:
         """Start getting the rows of `new_slots`, as the bank holds them now: call it after the last step's `put_back`.
         Collective, one all-reduce an axis over which candidates are spread, for all layers together."""
         rows: dict[Key, Tensor] = {}
-        shared: dict[int, list[Key]] = {}
-        axes: dict[int, Axis] = {}
+        shared: dict[Axis, list[Key]] = {}
         for switch in switches:
             key = (switch.side, switch.layer)
             held = self.held[key]
             rows[key] = self._local_rows(held, torch.from_numpy(switch.new_slots))
             if held.split.axis.size > 1:
-                axes[id(held.split.axis.group)] = held.split.axis
-                shared.setdefault(id(held.split.axis.group), []).append(key)
-        works = [self._complete(rows, keys, axes[number]) for number, keys in shared.items()]
+                shared.setdefault(held.split.axis, []).append(key)
+        works = [self._complete(rows, keys, axis) for axis, keys in shared.items()]
         return Fetch(rows, works)
 
     def _local_rows(self, held: HeldRows, slots: Tensor) -> Tensor:

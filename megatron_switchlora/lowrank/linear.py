@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_switchlora.config import MethodConfig
-from megatron_switchlora.lowrank.merged import MergedLinear, merge, prefers_merged
+from megatron_switchlora.lowrank.merged import MergedLinear, merge, uses_merged
 from megatron_switchlora.parallel.collectives import leave
 from megatron_switchlora.parallel.linear import ParallelLinear
 from megatron_switchlora.parallel.shard import Split, declare
@@ -38,7 +38,7 @@ class LowRankLinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.tp, self.split, self.row_parallel = base.tp, base.split, base.split_dim == 1
         self.rank, self.scaling = method.rank, method.alpha / method.rank
-        self.compute, self.cache = method.compute, method.merged_cache
+        self.method, self.cache = method, method.merged_cache
         self.register_buffer("weight", base.weight.detach())
         out_local, in_local = self.weight.shape
         A = nn.Parameter(self.weight.new_empty(self.rank, in_local))
@@ -62,12 +62,9 @@ class LowRankLinear(nn.Module):
         return leave(self.tp, y) if self.row_parallel else y
 
     def _merges(self, x: Tensor) -> bool:
-        if self.compute != "auto":
-            return self.compute == "merged"
-        formed = {"recompute": 2.0 if torch.is_grad_enabled() else 1.0, "accumulation": 1 / self.micro_batches}
-        return prefers_merged(
-            x.numel() // x.size(-1), self.weight.size(0), self.weight.size(1), formed.get(self.cache, 1.0)
-        )
+        out_local, in_local = self.weight.shape
+        tokens = x.numel() // in_local
+        return uses_merged(self.method, tokens, (out_local, in_local), self.micro_batches, torch.is_grad_enabled())
 
     def _split_form(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return torch.add(F.linear(x, self.weight.to(x.dtype)), F.linear(x, A) @ B, alpha=self.scaling)
@@ -92,4 +89,4 @@ class LowRankLinear(nn.Module):
     def effective_weight(self) -> Tensor:
         """This rank's part of W + s B A [out, in], in W's precision."""
         A, B = self.lora_A.to(self.weight.dtype), self.lora_B.to(self.weight.dtype)
-        return torch.addmm(self.weight, B.t(), A, alpha=self.scaling)
+        return merge(self.weight, A, B, self.scaling)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_switchlora.config import MethodConfig
+
 
 @torch.no_grad()
 def merge(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -30,6 +32,15 @@ def prefers_merged(tokens: int, out_features: int, in_features: int, formed: flo
     """Whether the merged form costs fewer FLOPs than the split one for a micro-batch of so many tokens, for which W_eff
     is formed `formed` times (less than once if it lasts over several): 2 r (m + n) tokens against 2 m n r a time."""
     return tokens * (out_features + in_features) > formed * out_features * in_features
+
+
+def uses_merged(method: MethodConfig, tokens: int, shape: tuple[int, int], micro_batches: int, trains: bool) -> bool:
+    """Whether a layer whose W has this shape (out, in) here computes in the merged form: as `method.compute` says, or
+    by FLOPs. W_eff lasts over the micro-batches of a step, or is formed again for a backward pass, if there is one."""
+    if method.compute != "auto":
+        return method.compute == "merged"
+    formed = {"recompute": 2 if trains else 1, "accumulation": 1 / micro_batches}.get(method.merged_cache, 1)
+    return prefers_merged(tokens, *shape, formed)
 
 
 class MergedLinear(torch.autograd.Function):

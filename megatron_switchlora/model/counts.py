@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_switchlora.config import MethodConfig, ModelConfig
+from megatron_switchlora.config import MethodConfig, ModelConfig, shard_size
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,6 @@ class ParameterCounts:
     def full_total(self) -> int:
         """Parameters of the model itself, which full-rank training trains and communicates."""
         return self.embedding + self.head + self.norms + self.matrices
-
-
-def shard_size(size: int, ranks: int) -> int:
-    """What each of `ranks` holds of a dimension, padding included."""
-    return -(-size // ranks)
 
 
 class Projection(NamedTuple):

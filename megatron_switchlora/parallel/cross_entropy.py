@@ -25,9 +25,8 @@ class _SplitCrossEntropy(torch.autograd.Function):
         top = logits.amax(-1)
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
         logits = logits - top.unsqueeze(-1)
-        local = targets - split.start
-        here = (local >= 0) & (local < split.real)
-        local = local.masked_fill(~here, 0).unsqueeze(-1)
+        local, here = split.locate(targets)
+        local = local.unsqueeze(-1)
         picked = logits.gather(-1, local).squeeze(-1).masked_fill(~here, 0.0)
         softmax = logits.exp_()
         sums = torch.stack([softmax.sum(-1), picked])

@@ -80,7 +80,6 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         if self.split.axis.size == 1:
             return F.embedding(tokens, self.weight)
-        local = tokens - self.split.start
-        elsewhere = (local < 0) | (local >= self.split.real)
-        vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return leave(self.split.axis, vectors.masked_fill(elsewhere.unsqueeze(-1), 0.0))
+        local, here = self.split.locate(tokens)
+        vectors = F.embedding(local, self.weight)
+        return leave(self.split.axis, vectors.masked_fill(~here.unsqueeze(-1), 0.0))

@@ -2,9 +2,9 @@
 
 Rank = (lte_rank * dp + dp_rank) * tp + tp_rank. Each axis has one process group per line of ranks
 along it, and "head" is the plane dp x tp of one LTE head, counted dp first; they are created here, in
-the same order on every rank, and passed on explicitly. The class also speaks
-DeepSpeed's `mpu` protocol, so that ZeRO partitions over one head's data-parallel
-ranks and the gradient norm is summed over `tp`.
+the same order on every rank, and passed on explicitly. The class also speaks DeepSpeed's `mpu`
+protocol, so that ZeRO partitions over one head's data-parallel ranks and the gradient norm is summed
+over `tp`.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_switchlora.config import shard_size
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -41,7 +43,7 @@ class Split:
     @property
     def local(self) -> int:
         """Length of every rank's block, padding included."""
-        return -(-self.size // self.axis.size)
+        return shard_size(self.size, self.axis.size)
 
     @property
     def start(self) -> int:
@@ -52,6 +54,12 @@ class Split:
     def real(self) -> int:
         """Entries of this rank's block that are not padding."""
         return max(0, min(self.local, self.size - self.start))
+
+    def locate(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices into the full dimension as indices into this rank's block, and which are here (others read 0)."""
+        local = indices - self.start
+        here = (local >= 0) & (local < self.real)
+        return local.masked_fill(~here, 0), here
 
     def take(self, full: Tensor) -> Tensor:
         """This rank's block of a full tensor, padded with zeros; a view where nothing is padded."""

@@ -12,7 +12,9 @@ from typing import Any
 
 from megatron_switchlora.config import RunConfig, UserError, accumulation_steps, require_shard
 from megatron_switchlora.model.counts import count_parameters, count_shard
-from megatron_switchlora.model.memory import (
+from megatron_switchlora.parallel.mesh import mesh_sizes
+from megatron_switchlora.train.ds_config import resolve_ds_config
+from megatron_switchlora.train.memory import (
     Item,
     Zero,
     gradient_bytes,
@@ -21,8 +23,6 @@ from megatron_switchlora.model.memory import (
     phase_bytes,
     saved_words,
 )
-from megatron_switchlora.parallel.mesh import mesh_sizes
-from megatron_switchlora.train.ds_config import resolve_ds_config
 
 PHASES = {"always": "throughout", "backward": "forward and backward", "step": "optimizer step"}
 

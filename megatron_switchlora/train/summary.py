@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from statistics import median
 
-from megatron_switchlora.model.memory import full_rank_bytes, saved_words
 from megatron_switchlora.train.engine import perplexity
+from megatron_switchlora.train.memory import full_rank_bytes, saved_words
 from megatron_switchlora.train.trainer import Trainer
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_switchlora.config import ModelConfig
-from megatron_switchlora.model.memory import gradient_bytes, memory_items, phase_bytes
+from megatron_switchlora.train.memory import gradient_bytes, memory_items, phase_bytes
 from megatron_switchlora.train.dry_run import zero_settings
 from megatron_switchlora.train.ds_config import resolve_ds_config
 from tests.dist.engines import DS_JSON, build_engine, micro_batches, start

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.dist.tp_grid import PADDED, gaps, grid, run_mesh
-from tests.dist.test_zero_parity import BF16_STAGES, STAGES, worst
+from tests.dist.tp_grid import BF16_STAGES, PADDED, STAGES, gaps, grid, run_mesh, worst
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1600)]
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""`model/memory.py` against the tensors DeepSpeed 0.19.8 really keeps, on two data ranks, without and with tensor parallelism."""
+"""`train/memory.py` against the tensors DeepSpeed 0.19.8 really keeps, on two data ranks, without and with tensor parallelism."""
 
 from __future__ import annotations
 

@@ -7,12 +7,9 @@ from typing import Any
 import pytest
 
 from tests.dist.launch import run_ranks
+from tests.dist.tp_grid import BF16_STAGES, METHODS, STAGES, STEPS, worst
 
 pytestmark = pytest.mark.timeout(620)  # two launches
-METHODS = ("full", "lora", "switchlora")
-STAGES = ("0", "1", "2")
-BF16_STAGES = ("0", "1", "2", "1f")
-STEPS = 20
 
 CASES = [
     *({"method": m, "stage": s, "precision": "fp32", "steps": STEPS} for m in METHODS for s in STAGES),
@@ -45,10 +42,6 @@ def results() -> dict[int, dict[tuple, dict[str, Any]]]:
                 assert mine["norms"] == theirs["norms"]
         found[dp] = {label(case): result for case, result in zip(CASES, ranks[0], strict=True)}
     return found
-
-
-def worst(a: list[float], b: list[float]) -> float:
-    return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -124,6 +124,9 @@ def test_unknown_options_name_the_nearest() -> None:
         ("--train.steps many", r"train.steps"),
         ("--config /nowhere/x.yaml", r"/nowhere/x.yaml"),
         ("stray", r"stray"),
+        ("--dry_run_world 8", r"--dry_run_world 8 .* give --dry_run too"),
+        ("--dry_run --dry_run_world 0", r"--dry_run_world must be at least 1, not 0"),
+        ("--dry_run --evaluate_only", r"give one of them"),
     ],
 )
 def test_refusals(arguments: str, message: str) -> None:

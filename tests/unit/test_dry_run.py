@@ -18,11 +18,11 @@ from megatron_switchlora.config import ModelConfig, RunConfig, UserError
 from megatron_switchlora.methods import SwitchLora, build_method
 from megatron_switchlora.model.counts import count_parameters, count_shard
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
-from megatron_switchlora.model.memory import Zero, full_rank_bytes, gradient_bytes, memory_items, peak_bytes
 from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.dry_run import plan, zero_settings
 from megatron_switchlora.train.ds_config import read_ds_config
+from megatron_switchlora.train.memory import Zero, full_rank_bytes, gradient_bytes, memory_items, peak_bytes
 from tests.plain import VOCAB, PlainRun, make_batches, small_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -334,19 +334,6 @@ def test_a_vocabulary_that_only_the_tokenizer_knows() -> None:
     config.model.num_kv_heads = None
     with pytest.raises(UserError, match=r"The vocabulary 257 over parallel.tp 72 gives shards of 4"):
         plan(config, {}, 72)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--dry_run_world 8", r"--dry_run_world 8 .* give --dry_run too"),
-        ("--dry_run --dry_run_world 0", r"--dry_run_world must be at least 1, not 0"),
-        ("--dry_run --evaluate_only", r"give one of them"),
-    ],
-)
-def test_options_that_do_not_go_together(options: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        parse_arguments(options.split())
 
 
 def start(arguments: str, **env: str) -> subprocess.Popen[str]:

@@ -13,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_switchlora.config import RunConfig, accumulation_steps
-from megatron_switchlora.model.counts import Projection, count_shard, projections, shard_size
+from megatron_switchlora.config import RunConfig, accumulation_steps, shard_size
+from megatron_switchlora.lowrank.merged import uses_merged
+from megatron_switchlora.model.counts import Projection, count_shard, projections
 
 FP32 = 4
 FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed copies at once where ZeRO does not reduce: stage 0, fp32 sums
@@ -103,13 +104,9 @@ def _weights(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[Item]
 
 
 def _is_merged(config: RunConfig, projection: Projection, tp: int, micro_batches: int) -> bool:
-    """Whether a layer computes with W + sBA; auto takes what costs fewer FLOPs on a rank's shard."""
-    method, train = config.method, config.train
-    if method.compute != "auto":
-        return method.compute == "merged"
-    out, in_ = projection.shard(tp)
-    formed = {"recompute": 2, "accumulation": 1 / micro_batches}.get(method.merged_cache, 1)
-    return train.micro_batch_size * train.seq_len * (out + in_) > formed * out * in_
+    """Whether a layer computes with W + sBA on a rank's shard."""
+    tokens = config.train.micro_batch_size * config.train.seq_len
+    return uses_merged(config.method, tokens, projection.shard(tp), micro_batches, trains=True)
 
 
 def _compute_copies(config: RunConfig, tp: int, micro_batches: int) -> list[Item]:
