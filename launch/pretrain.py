@@ -11,11 +11,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from typing import NoReturn
+
+import torch
 
 from megatron_switchlora.config import UserError, require
 from megatron_switchlora.parallel.agree import PeerError
@@ -24,22 +25,7 @@ from megatron_switchlora.parallel.ranks import RankError, Ranks, complete_enviro
 from megatron_switchlora.train.arguments import Arguments, parse_arguments
 from megatron_switchlora.train.device import choose_device
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
-
-
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C, or the launcher's SIGTERM."""
-
-
-def stop_on_signals() -> None:
-    """Raise `Stopped` on the first SIGINT or SIGTERM (launchers send both), ignore the others."""
-
-    def stop(number: int, _frame: object) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
-        raise Stopped(signal.Signals(number).name)
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, stop)
+from megatron_switchlora.train.stop import REQUEUE, Stopped, StopRequest
 
 
 def leave(status: int) -> NoReturn:
@@ -64,9 +50,9 @@ def told_once(first: bool) -> Iterator[None]:
         leave(2)
     except Stopped as stop:
         if first:
-            text = f"stopped by {stop}: all ranks end; the records so far are in the run folder"
+            text = f"stopped by {stop}: all ranks end; what was saved and recorded so far is in the run folder"
             print(f"\n{text}", file=sys.stderr, flush=True)
-        leave(130)
+        leave(130 if str(stop) == "SIGINT" else REQUEUE)
 
 
 def check_early(arguments: Arguments, ranks: Ranks) -> None:
@@ -93,7 +79,8 @@ def show_plan(arguments: Arguments, first: bool) -> None:
         print(text)
 
 
-def run(arguments: Arguments, ranks: Ranks) -> None:
+def run(arguments: Arguments, ranks: Ranks, stop: StopRequest) -> int:
+    """Train or evaluate; returns the exit status."""
     device = choose_device(arguments.config.train.device, ranks, arguments.config.train.threads)
     from megatron_switchlora.train.engine import start_distributed, stop_distributed
 
@@ -103,14 +90,31 @@ def run(arguments: Arguments, ranks: Ranks) -> None:
 
         evaluate_run(arguments.config, ranks, device)
     else:
-        from megatron_switchlora.train.summary import closing_words
-        from megatron_switchlora.train.trainer import Trainer
+        return train(arguments, ranks, device, stop)
+    stop_distributed()
+    return 0
 
-        began = time.perf_counter()
-        trainer = Trainer(arguments.config, read_ds_config(arguments.ds_config), ranks, device)
-        val_loss = trainer.fit()
+
+def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRequest) -> int:
+    """A run, or what is left of it; returns the exit status."""
+    from megatron_switchlora.train.engine import stop_distributed
+    from megatron_switchlora.train.resume import find_start
+    from megatron_switchlora.train.summary import closing_words
+    from megatron_switchlora.train.trainer import Trainer
+
+    began = time.perf_counter()
+    start = find_start(arguments.config, device)
+    if start.finished:
+        if ranks.rank == 0:
+            print(f"The run in {arguments.config.output_dir} is finished: give another --output_dir for a new one.")
+        stop_distributed()
+        return 0
+    trainer = Trainer(arguments.config, read_ds_config(arguments.ds_config), ranks, device, start, stop)
+    val_loss = trainer.fit()
+    if val_loss is not None:
         trainer.say("\n" + closing_words(trainer, val_loss, time.perf_counter() - began))
     stop_distributed()
+    return REQUEUE if val_loss is None else 0
 
 
 def main() -> None:
@@ -119,7 +123,8 @@ def main() -> None:
     if not first and any(arg.split("=")[0] in quiet for arg in sys.argv[1:]):
         return  # rank 0 prints
     with told_once(first):
-        stop_on_signals()
+        stop = StopRequest()
+        stop.install()
         arguments = parse_arguments(sys.argv[1:])  # --help works wherever it is typed
         if arguments.dry_run:
             show_plan(arguments, first)
@@ -127,8 +132,7 @@ def main() -> None:
         ranks = discover_ranks(os.environ)
         complete_environment(os.environ)
         check_early(arguments, ranks)
-        run(arguments, ranks)
-    leave(0)
+        leave(run(arguments, ranks, stop))
 
 
 if __name__ == "__main__":

@@ -139,6 +139,27 @@ class TrainConfig:
     """CPU threads of a rank; 0 divides the cores by the local ranks."""
     check_interval: int = 100
     """Steps between checks that replicated tensors are still equal on all ranks that hold them; 0 switches them off."""
+    stop_after_steps: Optional[int] = None
+    """End this start of the run after so many of its steps, with a checkpoint; the same command line goes on."""
+    stop_after_seconds: Optional[float] = None
+    """End this start of the run after so many seconds of training, likewise."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When the run is saved, in the run folder's checkpoints/, and what a resumed run may change."""
+
+    interval: int = 200
+    """Steps between checkpoints; one is also written at the end and when the run is asked to stop. 0: only then."""
+    keep_last: int = 2
+    """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of so many steps are kept for good; 0: none."""
+    background: bool = True
+    """Write while training goes on, from a copy in host memory; false waits for the disk."""
+    allow_changes: list[str] = field(default_factory=list)
+    """Options that may differ from the checkpoint's: optim.*, train.steps, train.warmup_steps, train.epochs,
+    train.precision, the numbers of the switching schedule, or data (another text, same tokenizer)."""
 
 
 @dataclass
@@ -205,8 +226,12 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     output_dir: Optional[str] = None
-    """Run folder; by default runs/<method>-<date>-<time>. A folder that holds a run is never written to."""
+    """Run folder; by default runs/<method>-<date>-<time>. One that holds another run is never written to."""
+    resume: str = "auto"
+    """auto: go on with the run in output_dir, if it holds one, from its newest checkpoint; none: never; else the path
+    of a checkpoint, or of a run whose newest is taken."""
 
     def to_dict(self) -> dict:
         return asdict(self)

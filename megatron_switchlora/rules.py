@@ -8,8 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from fnmatch import fnmatch
 
 from megatron_switchlora.config import DataConfig, ModelConfig, RunConfig, require, require_shard
+
+# What a resumed run may be told to change, by `checkpoint.allow_changes`.
+CHANGEABLE = (
+    "optim.*", "train.steps", "train.warmup_steps", "train.epochs", "train.precision", "method.interval0",
+    "method.switch_ratio", "method.switch_total_steps", "method.freeze_steps", "data",
+)  # fmt: skip
 
 
 def _validate_model(m: ModelConfig) -> None:
@@ -108,6 +115,27 @@ def _validate_train(config: RunConfig) -> None:
     require(o.weight_decay >= 0, f"optim.weight_decay must not be negative, it is {o.weight_decay}.")
 
 
+def _validate_stops(config: RunConfig) -> None:
+    t, c = config.train, config.checkpoint
+    require(
+        t.stop_after_steps is None or t.stop_after_steps >= 1,
+        f"train.stop_after_steps must be at least 1, not {t.stop_after_steps}.",
+    )
+    require(
+        t.stop_after_seconds is None or t.stop_after_seconds > 0,
+        f"train.stop_after_seconds must be positive, not {t.stop_after_seconds}.",
+    )
+    for name in ("interval", "keep_every"):
+        value = getattr(c, name)
+        require(value >= 0, f"checkpoint.{name} must not be negative, it is {value}.")
+    require(c.keep_last >= 1, f"checkpoint.keep_last must be at least 1, not {c.keep_last}.")
+    wrong = [n for n in c.allow_changes if not any(fnmatch(n, p) or n == p for p in CHANGEABLE)]
+    require(
+        not wrong,
+        f"checkpoint.allow_changes cannot hold {', '.join(wrong)}: only {', '.join(CHANGEABLE)} can change in a run.",
+    )
+
+
 def _validate_data(d: DataConfig) -> None:
     if d.source == "files":
         require(bool(d.files), "data.source files needs data.files: give file names or glob patterns.")
@@ -163,5 +191,6 @@ def validate(config: RunConfig) -> None:
     _validate_model(config.model)
     _validate_method(config)
     _validate_train(config)
+    _validate_stops(config)
     _validate_data(config.data)
     _validate_parallel(config)

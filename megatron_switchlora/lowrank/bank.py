@@ -61,6 +61,11 @@ class CandidateBank:
         self.held: dict[Key, HeldRows] = {}
         self.device = torch.device("cpu")
 
+    @property
+    def line(self) -> Optional[str]:
+        """The line of ranks that hold the same candidates: spread over dp, nothing is held twice."""
+        return "dp" if self.spread == "tp" else None
+
     def _sharing_axis(self, factor_split: Optional[Split]) -> Axis:
         """The ranks over which the candidates of a factor are spread."""
         whole = factor_split is None  # replicated: every tensor-parallel rank would hold a copy

@@ -18,6 +18,7 @@ from megatron_switchlora.config import RunConfig
 from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.parallel.mesh import Mesh
+from megatron_switchlora.parallel.parts import Part, shard_part
 from megatron_switchlora.parallel.shard import is_split
 
 
@@ -65,6 +66,16 @@ class Method:
 
     def after_step(self, step: int) -> None:
         """The optimizer has stepped."""
+
+    def parts(self) -> Iterator[Part]:
+        """This rank's share of what a checkpoint keeps beside parameters and optimizer state: frozen weights here, and
+        a method's own state."""
+        for name, module in self.model.named_modules():
+            for short, buffer in module.named_buffers(recurse=False):
+                yield shard_part(f"{name}.{short}", buffer, filter(None, [getattr(module, "split", None)]), "dp")
+
+    def loaded(self) -> None:
+        """Parameters, optimizer state and parts were filled from a checkpoint. Collective."""
 
     def replicas(self) -> Iterator[Replica]:
         """Everything that several ranks hold alike: parameters, buffers (frozen weights, split like the matrices they

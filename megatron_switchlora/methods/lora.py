@@ -57,5 +57,11 @@ class Lora(Method):
             linear.add_product(-1.0)
 
     def after_step(self, step: int) -> None:
+        self._forget_merged()
+
+    def loaded(self) -> None:
+        self._forget_merged()
+
+    def _forget_merged(self) -> None:
         for linear in self.linears.values():
             linear.forget_merged()

@@ -33,6 +33,7 @@ from megatron_switchlora.lowrank.switch import fold, switch_rows
 from megatron_switchlora.methods.base import Replica
 from megatron_switchlora.methods.lora import Lora
 from megatron_switchlora.optim.row_adamw import RowAdamW
+from megatron_switchlora.parallel.parts import Part, shard_part
 
 
 @dataclass
@@ -139,10 +140,27 @@ class SwitchLora(Lora):
         super().after_step(step)
         end_step(self.state)
 
+    def loaded(self) -> None:
+        super().loaded()
+        self.forget_plan()
+
+    def parts(self) -> Iterator[Part]:
+        """Also the bank [C, length], NAME.bank_A and NAME.bank_B, and the schedule's integers, switch.*."""
+        yield from super().parts()
+        names = {linear: name for name, linear in self.linears.items()}
+        for layer, linear in enumerate(self.switching):
+            for side, factor in (("A", linear.lora_A), ("B", linear.lora_B)):
+                held = self.bank.held[side, layer]
+                splits = filter(None, [held.split, factor.shard])  # type: ignore[attr-defined]
+                yield shard_part(f"{names[linear]}.bank_{side}", held.rows, splits, self.bank.line)
+        for kind in ("pointer", "slots", "frozen"):
+            for side, values in getattr(self.state, kind).items():
+                yield shard_part(f"switch.{kind}_{side}", torch.from_numpy(values), [], "head")
+
     def replicas(self) -> Iterator[Replica]:
         yield from super().replicas()
-        if self.config.method.bank_spread == "tp":  # spread over dp, nothing of the bank is held twice
-            yield from (Replica(name, rows, "dp") for name, rows in self.bank.tensors())
+        if self.bank.line:
+            yield from (Replica(name, rows, self.bank.line) for name, rows in self.bank.tensors())
         for kind in ("pointer", "slots", "frozen"):
             for side, values in getattr(self.state, kind).items():
                 yield Replica(f"{kind}_{side}", torch.from_numpy(values), "head")

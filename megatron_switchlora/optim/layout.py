@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megatron_switchlora.parallel.parts import row_blocks
 from megatron_switchlora.parallel.shard import has_rows
 
 
@@ -43,6 +44,11 @@ class Piece:
         by_row = full.reshape(self.row_count(), -1)
         return by_row[self.first_row : self.first_row + self.rows, self.column : self.column + self.width]
 
+    @property
+    def start(self) -> int:
+        """First element of the flattened parameter."""
+        return self.first_row * (self.param.numel() // self.row_count()) + self.column
+
     def row_count(self) -> int:
         return self.param.size(0) if has_rows(self.param) else 1
 
@@ -64,18 +70,13 @@ class RowLayout:
         """Elements [start, start + numel) of the flattened `param` are at `offset` of the flattened `master`."""
         total_rows = param.size(0) if has_rows(param) else 1
         length = param.numel() // total_rows
-        position, end = start, start + numel
-        while position < end:
-            row, column = divmod(position, length)
-            whole = (end - position) // length if column == 0 else 0
-            width = length if whole else min(length - column, end - position)
-            rows = max(1, whole)
+        for row, column, rows, width in row_blocks(length, start, numel):
             steps = self.step_counts.get(master, 0)
-            piece = Piece(param, master, offset + position - start, row, rows, column, width, steps)
+            piece = Piece(param, master, offset, row, rows, column, width, steps)
             self.by_master.setdefault(master, []).append(piece)
             self.by_param.setdefault(param, []).append(piece)
             self.step_counts[master] = steps + rows
-            position += rows * width
+            offset += rows * width
 
 
 def plain_layout(params: Iterable[nn.Parameter]) -> RowLayout:

@@ -11,12 +11,14 @@ operations in the same order, bias corrections formed in float64 and cast once. 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
 from megatron_switchlora.optim.layout import Piece, RowLayout
+from megatron_switchlora.parallel.parts import Part, flat_parts
 from megatron_switchlora.parallel.shard import has_rows
 
 
@@ -125,6 +127,16 @@ class RowAdamW(torch.optim.Optimizer):
             if len(local):
                 for view in self._views(piece):
                     view.index_fill_(0, local, 0.0)
+
+    def parts(self, name: str, param: nn.Parameter, line: Optional[str]) -> Iterator[Part]:
+        """What this rank holds of a parameter's master, named as the parameter, and of its state: NAME:exp_avg,
+        NAME:exp_avg_sq and the step counters NAME:row_step [rows]."""
+        for piece in self.pieces(param):
+            exp_avg, exp_avg_sq, steps = self._views(piece)
+            blocks = {"": piece.block(piece.master.data), ":exp_avg": exp_avg, ":exp_avg_sq": exp_avg_sq}
+            for suffix, block in blocks.items():
+                yield from flat_parts(name + suffix, param, piece.start, block.view(-1), line)
+            yield Part(f"{name}:row_step", (piece.row_count(),), (piece.first_row,), steps, line)
 
     @torch.no_grad()
     def load_rows(self, param: nn.Parameter, values: dict[str, Tensor]) -> None:

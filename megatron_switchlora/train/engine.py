@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Optional
@@ -50,6 +50,8 @@ class StepResult:
     switched: int
     dp_bytes: int
     healthy: bool
+    votes: tuple[int, ...]
+    """How many ranks voted yes, for each of the questions given to `train_step`."""
 
 
 def start_distributed(device: torch.device, timeout_s: float = 1800.0) -> None:
@@ -146,8 +148,9 @@ class Engine:
                 param.grad.tensor_model_parallel = is_split(param)
         return None
 
-    def train_step(self, step: int, micro_batches: list[Tensor]) -> StepResult:
-        """Step number `step` (from 0) on this rank's micro-batches, each [micro_batch_size, S + 1] tokens."""
+    def train_step(self, step: int, micro_batches: list[Tensor], votes: Sequence[bool] = ()) -> StepResult:
+        """Step number `step` (from 0) on this rank's micro-batches, each [micro_batch_size, S + 1] tokens. `votes` are
+        this rank's answers to what the ranks must agree on; they travel with the loss."""
         lr = self._set_lr(step)
         losses = torch.zeros((), dtype=torch.float64, device=self.device)
         self.recorder.clear()
@@ -169,18 +172,22 @@ class Engine:
         self.method.after_step(step)
         dp_bytes = self.recorder.total("gradient", self.mesh.group("dp"))
         grad_norm = float(norm if norm is not None else self.ds.get_global_grad_norm())
-        return self._result(losses / len(micro_batches), grad_norm, lr, switched, dp_bytes)
+        return self._result(losses / len(micro_batches), grad_norm, lr, switched, dp_bytes, votes)
 
-    def _result(self, loss: Tensor, grad_norm: float, lr: float, switched: int, dp_bytes: int) -> StepResult:
+    def _result(
+        self, loss: Tensor, grad_norm: float, lr: float, switched: int, dp_bytes: int, votes: Sequence[bool]
+    ) -> StepResult:
         """Average the loss over the data ranks, and agree with all of the head on whether all went well."""
         skipped = bool(getattr(self.ds.optimizer, "overflow", False))
         bad = self.optimizer.found_nonfinite or skipped or not math.isfinite(grad_norm)
         self.optimizer.found_nonfinite = False
         share = loss if self.mesh.rank("tp") == 0 else torch.zeros_like(loss)  # tensor-parallel ranks have the same
-        shared = torch.stack([share, torch.tensor(float(bad), dtype=loss.dtype, device=loss.device)])
+        shared = torch.cat([share.view(1), share.new_tensor([bad, *votes])])
         dist.all_reduce(shared, group=self.mesh.group("head"))
-        mean, bad_ranks = (shared / self.mesh.size("dp")).tolist()
-        return StepResult(mean, grad_norm, lr, switched, dp_bytes, bad_ranks == 0 and math.isfinite(mean))
+        total, bad_ranks, *counts = shared.tolist()
+        mean = total / self.mesh.size("dp")
+        healthy = bad_ranks == 0 and math.isfinite(mean)
+        return StepResult(mean, grad_norm, lr, switched, dp_bytes, healthy, tuple(map(int, counts)))
 
     def evaluate(self, batches: Iterable[Tensor]) -> float:
         """Mean cross entropy of a token over this rank's validation batches and all data ranks."""

@@ -4,26 +4,36 @@
     meta.json                     versions, git revision, mesh, counts, data, outcome
     metrics.jsonl                 one object a step, one an evaluation
     loss.png, tokenizer/, final/  curve, tokenizer, the merged model in Hugging Face's format
-Only rank 0 writes. A folder that holds a run already is refused.
+    checkpoints/                  published checkpoints
+    metrics.dropped.jsonl         records that were written after the checkpoint from which a run was resumed
+Only rank 0 writes, and holds a lock on the folder. Files are replaced by renames; a record that cannot be
+written (a full disk) waits for the next one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
 import subprocess
+import warnings
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TextIO
 
 import yaml
 
 from megatron_switchlora.config import RunConfig, UserError
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "meta.json", "final")
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there is something of a run in the folder."""
+    return any((folder / name).exists() for name in RUN_FILES)
 
 
 def refuse_folder(folder: Path) -> None:
@@ -98,33 +108,104 @@ def versions() -> dict[str, Optional[str]]:
     return found
 
 
-class RunFolder:
-    """Writes one run's files; on ranks other than 0 nothing is written."""
+def lock_folder(folder: Path) -> TextIO:
+    """Lock a run folder for the life of the process, or of the returned file.
 
-    def __init__(self, path: Path, writes: bool) -> None:
+    Raises:
+        UserError: another process writes there.
+    """
+    file = (folder / ".lock").open("w", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"Another process is running in {folder}: wait for its end, or choose another.") from None
+    return file
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; what follows the first torn line is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith("\n") or not isinstance(record, dict):
+            break
+        records.append(record)
+    return records
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old or the new one."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    aside.rename(path)
+
+
+def as_line(record: dict[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+class RunFolder:
+    """Writes one run's files; on ranks other than 0 nothing is written. Records of an earlier start up to
+    `keep_steps` stay and are `history`; with None the folder is new."""
+
+    def __init__(self, path: Path, writes: bool, keep_steps: Optional[int] = None) -> None:
         self.path, self.writes = path, writes
         self.meta: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
-        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8") if writes else None
+        self._waiting: list[str] = []
+        if keep_steps is not None:
+            self._keep_records(keep_steps)
+        self._metrics = (path / "metrics.jsonl").open("ab", buffering=0) if writes else None
+        self._written = (path / "metrics.jsonl").stat().st_size if writes else 0
+
+    def _keep_records(self, steps: int) -> None:
+        records = read_records(self.path / "metrics.jsonl")
+        self.history = [record for record in records if steps and record["step"] <= steps]
+        dropped = records[len(self.history) :]
+        if self.writes:
+            with (self.path / "metrics.dropped.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(map(as_line, dropped))
+            replace_text(self.path / "metrics.jsonl", "".join(map(as_line, self.history)))
+            with contextlib.suppress(OSError, ValueError):
+                self.meta = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
 
     def write_config(self, config: RunConfig, ds_config: dict[str, Any]) -> None:
         if self.writes:
-            text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-            (self.path / "config.yaml").write_text(text, encoding="utf-8")
-            (self.path / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
+            replace_text(self.path / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+            replace_text(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
 
     def update_meta(self, **entries: Any) -> None:
         """Add entries to meta.json."""
         self.meta.update(entries)
         if self.writes:
-            (self.path / "meta.json").write_text(json.dumps(self.meta, indent=2) + "\n", encoding="utf-8")
+            replace_text(self.path / "meta.json", json.dumps(self.meta, indent=2) + "\n")
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append an object to metrics.jsonl, numbers in full precision."""
+        """Append an object to metrics.jsonl, numbers in full precision. Warns if it has to wait: the disk is full."""
         self.history.append(record)
+        if self._metrics is None:
+            return
+        self._waiting.append(as_line(record))
+        data = "".join(self._waiting).encode()
+        try:
+            if self._metrics.write(data) != len(data):
+                raise OSError("the disk is full")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._metrics.truncate(self._written)  # no torn line
+            if len(self._waiting) == 1:
+                warnings.warn(f"{self.path}/metrics.jsonl cannot be written ({error}): records wait.", stacklevel=2)
+            return
+        self._waiting = []
+        self._written += len(data)
+
+    def flush(self) -> None:
+        """Make the records durable."""
         if self._metrics is not None:
-            self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
-            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
 
     def plot(self) -> None:
         """loss.png: training loss of every step and validation loss."""

@@ -1,13 +1,17 @@
 """One run from configuration to final model.
 
-`Trainer` puts the parts together (mesh, data, model, method, engine, run folder) and `fit` runs the
-loop: evaluate, step, record, evaluate, export. A batch is a pure function of the step, so the step is
-the whole data position. Every rank runs the same code; only rank 0 writes and speaks.
+`Trainer` puts the parts together (mesh, data, model, method, engine, run folder), fills them from the
+checkpoint if the run continues, and `fit` runs the loop: step, record, evaluate, save, export. A batch is
+a pure function of the step, so the step is the whole data position. Every rank runs the same code; only
+rank 0 writes (but for its share of a checkpoint) and speaks.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -26,20 +30,25 @@ from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.counts import count_parameters, model_flops_per_token
 from megatron_switchlora.model.hf import export_model
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.parallel.agree import gather_texts, on_one_rank
-from megatron_switchlora.parallel.mesh import Mesh, build_mesh
+from megatron_switchlora.parallel.mesh import AXES, Mesh, build_mesh
 from megatron_switchlora.parallel.ranks import Ranks
 from megatron_switchlora.train.device import peak_flops, peak_memory_bytes
 from megatron_switchlora.train.diagnose import find_bad_layer
 from megatron_switchlora.train.ds_config import resolve_ds_config
 from megatron_switchlora.train.engine import Engine, StepResult, perplexity
+from megatron_switchlora.train.resume import Start, compare_data
 from megatron_switchlora.train.run_folder import (
     RunFolder,
     create_folder,
     default_folder,
-    refuse_folder,
+    lock_folder,
     versions,
 )
+from megatron_switchlora.train.saver import Saver
+from megatron_switchlora.train.state import load_state
+from megatron_switchlora.train.stop import StopRequest
 
 
 def prepare_data(config: RunConfig, ranks: Ranks, device: torch.device) -> PreparedData:
@@ -71,13 +80,21 @@ def vocabulary_size(config: RunConfig, data: PreparedData) -> int:
 
 
 class Trainer:
-    """A run. `given_ds_config` is the user's DeepSpeed JSON."""
+    """A run. `given_ds_config` is the user's DeepSpeed JSON, `start` says where it begins (`resume.find_start`), and
+    `stop` hears the signals that end it."""
 
-    def __init__(self, config: RunConfig, given_ds_config: dict[str, Any], ranks: Ranks, device: torch.device) -> None:
-        self.config, self.ranks, self.device = config, ranks, device
+    def __init__(
+        self,
+        config: RunConfig,
+        given_ds_config: dict[str, Any],
+        ranks: Ranks,
+        device: torch.device,
+        start: Start,
+        stop: StopRequest,
+    ) -> None:
+        self.config, self.ranks, self.device, self.start, self.stop = config, ranks, device, start, stop
         self.mesh: Mesh = build_mesh(config.parallel)
         self.ds_config = resolve_ds_config(given_ds_config, config, self.mesh.size("dp"))
-        self._refuse_used_folder()
         self.data = prepare_data(config, ranks, device)
         self._load_data()
         self.vocab_size = vocabulary_size(config, self.data)
@@ -86,18 +103,25 @@ class Trainer:
         initialize_weights(model, config.train.seed)
         self.method = build_method(config, model, self.mesh)
         self.engine = Engine(model, self.method, config, self.ds_config, self.mesh, device)
+        self._load_start()
         self.run = self._open_run_folder()
+        self.saver = Saver(self.run.path / "checkpoints", self.engine, config.checkpoint, self.say)
         self._write_head()
 
-    def _refuse_used_folder(self) -> None:
-        """Before hours of tokenising: is the output folder free?"""
+    def _load_start(self) -> None:
+        """Fill the fresh engine from the checkpoint."""
+        checkpoint = self.start.checkpoint
+        if checkpoint is None:
+            return
+        compare_data(self.config, checkpoint.state(), self.data_identity())
+        load_state(self.engine, checkpoint.archive(), checkpoint.step)
+        found = self.engine.differing_replicas()
+        require(not found, f"After loading {checkpoint.folder} ranks differ: {'; '.join(found[:5])}.")
 
-        def look() -> str:
-            if self.config.output_dir:
-                refuse_folder(Path(self.config.output_dir))
-            return ""
-
-        on_one_rank(self.ranks.rank == 0, look, self.device)
+    def data_identity(self) -> dict[str, Any]:
+        """What a checkpoint remembers of text and tokenizer."""
+        tokenizer = hashlib.sha256((self.data.tokenizer_dir / "tokenizer.json").read_bytes()).hexdigest()
+        return {"data": self.data.folder.name, "tokenizer": tokenizer, "vocab_size": self.vocab_size}
 
     def _load_data(self) -> None:
         train, dp = self.config.train, self.mesh.size("dp")
@@ -110,16 +134,21 @@ class Trainer:
         self.last_step = min(train.steps, available)
 
     def _open_run_folder(self) -> RunFolder:
-        """Rank 0 chooses and creates the folder."""
+        """Rank 0 chooses and creates the folder, or goes on in it, and locks it."""
+        keeps = self.start.keeps_records
 
         def create() -> str:
-            if self.config.output_dir:
-                return str(create_folder(Path(self.config.output_dir)))
-            return str(default_folder(self.config.method.name))
+            given = self.config.output_dir
+            if keeps:
+                folder = Path(given or "")
+            else:
+                folder = create_folder(Path(given)) if given else default_folder(self.config.method.name)
+            self._lock = lock_folder(folder)
+            return str(folder)
 
         folder = on_one_rank(self.ranks.rank == 0, create, self.device)
         self.config.output_dir = folder
-        return RunFolder(Path(folder), writes=self.ranks.rank == 0)
+        return RunFolder(Path(folder), writes=self.ranks.rank == 0, keep_steps=self.start.step if keeps else None)
 
     def _write_head(self) -> None:
         config, counts = self.config, self.counts
@@ -131,8 +160,9 @@ class Trainer:
             self.tokenizer.save_pretrained(self.run.path / "tokenizer")
         self.run.update_meta(
             versions=versions(),
-            mesh={axis: self.mesh.size(axis) for axis in ("lte", "dp", "tp")},
+            mesh={axis: self.mesh.size(axis) for axis in AXES},
             device=str(self.device.type),
+            resumed_at=[*self.run.meta.get("resumed_at", []), self.start.step] if self.start.checkpoint else [],
             data=self.data.folder.name,
             vocab_size=self.vocab_size,
             parameters={"trainable": counts.trainable, "full_rank": counts.full_total},
@@ -147,6 +177,10 @@ class Trainer:
             f"{len(self.train_store)} training and {len(self.val_store)} validation samples of "
             f"{config.train.seq_len} tokens; a unigram model reaches perplexity {self.data.unigram_val_ppl:.1f}"
         )
+        for note in self.start.notes + (self.saver.clean() if self.run.writes else []):
+            self.say(note)
+        if self.start.checkpoint:
+            self.say(f"goes on after step {self.start.step} from {self.start.checkpoint.folder}")
         if self.last_step < config.train.steps:
             self.say(
                 f"the data ends after {self.last_step} of {config.train.steps} steps "
@@ -229,32 +263,90 @@ class Trainer:
             "compared.",
         )
 
-    def fit(self) -> float:
-        """Train, record, export; returns the final validation loss."""
+    def fit(self) -> Optional[float]:
+        """Train, record, save, export; returns the final validation loss, or None if the run was asked to stop."""
         config = self.config.train
         bar: Optional[tqdm] = None
         if self.ranks.rank == 0:
             bar = tqdm(total=self.last_step, unit="step", disable=None, dynamic_ncols=True)
-        val_loss = self._evaluate_and_log(0)
+        if self.start.step == 0:
+            self._evaluate_and_log(0)
+        earlier = next((record["seconds"] for record in reversed(self.run.history) if "seconds" in record), 0.0)
+        self.stop.training = True
         start = time.perf_counter()
-        for step in range(self.last_step):
+        for step in range(self.start.step, self.last_step):
             began = time.perf_counter()
             batches = self.loader.micro_batches(step)
-            result = self.engine.train_step(step, batches)
+            votes = (self._wants_to_stop(step, began - start), self.saver.written)
+            result = self.engine.train_step(step, batches, votes)
             if not result.healthy:
+                self.saver.finish()
                 self._stop_unhealthy(step, result, batches)
             now = time.perf_counter()
-            record = self._record(step, result, now - began, now - start)
+            record = self._record(step, result, now - began, earlier + now - start)
             self.run.log(record)
             self._show(record, bar)
             if config.check_interval and (step + 1) % config.check_interval == 0:
                 self._check_replicas(step)
-            if (step + 1) % config.eval_interval == 0 or step + 1 == self.last_step:
-                val_loss = self._evaluate_and_log(step + 1)
+            last = step + 1 == self.last_step
+            if (step + 1) % config.eval_interval == 0 or last:
+                self._evaluate_and_log(step + 1)
+            stops = result.votes[0] > 0 and not last
+            self._save(step + 1, result.votes[1], due=last or stops)
+            if stops:
+                self._stop(step + 1)
+                return None
         if bar is not None:
             bar.close()
+        val_loss = next(record["val_loss"] for record in reversed(self.run.history) if "val_loss" in record)
         self._finish(val_loss)
         return val_loss
+
+    def _wants_to_stop(self, step: int, seconds: float) -> bool:
+        """Whether this rank wants the run to end after this step, which begins after so many seconds of training."""
+        steps, limit = self.config.train.stop_after_steps, self.config.train.stop_after_seconds
+        return (
+            self.stop.asked is not None
+            or (steps is not None and step + 1 - self.start.step >= steps)
+            or (limit is not None and seconds >= limit)
+        )
+
+    def _save(self, steps: int, written: int, due: bool) -> None:
+        """Publish what all ranks have written; begin a checkpoint if one is due."""
+        if written == dist.get_world_size():
+            self.saver.finish()
+        interval = self.config.checkpoint.interval
+        if due or (interval and steps % interval == 0):
+            self.run.flush()
+            self.saver.save(steps, self._state_files(steps))
+
+    def _state_files(self, steps: int) -> dict[str, bytes]:
+        """What a checkpoint holds beside tensors, on rank 0."""
+        if not self.run.writes:
+            return {}
+        train = self.config.train
+        state = {
+            "step": steps,
+            "samples": steps * train.global_batch_size,
+            "lr_factor": lr_factor(steps, train.warmup_steps, train.steps),
+            **self.data_identity(),
+            "config": self.config.to_dict(),
+            "ds_config": self.ds_config,
+            "mesh": {axis: self.mesh.size(axis) for axis in AXES},
+            "versions": self.run.meta["versions"],
+        }
+        files = {"state.json": json.dumps(state, indent=1).encode()}
+        folder = self.run.path / "tokenizer"
+        return files | {f"tokenizer/{path.name}": path.read_bytes() for path in sorted(folder.iterdir())}
+
+    def _stop(self, steps: int) -> None:
+        """Asked to: leave a published checkpoint and say how to go on."""
+        self.saver.finish()
+        self.run.flush()
+        self.run.close()
+        why = self.stop.asked or "another rank or train.stop_after_*"
+        self.say(f"stopped after step {steps} as asked ({why}); the same command line goes on from here")
+        dist.barrier()
 
     def _show(self, record: dict[str, Any], bar: Optional[tqdm]) -> None:
         """One readable line a step; on a terminal, a progress bar instead."""
@@ -272,7 +364,8 @@ class Trainer:
         self._monitor(record["step"], {key: record[key] for key in ("loss", "lr", "grad_norm", "tokens_per_second")})
 
     def _finish(self, val_loss: float) -> None:
-        """Write the final model, the plot and the outcome."""
+        """Write the last checkpoint, the final model, the plot and the outcome."""
+        self.saver.finish()
         steps = [record for record in self.run.history if "loss" in record]
         self.run.update_meta(
             steps=len(steps),
@@ -291,9 +384,12 @@ class Trainer:
         """Write `final/` from the first data rank's tensor-parallel ranks, aside and then renamed."""
         building = self.run.path / "final.tmp"
         if self.run.writes:
+            shutil.rmtree(building, ignore_errors=True)  # of a start that was killed right here
             building.mkdir()
         end_mark = self.tokenizer.eos_token_id if self.run.writes else None
         export_model(self.engine.model, building, self.config.train.seq_len, end_mark, writes=self.run.writes)
         if self.run.writes:
             self.tokenizer.save_pretrained(building)
+            if (self.run.path / "final").exists():  # likewise; it is this model
+                shutil.rmtree(self.run.path / "final")
             building.rename(self.run.path / "final")

@@ -15,12 +15,13 @@ ALLOWED = {
     "config": set(),
     "rules": {"config"},
     "parallel": {"config"},
+    "checkpoint": {"parallel", "config"},
     "lowrank": {"parallel", "config"},
     "optim": {"parallel", "config"},
-    "model": {"parallel", "config"},
+    "model": {"checkpoint", "parallel", "config"},
     "data": {"config"},
-    "methods": {"lowrank", "optim", "model", "parallel", "config"},
-    "train": {"methods", "lowrank", "optim", "model", "data", "parallel", "rules", "config"},
+    "methods": {"lowrank", "optim", "model", "checkpoint", "parallel", "config"},
+    "train": {"methods", "lowrank", "optim", "model", "data", "checkpoint", "parallel", "rules", "config"},
 }
 
 

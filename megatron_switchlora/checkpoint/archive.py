@@ -1,0 +1,147 @@
+"""Tensors by name and box: what a checkpoint's safetensors files hold, whatever the mesh that wrote them.
+
+Every rank writes one file of boxes; the file's header says of each box which tensor it belongs to, that
+tensor's full shape, and where in it the box lies. A reader asks for any box of a tensor and gets it put
+together from the files, only the needed slices being read. Tensors of LTE heads will be named
+head_NN/NAME. torch.distributed.checkpoint was considered: its metadata is a pickle, its safetensors files
+cannot hold two boxes of one tensor (ZeRO's partitions cut rows), and its plans travel as pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_switchlora.config import UserError
+from megatron_switchlora.parallel.parts import Part
+
+
+@dataclass(frozen=True)
+class Box:
+    """One stored box: `key` in file number `file`, at `offset` of its tensor, `size` long."""
+
+    file: int
+    key: str
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+
+def write_parts(path: Path, parts: Iterable[Part]) -> None:
+    """Write parts (on the CPU) as one durable safetensors file.
+
+    Raises:
+        OSError, SafetensorError: the disk is full, or the folder is gone.
+    """
+    tensors, index = {}, {}
+    for part in parts:
+        key = f"{part.name}@{','.join(map(str, part.offset))}"
+        tensors[key] = part.tensor
+        index[key] = [part.name, part.shape, part.offset]
+    save_file(tensors, path, metadata={"boxes": json.dumps(index)})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read
+    make_durable(path)
+
+
+def make_durable(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Archive:
+    """Files written by `write_parts`, opened for reading; tensors are mapped, not loaded."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._boxes: dict[str, list[Box]] = {}
+        self._files = [self._open(path) for path in files]
+        for number, file in enumerate(self._files):
+            index = json.loads((file.metadata() or {}).get("boxes", "{}"))
+            for key, (name, shape, offset) in index.items():
+                size = tuple(file.get_slice(key).get_shape())
+                self.shapes[name] = tuple(shape)
+                self._boxes.setdefault(name, []).append(Box(number, key, tuple(offset), size))
+
+    @staticmethod
+    def _open(path: Path) -> Any:
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read as safetensors: {error}.") from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def names(self) -> Iterator[str]:
+        """All tensors, in the order in which the files hold them."""
+        yield from self.shapes
+
+    def read(self, name: str, offset: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
+        """The box [offset, offset + size) of a tensor, by default all of it, on the CPU in its stored precision.
+
+        Raises:
+            UserError: no such tensor, or the files do not hold all of the box.
+        """
+        if name not in self.shapes:
+            raise UserError(f"The checkpoint holds no tensor {name!r}: it was written by another method or model.")
+        shape = self.shapes[name]
+        start = tuple(offset) if offset is not None else (0,) * len(shape)
+        end = tuple(a + b for a, b in zip(start, size if size is not None else shape, strict=True))
+        if any(b > whole for b, whole in zip(end, shape, strict=True)):
+            raise UserError(f"The checkpoint's {name} has shape {list(shape)}, the model's is larger: {list(end)}.")
+        found = [(box, *_overlap(box, start, end)) for box in self._boxes[name]]
+        found = [entry for entry in found if all(a < b for a, b in zip(entry[1], entry[2], strict=True))]
+        if len(found) == 1 and found[0][1:] == (start, end):  # the common case, without a copy
+            return self._slice(*found[0])
+        if not found:
+            raise _gap(name, start, end)
+        pieces = [(first, last, self._slice(box, first, last)) for box, first, last in found]
+        whole = pieces[0][2].new_empty([b - a for a, b in zip(start, end, strict=True)])
+        missing = torch.ones(whole.shape, dtype=torch.bool)
+        for first, last, values in pieces:
+            place = tuple(slice(a - s, b - s) for a, b, s in zip(first, last, start, strict=True))
+            whole[place] = values
+            missing[place] = False
+        if missing.any():
+            raise _gap(name, start, end)
+        return whole
+
+    def _slice(self, box: Box, first: tuple[int, ...], last: tuple[int, ...]) -> Tensor:
+        place = tuple(slice(a - o, b - o) for a, b, o in zip(first, last, box.offset, strict=True))
+        return self._files[box.file].get_slice(box.key)[place]
+
+    def fill(self, part: Part) -> None:
+        """Copy a part's box into its memory, in its precision.
+
+        Raises:
+            UserError: as `read`, or a tensor of another shape.
+        """
+        if part.name in self and self.shapes[part.name] != part.shape:
+            raise UserError(
+                f"The checkpoint's {part.name} has shape {list(self.shapes[part.name])}, the configured model's has "
+                f"{list(part.shape)}: give the configuration that wrote it."
+            )
+        if part.tensor.numel():
+            part.tensor.copy_(self.read(part.name, part.offset, part.tensor.shape))
+
+
+def _overlap(box: Box, start: tuple[int, ...], end: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    first = tuple(max(a, b) for a, b in zip(box.offset, start, strict=True))
+    last = tuple(min(o + s, e) for o, s, e in zip(box.offset, box.size, end, strict=True))
+    return first, last
+
+
+def _gap(name: str, start: tuple[int, ...], end: tuple[int, ...]) -> UserError:
+    return UserError(f"The checkpoint's files do not hold all of {name} [{list(start)}, {list(end)}): one is missing.")

@@ -1,0 +1,156 @@
+"""A checkpoint is complete or absent: folders are written aside, made durable, then published by a rename.
+
+    checkpoints/step-00000100/
+        manifest.json         format, step, size and SHA-256 of every other file, and its own SHA-256
+        state.json            configuration, data, mesh, versions, position in the schedule
+        tensors-00000.safetensors ...   one a rank (`archive.py`)
+        tokenizer/
+    checkpoints/.building-step-00000100/    a save that has not ended; .deleting-*: a prune that has not
+Nothing whose name begins with a dot is ever read. No file is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_switchlora.checkpoint.archive import Archive, make_durable
+from megatron_switchlora.config import UserError
+
+FORMAT = 1  # raise it when older code could not read what is written
+NAME = re.compile(r"step-(\d{8,})")
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"size": path.stat().st_size, "sha256": digest(path)}
+
+
+def _own_digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def publish(building: Path, final: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+    """Write the manifest of `files` (as `describe` says them), check that they are all there, and rename.
+
+    Raises:
+        OSError: a file is missing or has another size (ranks that do not share the folder), or the disk is full.
+    """
+    for name, entry in files.items():
+        if (building / name).stat().st_size != entry["size"]:
+            raise OSError(f"{building / name} has not the size that its rank wrote: is the folder on all hosts?")
+    content = {"format": FORMAT, "step": step, "files": files}
+    manifest = building / "manifest.json"
+    text = json.dumps({"content": content, "sha256": _own_digest(content)}, indent=1)
+    manifest.write_text(text + "\n", encoding="utf-8")
+    for path in (manifest, *(folder for folder in building.rglob("*") if folder.is_dir()), building):
+        make_durable(path)
+    building.rename(final)
+    make_durable(final.parent)
+
+
+def published(folder: Path) -> list[Path]:
+    """The published checkpoints in a `checkpoints` folder, oldest first."""
+    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Saves and prunes that were cut off."""
+    return sorted(folder.glob(".building-*")) + sorted(folder.glob(".deleting-*"))
+
+
+def prune(folder: Path, keep_last: int, keep_every: int) -> None:
+    """Delete all checkpoints but the last `keep_last` and those at multiples of `keep_every` steps (0: none)."""
+    steps = [(int(path.name.removeprefix("step-")), path) for path in published(folder)]
+    for step, path in steps[:-keep_last]:
+        if not keep_every or step % keep_every:
+            aside = path.with_name(f".deleting-{path.name}")
+            path.rename(aside)
+            shutil.rmtree(aside)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint whose manifest was read."""
+
+    folder: Path
+    step: int
+    files: dict[str, dict[str, Any]]
+
+    def faults(self, names: Iterable[str]) -> list[str]:
+        """What is wrong with some of its files, a sentence each."""
+        found = []
+        for name in names:
+            path, entry = self.folder / name, self.files[name]
+            if not path.is_file():
+                found.append(f"{name} is missing")
+            elif path.stat().st_size != entry["size"]:
+                found.append(f"{name} has {path.stat().st_size} bytes instead of {entry['size']}")
+            elif digest(path) != entry["sha256"]:
+                found.append(f"{name} is damaged: its SHA-256 is not the manifest's")
+        return found
+
+    def state(self) -> dict[str, Any]:
+        return json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+
+    def archive(self) -> Archive:
+        """Its tensors. Verify `faults` first."""
+        return Archive([self.folder / name for name in sorted(self.files) if name.endswith(".safetensors")])
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint's manifest; its files are not looked at yet.
+
+    Raises:
+        UserError: not a checkpoint, a save that has not ended, a damaged manifest, or a newer format.
+    """
+    if folder.name.startswith("."):
+        raise UserError(f"{folder} is a checkpoint whose save has not ended: give a published one (step-...).")
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        content, own = manifest["content"], manifest["sha256"]
+        intact = _own_digest(content) == own
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} is not a checkpoint: it has no manifest.json. Give a folder step-... of a run's checkpoints/."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"Checkpoint {folder} is damaged: manifest.json cannot be read ({error}).") from None
+    if not intact:
+        raise UserError(f"Checkpoint {folder} is damaged: manifest.json does not fit its own SHA-256.")
+    if content["format"] > FORMAT:
+        raise UserError(
+            f"Checkpoint {folder} has format {content['format']}, this code reads formats up to {FORMAT}: use the "
+            "version of megatron_switchlora that wrote it, or a newer one."
+        )
+    return Checkpoint(folder, content["step"], content["files"])
+
+
+def verified(folder: Path) -> Checkpoint:
+    """Open a checkpoint and verify all of its files, on this process alone.
+
+    Raises:
+        UserError: as `open_checkpoint`, or files that are missing or damaged, named.
+    """
+    checkpoint = open_checkpoint(folder)
+    faults = checkpoint.faults(checkpoint.files)
+    if faults:
+        raise UserError(f"Checkpoint {folder} is damaged: {'; '.join(faults)}.")
+    return checkpoint

@@ -1,0 +1,66 @@
+"""The whole state of a run as parts of named tensors: what a checkpoint writes and what it fills.
+
+Trainable tensors are saved as their fp32 masters, of which the weights are the cast, with both moments
+and the row steps; then the method's own parts (frozen W, bank, schedule). Rank by rank nothing is held
+twice in the files: of ranks with the same part, one writes it, in turns.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Optional
+
+import torch
+
+from megatron_switchlora.checkpoint.archive import Archive
+from megatron_switchlora.parallel.mesh import Mesh
+from megatron_switchlora.parallel.parts import Part, parameter_part
+from megatron_switchlora.parallel.shard import is_split
+from megatron_switchlora.train.engine import Engine
+
+
+def state_parts(engine: Engine) -> Iterator[Part]:
+    """This rank's parts, in the same order on all ranks of a line."""
+    partitioned = engine.ds.zero_optimization_stage() > 0
+    for name, param in engine.model.named_parameters():
+        yield from engine.optimizer.parts(name, param, _same_here(is_split(param), partitioned))
+    yield from engine.method.parts()
+
+
+def _same_here(split: bool, partitioned: bool) -> Optional[str]:
+    """The line of ranks that hold the same of a master: of a parameter split over tp or not, partitioned by ZeRO or
+    not."""
+    if split:
+        return None if partitioned else "dp"
+    return "tp" if partitioned else "head"
+
+
+def own_share(parts: Iterable[Part], mesh: Mesh) -> Iterator[Part]:
+    """Of all parts of the ranks of a line, each once: the ranks that hold the same take turns."""
+    turns: Counter[str] = Counter()
+    for part in parts:
+        if part.line is not None:
+            axis = mesh.axis(part.line)
+            turn = turns[part.line] % axis.size
+            turns[part.line] += 1
+            if turn != axis.rank:
+                continue
+        if part.tensor.numel():
+            yield part
+
+
+@torch.no_grad()
+def load_state(engine: Engine, archive: Archive, step: int) -> None:
+    """Bring a fresh engine to where the checkpoint's run was after `step` steps. Collective.
+
+    Raises:
+        UserError: tensors are missing or have other shapes.
+    """
+    for part in state_parts(engine):
+        archive.fill(part)
+    for name, param in engine.model.named_parameters():
+        archive.fill(parameter_part(name, param, None))  # from the masters: ZeRO gathers only what it has stepped
+    engine.method.loaded()
+    engine.ds.global_steps = step
+    engine.ds.global_samples = step * engine.config.train.global_batch_size

@@ -1,0 +1,37 @@
+"""Being asked to stop: SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint.
+
+Before training has begun, or when asked twice, the run ends at once, as on SIGINT (Ctrl-C). The exit
+status REQUEUE tells a scheduler that the same command line goes on from where the run stopped.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import Optional
+
+REQUEUE = 75  # EX_TEMPFAIL: try again
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, or a signal with nothing to save."""
+
+
+class StopRequest:
+    """`asked` is the name of the signal that asked for a stop at the next step boundary."""
+
+    def __init__(self) -> None:
+        self.asked: Optional[str] = None
+        self.training = False  # set by the trainer: from here on there is something to save
+
+    def install(self) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(each, self._handle)
+
+    def _handle(self, number: int, _frame: object) -> None:
+        name = signal.Signals(number).name
+        if number != signal.SIGINT and self.training and self.asked is None:
+            self.asked = name
+            return
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # launchers send several
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(name)
