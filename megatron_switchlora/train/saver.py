@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,10 @@ from megatron_switchlora.checkpoint.files import describe, leftovers, prune, pub
 from megatron_switchlora.config import CheckpointConfig, UserError
 from megatron_switchlora.parallel.agree import gather_texts, on_one_rank
 from megatron_switchlora.parallel.parts import Part
-from megatron_switchlora.train.engine import Engine
 from megatron_switchlora.train.state import own_share, state_parts
+
+if TYPE_CHECKING:  # importing it imports deepspeed, which is left to those who train
+    from megatron_switchlora.train.engine import Engine
 
 
 @dataclass

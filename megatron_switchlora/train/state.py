@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 
@@ -17,7 +17,9 @@ from megatron_switchlora.checkpoint.archive import Archive
 from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.parallel.parts import Part, parameter_part
 from megatron_switchlora.parallel.shard import is_split
-from megatron_switchlora.train.engine import Engine
+
+if TYPE_CHECKING:  # importing it imports deepspeed, which is left to those who train
+    from megatron_switchlora.train.engine import Engine
 
 
 def state_parts(engine: Engine) -> Iterator[Part]:

@@ -1,0 +1,76 @@
+"""Saves and resumes with fresh engines on one mesh: what a checkpoint must bring back, to the bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_switchlora.checkpoint.files import open_checkpoint, published, verified
+from megatron_switchlora.config import CheckpointConfig
+from megatron_switchlora.methods import SwitchLora
+from megatron_switchlora.train.integrity import fingerprint
+from megatron_switchlora.train.saver import Saver
+from megatron_switchlora.train.state import load_state, state_parts
+from tests.dist.engines import build_engine, micro_batches, start
+from tests.dist.launch import worker_main
+from tests.plain import make_batches, small_config
+
+
+def whole_state(engine: Any) -> list[list[int]]:
+    """A fingerprint of everything: saved parts, and the weights that the forward uses."""
+    tensors = [part.tensor for part in state_parts(engine)] + [param.data for param in engine.params]
+    return [fingerprint(tensor.contiguous()).tolist() for tensor in tensors]
+
+
+def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
+    """Train from `first` (loaded from `folder` if not 0), save at `save_at`, end at `steps`."""
+    config = small_config(case["method"], train__precision=case["precision"], train__seed=1, **case.get("changes", {}))
+    folder = Path(case["folder"]) / "checkpoints"
+    if dist.get_rank() == 0:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    engine = build_engine(config, case["stage"], mesh)
+    found: dict[str, Any] = {"losses": [], "norms": [], "switched": [], "facts": {}}
+    if case["first"]:
+        (path,) = [p for p in published(folder) if int(p.name[5:]) == case["first"]]
+        load_state(engine, open_checkpoint(path).archive(), case["first"])
+        assert engine.differing_replicas() == []
+        found["loaded"] = whole_state(engine)
+    saver = Saver(folder, engine, CheckpointConfig(keep_last=9), lambda text: None)
+    batches = make_batches(config, case["steps"])
+    for step in range(case["first"], case["steps"]):
+        result = engine.train_step(step, micro_batches(config, batches[step], mesh), (saver.written,))
+        assert result.healthy
+        found["losses"].append(result.loss)
+        found["norms"].append(result.grad_norm)
+        found["switched"].append(result.switched)
+        if result.votes[0] == dist.get_world_size():
+            saver.finish()
+        if step + 1 == case.get("save_at"):
+            saver.save(step + 1, {"state.json": json.dumps({"step": step + 1}).encode()})
+            found["saved"] = whole_state(engine)
+            if isinstance(engine.method, SwitchLora):
+                state = engine.method.state
+                found["facts"] = {
+                    "frozen": int(sum((values > 0).sum() for values in state.frozen.values())),
+                    "wrapped": int((state.slots["A"] < engine.config.method.rank).sum()),
+                }
+    saver.finish()
+    if case.get("save_at") and dist.get_rank() == 0:
+        verified(folder / f"step-{case['save_at']:08d}")
+    dist.barrier()
+    return found
+
+
+def act(payload: dict[str, Any]) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    mesh = start(payload["tp"])
+    return [run_case(case, mesh) for case in payload["cases"]]
+
+
+if __name__ == "__main__":
+    worker_main(act)
