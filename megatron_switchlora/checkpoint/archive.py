@@ -27,9 +27,9 @@ from megatron_switchlora.parallel.parts import Part
 
 @dataclass(frozen=True)
 class Box:
-    """One stored box: `key` in file number `file`, at `offset` of its tensor, `size` long."""
+    """One stored box: `key` in a file, at `offset` of its tensor, `size` long."""
 
-    file: int
+    file: Path
     key: str
     offset: tuple[int, ...]
     size: tuple[int, ...]
@@ -61,18 +61,19 @@ def make_durable(path: Path) -> None:
 
 
 class Archive:
-    """Files written by `write_parts`, opened for reading; tensors are mapped, not loaded."""
+    """Files written by `write_parts`, for reading. A file is mapped for the time of a read only, so that what was read
+    does not count as this process's memory."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._boxes: dict[str, list[Box]] = {}
-        self._files = [self._open(path) for path in files]
-        for number, file in enumerate(self._files):
-            index = json.loads((file.metadata() or {}).get("boxes", "{}"))
-            for key, (name, shape, offset) in index.items():
-                size = tuple(file.get_slice(key).get_shape())
-                self.shapes[name] = tuple(shape)
-                self._boxes.setdefault(name, []).append(Box(number, key, tuple(offset), size))
+        for path in files:
+            with self._open(path) as file:
+                index = json.loads((file.metadata() or {}).get("boxes", "{}"))
+                for key, (name, shape, offset) in index.items():
+                    size = tuple(file.get_slice(key).get_shape())
+                    self.shapes[name] = tuple(shape)
+                    self._boxes.setdefault(name, []).append(Box(path, key, tuple(offset), size))
 
     @staticmethod
     def _open(path: Path) -> Any:
@@ -120,7 +121,8 @@ class Archive:
 
     def _slice(self, box: Box, first: tuple[int, ...], last: tuple[int, ...]) -> Tensor:
         place = tuple(slice(a - o, b - o) for a, b, o in zip(first, last, box.offset, strict=True))
-        return self._files[box.file].get_slice(box.key)[place]
+        with self._open(box.file) as file:
+            return file.get_slice(box.key)[place]
 
     def fill(self, part: Part) -> None:
         """Copy a part's box into its memory, in its precision.
