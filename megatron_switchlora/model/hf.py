@@ -19,8 +19,10 @@ from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.parallel.shard import full_shape, shard_of
 
 
-def hf_config(config: ModelConfig, vocab_size: int, seq_len: int, eos_token_id: int | None) -> dict[str, Any]:
-    """`config.json` of the equivalent `transformers.LlamaForCausalLM`."""
+def hf_config(
+    config: ModelConfig, vocab_size: int, seq_len: int, eos_token_id: int | None, dtype: str = "float32"
+) -> dict[str, Any]:
+    """`config.json` of the equivalent `transformers.LlamaForCausalLM`, its weights stored as `dtype`."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -44,8 +46,15 @@ def hf_config(config: ModelConfig, vocab_size: int, seq_len: int, eos_token_id: 
         "eos_token_id": eos_token_id,
         "pad_token_id": None,
         "use_cache": True,
-        "dtype": "float32",
+        "dtype": dtype,
     }
+
+
+def write_configs(folder: Path, config: dict[str, Any]) -> None:
+    """`config.json` and `generation_config.json`."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    marks = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
+    (folder / "generation_config.json").write_text(json.dumps({**marks, "do_sample": False}, indent=2) + "\n", "utf-8")
 
 
 @torch.no_grad()
@@ -72,10 +81,7 @@ def export_model(
     state = merged_state_dict(model, keeps=writes)
     if not writes:
         return
-    config = hf_config(model.config, model.vocab_size, seq_len, eos_token_id)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    generation = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "do_sample": False}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    write_configs(folder, hf_config(model.config, model.vocab_size, seq_len, eos_token_id))
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Optional
@@ -148,9 +148,11 @@ class Engine:
                 param.grad.tensor_model_parallel = is_split(param)
         return None
 
-    def train_step(self, step: int, micro_batches: list[Tensor], votes: Sequence[bool] = ()) -> StepResult:
-        """Step number `step` (from 0) on this rank's micro-batches, each [micro_batch_size, S + 1] tokens. `votes` are
-        this rank's answers to what the ranks must agree on; they travel with the loss."""
+    def train_step(
+        self, step: int, micro_batches: list[Tensor], votes: Callable[[], Sequence[bool]] = tuple
+    ) -> StepResult:
+        """Step number `step` (from 0) on this rank's micro-batches, each [micro_batch_size, S + 1] tokens. `votes`
+        gives this rank's answers, at the step's end, to what the ranks must agree on; they travel with the loss."""
         lr = self._set_lr(step)
         losses = torch.zeros((), dtype=torch.float64, device=self.device)
         self.recorder.clear()
@@ -172,7 +174,7 @@ class Engine:
         self.method.after_step(step)
         dp_bytes = self.recorder.total("gradient", self.mesh.group("dp"))
         grad_norm = float(norm if norm is not None else self.ds.get_global_grad_norm())
-        return self._result(losses / len(micro_batches), grad_norm, lr, switched, dp_bytes, votes)
+        return self._result(losses / len(micro_batches), grad_norm, lr, switched, dp_bytes, votes())
 
     def _result(
         self, loss: Tensor, grad_norm: float, lr: float, switched: int, dp_bytes: int, votes: Sequence[bool]

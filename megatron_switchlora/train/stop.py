@@ -1,7 +1,8 @@
 """Being asked to stop: SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint.
 
-Before training has begun, or when asked twice, the run ends at once, as on SIGINT (Ctrl-C). The exit
-status REQUEUE tells a scheduler that the same command line goes on from where the run stopped.
+Before training has begun the run ends at once, as it always does on SIGINT (Ctrl-C); a second SIGTERM
+changes nothing, since launchers send several. The exit status REQUEUE tells a scheduler that the same
+command line goes on from where the run stopped.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ class StopRequest:
 
     def _handle(self, number: int, _frame: object) -> None:
         name = signal.Signals(number).name
-        if number != signal.SIGINT and self.training and self.asked is None:
-            self.asked = name
+        if number != signal.SIGINT and self.training:
+            self.asked = self.asked or name
             return
-        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # launchers send several
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(each, signal.SIG_IGN)
         raise Stopped(name)

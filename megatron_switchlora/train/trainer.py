@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -157,7 +158,9 @@ class Trainer:
             from transformers import AutoTokenizer
 
             self.tokenizer = AutoTokenizer.from_pretrained(self.data.tokenizer_dir)
-            self.tokenizer.save_pretrained(self.run.path / "tokenizer")
+            folder = self.run.path / "tokenizer"
+            self.tokenizer.save_pretrained(folder)
+            self.tokenizer_files = {f"tokenizer/{path.name}": path.read_bytes() for path in sorted(folder.iterdir())}
         self.run.update_meta(
             versions=versions(),
             mesh={axis: self.mesh.size(axis) for axis in AXES},
@@ -277,7 +280,7 @@ class Trainer:
         for step in range(self.start.step, self.last_step):
             began = time.perf_counter()
             batches = self.loader.micro_batches(step)
-            votes = (self._wants_to_stop(step, began - start), self.saver.written)
+            votes = partial(self._votes, step, start)
             result = self.engine.train_step(step, batches, votes)
             if not result.healthy:
                 self.saver.finish()
@@ -302,14 +305,16 @@ class Trainer:
         self._finish(val_loss)
         return val_loss
 
-    def _wants_to_stop(self, step: int, seconds: float) -> bool:
-        """Whether this rank wants the run to end after this step, which begins after so many seconds of training."""
+    def _votes(self, step: int, start: float) -> tuple[bool, bool]:
+        """Whether this rank wants the run, which has been training since `start`, to end after this step; whether it
+        has written its share of the checkpoint on its way."""
         steps, limit = self.config.train.stop_after_steps, self.config.train.stop_after_seconds
-        return (
+        stops = (
             self.stop.asked is not None
             or (steps is not None and step + 1 - self.start.step >= steps)
-            or (limit is not None and seconds >= limit)
+            or (limit is not None and time.perf_counter() - start >= limit)
         )
+        return stops, self.saver.written
 
     def _save(self, steps: int, written: int, due: bool) -> None:
         """Publish what all ranks have written; begin a checkpoint if one is due."""
@@ -336,8 +341,7 @@ class Trainer:
             "versions": self.run.meta["versions"],
         }
         files = {"state.json": json.dumps(state, indent=1).encode()}
-        folder = self.run.path / "tokenizer"
-        return files | {f"tokenizer/{path.name}": path.read_bytes() for path in sorted(folder.iterdir())}
+        return files | self.tokenizer_files
 
     def _stop(self, steps: int) -> None:
         """Asked to: leave a published checkpoint and say how to go on."""

@@ -50,6 +50,7 @@ class Place:
             "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port, script],
             "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", port, script],
             "mpirun": [str(BIN / "mpirun"), "-n", "2", sys.executable, script],
+            "torchrun 4": [str(BIN / "torchrun"), "--nproc_per_node", "4", "--master_port", port, script],
             "torchrun 3": [str(BIN / "torchrun"), "--nproc_per_node", "3", "--master_port", port, script],
             "alone": [sys.executable, script],
         }

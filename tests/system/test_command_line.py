@@ -46,7 +46,8 @@ def test_terminal_output(finished: str) -> None:
 def test_run_folder(place: Place, finished: str) -> None:
     run = place.folder / "run"
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.yaml", "ds_config.json", "metrics.jsonl", "meta.json", "loss.png", "tokenizer", "final"}
+    assert names == {"config.yaml", "ds_config.json", "metrics.jsonl", "meta.json", "loss.png", "tokenizer", "final",
+                     "checkpoints", ".lock"}  # fmt: skip
     assert (run / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     meta = json.loads((run / "meta.json").read_text())
     assert meta["finished"] and meta["mesh"] == {"lte": 1, "dp": 2, "tp": 1}

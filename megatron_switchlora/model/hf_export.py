@@ -1,0 +1,160 @@
+"""From a checkpoint of any mesh to Hugging Face and PEFT, with a few tensors in memory at a time.
+
+`export_dense` folds the adapters and writes sharded safetensors that `AutoModelForCausalLM` loads;
+`export_peft` writes the frozen base likewise and the adapters beside it, as a LoRA that `PeftModel` loads
+(its lora_B is [out, r]: ours transposed). Folders are built aside and renamed: complete or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_switchlora.checkpoint.archive import make_durable
+from megatron_switchlora.checkpoint.files import Checkpoint
+from megatron_switchlora.config import UserError
+from megatron_switchlora.model.hf import hf_config, write_configs
+from megatron_switchlora.model.weights import Weights
+
+SHARD_BYTES = 1 << 30
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_folder(out: Path, fill: Callable[[Path], None]) -> None:
+    """Have `fill` write a new folder aside, then rename it to `out`.
+
+    Raises:
+        UserError: `out` exists, or cannot be written.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already and is not overwritten: give a new folder.")
+    building = out.with_name(f".building-{out.name}")
+    try:
+        shutil.rmtree(building, ignore_errors=True)  # of an earlier conversion that was killed
+        building.mkdir(parents=True)
+        fill(building)
+        make_durable(building)
+        building.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out} cannot be written ({error}): make room, or give another folder.") from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def write_shards(folder: Path, sizes: dict[str, int], read: Callable[[str], Tensor], limit: int = SHARD_BYTES) -> None:
+    """Write tensors, by name with their bytes, as model.safetensors, or as shards of at most `limit` bytes (or one
+    tensor) with an index; a shard at a time is in memory."""
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > limit:
+            shards.append([])
+        shards[-1].append(name)
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_tensors({name: read(name) for name in names}, folder / file)
+        index |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """One durable safetensors file in transformers' format, readable by whoever can enter its folder."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    make_durable(path)
+
+
+def export_dense(checkpoint: Checkpoint, out: Path, dtype: str = "bf16", limit: int = SHARD_BYTES) -> None:
+    """Write the effective weights, cast after folding, with configuration and tokenizer.
+
+    Raises:
+        UserError: `out` exists or cannot be written.
+    """
+    weights = Weights(checkpoint)
+
+    def fill(folder: Path) -> None:
+        _write_model(weights, checkpoint, folder, dtype, weights.read, limit)
+
+    build_folder(out, fill)
+
+
+def _write_model(
+    weights: Weights, checkpoint: Checkpoint, folder: Path, dtype: str, read: Callable[[str], Tensor], limit: int
+) -> None:
+    target = DTYPES[dtype]
+    sizes = {name: torch.Size(weights.shape(name)).numel() * target.itemsize for name in weights.names()}
+    write_shards(folder, sizes, lambda name: read(name).to(target), limit)
+    end_mark = _copy_tokenizer(checkpoint.folder / "tokenizer", folder)
+    seq_len = weights.config.get("train", {}).get("seq_len", weights.model.max_position_embeddings)
+    stored = str(target).removeprefix("torch.")
+    write_configs(folder, hf_config(weights.model, weights.vocab_size, seq_len, end_mark, stored))
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> int | None:
+    """Copy the tokenizer, if there is one; returns its end mark's number."""
+    if not source.is_dir():
+        return None
+    from transformers import AutoTokenizer
+
+    for path in source.iterdir():
+        shutil.copyfile(path, folder / path.name)
+    return AutoTokenizer.from_pretrained(source).eos_token_id
+
+
+def export_peft(checkpoint: Checkpoint, out: Path, dtype: str = "bf16", limit: int = SHARD_BYTES) -> None:
+    """Write `out`/base and `out`/adapter.
+
+    Raises:
+        UserError: a checkpoint without adapters; `out` exists or cannot be written.
+    """
+    weights = Weights(checkpoint)
+    adapted = [name for name in weights.names() if weights.adapted(name)]
+    if not adapted:
+        raise UserError(
+            f"{checkpoint.folder} was trained with method {weights.config['method']['name']} and has no adapters to "
+            "export: leave --peft out."
+        )
+
+    def fill(folder: Path) -> None:
+        for name in ("base", "adapter"):
+            (folder / name).mkdir()
+        _write_model(weights, checkpoint, folder / "base", dtype, weights.base, limit)
+        tensors: dict[str, Tensor] = {}
+        for name in adapted:
+            A, B = weights.factors(name)
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{stem}.lora_A.weight"] = A.to(DTYPES[dtype])
+            tensors[f"{stem}.lora_B.weight"] = B.t().to(DTYPES[dtype])
+        save_tensors(tensors, folder / "adapter" / "adapter_model.safetensors")
+        config = json.dumps(peft_config(weights, adapted, str(out / "base")), indent=2)
+        (folder / "adapter" / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
+
+    build_folder(out, fill)
+
+
+def peft_config(weights: Weights, adapted: Iterable[str], base: str) -> dict[str, Any]:
+    """`adapter_config.json`: plain LoRA with our rank and alpha."""
+    method = weights.config["method"]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": method["rank"],
+        "lora_alpha": method["alpha"],
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "inference_mode": True,
+        "target_modules": sorted({name.split(".")[-2] for name in adapted}),
+    }

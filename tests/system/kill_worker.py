@@ -1,0 +1,62 @@
+"""launch/pretrain.py in a process that kills itself, with SIGKILL, at a chosen point: KILL_AT="point:count".
+
+The count-th arrival at the point is the last thing the process does. Points lie in the data, the switch, the
+optimizer step and the record, and before, between and after all that a save does.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+from typing import Any
+
+from tests.dist.launch import REPOSITORY
+
+POINTS = {
+    "data": ("megatron_switchlora.data.loader", "TrainLoader.micro_batches"),
+    "switch": ("megatron_switchlora.lowrank.bank", "CandidateBank.put_back"),
+    "step": ("megatron_switchlora.optim.row_adamw", "RowAdamW.step"),
+    "record": ("megatron_switchlora.train.run_folder", "RunFolder.log"),
+    "save": ("megatron_switchlora.train.saver", "Saver.save"),
+    "write": ("megatron_switchlora.train.saver", "write_parts"),
+    "between files": ("megatron_switchlora.train.saver", "make_durable"),
+    "describe": ("megatron_switchlora.train.saver", "describe"),
+    "gather": ("megatron_switchlora.train.saver", "Saver.finish"),
+    "publish": ("megatron_switchlora.train.saver", "publish"),
+    "manifest": ("megatron_switchlora.checkpoint.files", "make_durable"),
+    "prune": ("megatron_switchlora.train.saver", "prune"),
+    "delete": ("megatron_switchlora.checkpoint.files", "shutil.rmtree"),
+    "load": ("megatron_switchlora.checkpoint.archive", "Archive.fill"),
+    "reopen": ("megatron_switchlora.train.run_folder", "replace_text"),
+}
+RANK_0_ONLY = {"between files", "publish", "manifest", "prune", "delete", "reopen"}
+
+
+def arm(point: str, count: int) -> None:
+    """Replace the point's function by one that kills at its count-th call."""
+    module, _, dotted = POINTS[point][0], None, POINTS[point][1]
+    owner: Any = __import__(module, fromlist=["_"])
+    *path, name = dotted.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, name), 0
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, deadly)
+
+
+if __name__ == "__main__":
+    if os.environ.get("KILL_AT"):
+        where, number = os.environ["KILL_AT"].split(":")
+        arm(where, int(number))
+    script = str(REPOSITORY / "launch" / "pretrain.py")
+    sys.argv = [script, *sys.argv[1:]]
+    runpy.run_path(script, run_name="__main__")

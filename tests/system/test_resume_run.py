@@ -1,0 +1,231 @@
+"""Runs that are stopped, killed, damaged or out of disk, and what the same command line makes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_switchlora.checkpoint.files import published
+from tests.dist.launch import REPOSITORY, end
+from tests.system.commands import Place
+from tests.system.soak import comparable, soak
+from tests.system.test_signals import wait_for_steps, wait_until_gone, worker_pids
+
+REQUEUE = 75
+SAVING = ["--checkpoint.interval", "4", "--train.steps", "40", "--train.eval_interval", "10"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """With a run of one process left alone, `whole`."""
+    place = Place(tmp_path_factory.mktemp("resume"))
+    status, output = place.run("alone", place.options("whole", *SAVING))
+    assert status == 0, output
+    return place
+
+
+def steps_of(place: Place, run: str) -> list[int]:
+    return [int(path.name[5:]) for path in published(place.folder / run / "checkpoints")]
+
+
+def same_records(place: Place, run: str, other: str) -> bool:
+    return comparable(place.records(run)) == comparable(place.records(other))
+
+
+def test_a_finished_run_is_left_alone(place: Place) -> None:
+    before = (place.folder / "whole" / "metrics.jsonl").read_bytes()
+    status, output = place.run("alone", place.options("whole", *SAVING))
+    assert status == 0 and "is finished: give another --output_dir" in output
+    assert (place.folder / "whole" / "metrics.jsonl").read_bytes() == before
+    assert steps_of(place, "whole") == [36, 40]
+
+
+def test_stop_after_steps_and_seconds(place: Place) -> None:
+    options = [*place.options("stopped", *SAVING), "--checkpoint.interval", "0"]
+    status, output = place.run("alone", [*options, "--train.stop_after_steps", "7"])
+    assert status == REQUEUE and "stopped after step 7 as asked" in output and steps_of(place, "stopped") == [7]
+    status, output = place.run("alone", [*options, "--train.stop_after_seconds", "0.01"])
+    assert status == REQUEUE and "goes on after step 7 " in output and "stopped after step 8" in output
+    status, output = place.run("alone", options)
+    assert status == 0 and "goes on after step 8 " in output
+    assert same_records(place, "stopped", "whole")
+    ours, theirs = (load_file(place.folder / run / "final" / "model.safetensors") for run in ("stopped", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(place: Place, number: int) -> None:
+    run = f"asked{int(number)}"
+    process = place.start("torchrun", place.options(run, *SAVING, "--train.steps", "100000"))
+    try:
+        wait_for_steps(process)
+        workers = worker_pids(process.pid)
+        os.kill(workers[1], number)  # the ranks agree on the step
+        output, _ = process.communicate(timeout=60)
+    finally:
+        end([process])
+    assert process.returncode != 0 and output.count("exitcode  : 75") >= 1, output
+    (line,) = [line for line in output.splitlines() if line.startswith("stopped after step")]
+    step = int(line.split()[3])
+    assert steps_of(place, run)[-1] == step == place.records(run)[-1]["step"]
+
+
+def test_sigterm_under_the_deepspeed_launcher_leaves_a_checkpoint(place: Place) -> None:
+    """To the process group, as schedulers send it: DeepSpeed's front end alone passes no signal on."""
+    process = place.start("deepspeed", place.options("launcher", *SAVING, "--train.steps", "100000"))
+    try:
+        wait_for_steps(process)
+        everyone = worker_pids(process.pid)
+        os.killpg(process.pid, signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        assert wait_until_gone(everyone, 10) == []
+    finally:
+        end([process])
+    assert process.returncode != 0 and output.count("stopped after step") == 1, output
+    assert steps_of(place, "launcher")[-1] == place.records("launcher")[-1]["step"]
+
+
+MESHES = [("torchrun", "1"), ("torchrun", "2"), ("torchrun 4", "2")]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "tp"), [MESHES[0], *(pytest.param(*m, marks=pytest.mark.full) for m in MESHES[1:])]
+)
+def test_kill_9_and_the_same_command_again(place: Place, launcher: str, tp: str) -> None:
+    name = f"{launcher}-{tp}".replace(" ", "")
+    options = [*SAVING, "--parallel.tp", tp, "--train.micro_batch_size", "2"]
+    status, output = place.run(launcher, place.options(f"{name}-whole", *options))
+    assert status == 0, output
+    line = place.options(f"{name}-killed", *options)
+    process = place.start(launcher, line)
+    try:
+        wait_for_steps(process)
+        for pid in worker_pids(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+    finally:
+        end([process])
+    left = steps_of(place, f"{name}-killed")
+    status, output = place.run(launcher, line)
+    assert status == 0 and (not left or f"goes on after step {left[-1]} " in output), output
+    assert same_records(place, f"{name}-killed", f"{name}-whole")
+
+
+def test_damage_is_found_before_training_and_named(place: Place) -> None:
+    shutil.copytree(place.folder / "whole", place.folder / "damaged")
+    run = place.folder / "damaged"
+    meta = json.loads((run / "meta.json").read_text())
+    (run / "meta.json").write_text(json.dumps({**meta, "finished": False}))
+    newest = run / "checkpoints" / "step-00000040" / "tensors-00000.safetensors"
+    good = newest.read_bytes()
+    newest.write_bytes(good[:-9] + bytes([good[-9] ^ 4]) + good[-8:])
+    before = (run / "metrics.jsonl").read_bytes()
+    statuses, output = place.run_pair(place.options("damaged", *SAVING))
+    assert statuses == [2, 2] and output.count("error: ") == 1, output
+    assert "tensors-00000.safetensors is damaged" in output and "move it away to go on from step-00000036" in output
+    assert (run / "metrics.jsonl").read_bytes() == before
+    shutil.move(newest.parent, place.folder / "moved")
+    statuses, output = place.run_pair(place.options("damaged", *SAVING))
+    assert statuses == [0, 0] and "goes on after step 36 " in output, output
+    worst = 0.0  # two ranks went on where one had stopped
+    for mine, theirs in zip(place.records("damaged"), place.records("whole"), strict=True):
+        worst = max(worst, *(abs(mine[key] / theirs[key] - 1) for key in {"loss", "val_loss"} & set(theirs)))
+    assert worst < 1e-5
+
+
+def test_another_model_or_tokenizer_is_refused(place: Place) -> None:
+    source = str(place.folder / "whole")
+    for changes, message in [
+        (["--model.hidden_size", "64"], "model.hidden_size is 32 there and 64 here"),
+        (["--method.name", "lora"], "method.name is 'switchlora' there and 'lora' here"),
+        (["--data.vocab_size", "320"], "vocab_size is 300 there and 320 here"),
+    ]:
+        status, output = place.run("alone", [*place.options("other", *SAVING), *changes, "--resume", source])
+        assert status == 2 and message in output, output
+    assert not (place.folder / "other" / "checkpoints").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1.6 MB: the run's files and two checkpoints fit, a third does not."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs", str(folder)], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"needs root to mount a small file system: {made.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_keeps_the_run_and_the_last_checkpoint(place: Place, small_disk: Path) -> None:
+    options = [*place.options("unused")[:-2], "--output_dir", str(small_disk / "run"), *SAVING]
+    process = place.start("alone", [*options, "--checkpoint.keep_last", "9", "--train.stop_after_steps", "30"])
+    try:
+        output, _ = process.communicate(timeout=120)
+    finally:
+        end([process])
+    assert process.returncode == REQUEUE, output
+    assert "was not written (rank 0:" in output and "Training goes on." in output, output
+    kept = published(small_disk / "run" / "checkpoints")
+    assert kept and not list((small_disk / "run" / "checkpoints").glob(".building*"))
+    shutil.copytree(small_disk / "run", place.folder / "rescued")
+    status, output = place.run("alone", place.options("rescued", *SAVING))
+    assert status == 0 and f"goes on after step {int(kept[-1].name[5:])} " in output, output
+    assert same_records(place, "rescued", "whole")
+
+
+def test_a_vanished_folder_ends_the_run(place: Place) -> None:
+    process = place.start("alone", place.options("vanishing", *SAVING, "--train.steps", "100000"))
+    try:
+        wait_for_steps(process)
+        (place.folder / "vanishing").rename(place.folder / "vanished")
+        output, _ = process.communicate(timeout=60)
+    finally:
+        end([process])
+    assert process.returncode == 2 and "has vanished" in output, output
+    assert not (place.folder / "vanishing").exists()
+
+
+def convert(place: Place, *words: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "tools" / "convert_hf.py"), *words], env=place.env, cwd=place.folder,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_an_export_of_a_checkpoint_is_the_final_model(place: Place) -> None:
+    status, output = convert(place, "export", "whole", "exported", "--dtype", "fp32")
+    assert status == 0, output
+    ours, theirs = (load_file(place.folder / name / "model.safetensors") for name in ("exported", "whole/final"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    final = json.loads((place.folder / "whole" / "final" / "config.json").read_text())
+    assert json.loads((place.folder / "exported" / "config.json").read_text()) == final
+    status, output = convert(place, "export", "whole", "exported")
+    assert status == 2 and "exists already and is not overwritten" in output
+    unfinished = place.folder / "whole" / "checkpoints" / ".building-step-00000099"
+    unfinished.mkdir()
+    status, output = convert(place, "export", str(unfinished), "never")
+    unfinished.rmdir()
+    assert status == 2 and "whose save has not ended" in output and not (place.folder / "never").exists()
+
+
+@pytest.mark.full
+def test_a_short_soak(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    options = [*place.options("unused")[:-2], *SAVING, "--checkpoint.keep_every", "12"]
+    began = time.monotonic()
+    found = soak(place, 10, int(began), options)
+    print(f"\n{found}")
+    assert found["kills"] >= 10 and found["lost_steps"] <= 8

@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Between this project's checkpoints and Hugging Face's folders.
+
+    python tools/convert_hf.py export RUN_OR_CHECKPOINT OUT [--dtype fp32] [--peft]
+    python tools/convert_hf.py import HF_DIR OUT
+
+export folds the adapters and writes what AutoModelForCausalLM loads; with --peft OUT/base and OUT/adapter, which
+PeftModel loads. import makes a LLaMA the starting point of a run: --config OUT/model.yaml --train.init_from OUT.
+Both need memory for a few layers only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_switchlora.checkpoint.files import verified
+from megatron_switchlora.config import UserError
+from megatron_switchlora.model.hf_export import DTYPES, export_dense, export_peft
+from megatron_switchlora.model.weights import find_checkpoint
+
+
+def export(arguments: argparse.Namespace) -> str:
+    checkpoint = verified(find_checkpoint(arguments.source).folder)
+    limit = int(arguments.shard_mb * 1e6)
+    write = export_peft if arguments.peft else export_dense
+    write(checkpoint, arguments.out, arguments.dtype, limit)
+    parts = f"{arguments.out}/base and {arguments.out}/adapter" if arguments.peft else str(arguments.out)
+    return f"{checkpoint.folder} (step {checkpoint.step}) exported as {arguments.dtype} to {parts}"
+
+
+def import_(arguments: argparse.Namespace) -> str:
+    from megatron_switchlora.train.hf_start import import_model
+
+    import_model(arguments.source, arguments.out)
+    return (
+        f"{arguments.source} imported. Start from it: launch/pretrain.py --config {arguments.out}/model.yaml "
+        f"--train.init_from {arguments.out} --data.tokenizer {arguments.out}/tokenizer ..."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    out = commands.add_parser("export", help="a checkpoint to Hugging Face or PEFT")
+    out.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
+    out.add_argument("out", type=Path, metavar="OUT")
+    out.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="cast after folding (default: bf16)")
+    out.add_argument("--peft", action="store_true", help="base model and adapter apart, for PeftModel")
+    out.add_argument("--shard_mb", type=float, default=1000.0, help="largest safetensors file, in MB")
+    out.set_defaults(act=export)
+    into = commands.add_parser("import", help="a Hugging Face LLaMA to a starting point")
+    into.add_argument("source", type=Path, metavar="HF_DIR")
+    into.add_argument("out", type=Path, metavar="OUT")
+    into.set_defaults(act=import_)
+    arguments = parser.parse_args()
+    try:
+        print(arguments.act(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
