@@ -1,7 +1,8 @@
 """What a run configuration must fulfil, as far as it needs no data and no process group.
 
 Each rule is a sentence with the values and what to change. Rules that need the data (lengths, vocabulary) or the
-world (mesh, batch) stand where those are known, with the helpers of config.py.
+world (mesh, batch) stand where those are known, with the helpers of config.py; those of the model's shape alone stand
+in config.py.
 """
 
 from __future__ import annotations
@@ -10,40 +11,13 @@ import math
 from dataclasses import fields
 from fnmatch import fnmatch
 
-from megatron_switchlora.config import DataConfig, ModelConfig, RunConfig, require, require_shard
+from megatron_switchlora.config import DataConfig, RunConfig, check_model, require, require_shard
 
 # What a resumed run may be told to change, by `checkpoint.allow_changes`.
 CHANGEABLE = (
     "optim.*", "train.steps", "train.warmup_steps", "train.epochs", "train.precision", "method.interval0",
     "method.switch_ratio", "method.switch_total_steps", "method.freeze_steps", "data",
 )  # fmt: skip
-
-
-def _validate_model(m: ModelConfig) -> None:
-    for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads"):
-        value = getattr(m, name)
-        require(value >= 1, f"model.{name} must be at least 1, not {value}: give a positive size.")
-    require(
-        m.num_kv_heads is None or m.num_kv_heads >= 1,
-        f"model.num_kv_heads must be at least 1, not {m.num_kv_heads}: leave it out for as many as model.num_heads.",
-    )
-    require(
-        m.hidden_size % m.num_heads == 0,
-        f"model.hidden_size {m.hidden_size} must be a multiple of model.num_heads {m.num_heads}: change one of them.",
-    )
-    require(
-        m.head_dim % 2 == 0,
-        f"The head size {m.head_dim} (model.hidden_size {m.hidden_size} / model.num_heads {m.num_heads}) must be even "
-        "for rotary embeddings: change one of them.",
-    )
-    require(
-        m.num_heads % m.kv_heads == 0,
-        f"model.num_heads {m.num_heads} must be a multiple of model.num_kv_heads {m.kv_heads}: change one of them.",
-    )
-    for name in ("initializer_range", "rope_theta", "rms_norm_eps"):
-        number = getattr(m, name)
-        require(math.isfinite(number) and number > 0, f"model.{name} must be positive, not {number}.")
-    require(m.vocab_size is None or m.vocab_size >= 1, f"model.vocab_size must be positive, not {m.vocab_size}.")
 
 
 def _validate_method(config: RunConfig) -> None:
@@ -188,7 +162,7 @@ def validate(config: RunConfig) -> None:
     Raises:
         UserError: with the rule, the values and what to change.
     """
-    _validate_model(config.model)
+    check_model(config.model)
     _validate_method(config)
     _validate_train(config)
     _validate_stops(config)

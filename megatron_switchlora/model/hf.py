@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_switchlora.config import ModelConfig, UserError
 from megatron_switchlora.model.llama import LlamaForCausalLM
+from megatron_switchlora.model.rope import rope_parameters
 from megatron_switchlora.parallel.shard import full_shape, shard_of
 
 
@@ -23,6 +24,8 @@ def hf_config(
     config: ModelConfig, vocab_size: int, seq_len: int, eos_token_id: int | None, dtype: str = "float32"
 ) -> dict[str, Any]:
     """`config.json` of the equivalent `transformers.LlamaForCausalLM`, its weights stored as `dtype`."""
+    # where transformers 4 looks for it; version 5 reads either
+    scaling = {} if config.rope_scaling is None else {"rope_scaling": config.rope_scaling}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -33,9 +36,10 @@ def hf_config(
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
-        "max_position_embeddings": seq_len,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "max_position_embeddings": max(seq_len, config.max_position_embeddings or 0),
+        "rope_parameters": rope_parameters(config),
         "rope_theta": config.rope_theta,
+        **scaling,
         "rms_norm_eps": config.rms_norm_eps,
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tie_embeddings,

@@ -5,8 +5,9 @@ SwiGLU. Linears are the parallel layers of `parallel/linear.py`; a method may re
 decoder layers by low-rank ones (`decoder_linears` lists them). Shapes: B batch, S sequence,
 D hidden, F feed-forward, V vocabulary, H heads, K key/value heads. Under tensor parallelism a rank
 holds whole heads and a part of F and V; a block runs one all-reduce forward and one backward.
-With `labels`, `forward` returns the mean cross entropy; without, the logits. Not supported: biases,
-rope scaling, attention masks other than causal, caches for generation (export to transformers).
+With `labels`, `forward` returns the mean cross entropy; without, the logits. Scaled rotary embeddings
+stand in `rope.py`. Not supported: biases, attention masks other than causal, caches for generation
+(export to transformers).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_switchlora.config import ModelConfig
+from megatron_switchlora.model.rope import scaled_frequencies, scaled_tables
 from megatron_switchlora.parallel.collectives import gather_columns
 from megatron_switchlora.parallel.cross_entropy import token_cross_entropy
 from megatron_switchlora.parallel.linear import (
@@ -129,11 +131,19 @@ class LlamaModel(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(vocab_size, config.hidden_size, tp)
         self.layers = nn.ModuleList(DecoderLayer(config, tp) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # no buffer, which would be rounded when the model is cast to bf16
+        self.scaled_rotary = None if config.rope_scaling is None else scaled_frequencies(config)
         self.checkpointing = False
+
+    def rotary(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [S, head_dim] for these activations."""
+        if self.scaled_rotary is not None:
+            return scaled_tables(x_BSD.size(1), *self.scaled_rotary, x_BSD)
+        return rotary_tables(x_BSD.size(1), self.config.head_dim, self.config.rope_theta, x_BSD)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         x_BSD = self.embed_tokens(tokens_BS)
-        rotary = rotary_tables(x_BSD.size(1), self.config.head_dim, self.config.rope_theta, x_BSD)
+        rotary = self.rotary(x_BSD)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x_BSD = checkpoint(layer, x_BSD, rotary, use_reentrant=False)
