@@ -17,20 +17,7 @@ from megatron_switchlora.model.hf import export_model, merged_state_dict
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.rules import validate
 from megatron_switchlora.train.arguments import parse_arguments
-
-VOCAB, LENGTH = 61, 150
-LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}  # fmt: skip
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-SCALINGS = {
-    "linear": {"rope_type": "linear", "factor": 2.5},
-    "llama3": LLAMA3,
-    "yarn": YARN,
-    "yarn_slopes": {**YARN, "beta_fast": 16, "beta_slow": 2.0, "truncate": False, "attention_factor": 1.3},
-    "yarn_mscale": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
-}
+from tests.hf_folders import LENGTH, LLAMA3, ROPES, VOCAB, YARN, tokens
 
 
 def make_model(scaling: dict | None, **changes: object) -> LlamaForCausalLM:
@@ -56,14 +43,10 @@ def make_theirs(model: LlamaForCausalLM, scaling: dict) -> transformers.LlamaFor
     return theirs
 
 
-def tokens() -> torch.Tensor:
-    return torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("name", SCALINGS)
+@pytest.mark.parametrize("name", ROPES)
 def test_logits_equal_transformers(name: str) -> None:
-    model = make_model(SCALINGS[name])
-    theirs = make_theirs(model, SCALINGS[name])
+    model = make_model(ROPES[name])
+    theirs = make_theirs(model, ROPES[name])
     with torch.no_grad():
         for dtype, bar in ((torch.float32, 1e-5), (torch.float64, 1e-5)):  # their norms stay fp32
             ours_logits, their_logits = model.to(dtype)(tokens()), theirs.to(dtype)(tokens()).logits
@@ -74,10 +57,10 @@ def test_logits_equal_transformers(name: str) -> None:
         assert float((plain(tokens()) - theirs.float()(tokens()).logits).abs().max()) > 1e-2  # the scaling matters
 
 
-@pytest.mark.parametrize("name", SCALINGS)
+@pytest.mark.parametrize("name", ROPES)
 def test_gradients_equal_transformers(name: str) -> None:
-    model, data = make_model(SCALINGS[name]), tokens()
-    theirs = make_theirs(model, SCALINGS[name])
+    model, data = make_model(ROPES[name]), tokens()
+    theirs = make_theirs(model, ROPES[name])
     model(data[:, :-1], data[:, 1:]).backward()
     theirs(input_ids=data, labels=data).loss.backward()
     own, worst = dict(model.named_parameters()), 0.0
@@ -88,11 +71,11 @@ def test_gradients_equal_transformers(name: str) -> None:
     assert worst < 1e-5
 
 
-@pytest.mark.parametrize("name", SCALINGS)
+@pytest.mark.parametrize("name", ROPES)
 def test_tables_are_those_of_transformers_to_the_last_bit(name: str) -> None:
     """In fp32, under float64 activations too, and when the model is cast to bf16."""
-    model = make_model(SCALINGS[name])
-    rotary = make_theirs(model, SCALINGS[name]).model.rotary_emb
+    model = make_model(ROPES[name])
+    rotary = make_theirs(model, ROPES[name]).model.rotary_emb
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x = torch.zeros(1, LENGTH, 64, dtype=dtype)
         for ours, theirs in zip(model.to(dtype).model.rotary(x), rotary(x, torch.arange(LENGTH)[None]), strict=True):
@@ -105,17 +88,17 @@ def test_factor_one_is_the_plain_embedding() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain.model.rotary(x), scaled.model.rotary(x), strict=True))
 
 
-@pytest.mark.parametrize("name", SCALINGS)
+@pytest.mark.parametrize("name", ROPES)
 def test_export_keeps_scaling_and_context(name: str, tmp_path: Path) -> None:
     """Exported after training on shorter sequences than the scaling is made for."""
-    model = make_model(SCALINGS[name], max_position_embeddings=512)
+    model = make_model(ROPES[name], max_position_embeddings=512)
     export_model(model, tmp_path, seq_len=40, eos_token_id=0)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
-    assert theirs.config.rope_parameters == {**SCALINGS[name], "rope_theta": 500.0}
+    assert theirs.config.rope_parameters == {**ROPES[name], "rope_theta": 500.0}
     assert theirs.config.max_position_embeddings == 512
     written = json.loads((tmp_path / "config.json").read_text())
-    assert written["rope_parameters"] == {**SCALINGS[name], "rope_theta": 500.0}
-    assert (written["rope_scaling"], written["rope_theta"]) == (SCALINGS[name], 500.0)  # transformers 4 reads these
+    assert written["rope_parameters"] == {**ROPES[name], "rope_theta": 500.0}
+    assert (written["rope_scaling"], written["rope_theta"]) == (ROPES[name], 500.0)  # transformers 4 reads these
     with torch.no_grad():
         torch.testing.assert_close(model(tokens()), theirs(tokens()).logits, rtol=0, atol=1e-5)
 
