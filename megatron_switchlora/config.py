@@ -156,6 +156,8 @@ class TrainConfig:
     """CPU threads of a rank; 0 divides the cores by the local ranks."""
     check_interval: int = 100
     """Steps between checks that replicated tensors are still equal on all ranks that hold them; 0 switches them off."""
+    init_from: Optional[str] = None
+    """Start from the weights of a model imported by tools/convert_hf.py, of a checkpoint, or of a run's newest one."""
     stop_after_steps: Optional[int] = None
     """End this start of the run after so many of its steps, with a checkpoint; the same command line goes on."""
     stop_after_seconds: Optional[float] = None

@@ -18,6 +18,7 @@ from pathlib import Path
 from megatron_switchlora.checkpoint.files import verified
 from megatron_switchlora.config import UserError
 from megatron_switchlora.model.hf_export import DTYPES, export_dense, export_peft
+from megatron_switchlora.model.hf_import import import_model
 from megatron_switchlora.model.weights import find_checkpoint
 
 
@@ -31,12 +32,11 @@ def export(arguments: argparse.Namespace) -> str:
 
 
 def import_(arguments: argparse.Namespace) -> str:
-    from megatron_switchlora.train.hf_start import import_model
-
     import_model(arguments.source, arguments.out)
+    tokenizer = f" --data.tokenizer {arguments.out}/tokenizer" if (arguments.out / "tokenizer").is_dir() else ""
     return (
         f"{arguments.source} imported. Start from it: launch/pretrain.py --config {arguments.out}/model.yaml "
-        f"--train.init_from {arguments.out} --data.tokenizer {arguments.out}/tokenizer ..."
+        f"--train.init_from {arguments.out}{tokenizer} ..."
     )
 
 

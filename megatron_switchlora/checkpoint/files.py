@@ -15,10 +15,12 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from megatron_switchlora.checkpoint.archive import Archive, make_durable
 from megatron_switchlora.config import UserError
@@ -55,14 +57,48 @@ def publish(building: Path, final: Path, step: int, files: dict[str, dict[str, A
     for name, entry in files.items():
         if (building / name).stat().st_size != entry["size"]:
             raise OSError(f"{building / name} has not the size that its rank wrote: is the folder on all hosts?")
+    write_manifest(building, step, files)
+    building.rename(final)
+    make_durable(final.parent)
+
+
+def write_manifest(building: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+    """Write the manifest of a folder and make it durable."""
     content = {"format": FORMAT, "step": step, "files": files}
     manifest = building / "manifest.json"
     text = json.dumps({"content": content, "sha256": _own_digest(content)}, indent=1)
     manifest.write_text(text + "\n", encoding="utf-8")
     for path in (manifest, *(folder for folder in building.rglob("*") if folder.is_dir()), building):
         make_durable(path)
-    building.rename(final)
-    make_durable(final.parent)
+
+
+def seal(folder: Path, step: int) -> None:
+    """Make a folder that this process alone has filled a checkpoint."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in paths:
+        make_durable(path)
+    write_manifest(folder, step, {str(path.relative_to(folder)): describe(path) for path in paths})
+
+
+def build_folder(out: Path, fill: Callable[[Path], None]) -> None:
+    """Have `fill` write a new folder aside, then rename it to `out`.
+
+    Raises:
+        UserError: `out` exists, or cannot be written.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already and is not overwritten: give a new folder.")
+    building = out.with_name(f".building-{out.name}")
+    try:
+        shutil.rmtree(building, ignore_errors=True)  # of an earlier conversion that was killed
+        building.mkdir(parents=True)
+        fill(building)
+        make_durable(building)
+        building.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out} cannot be written ({error}): make room, or give another folder.") from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def published(folder: Path) -> list[Path]:

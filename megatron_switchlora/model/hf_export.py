@@ -14,39 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_switchlora.checkpoint.archive import make_durable
-from megatron_switchlora.checkpoint.files import Checkpoint
+from megatron_switchlora.checkpoint.files import Checkpoint, build_folder
 from megatron_switchlora.config import UserError
 from megatron_switchlora.model.hf import hf_config, write_configs
 from megatron_switchlora.model.weights import Weights
 
 SHARD_BYTES = 1 << 30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def build_folder(out: Path, fill: Callable[[Path], None]) -> None:
-    """Have `fill` write a new folder aside, then rename it to `out`.
-
-    Raises:
-        UserError: `out` exists, or cannot be written.
-    """
-    if out.exists():
-        raise UserError(f"{out} exists already and is not overwritten: give a new folder.")
-    building = out.with_name(f".building-{out.name}")
-    try:
-        shutil.rmtree(building, ignore_errors=True)  # of an earlier conversion that was killed
-        building.mkdir(parents=True)
-        fill(building)
-        make_durable(building)
-        building.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out} cannot be written ({error}): make room, or give another folder.") from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def write_shards(folder: Path, sizes: dict[str, int], read: Callable[[str], Tensor], limit: int = SHARD_BYTES) -> None:
@@ -120,9 +98,9 @@ def export_peft(checkpoint: Checkpoint, out: Path, dtype: str = "bf16", limit: i
     weights = Weights(checkpoint)
     adapted = [name for name in weights.names() if weights.adapted(name)]
     if not adapted:
+        method = weights.config.get("method", {}).get("name", "none")
         raise UserError(
-            f"{checkpoint.folder} was trained with method {weights.config['method']['name']} and has no adapters to "
-            "export: leave --peft out."
+            f"{checkpoint.folder} was trained with method {method} and has no adapters to export: leave --peft out."
         )
 
     def fill(folder: Path) -> None:

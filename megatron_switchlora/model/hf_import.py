@@ -12,21 +12,28 @@ supported: quantized weights, biases, heads of a size other than hidden / heads,
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_switchlora.checkpoint.archive import write_parts
+from megatron_switchlora.checkpoint.files import build_folder, seal
 from megatron_switchlora.config import ModelConfig, UserError, check_model, require
 from megatron_switchlora.model.llama import LlamaForCausalLM
+from megatron_switchlora.parallel.parts import Part
 from megatron_switchlora.parallel.shard import full_shape
 
 ARCHITECTURES = ("LlamaForCausalLM", "LlamaModel")  # of LlamaModel only tied embeddings make a language model
 FLOATS = ("F64", "F32", "F16", "BF16")
+TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges")  # beginnings of their names
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -293,3 +300,42 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(
             f"{path} cannot be read as safetensors ({error}): it is missing, damaged or incomplete; fetch it again."
         ) from None
+
+
+def import_model(source: Path, out: Path, limit: int = 1 << 30) -> None:
+    """Make a Hugging Face folder the starting point of runs: a checkpoint of weights alone, in files of about `limit`
+    bytes, with its tokenizer, if it has one, and model.yaml for --config.
+
+    Raises:
+        UserError: as `read_hf_config` and `hf_tensors`; `out` exists or cannot be written.
+    """
+    config, vocab_size = read_hf_config(source)
+    tensors = hf_tensors(source, config, vocab_size)  # refuses here, before anything is written
+
+    def fill(folder: Path) -> None:
+        waiting: list[Part] = []
+        for name, tensor in tensors:
+            if waiting and sum(part.tensor.nbytes for part in waiting) + tensor.nbytes > limit:
+                _write_numbered(folder, waiting)
+                waiting = []
+            waiting.append(Part(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor, None))
+        _write_numbered(folder, waiting)
+        model = asdict(config)
+        state = {"step": 0, "config": {"model": model}, "vocab_size": vocab_size, "imported_from": str(source)}
+        (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        given = {key: value for key, value in model.items() if value is not None}
+        (folder / "model.yaml").write_text(yaml.safe_dump({"model": given}, sort_keys=False), encoding="utf-8")
+        if any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+            (folder / "tokenizer").mkdir()
+            for path in source.iterdir():
+                if path.is_file() and path.name.startswith(
+                    ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges")
+                ):
+                    shutil.copyfile(path, folder / "tokenizer" / path.name)
+        seal(folder, 0)
+
+    build_folder(out, fill)
+
+
+def _write_numbered(folder: Path, parts: list[Part]) -> None:
+    write_parts(folder / f"tensors-{len(list(folder.glob('*.safetensors'))):05d}.safetensors", parts)

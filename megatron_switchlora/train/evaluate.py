@@ -22,7 +22,7 @@ from megatron_switchlora.parallel.mesh import build_mesh
 from megatron_switchlora.parallel.ranks import Ranks
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.engine import mean_loss, perplexity
-from megatron_switchlora.train.trainer import prepare_data, vocabulary_size
+from megatron_switchlora.train.inputs import prepare_data, vocabulary_size
 
 
 def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float:

@@ -58,6 +58,16 @@ def find_start(config: RunConfig, device: torch.device) -> Start:
     if not choice["checkpoint"]:
         return Start(None, choice["keeps_records"], choice["finished"], choice["notes"])
     checkpoint = open_checkpoint(Path(choice["checkpoint"]))
+    verify_together(checkpoint, device)
+    return Start(checkpoint, choice["keeps_records"], False, choice["notes"])
+
+
+def verify_together(checkpoint: Checkpoint, device: torch.device) -> None:
+    """Verify a checkpoint's files, each on one rank. Collective over the world.
+
+    Raises:
+        UserError: on every rank, if files are missing or damaged, with their names.
+    """
     names = sorted(checkpoint.files)[dist.get_rank() :: dist.get_world_size()]
     texts = gather_texts("\n".join(checkpoint.faults(names)), device)
     faults = [fault for text in texts for fault in text.splitlines()]
@@ -65,7 +75,6 @@ def find_start(config: RunConfig, device: torch.device) -> Start:
         others = [path.name for path in published(checkpoint.folder.parent) if path.name != checkpoint.folder.name]
         advice = f"move it away to go on from {others[-1]}" if others else "the run has no other"
         raise UserError(f"Checkpoint {checkpoint.folder} is damaged: {'; '.join(faults)}. Restore it, or {advice}.")
-    return Start(checkpoint, choice["keeps_records"], False, choice["notes"])
 
 
 def _choose(config: RunConfig) -> dict[str, Any]:

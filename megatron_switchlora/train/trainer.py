@@ -8,13 +8,11 @@ rank 0 writes (but for its share of a checkpoint) and speaks.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -23,14 +21,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_switchlora.config import RunConfig, UserError, require, require_shard
+from megatron_switchlora.config import RunConfig, UserError, require
 from megatron_switchlora.data.loader import BatchOrder, TrainLoader, eval_batches
-from megatron_switchlora.data.packing import PreparedData, open_prepared, prepare
-from megatron_switchlora.data.stream import pinned
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.counts import count_parameters, model_flops_per_token
 from megatron_switchlora.model.hf import export_model
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.weights import Weights, find_checkpoint, load_initial
 from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.parallel.agree import gather_texts, on_one_rank
 from megatron_switchlora.parallel.mesh import AXES, Mesh, build_mesh
@@ -39,7 +36,8 @@ from megatron_switchlora.train.device import peak_flops, peak_memory_bytes
 from megatron_switchlora.train.diagnose import find_bad_layer
 from megatron_switchlora.train.ds_config import resolve_ds_config
 from megatron_switchlora.train.engine import Engine, StepResult, perplexity
-from megatron_switchlora.train.resume import Start, compare_data
+from megatron_switchlora.train.inputs import data_identity, prepare_data, vocabulary_size
+from megatron_switchlora.train.resume import Start, compare_data, verify_together
 from megatron_switchlora.train.run_folder import (
     RunFolder,
     create_folder,
@@ -50,34 +48,6 @@ from megatron_switchlora.train.run_folder import (
 from megatron_switchlora.train.saver import Saver
 from megatron_switchlora.train.state import load_state
 from megatron_switchlora.train.stop import StopRequest
-
-
-def prepare_data(config: RunConfig, ranks: Ranks, device: torch.device) -> PreparedData:
-    """Tokenise on the first rank of every node, tell the others where the cache is. Collective.
-
-    The commit of a hub dataset is looked up once, for all nodes, and stays in `config`: the run can name its data.
-    """
-    commit = on_one_rank(ranks.rank == 0, lambda: pinned(config.data).hf_revision or "", device)
-    config.data.hf_revision = commit or None
-    waiting = dist.new_group(timeout=timedelta(days=7))  # a large corpus takes hours, collectives give up sooner
-    first = ranks.local_rank == 0
-    folder = on_one_rank(first, lambda: str(prepare(config.data, progress=ranks.rank == 0).folder), device, waiting)
-    return open_prepared(Path(folder))
-
-
-def vocabulary_size(config: RunConfig, data: PreparedData) -> int:
-    """The model's vocabulary.
-
-    Raises:
-        UserError: smaller than the tokenizer's, or too small for the tensor-parallel ranks.
-    """
-    size = config.model.vocab_size or data.vocab_size
-    require(
-        size >= data.vocab_size,
-        f"model.vocab_size {size} is smaller than the tokenizer's {data.vocab_size}: raise it or leave it out.",
-    )
-    require_shard("The vocabulary", size, config.parallel.tp)
-    return size
 
 
 class Trainer:
@@ -102,6 +72,10 @@ class Trainer:
         self.counts = count_parameters(config.model, config.method, self.vocab_size)
         model = LlamaForCausalLM(config.model, self.vocab_size, self.mesh.axis("tp"))
         initialize_weights(model, config.train.seed)
+        if config.train.init_from and start.checkpoint is None:
+            initial = find_checkpoint(Path(config.train.init_from))
+            verify_together(initial, device)
+            load_initial(model, Weights(initial))
         self.method = build_method(config, model, self.mesh)
         self.engine = Engine(model, self.method, config, self.ds_config, self.mesh, device)
         self._load_start()
@@ -114,15 +88,10 @@ class Trainer:
         checkpoint = self.start.checkpoint
         if checkpoint is None:
             return
-        compare_data(self.config, checkpoint.state(), self.data_identity())
+        compare_data(self.config, checkpoint.state(), data_identity(self.data, self.vocab_size))
         load_state(self.engine, checkpoint.archive(), checkpoint.step)
         found = self.engine.differing_replicas()
         require(not found, f"After loading {checkpoint.folder} ranks differ: {'; '.join(found[:5])}.")
-
-    def data_identity(self) -> dict[str, Any]:
-        """What a checkpoint remembers of text and tokenizer."""
-        tokenizer = hashlib.sha256((self.data.tokenizer_dir / "tokenizer.json").read_bytes()).hexdigest()
-        return {"data": self.data.folder.name, "tokenizer": tokenizer, "vocab_size": self.vocab_size}
 
     def _load_data(self) -> None:
         train, dp = self.config.train, self.mesh.size("dp")
@@ -334,7 +303,7 @@ class Trainer:
             "step": steps,
             "samples": steps * train.global_batch_size,
             "lr_factor": lr_factor(steps, train.warmup_steps, train.steps),
-            **self.data_identity(),
+            **data_identity(self.data, self.vocab_size),
             "config": self.config.to_dict(),
             "ds_config": self.ds_config,
             "mesh": {axis: self.mesh.size(axis) for axis in AXES},

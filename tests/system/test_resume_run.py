@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from megatron_switchlora.checkpoint.files import published
@@ -219,6 +221,42 @@ def test_an_export_of_a_checkpoint_is_the_final_model(place: Place) -> None:
     status, output = convert(place, "export", str(unfinished), "never")
     unfinished.rmdir()
     assert status == 2 and "whose save has not ended" in output and not (place.folder / "never").exists()
+
+
+LM_EVAL_TASK = """task: local_text
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {data}}}}}
+output_type: loglikelihood_rolling
+test_split: validation
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: bits_per_byte}}]
+"""
+
+
+def test_lm_evaluation_harness_reads_an_export(place: Place) -> None:
+    """Optional: on a local task, offline, its bits a byte are those of transformers' own logits."""
+    lm_eval = pytest.importorskip("lm_eval", reason="optional: pip install lm-eval")
+    from lm_eval.tasks import TaskManager
+
+    folder, text = place.folder / "harness", "def parse(self, text):\n    return text"
+    status, output = convert(place, "export", "whole", str(folder), "--dtype", "fp32")
+    assert status == 0, output
+    (folder / "data.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "local_text.yaml").write_text(LM_EVAL_TASK.format(data=folder / "data.jsonl"))
+    found = lm_eval.simple_evaluate(
+        model="hf", model_args={"pretrained": str(folder), "dtype": "float32"}, tasks=["local_text"], device="cpu",
+        task_manager=TaskManager(include_path=str(folder / "tasks"), include_defaults=False), bootstrap_iters=0,
+    )  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokens = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+    assert tokens.size(1) <= 33  # one window of the model's context
+    with torch.no_grad():
+        logits = transformers.AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+    nats = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="sum")
+    wanted = float(nats) / len(text.encode()) / math.log(2)
+    assert found["results"]["local_text"]["bits_per_byte,none"] == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.full

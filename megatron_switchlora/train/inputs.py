@@ -1,0 +1,51 @@
+"""The run's data: tokenised once a node, and what a checkpoint remembers of it."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_switchlora.config import RunConfig, require, require_shard
+from megatron_switchlora.data.packing import PreparedData, open_prepared, prepare
+from megatron_switchlora.data.stream import pinned
+from megatron_switchlora.parallel.agree import on_one_rank
+from megatron_switchlora.parallel.ranks import Ranks
+
+
+def prepare_data(config: RunConfig, ranks: Ranks, device: torch.device) -> PreparedData:
+    """Tokenise on the first rank of every node, tell the others where the cache is. Collective.
+
+    The commit of a hub dataset is looked up once, for all nodes, and stays in `config`: the run can name its data.
+    """
+    commit = on_one_rank(ranks.rank == 0, lambda: pinned(config.data).hf_revision or "", device)
+    config.data.hf_revision = commit or None
+    waiting = dist.new_group(timeout=timedelta(days=7))  # a large corpus takes hours, collectives give up sooner
+    first = ranks.local_rank == 0
+    folder = on_one_rank(first, lambda: str(prepare(config.data, progress=ranks.rank == 0).folder), device, waiting)
+    return open_prepared(Path(folder))
+
+
+def vocabulary_size(config: RunConfig, data: PreparedData) -> int:
+    """The model's vocabulary.
+
+    Raises:
+        UserError: smaller than the tokenizer's, or too small for the tensor-parallel ranks.
+    """
+    size = config.model.vocab_size or data.vocab_size
+    require(
+        size >= data.vocab_size,
+        f"model.vocab_size {size} is smaller than the tokenizer's {data.vocab_size}: raise it or leave it out.",
+    )
+    require_shard("The vocabulary", size, config.parallel.tp)
+    return size
+
+
+def data_identity(data: PreparedData, vocab_size: int) -> dict[str, Any]:
+    """What a checkpoint remembers of text and tokenizer."""
+    tokenizer = hashlib.sha256((data.tokenizer_dir / "tokenizer.json").read_bytes()).hexdigest()
+    return {"data": data.folder.name, "tokenizer": tokenizer, "vocab_size": vocab_size}
