@@ -15,7 +15,7 @@ from typing import Literal
 
 from megatron_switchlora.config import RunConfig, accumulation_steps, shard_size
 from megatron_switchlora.lowrank.merged import uses_merged
-from megatron_switchlora.model.counts import Projection, count_shard, projections
+from megatron_switchlora.model.counts import Projection, count_parameters, count_shard, projections
 
 FP32 = 4
 FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed copies at once where ZeRO does not reduce: stage 0, fp32 sums
@@ -92,6 +92,21 @@ def full_rank_bytes(given: float, config: RunConfig, vocab_size: int, tp: int) -
 def saved_words(given: float, full: float) -> str:
     """How `given` compares with full-rank training's bytes."""
     return f"{1 - given / full:.1%} saved" if given <= full else f"{given / full - 1:.1%} more"
+
+
+def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
+    """Bytes of all tensors of a checkpoint, whatever the mesh: master, two moments and step counters of what trains,
+    the frozen W, the bank and the schedule's integers. Headers, tokenizer and doubled counters are left out."""
+    counts, method, layers = count_parameters(config.model, config.method, vocab_size), config.method, config.model
+    shapes = [(p.out_features, p.in_features) for p in projections(config.model)] * layers.num_layers
+    dense = 2 * layers.num_layers + 2 + (not layers.tie_embeddings)  # tensors, with a counter each
+    counters = dense + len(shapes) * (1 if method.name == "full" else 2 * method.rank)
+    total = FP32 * (3 * counts.trainable + counters + counts.frozen)
+    if method.name == "switchlora":
+        switching = [(m, n) for m, n in shapes if min(m, n) > method.rank]
+        total += sum(min(m, n) * (m + n) for m, n in switching) * compute_bytes(config)
+        total += len(switching) * 2 * (1 + 2 * method.rank) * 8  # pointer, slots and freezes of either side
+    return total
 
 
 def _weights(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[Item]:

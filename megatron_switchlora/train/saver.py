@@ -27,6 +27,7 @@ from megatron_switchlora.checkpoint.files import describe, leftovers, prune, pub
 from megatron_switchlora.config import CheckpointConfig, UserError
 from megatron_switchlora.parallel.agree import gather_texts, on_one_rank
 from megatron_switchlora.parallel.parts import Part
+from megatron_switchlora.train.memory import checkpoint_bytes
 from megatron_switchlora.train.state import own_share, state_parts
 
 if TYPE_CHECKING:  # importing it imports deepspeed, which is left to those who train
@@ -55,6 +56,7 @@ class Saver:
 
     def __init__(self, folder: Path, engine: Engine, keep: CheckpointConfig, say: Callable[[str], None]) -> None:
         self.folder, self.engine, self.keep, self.say = folder, engine, keep, say
+        self.expected = checkpoint_bytes(engine.config, engine.model.vocab_size)
         self.rank, self.device = dist.get_rank(), engine.device
         self.history: list[dict[str, float]] = []
         self._host: dict[int, Tensor] = {}
@@ -158,8 +160,8 @@ class Saver:
         seconds = max(report["seconds"] for report in reports)
         self.history.append({"step": writing.step, "bytes": size, "stall": writing.stall, "seconds": seconds})
         self.say(
-            f"checkpoint {step_name(writing.step)}: {size / 1e6:.2f} MB; training stood still for {writing.stall:.3f} "
-            f"s, written after {seconds:.2f} s"
+            f"checkpoint {step_name(writing.step)}: {size / 1e6:.2f} MB (by formula {self.expected / 1e6:.2f}); "
+            f"training stood still for {writing.stall:.3f} s, written after {seconds:.2f} s"
         )
         try:
             prune(self.folder, self.keep.keep_last, self.keep.keep_every)

@@ -24,6 +24,7 @@ from megatron_switchlora.optim.layout import plain_layout
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.parallel.mesh import lone_mesh
 from megatron_switchlora.parallel.shard import Axis, shard_of
+from megatron_switchlora.train.memory import checkpoint_bytes
 from megatron_switchlora.train.state import own_share, state_parts
 from tests.plain import VOCAB, PlainRun, make_batches, small_config
 
@@ -176,6 +177,16 @@ def test_another_model_is_named(tmp_path: Path) -> None:
         load_initial(LlamaForCausalLM(small_config("full", model__num_kv_heads=4).model, VOCAB + 1), weights)
     with pytest.raises(UserError, match=r"model.rope_theta is 10000.0 there and 500.0 here"):
         load_initial(LlamaForCausalLM(other, VOCAB), weights)
+
+
+@pytest.mark.parametrize("changes", [{}, {"model__tie_embeddings": True, "model__num_kv_heads": 1}])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_has_the_bytes_of_the_formula(tmp_path: Path, method: str, changes: dict[str, Any]) -> None:
+    """With one key/value head of 12, rank 12 leaves k and v nothing to switch."""
+    run = trained(method, **changes, **({"method__rank": 12} if changes else {}))
+    archive = save(run, tmp_path / "step").archive()
+    total = sum(tensor.nbytes for tensor in map(archive.read, archive.names()))
+    assert total == checkpoint_bytes(run.config, VOCAB)
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
