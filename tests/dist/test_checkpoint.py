@@ -23,12 +23,13 @@ def name(case: dict[str, Any]) -> str:
     return f"{case['method']}-{case['stage']}-{case['precision']}"
 
 
-def grid(full: bool) -> list[dict[str, Any]]:
-    """All methods, stages and precisions; in `make test` one precision a stage for full and lora."""
-    cases = [{"method": m, "stage": s, "precision": "fp32"} for m in METHODS for s in STAGES]
-    cases += [{"method": m, "stage": s, "precision": "bf16"} for m in METHODS for s in BF16_STAGES]
-    turn = {("0", "fp32"), ("2", "fp32"), ("1", "bf16")}
-    return [c for c in cases if full or c["method"] == "switchlora" or (c["stage"], c["precision"]) in turn]
+def cases_of(methods: tuple[str, ...], fp32: tuple[str, ...], bf16: tuple[str, ...]) -> list[dict[str, Any]]:
+    pairs = [(stage, "fp32") for stage in fp32] + [(stage, "bf16") for stage in bf16]
+    return [{"method": m, "stage": stage, "precision": precision} for m in methods for stage, precision in pairs]
+
+
+FULL_GRID = cases_of(METHODS, STAGES, BF16_STAGES)
+SMALL_GRID = [*cases_of(("switchlora",), STAGES, ("0", "1f")), *cases_of(("full",), ("2",), ()), *cases_of(("lora",), (), ("1",))]
 
 
 def check_same_mesh(dp: int, tp: int, cases: list[dict[str, Any]], folder: Path) -> None:
@@ -49,36 +50,42 @@ def check_same_mesh(dp: int, tp: int, cases: list[dict[str, Any]], folder: Path)
                 assert whole["facts"]["frozen"] > 0 and whole["facts"]["wrapped"] > 0, (where, whole["facts"])
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 2), (2, 2)], ids=lambda mesh: f"dp{mesh[0]}tp{mesh[1]}")
-def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, mesh: tuple[int, int]) -> None:
-    check_same_mesh(*mesh, grid(full=False), tmp_path)
+def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
+    check_same_mesh(2, 2, SMALL_GRID, tmp_path)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 2), (2, 2)], ids=lambda mesh: f"dp{mesh[0]}tp{mesh[1]}")
-def test_full_grid_on_the_same_mesh(tmp_path: Path, mesh: tuple[int, int]) -> None:
-    check_same_mesh(*mesh, [case for case in grid(full=True) if case not in grid(full=False)], tmp_path)
+def test_the_full_grid_on_the_same_mesh(tmp_path: Path, mesh: tuple[int, int]) -> None:
+    check_same_mesh(*mesh, FULL_GRID, tmp_path)
 
 
-OTHERS = [((1, 4), "0"), ((4, 1), "2"), ((1, 1), "1")]  # (dp, tp), stage
-
-
-def test_another_mesh_continues_the_same_trajectory(tmp_path: Path) -> None:
-    """Saved at dp 2 x tp 2, ZeRO 1; resumed on the others; what these save is resumed at dp 2 x tp 2 again."""
+@pytest.mark.parametrize(
+    ("others", "methods"),
+    [
+        ([((1, 1), "1")], ("switchlora", "full")),
+        pytest.param([((1, 4), "0"), ((4, 1), "2"), ((1, 1), "1")], METHODS, marks=pytest.mark.full),
+    ],
+    ids=["one process", "all"],
+)
+def test_another_mesh_continues_the_same_trajectory(
+    tmp_path: Path, others: list[tuple[tuple[int, int], str]], methods: tuple[str, ...]
+) -> None:
+    """Saved at dp 2 x tp 2, ZeRO 1; resumed on `others` ((dp, tp), stage); what these save goes on at dp 2 x tp 2."""
     changes = {**PADDED, "train__micro_batch_size": 2}
     shared = {"precision": "fp32", "changes": changes, "steps": 20}
-    home = [{**shared, "method": m, "stage": "1", "first": 0, "save_at": 8, "folder": str(tmp_path / m)} for m in METHODS]
-    base = dict(zip(METHODS, run_mesh(2, 2, home)[0], strict=True))
+    home = [{**shared, "method": m, "stage": "1", "first": 0, "save_at": 8, "folder": str(tmp_path / m)} for m in methods]
+    base = dict(zip(methods, run_mesh(2, 2, home)[0], strict=True))
     back, largest = [], 0.0
-    for mesh, stage in OTHERS:
+    for mesh, stage in others:
         cases = []
-        for m in METHODS:
+        for m in methods:
             target = tmp_path / f"{m}-{mesh[0]}-{mesh[1]}" / "checkpoints"
             target.mkdir(parents=True)
             (target / "step-00000008").symlink_to(tmp_path / m / "checkpoints" / "step-00000008")
             cases.append({**shared, "method": m, "stage": stage, "first": 8, "save_at": 14, "folder": str(target.parent)})
             back.append({**shared, "method": m, "stage": "2", "first": 14, "folder": str(target.parent)})
-        for m, found in zip(METHODS, run_mesh(*mesh, cases)[0], strict=True):
+        for m, found in zip(methods, run_mesh(*mesh, cases)[0], strict=True):
             assert found["switched"] == base[m]["switched"][8:], (mesh, m)
             largest = max(largest, *(worst(found[kind], base[m][kind][8:]) for kind in ("losses", "norms")))
     for case, found in zip(back, run_mesh(2, 2, back)[0], strict=True):

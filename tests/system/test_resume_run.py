@@ -66,7 +66,7 @@ def test_stop_after_steps_and_seconds(place: Place) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.full)])
 def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(place: Place, number: int) -> None:
     run = f"asked{int(number)}"
     process = place.start("torchrun", place.options(run, *SAVING, "--train.steps", "100000"))
@@ -83,6 +83,7 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(place: Place, number: i
     assert steps_of(place, run)[-1] == step == place.records(run)[-1]["step"]
 
 
+@pytest.mark.full
 def test_sigterm_under_the_deepspeed_launcher_leaves_a_checkpoint(place: Place) -> None:
     """To the process group, as schedulers send it: DeepSpeed's front end alone passes no signal on."""
     process = place.start("deepspeed", place.options("launcher", *SAVING, "--train.steps", "100000"))
@@ -146,6 +147,7 @@ def test_damage_is_found_before_training_and_named(place: Place) -> None:
     assert worst < 1e-5
 
 
+@pytest.mark.full
 def test_another_model_or_tokenizer_is_refused(place: Place) -> None:
     source = str(place.folder / "whole")
     for changes, message in [
@@ -187,6 +189,7 @@ def test_a_full_disk_keeps_the_run_and_the_last_checkpoint(place: Place, small_d
     assert same_records(place, "rescued", "whole")
 
 
+@pytest.mark.full
 def test_a_vanished_folder_ends_the_run(place: Place) -> None:
     process = place.start("alone", place.options("vanishing", *SAVING, "--train.steps", "100000"))
     try:
