@@ -19,11 +19,11 @@ from megatron_switchlora.checkpoint.files import verified
 from megatron_switchlora.config import UserError
 from megatron_switchlora.model.hf_export import DTYPES, export_dense, export_peft
 from megatron_switchlora.model.hf_import import import_model
-from megatron_switchlora.model.weights import find_checkpoint
+from megatron_switchlora.model.weights import find_folder
 
 
 def export(arguments: argparse.Namespace) -> str:
-    checkpoint = verified(find_checkpoint(arguments.source).folder)
+    checkpoint = verified(find_folder(arguments.source))
     limit = int(arguments.shard_mb * 1e6)
     write = export_peft if arguments.peft else export_dense
     write(checkpoint, arguments.out, arguments.dtype, limit)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_switchlora.checkpoint.files import Checkpoint, open_checkpoint, published
+from megatron_switchlora.checkpoint.files import Checkpoint, published
 from megatron_switchlora.config import ModelConfig, UserError
 from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.parallel.parts import parameter_part
@@ -24,16 +24,16 @@ from megatron_switchlora.parallel.parts import parameter_part
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def find_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint by its folder, or the newest of a run.
+def find_folder(path: Path) -> Path:
+    """The folder of a checkpoint: the path itself, or the newest one of a run.
 
     Raises:
-        UserError: neither, or as `open_checkpoint`.
+        UserError: a run without one.
     """
     inside = published(path / "checkpoints")
     if (path / "config.yaml").is_file() and not inside:
         raise UserError(f"The run {path} has no published checkpoint: give another run, or let it reach one.")
-    return open_checkpoint(inside[-1] if inside else path)
+    return inside[-1] if inside else path
 
 
 class Weights:

@@ -60,3 +60,17 @@ def on_one_rank(
     if any("error" in entry for entry in outcomes):
         raise PeerError("another rank failed")
     return next(entry["result"] for entry in outcomes if "result" in entry)
+
+
+def on_all_ranks(action: Callable[[], object], device: torch.device) -> None:
+    """Run `action` on every rank of the world: one rank's mistake is everyone's. Collective.
+
+    Raises:
+        UserError, PeerError: as `on_one_rank`.
+    """
+
+    def act() -> str:
+        action()
+        return ""
+
+    on_one_rank(True, act, device)

@@ -21,7 +21,8 @@ import yaml
 
 from megatron_switchlora.checkpoint.files import Checkpoint, open_checkpoint, published
 from megatron_switchlora.config import RunConfig, UserError, require
-from megatron_switchlora.parallel.agree import gather_texts, on_one_rank
+from megatron_switchlora.model.weights import find_folder
+from megatron_switchlora.parallel.agree import gather_texts, on_all_ranks, on_one_rank
 from megatron_switchlora.rules import CHANGEABLE
 from megatron_switchlora.train.run_folder import holds_run, refuse_folder
 
@@ -57,17 +58,18 @@ def find_start(config: RunConfig, device: torch.device) -> Start:
     choice = json.loads(on_one_rank(dist.get_rank() == 0, lambda: json.dumps(_choose(config)), device))
     if not choice["checkpoint"]:
         return Start(None, choice["keeps_records"], choice["finished"], choice["notes"])
-    checkpoint = open_checkpoint(Path(choice["checkpoint"]))
-    verify_together(checkpoint, device)
+    checkpoint = open_together(Path(choice["checkpoint"]), device)
     return Start(checkpoint, choice["keeps_records"], False, choice["notes"])
 
 
-def verify_together(checkpoint: Checkpoint, device: torch.device) -> None:
-    """Verify a checkpoint's files, each on one rank. Collective over the world.
+def open_together(folder: Path, device: torch.device) -> Checkpoint:
+    """Open a checkpoint on every rank and verify its files, each on one. Collective over the world.
 
     Raises:
-        UserError: on every rank, if files are missing or damaged, with their names.
+        UserError: on every rank, if a rank cannot open it, or files are missing or damaged, with their names.
     """
+    on_all_ranks(lambda: open_checkpoint(folder), device)  # a host may not see it
+    checkpoint = open_checkpoint(folder)
     names = sorted(checkpoint.files)[dist.get_rank() :: dist.get_world_size()]
     texts = gather_texts("\n".join(checkpoint.faults(names)), device)
     faults = [fault for text in texts for fault in text.splitlines()]
@@ -75,6 +77,7 @@ def verify_together(checkpoint: Checkpoint, device: torch.device) -> None:
         others = [path.name for path in published(checkpoint.folder.parent) if path.name != checkpoint.folder.name]
         advice = f"move it away to go on from {others[-1]}" if others else "the run has no other"
         raise UserError(f"Checkpoint {checkpoint.folder} is damaged: {'; '.join(faults)}. Restore it, or {advice}.")
+    return checkpoint
 
 
 def _choose(config: RunConfig) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def _choose(config: RunConfig) -> dict[str, Any]:
     if config.resume == "auto":
         assert output is not None
         return found | _own_run(config, output)
-    source = _explicit(Path(config.resume))
+    source = find_folder(Path(config.resume))
     checkpoint = open_checkpoint(source)
     compare(config, checkpoint.state()["config"], f"Checkpoint {source}")
     own = output is not None and source.resolve().parent == (output / "checkpoints").resolve()
@@ -101,12 +104,6 @@ def _choose(config: RunConfig) -> dict[str, Any]:
         "newer is ever overwritten: give another --output_dir, or move the newer ones away.",
     )
     return found | {"checkpoint": str(source), "keeps_records": own}
-
-
-def _explicit(path: Path) -> Path:
-    """The checkpoint that --resume names, itself or through its run."""
-    inside = published(path / "checkpoints")
-    return inside[-1] if inside else path
 
 
 def _own_run(config: RunConfig, output: Path) -> dict[str, Any]:

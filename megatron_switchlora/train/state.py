@@ -54,7 +54,7 @@ def own_share(parts: Iterable[Part], mesh: Mesh) -> Iterator[Part]:
 
 @torch.no_grad()
 def load_state(engine: Engine, archive: Archive, step: int) -> None:
-    """Bring a fresh engine to where the checkpoint's run was after `step` steps. Collective.
+    """Bring a fresh engine to where the checkpoint's run was after `step` steps; `method.loaded()` comes after it.
 
     Raises:
         UserError: tensors are missing or have other shapes.
@@ -63,6 +63,5 @@ def load_state(engine: Engine, archive: Archive, step: int) -> None:
         archive.fill(part)
     for name, param in engine.model.named_parameters():
         archive.fill(parameter_part(name, param, None))  # from the masters: ZeRO gathers only what it has stepped
-    engine.method.loaded()
     engine.ds.global_steps = step
     engine.ds.global_samples = step * engine.config.train.global_batch_size

@@ -27,9 +27,9 @@ from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.counts import count_parameters, model_flops_per_token
 from megatron_switchlora.model.hf import export_model
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
-from megatron_switchlora.model.weights import Weights, find_checkpoint, load_initial
+from megatron_switchlora.model.weights import Weights, find_folder, load_initial
 from megatron_switchlora.optim.lr import lr_factor
-from megatron_switchlora.parallel.agree import gather_texts, on_one_rank
+from megatron_switchlora.parallel.agree import gather_texts, on_all_ranks, on_one_rank
 from megatron_switchlora.parallel.mesh import AXES, Mesh, build_mesh
 from megatron_switchlora.parallel.ranks import Ranks
 from megatron_switchlora.train.device import peak_flops, peak_memory_bytes
@@ -37,7 +37,7 @@ from megatron_switchlora.train.diagnose import find_bad_layer
 from megatron_switchlora.train.ds_config import resolve_ds_config
 from megatron_switchlora.train.engine import Engine, StepResult, perplexity
 from megatron_switchlora.train.inputs import data_identity, prepare_data, vocabulary_size
-from megatron_switchlora.train.resume import Start, compare_data, verify_together
+from megatron_switchlora.train.resume import Start, compare_data, open_together
 from megatron_switchlora.train.run_folder import (
     RunFolder,
     create_folder,
@@ -73,9 +73,8 @@ class Trainer:
         model = LlamaForCausalLM(config.model, self.vocab_size, self.mesh.axis("tp"))
         initialize_weights(model, config.train.seed)
         if config.train.init_from and start.checkpoint is None:
-            initial = find_checkpoint(Path(config.train.init_from))
-            verify_together(initial, device)
-            load_initial(model, Weights(initial))
+            initial = open_together(find_folder(Path(config.train.init_from)), device)
+            on_all_ranks(partial(load_initial, model, Weights(initial)), device)
         self.method = build_method(config, model, self.mesh)
         self.engine = Engine(model, self.method, config, self.ds_config, self.mesh, device)
         self._load_start()
@@ -89,7 +88,13 @@ class Trainer:
         if checkpoint is None:
             return
         compare_data(self.config, checkpoint.state(), data_identity(self.data, self.vocab_size))
-        load_state(self.engine, checkpoint.archive(), checkpoint.step)
+        if checkpoint.step >= self.last_step and not self.start.keeps_records:
+            raise UserError(
+                f"{checkpoint.folder} has all of the {self.last_step} steps behind it, so nothing is left to train: "
+                "raise train.steps, with --checkpoint.allow_changes '[\"train.steps\"]'."
+            )
+        on_all_ranks(partial(load_state, self.engine, checkpoint.archive(), checkpoint.step), self.device)
+        self.method.loaded()
         found = self.engine.differing_replicas()
         require(not found, f"After loading {checkpoint.folder} ranks differ: {'; '.join(found[:5])}.")
 

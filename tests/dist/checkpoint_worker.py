@@ -38,6 +38,7 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
     if case["first"]:
         (path,) = [p for p in published(folder) if int(p.name[5:]) == case["first"]]
         load_state(engine, open_checkpoint(path).archive(), case["first"])
+        engine.method.loaded()
         assert engine.differing_replicas() == []
         found["loaded"] = whole_state(engine)
     saver = Saver(folder, engine, CheckpointConfig(keep_last=9), lambda text: None)

@@ -226,6 +226,22 @@ def test_an_export_of_a_checkpoint_is_the_final_model(place: Place) -> None:
     assert status == 2 and "whose save has not ended" in output and not (place.folder / "never").exists()
 
 
+def test_an_imported_export_starts_another_method_at_tp_2(place: Place) -> None:
+    """Out to Hugging Face, in again, and on with LoRA: the first evaluation is the source's last."""
+    for words in (("export", "whole", "out", "--dtype", "fp32"), ("import", "out", "start")):
+        status, output = convert(place, *words)
+        assert status == 0, output
+    start = place.folder / "start"
+    options = ["--config", str(start / "model.yaml"), "--train.init_from", str(start), "--method.name", "lora"]
+    options += ["--parallel.tp", "2", "--data.tokenizer", str(start / "tokenizer"), "--train.steps", "3"]
+    status, output = place.run("torchrun", place.options("started", *options))
+    assert status == 0, output
+    first, last = place.records("started")[0], place.records("whole")[-1]
+    assert first["val_loss"] == pytest.approx(last["val_loss"], abs=1e-5)
+    status, output = convert(place, "import", "whole/final", "start")
+    assert status == 2 and "exists already and is not overwritten" in output
+
+
 LM_EVAL_TASK = """task: local_text
 dataset_path: json
 dataset_kwargs: {{data_files: {{validation: {data}}}}}

@@ -19,7 +19,7 @@ from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.hf_export import export_dense, export_peft
 from megatron_switchlora.model.hf_import import import_model
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
-from megatron_switchlora.model.weights import Weights, find_checkpoint, load_initial
+from megatron_switchlora.model.weights import Weights, find_folder, load_initial
 from megatron_switchlora.optim.layout import plain_layout
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.parallel.mesh import lone_mesh
@@ -141,11 +141,11 @@ def test_an_imported_model_starts_a_run_unchanged(tmp_path: Path, method: str) -
     theirs = transformers.LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
     import_model(tmp_path / "hf", tmp_path / "imported", limit=30_000)
-    weights = Weights(verified(find_checkpoint(tmp_path / "imported").folder))
+    weights = Weights(verified(find_folder(tmp_path / "imported")))
     assert len(list((tmp_path / "imported").glob("*.safetensors"))) > 2
     network = started(method, weights.model, weights.vocab_size, weights)
     assert float((logits(network) - logits(theirs)).abs().max()) < 1e-5
-    export_dense(find_checkpoint(tmp_path / "imported"), tmp_path / "back", "fp32")
+    export_dense(verified(tmp_path / "imported"), tmp_path / "back", "fp32")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert torch.equal(logits(back), logits(theirs))
 
