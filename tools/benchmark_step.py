@@ -32,15 +32,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_switchlora.config import MethodConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_switchlora.lowrank.linear import LowRankLinear
-from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.counts import decoder_shapes, projections
-from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.parallel.linear import ColumnParallelLinear
-from megatron_switchlora.parallel.mesh import build_mesh
 from megatron_switchlora.parallel.ranks import discover_ranks
 from megatron_switchlora.parallel.shard import Axis
 from megatron_switchlora.train.device import choose_device
-from megatron_switchlora.train.ds_config import resolve_ds_config
 from megatron_switchlora.train.run_folder import versions
 
 if TYPE_CHECKING:
@@ -65,16 +61,6 @@ def make_config(options: argparse.Namespace, method: MethodConfig, precision: st
         ),
         parallel=ParallelConfig(tp=options.tp),
     )  # fmt: skip
-
-
-def make_engine(config: RunConfig, device: torch.device) -> Engine:
-    from megatron_switchlora.train.engine import Engine
-
-    mesh = build_mesh(config.parallel)
-    model = LlamaForCausalLM(config.model, tp=mesh.axis("tp"))
-    initialize_weights(model, 0)
-    ds_config = resolve_ds_config({"zero_optimization": {"stage": 1}}, config, 1)
-    return Engine(model, build_method(config, model, mesh), config, ds_config, mesh, device)
 
 
 def flop_ratio(config: RunConfig, head: bool = True) -> float:
@@ -165,13 +151,13 @@ def forms(options: argparse.Namespace, precision: str, device: torch.device) -> 
     configs: dict[str, RunConfig] = {}
     spent: dict[str, dict[str, list[float]]] = {}
     full = make_config(options, MethodConfig(name="full"), precision, 1)
-    engines["full"] = make_engine(full, device)
+    engines["full"] = make_engine(full, None, device)
     for divisor in options.divisors:
         for compute in ("merged", "split"):
             method = MethodConfig(rank=options.hidden_size // divisor, compute=compute)
             name = f"{compute} r=h/{divisor}"
             configs[name] = make_config(options, method, precision, 1)
-            engines[name] = make_engine(configs[name], device)
+            engines[name] = make_engine(configs[name], None, device)
             spent[name] = {}
             watch_switching(engines[name], spent[name])
     seconds = compare(engines, options.rounds, spent)
@@ -249,7 +235,7 @@ def policies(options: argparse.Namespace, precision: str, device: torch.device) 
         method = MethodConfig(rank=options.hidden_size // 4, compute="split" if name == "split" else "merged")
         if name != "split":
             method.merged_cache = name  # type: ignore[assignment]
-        engines[name] = make_engine(make_config(options, method, precision, 4), device)
+        engines[name] = make_engine(make_config(options, method, precision, 4), None, device)
     held = {name: held_bytes(engine, batches(engine.config, 0)[0]) for name, engine in engines.items()}
     seconds = compare(engines, options.rounds, {})
     found = {

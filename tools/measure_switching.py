@@ -18,7 +18,7 @@ import platform
 import time
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
@@ -38,14 +38,15 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def make_engine(config: RunConfig, vocab_size: int, device: torch.device) -> Engine:
+def make_engine(config: RunConfig, vocab_size: Optional[int], device: torch.device) -> Engine:
+    """A fresh engine at ZeRO stage 1; without a vocabulary size, the configuration's."""
     from megatron_switchlora.train.engine import Engine
 
     mesh = build_mesh(config.parallel)
-    model = LlamaForCausalLM(config.model, vocab_size)
+    model = LlamaForCausalLM(config.model, vocab_size, mesh.axis("tp"))
     initialize_weights(model, config.train.seed)
     ds_config = resolve_ds_config({"zero_optimization": {"stage": 1}}, config, mesh.size("dp"))
-    return Engine(model, build_method(config, model), config, ds_config, mesh, device)
+    return Engine(model, build_method(config, model, mesh), config, ds_config, mesh, device)
 
 
 def watch(engine: Engine, spent: list[float]) -> None:

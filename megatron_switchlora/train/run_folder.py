@@ -112,13 +112,18 @@ def lock_folder(folder: Path) -> TextIO:
     """Lock a run folder for the life of the process, or of the returned file.
 
     Raises:
-        UserError: another process writes there.
+        UserError: another process writes there, or nobody may.
     """
-    file = (folder / ".lock").open("w", encoding="utf-8")
     try:
+        file = (folder / ".lock").open("w", encoding="utf-8")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError(f"Another process is running in {folder}: wait for its end, or choose another.") from None
+    except OSError as error:
+        raise UserError(
+            f"The run folder {folder} cannot be written ({error.strerror}): give access, or resume into another "
+            "--output_dir with --resume."
+        ) from None
     return file
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 from megatron_switchlora.config import RunConfig, UserError
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.resume import _choose, compare, compare_data
-from megatron_switchlora.train.run_folder import RunFolder, lock_folder, read_records
+from megatron_switchlora.train.run_folder import RunFolder, create_folder, lock_folder, read_records
 from tests.unit.test_checkpoint_files import make_checkpoint
 
 OPTIONS = ["--method.rank", "6", "--optim.lr", "0.01"]
@@ -195,3 +196,16 @@ def test_two_processes_cannot_write_in_one_folder(tmp_path: Path) -> None:
         lock_folder(tmp_path)
     held.close()
     lock_folder(tmp_path).close()
+
+
+def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"needs root to mount a read-only file system: {made.stderr.decode().strip()}")
+    try:
+        with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"):
+            lock_folder(tmp_path)
+        with pytest.raises(UserError, match=r"cannot be (written|made)"):
+            create_folder(tmp_path / "run")
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
