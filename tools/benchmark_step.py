@@ -28,6 +28,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
+from measure_switching import make_engine
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_switchlora.config import MethodConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
