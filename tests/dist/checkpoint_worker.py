@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_switchlora.checkpoint.archive import write_parts
 from megatron_switchlora.checkpoint.files import open_checkpoint, published, verified
 from megatron_switchlora.config import CheckpointConfig
 from megatron_switchlora.methods import SwitchLora
+from megatron_switchlora.train import saver
 from megatron_switchlora.train.integrity import fingerprint
-from megatron_switchlora.train.saver import Saver
 from megatron_switchlora.train.state import load_state, state_parts
 from tests.dist.engines import build_engine, micro_batches, start
 from tests.dist.launch import worker_main
@@ -41,18 +43,18 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
         engine.method.loaded()
         assert engine.differing_replicas() == []
         found["loaded"] = whole_state(engine)
-    saver = Saver(folder, engine, CheckpointConfig(keep_last=9), lambda text: None)
+    keeper = saver.Saver(folder, engine, CheckpointConfig(keep_last=9), lambda text: None)
     batches = make_batches(config, case["steps"])
     for step in range(case["first"], case["steps"]):
-        result = engine.train_step(step, micro_batches(config, batches[step], mesh), lambda: (saver.written,))
+        result = engine.train_step(step, micro_batches(config, batches[step], mesh), lambda: (keeper.written,))
         assert result.healthy
         found["losses"].append(result.loss)
         found["norms"].append(result.grad_norm)
         found["switched"].append(result.switched)
         if result.votes[0] == dist.get_world_size():
-            saver.finish()
+            keeper.finish()
         if step + 1 == case.get("save_at"):
-            saver.save(step + 1, {"state.json": json.dumps({"step": step + 1}).encode()})
+            keeper.save(step + 1, {"state.json": json.dumps({"step": step + 1}).encode()})
             found["saved"] = whole_state(engine)
             if isinstance(engine.method, SwitchLora):
                 state = engine.method.state
@@ -60,16 +62,23 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
                     "frozen": int(sum((values > 0).sum() for values in state.frozen.values())),
                     "wrapped": int((state.slots["A"] < engine.config.method.rank).sum()),
                 }
-    saver.finish()
+    keeper.finish()
     if case.get("save_at") and dist.get_rank() == 0:
         verified(folder / f"step-{case['save_at']:08d}")
     dist.barrier()
     return found
 
 
+def write_slowly(path: Path, parts: Any) -> None:
+    """Steps go on meanwhile: what is written must be a copy of the state as it was."""
+    time.sleep(0.3)
+    write_parts(path, parts)
+
+
 def act(payload: dict[str, Any]) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     mesh = start(payload["tp"])
+    saver.write_parts = write_slowly  # type: ignore[attr-defined]
     return [run_case(case, mesh) for case in payload["cases"]]
 
 
