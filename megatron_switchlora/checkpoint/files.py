@@ -144,6 +144,14 @@ class Checkpoint:
         return found
 
     def state(self) -> dict[str, Any]:
+        """state.json, verified.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        faults = self.faults(["state.json"])
+        if faults:
+            raise UserError(f"Checkpoint {self.folder} is damaged: {faults[0]}. Restore it, or move it away.")
         return json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
 
     def archive(self) -> Archive:
@@ -176,6 +184,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"Checkpoint {folder} has format {content['format']}, this code reads formats up to {FORMAT}: use the "
             "version of megatron_switchlora that wrote it, or a newer one."
         )
+    strange = [name for name in content["files"] if Path(name).is_absolute() or ".." in Path(name).parts]
+    if strange or "state.json" not in content["files"]:
+        raise UserError(f"Checkpoint {folder}: its manifest names {strange[0] if strange else 'no state.json'}.")
+    named = NAME.fullmatch(folder.name)
+    if named and int(named[1]) != content["step"]:
+        raise UserError(f"Checkpoint {folder} is of step {content['step']}: give it back its name.")
     return Checkpoint(folder, content["step"], content["files"])
 
 

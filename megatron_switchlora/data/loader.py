@@ -9,6 +9,7 @@ that of the ranks changes the order. The permutations sort Philox's raw 64-bit s
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -49,6 +50,17 @@ class TokenStore:
     @property
     def num_tokens(self) -> int:
         return len(self._tokens)
+
+    def fingerprint(self) -> bytes:
+        """SHA-256 of length and content: all of it up to 64 Mi tokens, beyond that 1,024 blocks spread evenly."""
+        found = hashlib.sha256(f"{self._tokens.dtype} {self.num_tokens}".encode())
+        count, block = 1024, 1 << 16
+        if len(self._tokens) <= count * block:
+            found.update(self._tokens.tobytes())
+        else:
+            for start in np.linspace(0, len(self._tokens) - block, count).astype(np.int64):
+                found.update(self._tokens[start : start + block].tobytes())
+        return found.digest()
 
     def samples(self, seq_len: int) -> Samples:
         """The array cut into (num_tokens - 1) // seq_len samples; tokens that fill no sample are left out."""

@@ -328,9 +328,7 @@ def import_model(source: Path, out: Path, limit: int = 1 << 30) -> None:
         if any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
             (folder / "tokenizer").mkdir()
             for path in source.iterdir():
-                if path.is_file() and path.name.startswith(
-                    ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges")
-                ):
+                if path.is_file() and path.name.startswith(TOKENIZER_FILES):
                     shutil.copyfile(path, folder / "tokenizer" / path.name)
         seal(folder, 0)
 

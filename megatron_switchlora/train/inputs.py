@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from tokenizers import Tokenizer
 
+from megatron_switchlora.checkpoint.files import Checkpoint
 from megatron_switchlora.config import RunConfig, require, require_shard
 from megatron_switchlora.data.packing import PreparedData, open_prepared, prepare
 from megatron_switchlora.data.stream import pinned
@@ -46,6 +49,28 @@ def vocabulary_size(config: RunConfig, data: PreparedData) -> int:
 
 
 def data_identity(data: PreparedData, vocab_size: int) -> dict[str, Any]:
-    """What a checkpoint remembers of text and tokenizer."""
-    tokenizer = hashlib.sha256((data.tokenizer_dir / "tokenizer.json").read_bytes()).hexdigest()
-    return {"data": data.folder.name, "tokenizer": tokenizer, "vocab_size": vocab_size}
+    """What a checkpoint remembers of text and tokenizer: fingerprints of the tokens and of the vocabulary."""
+    tokens = hashlib.sha256()
+    for store in (data.train, data.val):
+        tokens.update(store.fingerprint())
+    return {
+        "data": tokens.hexdigest()[:20],
+        "tokenizer": vocabulary_digest(data.tokenizer_dir),
+        "vocab_size": vocab_size,
+    }
+
+
+def vocabulary_digest(folder: Path) -> str:
+    """SHA-256 of a tokenizer's vocabulary, the same however its folder was written."""
+    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
+
+
+def require_tokenizer(initial: Checkpoint, data: PreparedData) -> None:
+    """Raises: UserError, if weights to start from come with another tokenizer than the run's."""
+    folder = initial.folder / "tokenizer"
+    require(
+        not (folder / "tokenizer.json").is_file() or vocabulary_digest(folder) == vocabulary_digest(data.tokenizer_dir),
+        f"train.init_from {initial.folder} holds a model whose tokenizer is not the run's, so that its embedding would "
+        f"mean other words: give --data.tokenizer {folder}.",
+    )

@@ -19,16 +19,18 @@ import os
 import platform
 import subprocess
 import warnings
+from collections.abc import Iterator
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Optional, TextIO
 
 import yaml
+from safetensors import SafetensorError
 
 from megatron_switchlora.config import RunConfig, UserError
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "meta.json", "final")
+RUN_FILES = ("config.yaml", "ds_config.json", "metrics.jsonl", "meta.json", "tokenizer", "checkpoints", "final")
 
 
 def holds_run(folder: Path) -> bool:
@@ -114,16 +116,12 @@ def lock_folder(folder: Path) -> TextIO:
     Raises:
         UserError: another process writes there, or nobody may.
     """
-    try:
+    with in_folder(folder):
         file = (folder / ".lock").open("w", encoding="utf-8")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"Another process is running in {folder}: wait for its end, or choose another.") from None
-    except OSError as error:
-        raise UserError(
-            f"The run folder {folder} cannot be written ({error.strerror}): give access, or resume into another "
-            "--output_dir with --resume."
-        ) from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another process is running in {folder}: wait for its end, or choose another.") from None
     return file
 
 
@@ -141,10 +139,33 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_meta(folder: Path) -> dict[str, Any]:
+    """A run's meta.json; empty if there is none, or a crash of the machine has left it torn."""
+    try:
+        return dict(json.loads((folder / "meta.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+@contextlib.contextmanager
+def in_folder(folder: Path) -> Iterator[None]:
+    """Raises: UserError, if what is written in the folder inside meets a full or read-only disk."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} cannot be written ({error}): make room or give access, then start again with this --output_dir; "
+            "the run goes on from its newest checkpoint."
+        ) from None
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that a kill leaves the old or the new one."""
     aside = path.with_name(f".{path.name}")
-    aside.write_text(text, encoding="utf-8")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     aside.rename(path)
 
 
@@ -174,8 +195,7 @@ class RunFolder:
             with (self.path / "metrics.dropped.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(map(as_line, dropped))
             replace_text(self.path / "metrics.jsonl", "".join(map(as_line, self.history)))
-            with contextlib.suppress(OSError, ValueError):
-                self.meta = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
+            self.meta = read_meta(self.path)
 
     def write_config(self, config: RunConfig, ds_config: dict[str, Any]) -> None:
         if self.writes:
@@ -194,6 +214,10 @@ class RunFolder:
         if self._metrics is None:
             return
         self._waiting.append(as_line(record))
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        assert self._metrics is not None
         data = "".join(self._waiting).encode()
         try:
             if self._metrics.write(data) != len(data):
@@ -210,6 +234,8 @@ class RunFolder:
     def flush(self) -> None:
         """Make the records durable."""
         if self._metrics is not None:
+            if self._waiting:
+                self._write_waiting()
             os.fsync(self._metrics.fileno())
 
     def plot(self) -> None:
@@ -234,4 +260,5 @@ class RunFolder:
 
     def close(self) -> None:
         if self._metrics is not None:
+            self.flush()
             self._metrics.close()

@@ -58,7 +58,7 @@ class Saver:
         self.folder, self.engine, self.keep, self.say = folder, engine, keep, say
         self.expected = checkpoint_bytes(engine.config, engine.model.vocab_size)
         self.rank, self.device = dist.get_rank(), engine.device
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, float]] = []  # of published ones, on rank 0
         self._host: dict[int, Tensor] = {}
         self._writing: Optional[Writing] = None
 
@@ -69,8 +69,8 @@ class Saver:
 
     def save(self, step: int, extra: dict[str, bytes]) -> None:
         """Save the state after `step` steps; rank 0's `extra` files go with it."""
-        self.finish()
         began = time.perf_counter()
+        self.finish()
         building = self.folder / f".building-{step_name(step)}"
         problem = on_one_rank(self.rank == 0, lambda: self._prepare(building), self.device)
         if problem:

@@ -7,13 +7,16 @@ twice in the files: of ranks with the same part, one writes it, in turns.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
 from megatron_switchlora.checkpoint.archive import Archive
+from megatron_switchlora.config import RunConfig
+from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.parallel.parts import Part, parameter_part
 from megatron_switchlora.parallel.shard import is_split
@@ -65,3 +68,15 @@ def load_state(engine: Engine, archive: Archive, step: int) -> None:
         archive.fill(parameter_part(name, param, None))  # from the masters: ZeRO gathers only what it has stepped
     engine.ds.global_steps = step
     engine.ds.global_samples = step * engine.config.train.global_batch_size
+
+
+def state_file(config: RunConfig, steps: int, more: dict[str, Any]) -> bytes:
+    """state.json: the configuration, the position after `steps` steps in data and schedule (which are pure functions
+    of it: for readers), and what the run adds."""
+    train = config.train
+    position = {
+        "step": steps,
+        "samples": steps * train.global_batch_size,
+        "lr_factor": lr_factor(steps, train.warmup_steps, train.steps),
+    }
+    return json.dumps({**position, "config": config.to_dict(), **more}, indent=1).encode()

@@ -1,12 +1,35 @@
-"""The few sentences at the end of a run."""
+"""The few sentences at the beginning and at the end of a run."""
 
 from __future__ import annotations
 
 from statistics import median
+from typing import TYPE_CHECKING
 
 from megatron_switchlora.train.engine import perplexity
 from megatron_switchlora.train.memory import full_rank_bytes, saved_words
-from megatron_switchlora.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from megatron_switchlora.train.trainer import Trainer
+
+
+def opening_words(trainer: Trainer) -> list[str]:
+    """What is trained, on what, from where."""
+    config, counts, start = trainer.config, trainer.counts, trainer.start
+    lines = [
+        f"{config.method.name}: {counts.trainable / 1e6:.2f} M of {counts.full_total / 1e6:.2f} M parameters train "
+        f"({counts.trainable / counts.full_total:.1%}); mesh lte 1 x dp {trainer.mesh.size('dp')} x tp "
+        f"{trainer.mesh.size('tp')} on {trainer.device.type}; {len(trainer.train_store)} training and "
+        f"{len(trainer.val_store)} validation samples of {config.train.seq_len} tokens; a unigram model reaches "
+        f"perplexity {trainer.data.unigram_val_ppl:.1f}"
+    ]
+    if start.checkpoint:
+        lines.append(f"goes on after step {start.step} from {start.checkpoint.folder}")
+    if trainer.last_step < config.train.steps:
+        lines.append(
+            f"the data ends after {trainer.last_step} of {config.train.steps} steps "
+            f"(train.epochs {config.train.epochs}): the run will stop there"
+        )
+    return lines
 
 
 def closing_words(trainer: Trainer, val_loss: float, seconds: float) -> str:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_switchlora.checkpoint.files import published
 from megatron_switchlora.config import RunConfig, UserError, require
 from megatron_switchlora.data.loader import BatchOrder, TrainLoader, eval_batches
 from megatron_switchlora.methods import build_method
@@ -28,26 +29,28 @@ from megatron_switchlora.model.counts import count_parameters, model_flops_per_t
 from megatron_switchlora.model.hf import export_model
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.model.weights import Weights, find_folder, load_initial
-from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.parallel.agree import gather_texts, on_all_ranks, on_one_rank
 from megatron_switchlora.parallel.mesh import AXES, Mesh, build_mesh
 from megatron_switchlora.parallel.ranks import Ranks
+from megatron_switchlora.train.compatible import compare_data
 from megatron_switchlora.train.device import peak_flops, peak_memory_bytes
 from megatron_switchlora.train.diagnose import find_bad_layer
 from megatron_switchlora.train.ds_config import resolve_ds_config
 from megatron_switchlora.train.engine import Engine, StepResult, perplexity
-from megatron_switchlora.train.inputs import data_identity, prepare_data, vocabulary_size
-from megatron_switchlora.train.resume import Start, compare_data, open_together
+from megatron_switchlora.train.inputs import data_identity, prepare_data, require_tokenizer, vocabulary_size
+from megatron_switchlora.train.resume import Start, open_together
 from megatron_switchlora.train.run_folder import (
     RunFolder,
     create_folder,
     default_folder,
+    in_folder,
     lock_folder,
     versions,
 )
 from megatron_switchlora.train.saver import Saver
-from megatron_switchlora.train.state import load_state
+from megatron_switchlora.train.state import load_state, state_file
 from megatron_switchlora.train.stop import StopRequest
+from megatron_switchlora.train.summary import opening_words
 
 
 class Trainer:
@@ -69,30 +72,34 @@ class Trainer:
         self.data = prepare_data(config, ranks, device)
         self._load_data()
         self.vocab_size = vocabulary_size(config, self.data)
+        identity = on_one_rank(ranks.rank == 0, lambda: json.dumps(data_identity(self.data, self.vocab_size)), device)
+        self.identity: dict[str, Any] = json.loads(identity)
         self.counts = count_parameters(config.model, config.method, self.vocab_size)
         model = LlamaForCausalLM(config.model, self.vocab_size, self.mesh.axis("tp"))
         initialize_weights(model, config.train.seed)
         if config.train.init_from and start.checkpoint is None:
             initial = open_together(find_folder(Path(config.train.init_from)), device)
+            require_tokenizer(initial, self.data)
             on_all_ranks(partial(load_initial, model, Weights(initial)), device)
         self.method = build_method(config, model, self.mesh)
         self.engine = Engine(model, self.method, config, self.ds_config, self.mesh, device)
         self._load_start()
-        self.run = self._open_run_folder()
-        self.saver = Saver(self.run.path / "checkpoints", self.engine, config.checkpoint, self.say)
-        self._write_head()
+        folder = self._claim_folder()
+        on_all_ranks(partial(self._open_folder, folder), device)
+        self.saver = Saver(folder / "checkpoints", self.engine, config.checkpoint, self.say)
+        self._say_head()
 
     def _load_start(self) -> None:
         """Fill the fresh engine from the checkpoint."""
         checkpoint = self.start.checkpoint
         if checkpoint is None:
             return
-        compare_data(self.config, checkpoint.state(), data_identity(self.data, self.vocab_size))
-        if checkpoint.step >= self.last_step and not self.start.keeps_records:
-            raise UserError(
-                f"{checkpoint.folder} has all of the {self.last_step} steps behind it, so nothing is left to train: "
-                "raise train.steps, with --checkpoint.allow_changes '[\"train.steps\"]'."
-            )
+        compare_data(self.config, checkpoint.state(), self.identity)
+        require(
+            checkpoint.step < self.last_step + self.start.keeps_records,  # equal: killed before its export
+            f"{checkpoint.folder} has {checkpoint.step} steps behind it, so of {self.last_step} none is left to train: "
+            "raise train.steps, with --checkpoint.allow_changes '[\"train.steps\"]'.",
+        )
         on_all_ranks(partial(load_state, self.engine, checkpoint.archive(), checkpoint.step), self.device)
         self.method.loaded()
         found = self.engine.differing_replicas()
@@ -108,25 +115,35 @@ class Trainer:
         available = order.batches_in(train.epochs) if train.epochs else train.steps
         self.last_step = min(train.steps, available)
 
-    def _open_run_folder(self) -> RunFolder:
-        """Rank 0 chooses and creates the folder, or goes on in it, and locks it."""
-        keeps = self.start.keeps_records
+    def _claim_folder(self) -> Path:
+        """Rank 0 chooses, creates and locks the folder, if it does not go on in one."""
 
         def create() -> str:
             given = self.config.output_dir
-            if keeps:
-                folder = Path(given or "")
-            else:
-                folder = create_folder(Path(given)) if given else default_folder(self.config.method.name)
-            self._lock = lock_folder(folder)
+            if self.start.keeps_records:
+                return str(given)
+            folder = create_folder(Path(given)) if given else default_folder(self.config.method.name)
+            self.start.lock = lock_folder(folder)
             return str(folder)
 
-        folder = on_one_rank(self.ranks.rank == 0, create, self.device)
-        self.config.output_dir = folder
-        return RunFolder(Path(folder), writes=self.ranks.rank == 0, keep_steps=self.start.step if keeps else None)
+        self.config.output_dir = on_one_rank(self.ranks.rank == 0, create, self.device)
+        return Path(self.config.output_dir)
+
+    def _open_folder(self, folder: Path) -> None:
+        """Keep the records that stay, write what does not change during the run.
+
+        Raises:
+            UserError: a full or read-only disk.
+        """
+        with in_folder(folder):
+            keep = self.start.step if self.start.keeps_records else None
+            self.run = RunFolder(folder, writes=self.ranks.rank == 0, keep_steps=keep)
+            self._write_head()
 
     def _write_head(self) -> None:
-        config, counts = self.config, self.counts
+        config, counts, checkpoint = self.config, self.counts, self.start.checkpoint
+        if checkpoint and checkpoint.folder.parent != self.run.path.absolute() / "checkpoints":
+            self.run.update_meta(branched_from=str(checkpoint.folder))
         self.run.write_config(config, self.ds_config)
         if self.run.writes:
             from transformers import AutoTokenizer
@@ -134,12 +151,14 @@ class Trainer:
             self.tokenizer = AutoTokenizer.from_pretrained(self.data.tokenizer_dir)
             folder = self.run.path / "tokenizer"
             self.tokenizer.save_pretrained(folder)
-            self.tokenizer_files = {f"tokenizer/{path.name}": path.read_bytes() for path in sorted(folder.iterdir())}
+            files = sorted(path for path in folder.iterdir() if path.is_file())
+            self.tokenizer_files = {f"tokenizer/{path.name}": path.read_bytes() for path in files}
         self.run.update_meta(
             versions=versions(),
             mesh={axis: self.mesh.size(axis) for axis in AXES},
             device=str(self.device.type),
-            resumed_at=[*self.run.meta.get("resumed_at", []), self.start.step] if self.start.checkpoint else [],
+            resumed_at=[*self.run.meta.get("resumed_at", []), self.start.step] if checkpoint else [],
+            finished=False,
             data=self.data.folder.name,
             vocab_size=self.vocab_size,
             parameters={"trainable": counts.trainable, "full_rank": counts.full_total},
@@ -147,22 +166,10 @@ class Trainer:
             val_samples=len(self.val_store),
             unigram_val_ppl=self.data.unigram_val_ppl,
         )
-        self.say(
-            f"{config.method.name}: {counts.trainable / 1e6:.2f} M of {counts.full_total / 1e6:.2f} M parameters train "
-            f"({counts.trainable / counts.full_total:.1%}); mesh lte 1 x dp {self.mesh.size('dp')} x tp "
-            f"{self.mesh.size('tp')} on {self.device.type}; "
-            f"{len(self.train_store)} training and {len(self.val_store)} validation samples of "
-            f"{config.train.seq_len} tokens; a unigram model reaches perplexity {self.data.unigram_val_ppl:.1f}"
-        )
-        for note in self.start.notes + (self.saver.clean() if self.run.writes else []):
-            self.say(note)
-        if self.start.checkpoint:
-            self.say(f"goes on after step {self.start.step} from {self.start.checkpoint.folder}")
-        if self.last_step < config.train.steps:
-            self.say(
-                f"the data ends after {self.last_step} of {config.train.steps} steps "
-                f"(train.epochs {config.train.epochs}): the run will stop there"
-            )
+
+    def _say_head(self) -> None:
+        for line in [*opening_words(self), *self.start.notes, *(self.saver.clean() if self.run.writes else [])]:
+            self.say(line)
 
     def say(self, text: str) -> None:
         """One line on the terminal, from rank 0."""
@@ -242,7 +249,6 @@ class Trainer:
 
     def fit(self) -> Optional[float]:
         """Train, record, save, export; returns the final validation loss, or None if the run was asked to stop."""
-        config = self.config.train
         bar: Optional[tqdm] = None
         if self.ranks.rank == 0:
             bar = tqdm(total=self.last_step, unit="step", disable=None, dynamic_ncols=True)
@@ -251,33 +257,43 @@ class Trainer:
         earlier = next((record["seconds"] for record in reversed(self.run.history) if "seconds" in record), 0.0)
         self.stop.training = True
         start = time.perf_counter()
-        for step in range(self.start.step, self.last_step):
-            began = time.perf_counter()
-            batches = self.loader.micro_batches(step)
-            votes = partial(self._votes, step, start)
-            result = self.engine.train_step(step, batches, votes)
-            if not result.healthy:
-                self.saver.finish()
-                self._stop_unhealthy(step, result, batches)
-            now = time.perf_counter()
-            record = self._record(step, result, now - began, earlier + now - start)
-            self.run.log(record)
-            self._show(record, bar)
-            if config.check_interval and (step + 1) % config.check_interval == 0:
-                self._check_replicas(step)
-            last = step + 1 == self.last_step
-            if (step + 1) % config.eval_interval == 0 or last:
-                self._evaluate_and_log(step + 1)
-            stops = result.votes[0] > 0 and not last
-            self._save(step + 1, result.votes[1], due=last or stops)
-            if stops:
-                self._stop(step + 1)
-                return None
+        try:
+            for step in range(self.start.step, self.last_step):
+                if self._one_step(step, start, earlier, bar):
+                    return None
+        except UserError:  # on every rank alike: what was saved before stays saved
+            self.saver.finish()
+            raise
         if bar is not None:
             bar.close()
-        val_loss = next(record["val_loss"] for record in reversed(self.run.history) if "val_loss" in record)
+        losses = [record["val_loss"] for record in self.run.history if "val_loss" in record]
+        val_loss = losses[-1] if losses else self._evaluate_and_log(self.last_step)
         self._finish(val_loss)
         return val_loss
+
+    def _one_step(self, step: int, start: float, earlier: float, bar: Optional[tqdm]) -> bool:
+        """Train, record, evaluate and save; returns whether the run stops here, as asked. This start has been training
+        since `start`, those before it for `earlier` seconds."""
+        began = time.perf_counter()
+        batches = self.loader.micro_batches(step)
+        votes = partial(self._votes, step, start)
+        result = self.engine.train_step(step, batches, votes)
+        if not result.healthy:
+            self._stop_unhealthy(step, result, batches)
+        now = time.perf_counter()
+        record = self._record(step, result, now - began, earlier + now - start)
+        self.run.log(record)
+        self._show(record, bar)
+        if self.config.train.check_interval and (step + 1) % self.config.train.check_interval == 0:
+            self._check_replicas(step)
+        last = step + 1 == self.last_step
+        if (step + 1) % self.config.train.eval_interval == 0 or last:
+            self._evaluate_and_log(step + 1)
+        stops = result.votes[0] > 0 and not last
+        self._save(step + 1, result.votes[1], due=last or stops)
+        if stops:
+            self._stop(step + 1)
+        return stops
 
     def _votes(self, step: int, start: float) -> tuple[bool, bool]:
         """Whether this rank wants the run, which has been training since `start`, to end after this step; whether it
@@ -303,27 +319,22 @@ class Trainer:
         """What a checkpoint holds beside tensors, on rank 0."""
         if not self.run.writes:
             return {}
-        train = self.config.train
-        state = {
-            "step": steps,
-            "samples": steps * train.global_batch_size,
-            "lr_factor": lr_factor(steps, train.warmup_steps, train.steps),
-            **data_identity(self.data, self.vocab_size),
-            "config": self.config.to_dict(),
-            "ds_config": self.ds_config,
-            "mesh": {axis: self.mesh.size(axis) for axis in AXES},
-            "versions": self.run.meta["versions"],
-        }
-        files = {"state.json": json.dumps(state, indent=1).encode()}
-        return files | self.tokenizer_files
+        mesh = {axis: self.mesh.size(axis) for axis in AXES}
+        more = {"ds_config": self.ds_config, "mesh": mesh, "versions": self.run.meta["versions"]}
+        return {"state.json": state_file(self.config, steps, self.identity | more), **self.tokenizer_files}
 
     def _stop(self, steps: int) -> None:
         """Asked to: leave a published checkpoint and say how to go on."""
         self.saver.finish()
         self.run.flush()
         self.run.close()
-        why = self.stop.asked or "another rank or train.stop_after_*"
-        self.say(f"stopped after step {steps} as asked ({why}); the same command line goes on from here")
+        if self.run.writes:
+            why = self.stop.asked or "another rank or train.stop_after_*"
+            kept = [path.name for path in published(self.saver.folder)]
+            self.say(
+                f"stopped after step {steps} as asked ({why}); with --output_dir {self.run.path} the same options go "
+                + (f"on from {kept[-1]}" if kept else "back to the beginning: no checkpoint could be written")
+            )
         dist.barrier()
 
     def _show(self, record: dict[str, Any], bar: Optional[tqdm]) -> None:
@@ -344,6 +355,14 @@ class Trainer:
     def _finish(self, val_loss: float) -> None:
         """Write the last checkpoint, the final model, the plot and the outcome."""
         self.saver.finish()
+        on_all_ranks(partial(self._write_results, val_loss), self.device)
+
+    def _write_results(self, val_loss: float) -> None:
+        """Raises: UserError, on a full or read-only disk."""
+        with in_folder(self.run.path):
+            self._write_outcome(val_loss)
+
+    def _write_outcome(self, val_loss: float) -> None:
         steps = [record for record in self.run.history if "loss" in record]
         self.run.update_meta(
             steps=len(steps),
@@ -356,7 +375,6 @@ class Trainer:
         self.run.plot()
         self.run.update_meta(finished=True)
         self.run.close()
-        dist.barrier()
 
     def _export(self) -> None:
         """Write `final/` from the first data rank's tensor-parallel ranks, aside and then renamed."""

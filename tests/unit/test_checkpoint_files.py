@@ -21,6 +21,7 @@ from megatron_switchlora.checkpoint.files import (
     publish,
     published,
     verified,
+    write_manifest,
 )
 from megatron_switchlora.config import UserError
 from megatron_switchlora.parallel.parts import Part, flat_parts, parameter_part, shard_part
@@ -162,11 +163,27 @@ def test_a_file_that_another_host_cannot_see_is_not_published(tmp_path: Path) ->
     building = tmp_path / ".building-step-00000001"
     building.mkdir()
     write_parts(building / "a.safetensors", [whole(torch.ones(2))])
-    files = {"a.safetensors": describe(building / "a.safetensors")}
-    for wrong in ({**files, "b.safetensors": {"size": 3, "sha256": ""}}, {"a.safetensors": {"size": 3, "sha256": ""}}):
+    (building / "state.json").write_text("{}")
+    files = {name: describe(building / name) for name in ("a.safetensors", "state.json")}
+    for wrong in (
+        {**files, "b.safetensors": {"size": 3, "sha256": ""}},
+        {**files, "a.safetensors": {"size": 3, "sha256": ""}},
+    ):
         with pytest.raises(OSError):
             publish(building, tmp_path / "step-00000001", 1, wrong)
     assert published(tmp_path) == []
     manifest_names = set(json.loads(json.dumps(files)))
     publish(building, tmp_path / "step-00000001", 1, files)
     assert set(verified(tmp_path / "step-00000001").files) == manifest_names
+
+
+def test_a_manifest_that_reaches_outside_or_lies_about_its_step_is_refused(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, 8)
+    moved = path.rename(tmp_path / "step-00000100")
+    with pytest.raises(UserError, match="is of step 8: give it back its name"):
+        open_checkpoint(moved)
+    files = open_checkpoint(moved.rename(path)).files
+    for names, message in [({**files, "../x": files["state.json"]}, "names ../x"), ({}, "names no state.json")]:
+        write_manifest(path, 8, names)
+        with pytest.raises(UserError, match=message):
+            open_checkpoint(path)

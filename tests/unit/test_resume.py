@@ -13,7 +13,8 @@ import yaml
 
 from megatron_switchlora.config import RunConfig, UserError
 from megatron_switchlora.train.arguments import parse_arguments
-from megatron_switchlora.train.resume import _choose, compare, compare_data
+from megatron_switchlora.train.compatible import compare, compare_data
+from megatron_switchlora.train.resume import choose as choose_start
 from megatron_switchlora.train.run_folder import RunFolder, create_folder, lock_folder, read_records
 from tests.unit.test_checkpoint_files import make_checkpoint
 
@@ -33,7 +34,7 @@ def make_run(folder: Path, steps: list[int], finished: bool = False, stored: Run
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": s + 1, "loss": 1.0}) + "\n" for s in range(12)))
     for step in steps:
         path = make_checkpoint(folder / "checkpoints", step)
-        seal(path, {"config": stored.to_dict()})
+        seal(path, {"config": stored.to_dict(), "data": "x"})
     return folder
 
 
@@ -50,25 +51,29 @@ def seal(path: Path, state: dict[str, Any]) -> None:
 
 
 def choose(run: Path | None, *more: str) -> dict[str, Any]:
-    return _choose(config(*(["--output_dir", str(run)] if run else []), *more))
+    locks: list[Any] = []
+    found = choose_start(config(*(["--output_dir", str(run)] if run else []), *more), locks)
+    for lock in locks:
+        lock.close()
+    return found
 
 
 def test_auto_takes_the_newest_of_its_folder(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [5, 10])
-    assert choose(run)["checkpoint"] == str(run / "checkpoints" / "step-00000010") and choose(run)["keeps_records"]
-    assert choose(None)["checkpoint"] == "" and choose(tmp_path / "new")["checkpoint"] == ""
+    assert choose(run)["folder"] == str(run / "checkpoints" / "step-00000010") and choose(run)["keeps_records"]
+    assert choose(None)["folder"] == "" and choose(tmp_path / "new")["folder"] == ""
     (run / "checkpoints" / ".building-step-00000015").mkdir()
-    assert choose(run)["checkpoint"].endswith("step-00000010")
+    assert choose(run)["folder"].endswith("step-00000010")
 
 
 def test_without_a_checkpoint_the_same_configuration_begins_anew(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [])
     found = choose(run)
-    assert found["keeps_records"] and not found["checkpoint"] and "begins anew" in found["notes"][0]
+    assert found["keeps_records"] and not found["folder"] and "begins anew" in found["notes"][0]
     with pytest.raises(UserError, match=r"method.rank is 6 there and 7 here"):
         choose(run, "--method.rank", "7")
     (run / "final").mkdir()
-    with pytest.raises(UserError, match=r"already holds a finished run"):
+    with pytest.raises(UserError, match=r"already holds a run"):
         choose(run)
 
 
@@ -97,14 +102,14 @@ def test_none_never_resumes(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [5])
     with pytest.raises(UserError, match=r"already holds a run"):
         choose(run, "--resume", "none")
-    assert choose(tmp_path / "new", "--resume", "none")["checkpoint"] == ""
+    assert choose(tmp_path / "new", "--resume", "none")["folder"] == ""
 
 
 def test_a_path_names_a_checkpoint_or_a_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [5, 10])
     five, ten = (str(run / "checkpoints" / f"step-{n:08d}") for n in (5, 10))
-    assert choose(tmp_path / "new", "--resume", str(run)) == {**choose(None), "checkpoint": ten}
-    assert choose(tmp_path / "new", "--resume", five)["checkpoint"] == five
+    assert choose(tmp_path / "new", "--resume", str(run)) == {**choose(None), "folder": ten}
+    assert choose(tmp_path / "new", "--resume", five)["folder"] == five
     assert choose(run, "--resume", ten)["keeps_records"]
     with pytest.raises(UserError, match=r"holds a newer checkpoint, step-00000010"):
         choose(run, "--resume", five)
@@ -203,9 +208,72 @@ def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
     if made.returncode:
         pytest.skip(f"needs root to mount a read-only file system: {made.stderr.decode().strip()}")
     try:
-        with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"):
+        with pytest.raises(UserError, match=r"cannot be written \(.*Read-only file system"):
             lock_folder(tmp_path)
         with pytest.raises(UserError, match=r"cannot be (written|made)"):
             create_folder(tmp_path / "run")
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_finished_run_can_be_prolonged_on_purpose(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [12], finished=True)
+    longer = ["--train.steps", "900", "--checkpoint.allow_changes", '["train.steps"]']
+    found = choose(run, *longer)
+    assert not found["finished"] and found["folder"].endswith("step-00000012")
+
+
+def test_checkpoints_alone_are_a_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [5, 10])
+    for name in ("config.yaml", "meta.json", "metrics.jsonl"):
+        (run / name).unlink()
+    with pytest.raises(UserError, match=r"already holds a run \(checkpoints\)"):
+        choose(run, "--resume", "none")
+    assert choose(run)["folder"].endswith("step-00000010")
+
+
+def test_a_branch_goes_on_by_the_same_command(tmp_path: Path) -> None:
+    source = make_run(tmp_path / "run", [5])
+    branch = make_run(tmp_path / "branch", [])
+    again = ("--resume", str(source))
+    with pytest.raises(UserError, match="already holds a run"):
+        choose(branch, *again)
+    five = str(source / "checkpoints" / "step-00000005")
+    (branch / "meta.json").write_text(json.dumps({"branched_from": five}))
+    assert (choose(branch, *again)["folder"], choose(branch, *again)["keeps_records"]) == (five, True)
+    make_checkpoint(branch / "checkpoints", 8)
+    seal(branch / "checkpoints" / "step-00000008", {"config": config().to_dict(), "data": "x"})
+    assert choose(branch, *again)["folder"] == str(branch / "checkpoints" / "step-00000008")
+
+
+def test_a_damaged_state_is_called_damaged(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [5])
+    state = run / "checkpoints" / "step-00000005" / "state.json"
+    good = state.read_text()
+    for bad in (good[:-4], good.replace('"lr": 0.01', '"lr": 0.02')):
+        state.write_text(bad)
+        with pytest.raises(UserError, match=r"is damaged: state.json"):
+            choose(run)
+    state.unlink()
+    with pytest.raises(UserError, match=r"is damaged: state.json is missing"):
+        choose(tmp_path / "new", "--resume", str(run))
+
+
+def test_weights_alone_are_no_run(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, 0)
+    with pytest.raises(UserError, match=r"holds weights alone.*--train.init_from"):
+        choose(tmp_path / "new", "--resume", str(path))
+
+
+def test_the_lock_comes_before_the_choice(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [5])
+    held = lock_folder(run)
+    with pytest.raises(UserError, match="Another process is running"):
+        choose(run)
+    held.close()
+
+
+def test_a_torn_meta_is_no_obstacle(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [5])
+    (run / "meta.json").write_text("")
+    assert choose(run)["folder"].endswith("step-00000005")
