@@ -141,7 +141,7 @@ def test_generate(place: Place, finished: str) -> None:
 
 def test_a_used_folder_is_refused_and_untouched(place: Place, finished: str) -> None:
     before = {p: p.stat().st_mtime_ns for p in (place.folder / "run").rglob("*")}
-    status, output = place.run("deepspeed", place.options("run", *ZERO1))
+    status, output = place.run("deepspeed", place.options("run", *ZERO1, "--resume", "none"))
     assert status != 0
     assert output.count("already holds a run") == 1
     assert {p: p.stat().st_mtime_ns for p in (place.folder / "run").rglob("*")} == before
