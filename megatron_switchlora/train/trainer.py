@@ -54,8 +54,8 @@ from megatron_switchlora.train.summary import opening_words
 
 
 class Trainer:
-    """A run. `given_ds_config` is the user's DeepSpeed JSON, `start` says where it begins (`resume.find_start`), and
-    `stop` hears the signals that end it."""
+    """A run. `given_ds_config` is the user's DeepSpeed JSON, `start` says where it begins (`resume.find_start`; by
+    default anew), and `stop` hears the signals that end it."""
 
     def __init__(
         self,
@@ -63,10 +63,11 @@ class Trainer:
         given_ds_config: dict[str, Any],
         ranks: Ranks,
         device: torch.device,
-        start: Start,
-        stop: StopRequest,
+        start: Optional[Start] = None,
+        stop: Optional[StopRequest] = None,
     ) -> None:
-        self.config, self.ranks, self.device, self.start, self.stop = config, ranks, device, start, stop
+        self.config, self.ranks, self.device = config, ranks, device
+        self.start, self.stop = start or Start(), stop or StopRequest()
         self.mesh: Mesh = build_mesh(config.parallel)
         self.ds_config = resolve_ds_config(given_ds_config, config, self.mesh.size("dp"))
         self.data = prepare_data(config, ranks, device)
@@ -77,7 +78,7 @@ class Trainer:
         self.counts = count_parameters(config.model, config.method, self.vocab_size)
         model = LlamaForCausalLM(config.model, self.vocab_size, self.mesh.axis("tp"))
         initialize_weights(model, config.train.seed)
-        if config.train.init_from and start.checkpoint is None:
+        if config.train.init_from and self.start.checkpoint is None:
             initial = open_together(find_folder(Path(config.train.init_from)), device)
             require_tokenizer(initial, self.data)
             on_all_ranks(partial(load_initial, model, Weights(initial)), device)
