@@ -99,7 +99,7 @@ def test_sigterm_under_the_deepspeed_launcher_leaves_a_checkpoint(place: Place) 
     assert steps_of(place, "launcher")[-1] == place.records("launcher")[-1]["step"]
 
 
-MESHES = [("torchrun", "1"), ("torchrun", "2"), ("torchrun 4", "2")]
+MESHES = [("torchrun", "1"), ("alone", "1"), ("torchrun", "2"), ("torchrun 4", "2")]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_kill_9_and_the_same_command_again(place: Place, launcher: str, tp: str)
     process = place.start(launcher, line)
     try:
         wait_for_steps(process)
-        for pid in worker_pids(process.pid):
+        for pid in worker_pids(process.pid) or [process.pid]:  # alone, it is the only process
             os.kill(pid, signal.SIGKILL)
         process.communicate(timeout=60)
     finally:
