@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,8 @@ from torch import Tensor
 
 from megatron_switchlora.config import UserError
 from megatron_switchlora.parallel.parts import Part
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,31 @@ def write_parts(path: Path, parts: Iterable[Part]) -> None:
         key = f"{part.name}@{','.join(map(str, part.offset))}"
         tensors[key] = part.tensor
         index[key] = [part.name, part.shape, part.offset]
-    save_file(tensors, path, metadata={"boxes": json.dumps(index)})
+    save_durably(tensors, path, {"boxes": json.dumps(index)})
+
+
+def save_durably(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write contiguous tensors as one safetensors file on the disk, readable by whoever can read its folder.
+
+    Raises:
+        OSError, SafetensorError: the disk is full, or the folder is gone.
+    """
+    save_file(tensors, path, metadata=metadata)
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read
     make_durable(path)
+
+
+def grouped(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Consecutive items in groups of at most `limit` bytes, or of one item that is larger."""
+    group: list[T] = []
+    filled = 0
+    for item in items:
+        if group and filled + size(item) > limit:
+            yield group
+            group, filled = [], 0
+        group.append(item)
+        filled += size(item)
+    yield group
 
 
 def make_durable(path: Path) -> None:

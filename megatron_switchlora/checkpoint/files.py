@@ -33,6 +33,11 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
@@ -104,7 +109,7 @@ def build_folder(out: Path, fill: Callable[[Path], None]) -> None:
 def published(folder: Path) -> list[Path]:
     """The published checkpoints in a `checkpoints` folder, oldest first."""
     found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -114,9 +119,8 @@ def leftovers(folder: Path) -> list[Path]:
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> None:
     """Delete all checkpoints but the last `keep_last` and those at multiples of `keep_every` steps (0: none)."""
-    steps = [(int(path.name.removeprefix("step-")), path) for path in published(folder)]
-    for step, path in steps[:-keep_last]:
-        if not keep_every or step % keep_every:
+    for path in published(folder)[:-keep_last]:
+        if not keep_every or step_of(path) % keep_every:
             aside = path.with_name(f".deleting-{path.name}")
             path.rename(aside)
             shutil.rmtree(aside)

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_switchlora.checkpoint.archive import make_durable
+from megatron_switchlora.checkpoint.archive import grouped, save_durably
 from megatron_switchlora.checkpoint.files import Checkpoint, build_folder
 from megatron_switchlora.config import UserError
 from megatron_switchlora.model.hf import hf_config, write_configs
@@ -30,11 +29,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def write_shards(folder: Path, sizes: dict[str, int], read: Callable[[str], Tensor], limit: int = SHARD_BYTES) -> None:
     """Write tensors, by name with their bytes, as model.safetensors, or as shards of at most `limit` bytes (or one
     tensor) with an index; a shard at a time is in memory."""
-    shards: list[list[str]] = [[]]
-    for name, size in sizes.items():
-        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > limit:
-            shards.append([])
-        shards[-1].append(name)
+    shards = list(grouped(sizes, sizes.__getitem__, limit))
     index: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -46,10 +41,8 @@ def write_shards(folder: Path, sizes: dict[str, int], read: Callable[[str], Tens
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """One durable safetensors file in transformers' format, readable by whoever can enter its folder."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-    path.chmod(path.parent.stat().st_mode & 0o666)
-    make_durable(path)
+    """One file in transformers' format."""
+    save_durably({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
 
 
 def export_dense(checkpoint: Checkpoint, out: Path, dtype: str = "bf16", limit: int = SHARD_BYTES) -> None:

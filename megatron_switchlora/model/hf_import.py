@@ -24,7 +24,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_switchlora.checkpoint.archive import write_parts
+from megatron_switchlora.checkpoint.archive import grouped, write_parts
 from megatron_switchlora.checkpoint.files import build_folder, seal
 from megatron_switchlora.config import ModelConfig, UserError, check_model, require
 from megatron_switchlora.model.llama import LlamaForCausalLM
@@ -313,13 +313,10 @@ def import_model(source: Path, out: Path, limit: int = 1 << 30) -> None:
     tensors = hf_tensors(source, config, vocab_size)  # refuses here, before anything is written
 
     def fill(folder: Path) -> None:
-        waiting: list[Part] = []
-        for name, tensor in tensors:
-            if waiting and sum(part.tensor.nbytes for part in waiting) + tensor.nbytes > limit:
-                _write_numbered(folder, waiting)
-                waiting = []
-            waiting.append(Part(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor, None))
-        _write_numbered(folder, waiting)
+        parts = (Part(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor, None) for name, tensor in tensors)
+        for number, group in enumerate(grouped(parts, lambda part: part.tensor.nbytes, limit)):
+            write_parts(folder / f"tensors-{number:05d}.safetensors", group)
+            group.clear()  # before the next tensors are read
         model = asdict(config)
         state = {"step": 0, "config": {"model": model}, "vocab_size": vocab_size, "imported_from": str(source)}
         (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -333,7 +330,3 @@ def import_model(source: Path, out: Path, limit: int = 1 << 30) -> None:
         seal(folder, 0)
 
     build_folder(out, fill)
-
-
-def _write_numbered(folder: Path, parts: list[Part]) -> None:
-    write_parts(folder / f"tensors-{len(list(folder.glob('*.safetensors'))):05d}.safetensors", parts)

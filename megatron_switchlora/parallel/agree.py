@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_switchlora.config import UserError
+
+T = TypeVar("T")
 
 
 class PeerError(Exception):
@@ -62,15 +65,17 @@ def on_one_rank(
     return next(entry["result"] for entry in outcomes if "result" in entry)
 
 
-def on_all_ranks(action: Callable[[], object], device: torch.device) -> None:
-    """Run `action` on every rank of the world: one rank's mistake is everyone's. Collective.
+def on_all_ranks(action: Callable[[], T], device: torch.device) -> T:
+    """Run `action` on every rank of the world, for its result there: one rank's mistake is everyone's. Collective.
 
     Raises:
         UserError, PeerError: as `on_one_rank`.
     """
+    results: list[T] = []
 
     def act() -> str:
-        action()
+        results.append(action())
         return ""
 
     on_one_rank(True, act, device)
+    return results[0]

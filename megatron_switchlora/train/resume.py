@@ -60,8 +60,7 @@ def open_together(folder: Path, device: torch.device) -> Checkpoint:
     Raises:
         UserError: on every rank, if a rank cannot open it, or files are missing or damaged, with their names.
     """
-    on_all_ranks(lambda: open_checkpoint(folder), device)  # a host may not see it
-    checkpoint = open_checkpoint(folder)
+    checkpoint = on_all_ranks(lambda: open_checkpoint(folder), device)  # a host may not see it
     names = sorted(checkpoint.files)[dist.get_rank() :: dist.get_world_size()]
     texts = gather_texts("\n".join(checkpoint.faults(names)), device)
     faults = [fault for text in texts for fault in text.splitlines()]

@@ -327,7 +327,6 @@ class Trainer:
     def _stop(self, steps: int) -> None:
         """Asked to: leave a published checkpoint and say how to go on."""
         self.saver.finish()
-        self.run.flush()
         self.run.close()
         if self.run.writes:
             why = self.stop.asked or "another rank or train.stop_after_*"
