@@ -37,7 +37,7 @@ class LowRankLinear(nn.Module):
         self.micro_batches = micro_batches  # of a step
         self.in_features, self.out_features = base.in_features, base.out_features
         self.tp, self.split, self.row_parallel = base.tp, base.split, base.split_dim == 1
-        self.rank, self.scaling = method.rank, method.alpha / method.rank
+        self.rank, self.scaling = method.rank, method.scaling
         self.method, self.cache = method, method.merged_cache
         self.register_buffer("weight", base.weight.detach())
         out_local, in_local = self.weight.shape

@@ -115,17 +115,17 @@ def export_peft(checkpoint: Checkpoint, out: Path, dtype: str = "bf16", limit: i
 
 def peft_config(weights: Weights, adapted: Iterable[str], base: str) -> dict[str, Any]:
     """`adapter_config.json`: plain LoRA with our rank and alpha."""
-    method = weights.config["method"]
+    method = weights.method
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": method["rank"],
-        "lora_alpha": method["alpha"],
+        "r": method.rank,
+        "lora_alpha": method.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "use_rslora": False,
+        "use_rslora": method.rslora,
         "inference_mode": True,
         "target_modules": sorted({name.split(".")[-2] for name in adapted}),
     }

@@ -11,16 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from megatron_switchlora.checkpoint.files import Checkpoint, published
-from megatron_switchlora.config import ModelConfig, UserError
+from megatron_switchlora.config import MethodConfig, ModelConfig, UserError
 from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.parallel.parts import parameter_part
 
+T = TypeVar("T")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -43,12 +44,10 @@ class Weights:
         self.state: dict[str, Any] = checkpoint.state()
         self.config: dict[str, Any] = self.state["config"]
         self.archive = checkpoint.archive()
-        known = {field.name for field in fields(ModelConfig)}
-        self.model = ModelConfig(**{key: value for key, value in self.config["model"].items() if key in known})
+        self.model = _known(ModelConfig, self.config["model"])
         self.vocab_size: int = self.state["vocab_size"]
         self.precision = PRECISIONS[self.config.get("train", {}).get("precision", "fp32")]
-        method = self.config.get("method", {})
-        self.scaling = method["alpha"] / method["rank"] if method else 0.0
+        self.method = _known(MethodConfig, self.config.get("method", {}))
 
     def names(self) -> list[str]:
         """Hugging Face names in the model's order."""
@@ -78,10 +77,16 @@ class Weights:
             return self._rounded(part)
         A, B = self.factors(name)
         (row, column), (rows, columns) = offset or (0, 0), part.shape
-        return torch.addmm(part, B[:, row : row + rows].t(), A[:, column : column + columns], alpha=self.scaling)
+        return torch.addmm(part, B[:, row : row + rows].t(), A[:, column : column + columns], alpha=self.method.scaling)
 
     def _rounded(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.precision).float()
+
+
+def _known(kind: type[T], stored: dict[str, Any]) -> T:
+    """A section of a stored configuration, without what this version does not know."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{key: value for key, value in stored.items() if key in names})
 
 
 def _model_order(name: str) -> tuple[int, int, str]:

@@ -109,10 +109,11 @@ def test_an_export_of_bf16_training_has_its_rounded_factors(tmp_path: Path) -> N
     assert torch.equal(weights.read("lm_head.weight"), run.model.lm_head.weight.detach().bfloat16().float())
 
 
-@pytest.mark.parametrize("method", ["lora", "switchlora"])
-def test_peft_loads_the_adapters(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "rslora"), [("lora", False), ("lora", True), ("switchlora", False)])
+def test_peft_loads_the_adapters(tmp_path: Path, method: str, rslora: bool) -> None:
     peft = pytest.importorskip("peft")
-    run = trained(method, method__alpha=3.0)
+    run = trained(method, method__alpha=3.0, method__rslora=rslora)
+    assert run.config.method.scaling == pytest.approx(3 / 7**0.5 if rslora else 3 / 7)
     export_peft(save(run, tmp_path / "step"), tmp_path / "out", "fp32")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
     assert float((logits(base) - logits(run.model)).abs().max()) > 1e-3  # the adapters do something

@@ -1,0 +1,50 @@
+"""The method's section of the run configuration: how the decoder's linear layers are trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+
+@dataclass
+class MethodConfig:
+    """How the linear layers of the decoder are trained."""
+
+    name: Literal["full", "lora", "switchlora"] = "switchlora"
+    """full: every weight; lora: a fixed low-rank adapter; switchlora: adapters whose vectors are switched."""
+    rank: int = 24
+    """Rank r of every adapter."""
+    alpha: float = 1.0
+    """Scaling s = alpha / rank (SwitchLoRA, eq. 4 and 14)."""
+    rslora: bool = False
+    """Scaling s = alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
+    init: Literal["switchlora", "classic"] = "switchlora"
+    """switchlora: A and B uniform with the paper's deviations and W <- W - sBA; classic: A kaiming uniform, B zero."""
+    interval0: float = 40.0
+    """Switching interval at the start: r / interval0 vectors a side, layer and step."""
+    switch_ratio: float = 0.1
+    """The switching rate falls to 0.3 of its start after this share of switch_total_steps."""
+    switch_total_steps: Optional[int] = None
+    """Length T of the switching schedule in steps; by default train.steps."""
+    freeze_steps: int = 5
+    """Steps N for which the counterpart of a switched vector is frozen (0 masks the stale gradient once, as 1)."""
+    selection: Literal["ring", "random", "independent"] = "ring"
+    """ring: positions and candidates in order; random: candidates drawn at random; independent: positions too,
+    with separate counts for A and B (Algorithm 2 of the paper)."""
+    bank_device: Literal["device", "host"] = "device"
+    """Where the candidate vectors live; host memory is pinned when there is a GPU."""
+    bank_spread: Literal["tp", "dp"] = "tp"
+    """tp: no candidate is held twice over the tensor-parallel ranks, data-parallel ranks hold copies; dp: candidates
+    are spread over the data-parallel ranks too."""
+    compute: Literal["auto", "merged", "split"] = "auto"
+    """merged: form W + sBA, then one dense product; split: W x and s B (A x) apart; auto: whichever costs fewer
+    FLOPs, a layer at a time."""
+    merged_cache: Literal["micro_batch", "accumulation", "recompute"] = "micro_batch"
+    """How long the merged form keeps W + sBA: from a micro-batch's forward to its backward, over all micro-batches of
+    a step, or not at all (formed again in backward)."""
+
+    @property
+    def scaling(self) -> float:
+        """s in W x + s B A x."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
