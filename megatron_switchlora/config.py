@@ -77,7 +77,8 @@ class OptimConfig:
     lr: float = 0.02
     """Peak learning rate of the adapters (with method full: of the decoder's matrices)."""
     dense_lr: Optional[float] = None
-    """Peak learning rate of embedding, head and norms; by default lr, as published. Sweep it for every method."""
+    """Peak learning rate of embedding, head and norms; by default lr, as SwitchLoRA published it, and 0.001 with lte
+    and mhlora. Sweep it for every method."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.999
@@ -196,7 +197,7 @@ class ParallelConfig:
     """Mesh sizes; the data-parallel size is what remains of the world."""
 
     lte_heads: int = 1
-    """LTE heads, the outermost axis (only 1 for now)."""
+    """Groups of ranks that train LTE heads of their own, the outermost axis; each has method.local_heads heads."""
     tp: int = 1
     """Tensor-parallel ranks, the innermost axis. Heads and key/value heads must divide; other sizes are padded."""
 
@@ -217,6 +218,17 @@ class RunConfig:
     resume: str = "auto"
     """auto: go on with the run in output_dir, if it holds one, from its newest checkpoint; none: never; else the path
     of a checkpoint, or of a run whose newest is taken."""
+
+    @property
+    def dense_lr(self) -> float:
+        """Peak learning rate of the dense tensors. An LTE head's rate is far too small for them (LTE, tables 5, 6)."""
+        default = 0.001 if self.method.of_lte else self.optim.lr
+        return default if self.optim.dense_lr is None else self.optim.dense_lr
+
+    @property
+    def heads(self) -> int:
+        """All LTE heads."""
+        return self.parallel.lte_heads * self.method.heads_here
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -344,16 +356,18 @@ def require_shard(name: str, size: int, tp: int) -> None:
     )
 
 
-def accumulation_steps(train: TrainConfig, dp: int) -> int:
-    """Micro-batches a rank runs per step.
+def accumulation_steps(config: RunConfig, dp: int) -> int:
+    """Micro-batches a rank runs per step; `dp` are the data-parallel ranks of a head.
 
     Raises:
-        UserError: global batch not divisible by micro batch times data-parallel size.
+        UserError: global batch not divisible by micro batch times heads times data-parallel size.
     """
-    per_pass = train.micro_batch_size * dp
+    train, heads = config.train, config.parallel.lte_heads
+    per_pass = train.micro_batch_size * dp * heads
+    over = f"{heads} LTE heads x " if heads > 1 else ""
     require(
         train.global_batch_size % per_pass == 0,
         f"train.global_batch_size {train.global_batch_size} must be a multiple of train.micro_batch_size "
-        f"{train.micro_batch_size} x {dp} data-parallel ranks = {per_pass}: change one of them.",
+        f"{train.micro_batch_size} x {over}{dp} data-parallel ranks = {per_pass}: change one of them.",
     )
     return train.global_batch_size // per_pass

@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Literal, Optional, Union
 
 
 @dataclass
 class MethodConfig:
     """How the linear layers of the decoder are trained."""
 
-    name: Literal["full", "lora", "switchlora"] = "switchlora"
-    """full: every weight; lora: a fixed low-rank adapter; switchlora: adapters whose vectors are switched."""
+    name: Literal["full", "lora", "switchlora", "lte", "mhlora"] = "switchlora"
+    """full: every weight; lora: a fixed low-rank adapter; switchlora: adapters whose vectors are switched; lte: heads
+    with adapters and optimizers of their own, merged every merge_interval steps; mhlora: their sum in one model."""
     rank: int = 24
     """Rank r of every adapter."""
-    alpha: float = 1.0
-    """Scaling s = alpha / rank (SwitchLoRA, eq. 4 and 14)."""
+    alpha: Optional[float] = None
+    """Scaling s = alpha / rank; by default 1 (SwitchLoRA, eq. 4 and 14), and 4096 with lte and mhlora, whose s is large
+    (LTE, appendix A); lte over switchlora has 1."""
     rslora: bool = False
     """Scaling s = alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
-    init: Literal["switchlora", "classic"] = "switchlora"
-    """switchlora: A and B uniform with the paper's deviations and W <- W - sBA; classic: A kaiming uniform, B zero."""
+    init: Optional[Literal["switchlora", "classic", "semi_orthogonal"]] = None
+    """switchlora: A and B uniform with the paper's deviations and W <- W - sBA; classic: A kaiming uniform, B zero;
+    semi_orthogonal: A's rows orthogonal, B zero. By default semi_orthogonal with lte and mhlora, else switchlora."""
+    orthogonal_scale: Literal["sqrt_n_r", "sqrt_r_n"] = "sqrt_n_r"
+    """Scale of semi-orthogonal rows of length n: sqrt(n / r), as LTE's code has it, or sqrt(r / n), as its paper."""
+    local_heads: int = 1
+    """LTE heads in one process, which share one W; mhlora: its heads. lte trains parallel.lte_heads times as many."""
+    merge_interval: Union[int, Literal["never"]] = 10
+    """Steps T between merges of the LTE heads."""
+    merge_form: Literal["reset", "resetless"] = "resetless"
+    """resetless: factors go on and W is corrected; reset: B starts again at zero (LTE, Algorithm 1)."""
+    merge_traffic: Literal["auto", "factors", "delta"] = "auto"
+    """What crosses heads in a merge: factors (all-gathered), their mean product (all-reduced); auto: the smaller."""
+    redraw_A: bool = False
+    """Draw A anew at every merge (with merge_form reset)."""
+    inner: Literal["lora", "switchlora"] = "lora"
+    """What an LTE head trains with."""
+    base: Literal["fp32", "nf4"] = "fp32"
+    """How LTE heads hold the frozen W: in fp32, or quantised to 4 bits, with what merges need in host memory."""
     interval0: float = 40.0
     """Switching interval at the start: r / interval0 vectors a side, layer and step."""
     switch_ratio: float = 0.1
@@ -45,6 +64,40 @@ class MethodConfig:
     a step, or not at all (formed again in backward)."""
 
     @property
+    def of_lte(self) -> bool:
+        """Whether this is LTE, or what LTE is compared with."""
+        return self.name in ("lte", "mhlora")
+
+    @property
+    def switches(self) -> bool:
+        """Whether vectors are switched."""
+        return self.name == "switchlora" or (self.name == "lte" and self.inner == "switchlora")
+
+    @property
+    def initial(self) -> str:
+        """Initial values of the factors."""
+        return self.init or ("semi_orthogonal" if self.of_lte and self.inner == "lora" else "switchlora")
+
+    @property
     def scaling(self) -> float:
-        """s in W x + s B A x."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        """s in W x + s B A x; of mhlora divided by its heads."""
+        alpha = self.alpha
+        if alpha is None:
+            alpha = 4096.0 if self.of_lte and self.inner == "lora" else 1.0
+        by = math.sqrt(self.rank) if self.rslora else self.rank
+        return alpha / by / (self.local_heads if self.name == "mhlora" else 1)
+
+    @property
+    def adapter_rank(self) -> int:
+        """Vectors on either side of a layer's adapter: mhlora puts its heads side by side."""
+        return self.rank * (self.local_heads if self.name == "mhlora" else 1)
+
+    @property
+    def heads_here(self) -> int:
+        """Heads in one process that are trained apart."""
+        return self.local_heads if self.name == "lte" else 1
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether heads keep their last merge apart from W, which other heads share, or which is quantised."""
+        return self.name == "lte" and (self.local_heads > 1 or self.base == "nf4")

@@ -31,9 +31,19 @@ def _validate_method(config: RunConfig) -> None:
         f"method.rank must be between 1 and min(m, n) of every adapted matrix, here {smallest}; it is {method.rank}: "
         "lower the rank or widen the model.",
     )
-    require(math.isfinite(method.alpha) and method.alpha > 0, f"method.alpha must be positive, not {method.alpha}.")
-    if method.name != "switchlora":
-        return
+    alpha = method.alpha
+    require(alpha is None or (math.isfinite(alpha) and alpha > 0), f"method.alpha must be positive, not {alpha}.")
+    if method.switches:
+        _validate_switching(config)
+
+
+def _validate_switching(config: RunConfig) -> None:
+    method, m = config.method, config.model
+    require(
+        method.initial != "semi_orthogonal",
+        "method.init semi_orthogonal gives the vectors of one adapter, and switching needs candidates like them: use "
+        "method.init switchlora or classic.",
+    )
     require(
         method.rank >= 2, "method.rank 1 cannot switch: A and B switch different positions, so give rank 2 or more."
     )
@@ -141,9 +151,91 @@ def _validate_data(d: DataConfig) -> None:
     require(d.max_bytes >= 1, f"data.max_bytes must be positive, not {d.max_bytes}.")
 
 
+# Options of method.name lte; those of mhlora are the first two.
+OF_LTE = (
+    "local_heads", "orthogonal_scale", "merge_interval", "merge_form", "merge_traffic", "redraw_A", "inner", "base"
+)  # fmt: skip
+
+
+def _validate_lte(config: RunConfig) -> None:
+    method, train, groups = config.method, config.train, config.parallel.lte_heads
+    require(groups >= 1, f"parallel.lte_heads must be at least 1, not {groups}.")
+    require(
+        groups == 1 or method.name == "lte",
+        f"parallel.lte_heads {groups} needs method.name lte, which trains heads apart; it is {method.name}: set "
+        "parallel.lte_heads to 1 or change the method.",
+    )
+    foreign = OF_LTE[{"lte": len(OF_LTE), "mhlora": 2}.get(method.name, 0) :]
+    given = [f.name for f in fields(method) if f.name in foreign and getattr(method, f.name) != f.default]
+    require(
+        not given,
+        f"method.{', method.'.join(given)} belong to method.name lte, not {method.name}: leave them out.",
+    )
+    require(method.local_heads >= 1, f"method.local_heads must be at least 1, not {method.local_heads}.")
+    if method.name != "lte":
+        return
+    interval = method.merge_interval
+    require(
+        isinstance(interval, str) or interval >= 1,
+        f"method.merge_interval must be at least 1 step, or never; it is {interval}.",
+    )
+    require(
+        train.micro_batch_size % method.local_heads == 0,
+        f"train.micro_batch_size {train.micro_batch_size} must be a multiple of method.local_heads "
+        f"{method.local_heads}, since each head takes its part of a micro-batch: change one of them.",
+    )
+    require(
+        train.global_batch_size % config.heads == 0,
+        f"train.global_batch_size {train.global_batch_size} must be a multiple of the {config.heads} LTE heads "
+        f"(parallel.lte_heads {groups} x method.local_heads {method.local_heads}): change one of them.",
+    )
+    _validate_merges(config)
+    if method.inner == "switchlora":
+        _validate_switching_heads(config)
+
+
+def _validate_merges(config: RunConfig) -> None:
+    method, m, tp = config.method, config.model, config.parallel.tp
+    resets = method.merge_form == "reset"
+    require(
+        not resets or method.initial != "switchlora",
+        "method.merge_form reset starts with B = 0 and one W for all heads, which method.init switchlora does not: use "
+        "semi_orthogonal or classic, or merge_form resetless.",
+    )
+    require(
+        resets or not method.redraw_A,
+        "method.redraw_A true needs method.merge_form reset: where B is not zero, another A would change the function.",
+    )
+    require(
+        not method.shares_base or method.compute != "merged",
+        f"method.compute merged forms one weight for all samples, and {method.local_heads} heads over one base "
+        f"(method.base {method.base}) have several: use auto or split.",
+    )
+    lengths = {"model.hidden_size": m.hidden_size, "model.intermediate_size": m.intermediate_size}
+    wrong = [f"{name} {size}" for name, size in lengths.items() if method.base == "nf4" and size % (64 * tp)]
+    require(
+        tp == 1 or not wrong,
+        f"method.base nf4 at parallel.tp {tp} needs sizes that are multiples of 64 x {tp}, the blocks of a rank's "
+        f"columns, and {', '.join(wrong)} is not: change the size or parallel.tp.",
+    )
+
+
+def _validate_switching_heads(config: RunConfig) -> None:
+    method = config.method
+    require(
+        not method.shares_base,
+        f"method.inner switchlora rewrites each head's own W, so heads cannot share one (method.local_heads "
+        f"{method.local_heads}, method.base {method.base}): give each its ranks with parallel.lte_heads, in fp32.",
+    )
+    require(
+        method.merge_form == "resetless" and method.merge_traffic != "factors",
+        f"method.inner switchlora merges reset-less and by weights, since switches have changed them; "
+        f"method.merge_form is {method.merge_form} and method.merge_traffic {method.merge_traffic}: leave both out.",
+    )
+
+
 def _validate_parallel(config: RunConfig) -> None:
-    m, tp, heads = config.model, config.parallel.tp, config.parallel.lte_heads
-    require(heads == 1, f"parallel.lte_heads {heads} is not supported yet: the mesh is 1 x dp x tp, so set it to 1.")
+    m, tp = config.model, config.parallel.tp
     require(tp >= 1, f"parallel.tp must be at least 1, not {tp}.")
     for name, count in (("num_heads", m.num_heads), ("num_kv_heads", m.kv_heads)):
         require(
@@ -168,3 +260,4 @@ def validate(config: RunConfig) -> None:
     _validate_stops(config)
     _validate_data(config.data)
     _validate_parallel(config)
+    _validate_lte(config)

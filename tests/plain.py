@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
 from megatron_switchlora.config import MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.optim.head_clip import HeadClip
 from megatron_switchlora.optim.layout import plain_layout
 from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.optim.row_adamw import RowAdamW
+from megatron_switchlora.parallel.mesh import Mesh, lone_mesh
+from megatron_switchlora.parallel.shard import Axis
 
 VOCAB = 61
 
@@ -46,36 +51,51 @@ def make_batches(config: RunConfig, steps: int, seed: int = 1) -> list[Tensor]:
     return list((torch.rand(shape, generator=generator) ** 3 * VOCAB).long())
 
 
-class PlainRun:
-    """Model, method and optimizer in one process; `step` mirrors `train.engine.Engine.train_step`."""
+def by_heads(config: RunConfig, batch: Tensor, mesh: Mesh) -> list[Tensor]:
+    """The micro-batches of this process: its heads' shares, of those its data rank's, head by head."""
+    local, each = config.method.heads_here, config.train.micro_batch_size // config.method.heads_here
+    shares = batch.unflatten(0, (config.heads, mesh.size("dp"), -1))
+    mine = shares[mesh.rank("lte") * local : (mesh.rank("lte") + 1) * local, mesh.rank("dp")]
+    return [piece.flatten(0, 1) for piece in mine.split(each, 1)]
 
-    def __init__(self, config: RunConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
-        self.config = config
+
+class PlainRun:
+    """Model, method and optimizer in one process of a mesh without data-parallel ranks; `step` mirrors
+    `train.engine.Engine.train_step`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        mesh: Optional[Mesh] = None,
+        seed: Optional[int] = None,
+    ) -> None:
+        self.config, self.mesh = config, mesh or lone_mesh()
         model = LlamaForCausalLM(config.model, VOCAB)
-        initialize_weights(model, config.train.seed)
+        initialize_weights(model, config.train.seed if seed is None else seed)
         self.model = model.to(dtype)
-        self.method = build_method(config, self.model)
+        self.method = build_method(config, self.model, self.mesh)
         self.model.to(device)
         optim = config.optim
         self.optimizer = RowAdamW(self.method.param_groups(), beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps)
         self.params = [param for group in self.optimizer.param_groups for param in group["params"]]
         self.optimizer.attach(plain_layout(self.params))
+        self.optimizer.head_clip = HeadClip(optim.clip, config.method.heads_here, Axis(), Axis(), torch.device(device))
         self.method.start(self.optimizer)
 
     def step(self, step: int, batch: Tensor) -> tuple[float, float, int]:
-        """(loss, gradient norm, vectors switched) of one step on the whole batch."""
-        train, optim = self.config.train, self.config.optim
+        """(loss, gradient norm, vectors switched) of one step on the whole batch; the sum of several heads' losses."""
+        train = self.config.train
         factor = lr_factor(step, train.warmup_steps, train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.zero_grad()
-        pieces = batch.split(train.micro_batch_size)
-        loss = torch.stack([self.model(tokens[:, :-1], tokens[:, 1:]) for tokens in pieces]).mean()
+        pieces = by_heads(self.config, batch, self.mesh)
+        loss = torch.stack([self.model(tokens[:, :-1], tokens[:, 1:]).sum() for tokens in pieces]).mean()
         loss.backward()
         switched = self.method.before_step(step)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
-        if optim.clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.params, optim.clip, norm)
         self.optimizer.step()
         self.method.after_step(step)
         return float(loss.detach()), float(norm), switched

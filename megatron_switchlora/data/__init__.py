@@ -5,7 +5,7 @@
 """
 
 from .corpus import Corpus, corpus_identity, load_corpus
-from .loader import BatchOrder, Samples, TokenStore, TrainLoader, eval_batches
+from .loader import BatchOrder, Reader, Samples, TokenStore, TrainLoader, eval_batches
 from .packing import PreparedData, open_prepared, prepare
 from .tokenizer import build_tokenizer
 
@@ -13,6 +13,7 @@ __all__ = [
     "BatchOrder",
     "Corpus",
     "PreparedData",
+    "Reader",
     "Samples",
     "TokenStore",
     "TrainLoader",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -100,27 +101,44 @@ class BatchOrder:
         return np.argsort(np.random.Philox(key=key).random_raw(self.num_samples), kind="stable")
 
 
+@dataclass(frozen=True)
+class Reader:
+    """Who reads: data-parallel rank `dp_rank` of `dp_size`, for `local` of `heads` LTE heads, from number `head` on.
+
+    A head's share of a batch is a contiguous slice of it, a data-parallel rank's is one of that."""
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    head: int = 0
+    heads: int = 1
+    local: int = 1
+
+
 class TrainLoader:
-    """The micro-batches of one data-parallel rank.
+    """The micro-batches of one rank.
 
     Raises:
-        UserError: the global batch is no multiple of micro batch times ranks.
+        UserError: the global batch is no multiple of micro batch times ranks, or a micro-batch not of the heads in it.
     """
 
-    def __init__(self, store: Samples, order: BatchOrder, micro_batch_size: int, dp_rank: int, dp_size: int) -> None:
+    def __init__(self, store: Samples, order: BatchOrder, micro_batch_size: int, reader: Reader) -> None:
+        lines = reader.dp_size * reader.heads // reader.local
         require(
-            order.global_batch_size % (micro_batch_size * dp_size) == 0,
+            order.global_batch_size % (micro_batch_size * lines) == 0 and micro_batch_size % reader.local == 0,
             f"train.global_batch_size {order.global_batch_size} must be a multiple of train.micro_batch_size "
-            f"{micro_batch_size} x {dp_size} data-parallel ranks: change one of them.",
+            f"{micro_batch_size} x {lines} ranks that read different samples, and train.micro_batch_size of the "
+            f"{reader.local} heads in a process: change one of them.",
         )
-        self._store, self._order, self._micro = store, order, micro_batch_size
-        share = order.global_batch_size // dp_size
-        self._mine = slice(dp_rank * share, (dp_rank + 1) * share)
+        self._store, self._order, self._micro, self._reader = store, order, micro_batch_size, reader
 
     def micro_batches(self, k: int) -> list[torch.Tensor]:
-        """This rank's part of batch k: token ids, each int64 [micro_batch_size, seq_len + 1]."""
-        tokens = self._store.batch(self._order.indices(k)[self._mine])
-        return list(tokens.split(self._micro))
+        """This rank's part of batch k: token ids, each int64 [micro_batch_size, seq_len + 1], head by head."""
+        reader = self._reader
+        by_head = self._order.indices(k).reshape(reader.heads, reader.dp_size, -1)
+        mine = by_head[reader.head : reader.head + reader.local, reader.dp_rank]
+        each = self._micro // reader.local
+        pieces = [mine[:, start : start + each].reshape(-1) for start in range(0, mine.shape[1], each)]
+        return [self._store.batch(piece) for piece in pieces]
 
 
 def eval_batches(

@@ -4,7 +4,8 @@ With W (m = out, n = in), rank r, gain = sqrt(1/3) and s = 1/r:
     std[A] = (r sqrt(m) / (n sqrt(n)))^(1/4) gain^(1/2)
     std[B] = (r / sqrt(m n))^(1/4) gain^(1/2)
 drawn uniform on +-sqrt(3) std, so that unit-variance x gives std(s B A x) = gain. m and n are the
-full sizes, unsharded and unpadded. The classic initialisation is A kaiming uniform (a = sqrt 5) and B zero.
+full sizes, unsharded and unpadded. The classic initialisation is A kaiming uniform (a = sqrt 5) and B zero;
+LTE's is A semi-orthogonal and B zero (arXiv 2402.16828, section 4).
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ Side = Literal["A", "B"]
 
 
 def factor_std(side: Side, kind: str, out_features: int, in_features: int, rank: int) -> float:
-    """Standard deviation of the entries of A or B; kind is "switchlora" or "classic"."""
+    """Standard deviation of the entries of A or B where they are drawn uniform; B is zero but with "switchlora"."""
     m, n, r = out_features, in_features, rank
-    if kind == "classic":
+    if kind != "switchlora":
         return 1 / math.sqrt(3 * n) if side == "A" else 0.0
     if side == "A":
         return (r * math.sqrt(m) / (n * math.sqrt(n))) ** 0.25 * math.sqrt(GAIN)
@@ -33,3 +34,11 @@ def draw_vectors(count: int, length: int, std: float, generator: torch.Generator
     """`count` vectors of `length` [count, length], uniform with deviation `std`, fp32 on the CPU."""
     bound = math.sqrt(3) * std
     return torch.empty(count, length).uniform_(-bound, bound, generator=generator)
+
+
+def draw_orthogonal(rank: int, length: int, scale: str, generator: torch.Generator) -> Tensor:
+    """Orthogonal rows [rank, length] of norm sqrt(length / rank), as LTE's code has it ("sqrt_n_r"), or of norm
+    sqrt(rank / length), as its paper has it ("sqrt_r_n"); fp32 on the CPU."""
+    ratio = length / rank if scale == "sqrt_n_r" else rank / length
+    rows = torch.empty(rank, length)
+    return torch.nn.init.orthogonal_(rows, gain=math.sqrt(ratio), generator=generator)

@@ -37,7 +37,7 @@ class LowRankLinear(nn.Module):
         self.micro_batches = micro_batches  # of a step
         self.in_features, self.out_features = base.in_features, base.out_features
         self.tp, self.split, self.row_parallel = base.tp, base.split, base.split_dim == 1
-        self.rank, self.scaling = method.rank, method.scaling
+        self.rank, self.scaling = method.adapter_rank, method.scaling
         self.method, self.cache = method, method.merged_cache
         self.register_buffer("weight", base.weight.detach())
         out_local, in_local = self.weight.shape
@@ -77,6 +77,10 @@ class LowRankLinear(nn.Module):
     def forget_merged(self) -> None:
         """W or a factor has changed: the cached W_eff, if any, is not theirs."""
         self._merged = None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [r, out] as they are, without gradients."""
+        return self.lora_A.detach(), self.lora_B.detach()
 
     @torch.no_grad()
     def add_product(self, sign: float) -> None:

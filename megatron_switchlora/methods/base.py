@@ -43,8 +43,7 @@ class Method:
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups with `name`, `base_lr` and `weight_decay`."""
-        optim = self.config.optim
-        dense_lr = optim.lr if optim.dense_lr is None else optim.dense_lr
+        optim, dense_lr = self.config.optim, self.config.dense_lr
         matrices = self.matrices()
         known = {id(param) for param in matrices}
         rest = [param for param in self.model.parameters() if param.requires_grad and id(param) not in known]
@@ -66,6 +65,14 @@ class Method:
 
     def after_step(self, step: int) -> None:
         """The optimizer has stepped."""
+
+    def stored_name(self, name: str) -> str:
+        """How a checkpoint calls the model's parameter."""
+        return name
+
+    def evaluated(self) -> LlamaForCausalLM:
+        """The model whose loss is the method's, and which is exported. Collective."""
+        return self.model
 
     def parts(self) -> Iterator[Part]:
         """This rank's share of what a checkpoint keeps beside parameters and optimizer state: frozen weights here, and

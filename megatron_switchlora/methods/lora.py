@@ -1,15 +1,18 @@
 """LoRA: a fixed low-rank adapter on the seven projections of every layer; W stays frozen.
 
-Initial values are SwitchLoRA's (then W <- W0 - sBA, so that step 0 computes the dense initialisation)
-or the classic ones (B = 0). Embedding, head and norms train dense.
+Initial values are SwitchLoRA's (then W <- W0 - sBA, so that step 0 computes the dense initialisation),
+the classic ones or LTE's (B = 0). Embedding, head and norms train dense. An LTE head draws from a seed of
+its own; head 0 draws what LoRA would. `MhLora` is multi-head LoRA, LTE's baseline: y = W x + (s/N) sum_n B_n A_n x
+(arXiv 2402.16828, section 3.1), that is LoRA whose vectors are those of N heads side by side.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from megatron_switchlora.config import RunConfig, accumulation_steps
-from megatron_switchlora.lowrank.init import Side, draw_vectors, factor_std
+from megatron_switchlora.lowrank.init import Side, draw_orthogonal, draw_vectors, factor_std
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.methods.base import Method
 from megatron_switchlora.model.llama import LlamaForCausalLM, decoder_linears
@@ -18,12 +21,27 @@ from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.parallel.shard import named_generator, shard_of
 
 
+def head_seed(seed: int, head: int) -> int:
+    """The seed of an LTE head's draws; head 0 has the run's."""
+    return seed if head == 0 else named_generator(seed, f"head {head}").initial_seed()
+
+
+def draw_factor(config: RunConfig, side: Side, name: str, shape: tuple[int, int], count: int, head: int = 0) -> Tensor:
+    """`count` vectors [count, length] of one side of the layer `name` of full `shape` (m, n), for an LTE head; drawn
+    for the full tensor by name, fp32 on the CPU."""
+    method, length = config.method, shape[1] if side == "A" else shape[0]
+    generator = named_generator(head_seed(config.train.seed, head), f"{name}.lora_{side}")
+    if side == "A" and method.initial == "semi_orthogonal":
+        return draw_orthogonal(count, length, method.orthogonal_scale, generator)
+    return draw_vectors(count, length, factor_std(side, method.initial, *shape, method.rank), generator)
+
+
 class Lora(Method):
     """`linears` are the adapted layers by Hugging Face name, in layer order."""
 
     def __init__(self, config: RunConfig, model: LlamaForCausalLM, mesh: Mesh) -> None:
         super().__init__(config, model, mesh)
-        micro_batches = accumulation_steps(config.train, mesh.size("dp"))
+        micro_batches = accumulation_steps(config, mesh.size("dp"))
         self.linears: dict[str, LowRankLinear] = {}
         for name, parent, attribute, base in list(decoder_linears(model)):
             linear = LowRankLinear(base, config.method, micro_batches)
@@ -32,17 +50,16 @@ class Lora(Method):
         self._draw_factors()
 
     def _draw_vectors(self, side: Side, name: str, count: int) -> Tensor:
-        """`count` vectors of the layer's side [count, length], drawn for the full tensor by name."""
+        """`count` vectors of the layer's side [count, length]."""
         linear = self.linears[name]
-        m, n = linear.out_features, linear.in_features
-        std = factor_std(side, self.config.method.init, m, n, linear.rank)
-        generator = named_generator(self.config.train.seed, f"{name}.lora_{side}")
-        return draw_vectors(count, n if side == "A" else m, std, generator)
+        return draw_factor(
+            self.config, side, name, (linear.out_features, linear.in_features), count, self.mesh.rank("lte")
+        )
 
     def _draw_factors(self) -> None:
         for name, linear in self.linears.items():
-            self._fill_factor(linear.lora_A, self._draw_vectors("A", name, linear.rank))
-            self._fill_factor(linear.lora_B, self._draw_vectors("B", name, linear.rank))
+            self._fill_factor(linear.lora_A, self._draw_vectors("A", name, self.config.method.rank))
+            self._fill_factor(linear.lora_B, self._draw_vectors("B", name, self.config.method.rank))
 
     @staticmethod
     def _fill_factor(factor: nn.Parameter, full: Tensor) -> None:
@@ -65,3 +82,13 @@ class Lora(Method):
     def _forget_merged(self) -> None:
         for linear in self.linears.values():
             linear.forget_merged()
+
+
+class MhLora(Lora):
+    """Multi-head LoRA: `method.local_heads` heads side by side in one adapter."""
+
+    def _draw_vectors(self, side: Side, name: str, count: int) -> Tensor:
+        linear = self.linears[name]
+        shape = (linear.out_features, linear.in_features)
+        heads = range(self.config.method.local_heads)
+        return torch.cat([draw_factor(self.config, side, name, shape, count, head) for head in heads])

@@ -31,7 +31,7 @@ from megatron_switchlora.lowrank.schedule import (
 )
 from megatron_switchlora.lowrank.switch import fold, switch_rows
 from megatron_switchlora.methods.base import Replica
-from megatron_switchlora.methods.lora import Lora
+from megatron_switchlora.methods.lora import Lora, head_seed
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.parallel.parts import Part, shard_part
 
@@ -66,7 +66,7 @@ class SwitchLora(Lora):
             total_steps=method.switch_total_steps or train.steps,
             freeze_steps=method.freeze_steps,
             selection=method.selection,
-            seed=train.seed,
+            seed=head_seed(train.seed, self.mesh.rank("lte")),
         )
         self.state = initial_state(self.schedule)
         self._planned: Optional[PlannedStep] = None

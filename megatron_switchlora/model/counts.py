@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_switchlora.config import MethodConfig, ModelConfig, shard_size
+from megatron_switchlora.config import MethodConfig, ModelConfig, RunConfig, shard_size
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ def decoder_shapes(config: ModelConfig) -> list[tuple[int, int]]:
 
 def count_shard(config: ModelConfig, method: MethodConfig, vocab_size: int, tp: int) -> ParameterCounts:
     """Elements that one of `tp` tensor-parallel ranks holds, padding included."""
-    shapes = [p.shard(tp) for p in projections(config)]
+    shapes, layers = [p.shard(tp) for p in projections(config)], config.num_layers
     embedding = shard_size(vocab_size, tp) * config.hidden_size
     return ParameterCounts(
         embedding=embedding,
         head=0 if config.tie_embeddings else embedding,
-        norms=(2 * config.num_layers + 1) * config.hidden_size,
-        matrices=config.num_layers * sum(m * n for m, n in shapes),
-        adapters=0 if method.name == "full" else config.num_layers * method.rank * sum(m + n for m, n in shapes),
+        norms=(2 * layers + 1) * config.hidden_size,
+        matrices=layers * sum(m * n for m, n in shapes),
+        adapters=0 if method.name == "full" else layers * method.adapter_rank * sum(m + n for m, n in shapes),
         full_rank=method.name == "full",
     )
 
@@ -89,6 +89,16 @@ def count_shard(config: ModelConfig, method: MethodConfig, vocab_size: int, tp: 
 def count_parameters(config: ModelConfig, method: MethodConfig, vocab_size: int) -> ParameterCounts:
     """Counts of a model under a method, unpadded, whatever the mesh."""
     return count_shard(config, method, vocab_size, tp=1)
+
+
+def merge_sends_factors(config: RunConfig, out_features: int, in_features: int) -> bool:
+    """Whether a merge of LTE heads moves the factors of a layer whose W is [out, in] on a rank, and not their product:
+    by `method.merge_traffic`, or whatever is less. Received are (N - K) r (m + n) values, or 2 m n (H - 1) / H."""
+    method, groups = config.method, config.parallel.lte_heads
+    if method.merge_traffic != "auto":
+        return method.merge_traffic == "factors"
+    factors = (config.heads - method.local_heads) * method.rank * (out_features + in_features)
+    return factors <= 2 * out_features * in_features * (groups - 1) / groups
 
 
 def model_flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> float:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -116,12 +117,13 @@ def export_peft(checkpoint: Checkpoint, out: Path, dtype: str = "bf16", limit: i
 def peft_config(weights: Weights, adapted: Iterable[str], base: str) -> dict[str, Any]:
     """`adapter_config.json`: plain LoRA with our rank and alpha."""
     method = weights.method
+    rank = method.adapter_rank
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": method.rank,
-        "lora_alpha": method.alpha,
+        "r": rank,
+        "lora_alpha": method.scaling * (math.sqrt(rank) if method.rslora else rank),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

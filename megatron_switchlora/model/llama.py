@@ -38,8 +38,14 @@ def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def normalised(x: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last dimension, the mean square in fp32 at least."""
+    high = x.to(_at_least_fp32(x.dtype))
+    return (high * torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, the mean square in fp32 at least."""
+    """x / rms(x) * weight over the last dimension."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -47,9 +53,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        high = x.to(_at_least_fp32(x.dtype))
-        high = high * torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * high.to(x.dtype)
+        return self.weight * normalised(x, self.eps)
 
 
 def rotary_tables(seq_len: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,18 +165,21 @@ class LlamaForCausalLM(nn.Module):
         size = vocab_size if vocab_size is not None else config.vocab_size
         assert size is not None, "vocabulary size unknown"
         self.config, self.vocab_size, self.tp = config, size, tp or Axis()
+        self.heads = 1  # among which the batch is split
         self.model = LlamaModel(config, size, self.tp)
         self.lm_head = ColumnParallelLinear(config.hidden_size, size, self.tp)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, tokens_BS: Tensor, labels_BS: Optional[Tensor] = None) -> Tensor:
-        """Logits [B, S, V], or with labels [B, S] (already shifted) their mean cross entropy."""
+        """Logits [B, S, V], or with labels [B, S] (already shifted) their mean cross entropy; where the batch is split
+        over K LTE heads that of each, [K]."""
         x_BSD, _ = enter_block(self.model(tokens_BS), (self.lm_head,), self.tp)
         logits = self.lm_head(x_BSD)
         if labels_BS is None:
             return gather_columns(Split(logits.dim() - 1, self.vocab_size, self.tp), logits)
-        return token_cross_entropy(logits, labels_BS, self.lm_head.split).mean()
+        losses_BS = token_cross_entropy(logits, labels_BS, self.lm_head.split)
+        return losses_BS.mean() if self.heads == 1 else losses_BS.unflatten(0, (self.heads, -1)).flatten(1).mean(1)
 
 
 def initialize_weights(model: LlamaForCausalLM, seed: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,7 @@ class RowLayout:
         self.by_master: dict[Tensor, list[Piece]] = {}
         self.by_param: dict[nn.Parameter, list[Piece]] = {}
         self.step_counts: dict[Tensor, int] = {}
+        self.partitioned = False  # whether data-parallel ranks hold different elements
 
     def add(self, param: nn.Parameter, master: Tensor, offset: int, start: int, numel: int) -> None:
         """Elements [start, start + numel) of the flattened `param` are at `offset` of the flattened `master`."""
@@ -111,8 +113,18 @@ def deepspeed_layout(optimizer: object, params: list[nn.Parameter]) -> RowLayout
     raise TypeError(f"No row layout for DeepSpeed's {kind}: this code knows deepspeed 0.19.8's classes.")
 
 
+def partition_gradients(optimizer: object) -> Optional[list[tuple[Tensor, Tensor]]]:
+    """(parameter, gradient) of what this rank holds before the step of DeepSpeed's stages 1 and 2, which give the
+    client optimizer one group at a time; None for those that give it all at once (internals of deepspeed 0.19.8)."""
+    if type(optimizer).__name__ != "DeepSpeedZeroOptimizer":
+        return None
+    params, grads = optimizer.params_in_partition, optimizer.averaged_gradients  # type: ignore[attr-defined]
+    return [pair for number, group in enumerate(params) for pair in zip(group, grads[number], strict=False)]
+
+
 def _zero_layout(flats: list[Tensor], params: list[nn.Parameter]) -> RowLayout:
     layout = RowLayout()
+    layout.partitioned = True
     for param in params:
         mapping = param._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:  # nothing of it in this rank's partition

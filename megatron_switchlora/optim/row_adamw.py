@@ -17,6 +17,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from megatron_switchlora.optim.head_clip import HeadClip, gradient
 from megatron_switchlora.optim.layout import Piece, RowLayout
 from megatron_switchlora.parallel.parts import Part, flat_parts
 from megatron_switchlora.parallel.shard import has_rows
@@ -59,6 +60,7 @@ class RowAdamW(torch.optim.Optimizer):
         self.frozen: dict[nn.Parameter, Tensor] = {}
         self.found_nonfinite = False
         self.refuse_step = False
+        self.head_clip: Optional[HeadClip] = None
 
     def attach(self, layout: RowLayout) -> None:
         """Adopt the layout and create all state now (DeepSpeed links lazily created state only in part)."""
@@ -93,6 +95,8 @@ class RowAdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         if self.layout is None:
             return
+        if self.head_clip is not None:
+            self._clip_heads(self.head_clip, self.layout)
         masters = [m for group in self.param_groups for m in group["params"] if m.grad is not None]
         if self.refuse_step or (
             masters and not torch.isfinite(torch.nn.utils.get_total_norm([m.grad for m in masters]))
@@ -109,6 +113,15 @@ class RowAdamW(torch.optim.Optimizer):
                         frozen=self._frozen_in(piece), lr=group["lr"], weight_decay=group["weight_decay"],
                         beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
                     )  # fmt: skip
+
+    def _clip_heads(self, clip: HeadClip, layout: RowLayout) -> None:
+        """Clip what this call steps. ZeRO calls once a group, so the norms over all are measured before, by the engine;
+        else they are measured here."""
+        held = [p for pieces in layout.by_master.values() for p in pieces if p.master.grad is not None]
+        if not clip.measured:
+            clip.measure((piece.param, gradient(piece)) for piece in held)
+            clip.measured = False
+        clip.scale(held)
 
     @torch.no_grad()
     def rows_rewritten(self, param: nn.Parameter, rows: Tensor) -> None:
@@ -127,6 +140,30 @@ class RowAdamW(torch.optim.Optimizer):
             if len(local):
                 for view in self._views(piece):
                     view.index_fill_(0, local, 0.0)
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether data-parallel ranks hold different elements of the masters."""
+        assert self.layout is not None, "attach() first"
+        return self.layout.partitioned
+
+    @torch.no_grad()
+    def sum_of_masters(self, params: list[nn.Parameter]) -> Tensor:
+        """The sum of the masters of parameters of one shape, in fp32 at least; zero where other ranks have them."""
+        some = params[0]
+        total = torch.zeros(some.shape, dtype=torch.promote_types(some.dtype, torch.float32), device=some.device)
+        for param in params:
+            for piece in self.pieces(param):
+                piece.source(total).add_(piece.block(piece.master.data))
+        return total
+
+    @torch.no_grad()
+    def set_values(self, param: nn.Parameter, values: Tensor) -> None:
+        """Set a parameter and what this rank has of its master."""
+        param.copy_(values)
+        for piece in self.pieces(param):
+            if piece.master is not param:
+                piece.block(piece.master.data).copy_(piece.source(values))
 
     def parts(self, name: str, param: nn.Parameter, line: Optional[str]) -> Iterator[Part]:
         """What this rank holds of a parameter's master, named as the parameter, and of its state: NAME:exp_avg,

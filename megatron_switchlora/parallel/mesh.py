@@ -1,10 +1,11 @@
 """The mesh of ranks: axes lte x dp x tp, the last running fastest.
 
 Rank = (lte_rank * dp + dp_rank) * tp + tp_rank. Each axis has one process group per line of ranks
-along it, and "head" is the plane dp x tp of one LTE head, counted dp first; they are created here, in
-the same order on every rank, and passed on explicitly. The class also speaks DeepSpeed's `mpu`
-protocol, so that ZeRO partitions over one head's data-parallel ranks and the gradient norm is summed
-over `tp`.
+along it, and so have three planes, counted in the axes' order: "head" (dp x tp: one LTE head), "data"
+(lte x dp: the ranks with the same part of the model, which read different samples) and "world". They
+are created here, in the same order on every rank, and passed on explicitly. The class also speaks
+DeepSpeed's `mpu` protocol, so that ZeRO partitions over one head's data-parallel ranks and the gradient
+norm is summed over `tp`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from megatron_switchlora.config import ParallelConfig, UserError
 from megatron_switchlora.parallel.shard import Axis
 
 AXES = ("lte", "dp", "tp")
+PLANES = {"head": ("dp", "tp"), "data": ("lte", "dp"), "world": AXES}
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,11 @@ class Mesh:
         return self.groups[axis]
 
     def axis(self, name: str) -> Axis:
-        """This rank's line along "lte", "dp", "tp", or its "head"."""
-        if name == "head":
-            size = self.size("dp") * self.size("tp")
-            return Axis(size, self.rank("dp") * self.size("tp") + self.rank("tp"), self.groups.get("head"))
-        return Axis(self.size(name), self.rank(name), self.groups.get(name))
+        """This rank's line along "lte", "dp" or "tp", or its plane "head", "data" or "world"."""
+        size, rank = 1, 0
+        for axis in PLANES.get(name, (name,)):
+            size, rank = size * self.size(axis), rank * self.size(axis) + self.rank(axis)
+        return Axis(size, rank, self.groups.get(name))
 
     # DeepSpeed's mpu protocol
     def get_data_parallel_rank(self) -> int:
@@ -96,9 +98,14 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
     lines = {axis: grid.movedim(index, -1).reshape(-1, sizes[axis]) for index, axis in enumerate(AXES)}
     lines["head"] = grid.reshape(sizes["lte"], -1)
     groups = {}
+    if sizes["lte"] > 1:
+        lines["data"] = grid.reshape(-1, sizes["tp"]).t()
+        lines["world"] = grid.reshape(1, -1)
     for axis, members in lines.items():
         for line in members.tolist():
             group = dist.new_group(line)
             if dist.get_rank() in line:
                 groups[axis] = group
+    if sizes["lte"] == 1:
+        groups |= {"data": groups["dp"], "world": groups["head"]}
     return Mesh(sizes, dict(zip(AXES, position, strict=True)), groups)

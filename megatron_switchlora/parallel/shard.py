@@ -6,6 +6,7 @@ into equal contiguous blocks along an axis; a size that does not divide is padde
 and checks read them from there, never from its name.
     shard   how the parameter is cut over tensor-parallel ranks, or None when every rank holds all of it
     rows    True when dimension 0 counts LoRA vectors that have an Adam step counter each
+    head    which of the LTE heads of this process it belongs to
 Initial values are drawn for the full tensor from a generator seeded by (seed, name), then cut, so they
 depend neither on the order of construction nor on the mesh.
 """
@@ -79,10 +80,11 @@ class Split:
         return torch.cat(parts, self.dim).narrow(self.dim, 0, self.size)
 
 
-def declare(param: nn.Parameter, *, shard: Optional[Split], rows: bool = False) -> nn.Parameter:
+def declare(param: nn.Parameter, *, shard: Optional[Split], rows: bool = False, head: int = 0) -> nn.Parameter:
     """Mark a parameter; returns it."""
     param.shard = shard  # type: ignore[attr-defined]
     param.rows = rows  # type: ignore[attr-defined]
+    param.head = head  # type: ignore[attr-defined]
     # DeepSpeed's word for "not a replica": its gradient norm counts other parameters on tensor-parallel rank 0 only
     param.tensor_model_parallel = is_split(param)  # type: ignore[attr-defined]
     return param

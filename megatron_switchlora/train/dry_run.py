@@ -74,7 +74,7 @@ def zero_settings(resolved: dict[str, Any]) -> Zero:
 
 def _setting(config: RunConfig, mesh: dict[str, int], zero: Zero, vocabulary: str) -> list[str]:
     train, method = config.train, config.method
-    micro_batches = accumulation_steps(train, mesh["dp"])
+    micro_batches = accumulation_steps(config, mesh["dp"])
     tokens = train.global_batch_size * train.seq_len
     rank = "" if method.name == "full" else f" at rank {method.rank}"
     sums = ", micro-batches summed in fp32" if zero.fp32_accumulation else ""

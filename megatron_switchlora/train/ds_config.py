@@ -123,13 +123,19 @@ def resolve_ds_config(given: dict[str, Any], config: RunConfig, dp: int) -> dict
     train = config.train
     _refuse_unsupported(given, train.precision)
     derived: dict[str, tuple[Any, str]] = {
-        "train_batch_size": (train.global_batch_size, "train.global_batch_size"),
+        "train_batch_size": (
+            train.global_batch_size // config.parallel.lte_heads,
+            "train.global_batch_size" + (" / parallel.lte_heads" if config.parallel.lte_heads > 1 else ""),
+        ),
         "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
         "gradient_accumulation_steps": (
-            accumulation_steps(train, dp),
+            accumulation_steps(config, dp),
             f"train.global_batch_size / (train.micro_batch_size x {dp} data-parallel ranks)",
         ),
-        "gradient_clipping": (config.optim.clip, "optim.clip"),
+        "gradient_clipping": (
+            config.optim.clip if config.method.heads_here == 1 else 0.0,
+            "optim.clip" if config.method.heads_here == 1 else "local heads are clipped one by one, by the optimizer",
+        ),
         "zero_allow_untested_optimizer": (True, "the row-step optimizer"),
     }
     resolved = json.loads(json.dumps(given))

@@ -4,7 +4,7 @@ Owns bring-up, the DeepSpeed engine around the model with the row-step optimizer
 optimizer, and one training step:
     micro-batches: forward, backward (DeepSpeed reduces the gradients)
     method.before_step (switching), then DeepSpeed: norm, clip, row-step AdamW, parameter all-gather
-    method.after_step
+    method.after_step (merges), then one all-reduce of losses, health and votes
 DeepSpeed skips or poisons a step with non-finite gradients depending on stage and precision; here the
 optimizer refuses them and `StepResult.healthy` is False on every rank. What of DeepSpeed 0.19.8 is
 relied upon is asserted by tests/dist/test_deepspeed_contract.py.
@@ -29,26 +29,37 @@ from torch import Tensor
 from megatron_switchlora.config import RunConfig, UserError
 from megatron_switchlora.methods.base import Method
 from megatron_switchlora.model.llama import LlamaForCausalLM
-from megatron_switchlora.optim.layout import deepspeed_layout
+from megatron_switchlora.optim.head_clip import HeadClip
+from megatron_switchlora.optim.layout import deepspeed_layout, partition_gradients
 from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.parallel.agree import gather_texts
 from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.parallel.ranks import complete_environment
-from megatron_switchlora.parallel.shard import is_split
+from megatron_switchlora.parallel.shard import Axis, is_split
 from megatron_switchlora.train.comm import CommRecorder
 from megatron_switchlora.train.integrity import differing
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, the same on every rank but for `dp_bytes`."""
+    """One optimizer step, the same on every rank but for bytes and what is of a head."""
 
     loss: float
+    """Mean over all heads."""
+    head_losses: tuple[float, ...]
+    """Of the heads here."""
+    head_norms: tuple[float, ...]
+    """Gradient norms of the heads here, before the clip."""
     grad_norm: float
+    """Of the first head here."""
     lr: float
     switched: int
     dp_bytes: int
+    merge_bytes: int
+    """Model state that this rank gave to collectives with other LTE heads."""
+    control_bytes: int
+    """Likewise: loss, health and votes."""
     healthy: bool
     votes: tuple[int, ...]
     """How many ranks voted yes, for each of the questions given to `train_step`."""
@@ -97,6 +108,10 @@ class Engine:
         )
         self.model: LlamaForCausalLM = self.ds.module
         self.optimizer.attach(deepspeed_layout(self.ds.optimizer, self.params))
+        if config.method.heads_here > 1:
+            partitioned = mesh.axis("dp") if self.optimizer.partitioned else Axis()
+            heads = config.method.heads_here
+            self.optimizer.head_clip = HeadClip(optim.clip, heads, partitioned, mesh.axis("tp"), device)
         method.start(self.optimizer)
         self._check_replicas()
 
@@ -154,7 +169,7 @@ class Engine:
         """Step number `step` (from 0) on this rank's micro-batches, each [micro_batch_size, S + 1] tokens. `votes`
         gives this rank's answers, at the step's end, to what the ranks must agree on; they travel with the loss."""
         lr = self._set_lr(step)
-        losses = torch.zeros((), dtype=torch.float64, device=self.device)
+        losses = torch.zeros(self.model.heads, dtype=torch.float64, device=self.device)
         self.recorder.clear()
         switched, norm = 0, None
         self.ds.train()
@@ -164,36 +179,81 @@ class Engine:
                 loss = self.ds(tokens[:, :-1], tokens[:, 1:])
                 losses += loss.detach()
                 with self.recorder.phase("gradient"):
-                    self.ds.backward(loss)
+                    self.ds.backward(loss if loss.dim() == 0 else loss.sum())
                 if index == len(micro_batches) - 1:
                     with self.recorder.phase("switch"):
                         switched = self.method.before_step(step)
                     norm = self._before_step()
+                    self._measure_heads()
                 with self.recorder.phase("step"):
                     self.ds.step()
-        self.method.after_step(step)
-        dp_bytes = self.recorder.total("gradient", self.mesh.group("dp"))
-        grad_norm = float(norm if norm is not None else self.ds.get_global_grad_norm())
-        return self._result(losses / len(micro_batches), grad_norm, lr, switched, dp_bytes, votes())
+            with self.recorder.phase("merge"):
+                self.method.after_step(step)
+            norms = self._head_norms(norm)
+            with self.recorder.phase("control"):
+                head_losses, mean, bad_ranks, counts = self._agree(losses / len(micro_batches), norms, votes())
+        return StepResult(
+            loss=mean,
+            head_losses=head_losses,
+            head_norms=norms,
+            grad_norm=norms[0],
+            lr=lr,
+            switched=switched,
+            dp_bytes=self.recorder.total("gradient", self.mesh.group("dp")),
+            merge_bytes=sum(self._across_heads(phase) for phase in ("gradient", "switch", "step", "merge")),
+            control_bytes=self._across_heads("control"),
+            healthy=bad_ranks == 0 and math.isfinite(mean),
+            votes=counts,
+        )
 
-    def _result(
-        self, loss: Tensor, grad_norm: float, lr: float, switched: int, dp_bytes: int, votes: Sequence[bool]
-    ) -> StepResult:
-        """Average the loss over the data ranks, and agree with all of the head on whether all went well."""
+    def _measure_heads(self) -> None:
+        """The norms by which several heads here are clipped, where the optimizer could not measure them itself."""
+        clip = self.optimizer.head_clip
+        if clip is not None:
+            clip.measured = False
+            pairs = partition_gradients(self.ds.optimizer)
+            if pairs is not None:
+                clip.measure(pairs)
+
+    def _head_norms(self, norm: Optional[Tensor]) -> tuple[float, ...]:
+        """Gradient norms of the heads here; `norm` is that of one head where DeepSpeed has not formed it."""
+        if self.optimizer.head_clip is not None:
+            return tuple(self.optimizer.head_clip.norms.tolist())
+        return (float(norm if norm is not None else self.ds.get_global_grad_norm()),)
+
+    def _across_heads(self, phase: str) -> int:
+        """Bytes that this rank gave in a phase to collectives with ranks of other heads."""
+        if self.mesh.size("lte") == 1:
+            return 0
+        return sum(self.recorder.total(phase, self.mesh.group(line)) for line in ("lte", "data", "world")) + (
+            self.recorder.total(phase, dist.group.WORLD)
+        )
+
+    def _agree(
+        self, losses: Tensor, norms: tuple[float, ...], votes: Sequence[bool]
+    ) -> tuple[tuple[float, ...], float, float, tuple[int, ...]]:
+        """Average the heads' losses [K] over the data ranks, and agree with all ranks on whether all went well:
+        (losses of the heads here, their mean over all heads, ranks where it went wrong, votes)."""
         skipped = bool(getattr(self.ds.optimizer, "overflow", False))
-        bad = self.optimizer.found_nonfinite or skipped or not math.isfinite(grad_norm)
+        bad = self.optimizer.found_nonfinite or skipped or not all(map(math.isfinite, norms))
         self.optimizer.found_nonfinite = False
-        share = loss if self.mesh.rank("tp") == 0 else torch.zeros_like(loss)  # tensor-parallel ranks have the same
-        shared = torch.cat([share.view(1), share.new_tensor([bad, *votes])])
+        share = losses if self.mesh.rank("tp") == 0 else torch.zeros_like(losses)  # tensor-parallel ranks have the same
+        shared = torch.cat([share, share.new_tensor([bad, *votes])])
         dist.all_reduce(shared, group=self.mesh.group("head"))
-        total, bad_ranks, *counts = shared.tolist()
-        mean = total / self.mesh.size("dp")
-        healthy = bad_ranks == 0 and math.isfinite(mean)
-        return StepResult(mean, grad_norm, lr, switched, dp_bytes, healthy, tuple(map(int, counts)))
+        here = shared[: len(losses)] / self.mesh.size("dp")
+        control = torch.cat([here.mean().view(1), shared[len(losses) :]])
+        if self.mesh.size("lte") > 1:
+            if self.mesh.axis("head").rank > 0:  # the head's first rank speaks for it
+                control.zero_()
+            dist.all_reduce(control, group=self.mesh.group("world"))
+            control[0] /= self.mesh.size("lte")
+        mean, bad_ranks, *counts = control.tolist()
+        return tuple(here.tolist()), mean, bad_ranks, tuple(map(int, counts))
 
     def evaluate(self, batches: Iterable[Tensor]) -> float:
-        """Mean cross entropy of a token over this rank's validation batches and all data ranks."""
-        return mean_loss(self.model, batches, self.mesh.group("dp"), self.device)
+        """Mean cross entropy of a token, of the model that the method gives, over this rank's validation batches and
+        those of all ranks that read others."""
+        return mean_loss(self.method.evaluated(), batches, self.mesh.group("data"), self.device)
 
 
 @torch.no_grad()

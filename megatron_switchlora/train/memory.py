@@ -76,7 +76,7 @@ def gradient_bytes(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Z
     """
     if dp == 1:
         return 0, 0
-    times = accumulation_steps(config.train, dp) if zero.stage == 2 else 1
+    times = accumulation_steps(config, dp) if zero.stage == 2 else 1
     counts = count_shard(config.model, config.method, vocab_size, tp)
     each = times * compute_bytes(config)
     return counts.trainable * each, counts.full_total * each
@@ -114,7 +114,7 @@ def _weights(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[Item]
     return [
         Item(f"trainable parameters, {config.train.precision}", counts.trainable * compute_bytes(config), "always"),
         Item("frozen W, fp32", counts.frozen * FP32, "always"),
-        *_compute_copies(config, tp, accumulation_steps(config.train, dp)),
+        *_compute_copies(config, tp, accumulation_steps(config, dp)),
     ]
 
 
@@ -210,7 +210,7 @@ def _gradients(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero)
     part = shard_size(count, dp) * size
     in_backward = count * size
     if zero.stage == 2:  # the sum of earlier micro-batches, and this one's part
-        in_backward = part * min(2, accumulation_steps(config.train, dp))
+        in_backward = part * min(2, accumulation_steps(config, dp))
     # the optimizer takes one group at a time: the decoder's matrices or adapters, then the dense tensors
     group = max(counts.trainable - counts.embedding - counts.head - counts.norms, counts.embedding + counts.head)
     flat = shard_size(group, dp) * FP32
@@ -243,7 +243,7 @@ def _activations(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[I
     model, train, size = config.model, config.train, compute_bytes(config)
     tokens = train.micro_batch_size * train.seq_len
     logits = 3 * FP32 * tokens * shard_size(vocab_size, tp)
-    layer = tokens * layer_activation_bytes(config, tp, accumulation_steps(config.train, dp))
+    layer = tokens * layer_activation_bytes(config, tp, accumulation_steps(config, dp))
     kept = tokens * ((FP32 + 2 * size) * model.hidden_size + FP32)  # the last norm and the head's input
     how = "with" if train.activation_checkpointing else "without"
     if train.activation_checkpointing:  # the layers' inputs, and one layer computed again once the logits are gone

@@ -27,9 +27,9 @@ if TYPE_CHECKING:  # importing it imports deepspeed, which is left to those who 
 
 def state_parts(engine: Engine) -> Iterator[Part]:
     """This rank's parts, in the same order on all ranks of a line."""
-    partitioned = engine.ds.zero_optimization_stage() > 0
+    optimizer, stored_name = engine.optimizer, engine.method.stored_name
     for name, param in engine.model.named_parameters():
-        yield from engine.optimizer.parts(name, param, _same_here(is_split(param), partitioned))
+        yield from optimizer.parts(stored_name(name), param, _same_here(is_split(param), optimizer.partitioned))
     yield from engine.method.parts()
 
 
@@ -65,7 +65,8 @@ def load_state(engine: Engine, archive: Archive, step: int) -> None:
     for part in state_parts(engine):
         archive.fill(part)
     for name, param in engine.model.named_parameters():
-        archive.fill(parameter_part(name, param, None))  # from the masters: ZeRO gathers only what it has stepped
+        # from the masters: ZeRO gathers only what it has stepped
+        archive.fill(parameter_part(engine.method.stored_name(name), param, None))
     engine.ds.global_steps = step
     engine.ds.global_samples = step * engine.config.train.global_batch_size
 

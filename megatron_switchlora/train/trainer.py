@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from megatron_switchlora.checkpoint.files import published
 from megatron_switchlora.config import RunConfig, UserError, require
-from megatron_switchlora.data.loader import BatchOrder, TrainLoader, eval_batches
+from megatron_switchlora.data.loader import BatchOrder, Reader, TrainLoader, eval_batches
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.counts import count_parameters, model_flops_per_token
 from megatron_switchlora.model.hf import export_model
@@ -111,7 +111,9 @@ class Trainer:
         self.train_store = self.data.train.samples(train.seq_len)
         self.val_store = self.data.val.samples(train.seq_len)
         order = BatchOrder(len(self.train_store), train.global_batch_size, train.seed)
-        self.loader = TrainLoader(self.train_store, order, train.micro_batch_size, self.mesh.rank("dp"), dp)
+        local = self.config.method.heads_here
+        reader = Reader(self.mesh.rank("dp"), dp, self.mesh.rank("lte") * local, self.config.heads, local)
+        self.loader = TrainLoader(self.train_store, order, train.micro_batch_size, reader)
         self._validation_batches()  # refuses a validation set without a sample
         available = order.batches_in(train.epochs) if train.epochs else train.steps
         self.last_step = min(train.steps, available)
@@ -184,7 +186,8 @@ class Trainer:
     def _validation_batches(self) -> Iterator[torch.Tensor]:
         """This data rank's share of the validation samples."""
         size, limit = self.config.train.micro_batch_size, self.config.train.eval_samples
-        return eval_batches(self.val_store, size, self.mesh.rank("dp"), self.mesh.size("dp"), limit)
+        line = self.mesh.axis("data")
+        return eval_batches(self.val_store, size, line.rank, line.size, limit)
 
     def _evaluate_and_log(self, step: int) -> float:
         loss = self.evaluate()

@@ -26,13 +26,13 @@ DS_JSON: dict[str, dict[str, Any]] = {
 }
 
 
-def start(tp: int = 1) -> Mesh:
+def start(tp: int = 1, heads: int = 1) -> Mesh:
     """Bring up communication on the CPU and build the mesh."""
     device = choose_device("cpu", discover_ranks(os.environ), 1)
     from megatron_switchlora.train.engine import start_distributed
 
     start_distributed(device, timeout_s=60)
-    return build_mesh(ParallelConfig(tp=tp))
+    return build_mesh(ParallelConfig(tp=tp, lte_heads=heads))
 
 
 def build_engine(config: RunConfig, stage: str, mesh: Mesh) -> Any:

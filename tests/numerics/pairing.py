@@ -37,7 +37,7 @@ def reference_config(config: RunConfig) -> RefConfig:
         rope_theta=model.rope_theta,
         rms_norm_eps=model.rms_norm_eps,
         rank=method.rank,
-        scaling=method.alpha / method.rank,
+        scaling=method.scaling,
         interval0=method.interval0,
         switch_ratio=method.switch_ratio,
         switch_total_steps=method.switch_total_steps or config.train.steps,
@@ -48,14 +48,14 @@ def reference_config(config: RunConfig) -> RefConfig:
         eps=optim.eps,
         weight_decay=optim.weight_decay,
         clip=optim.clip,
-        switching=method.name == "switchlora",
+        switching=method.switches,
     )
 
 
 def make_reference(config: RunConfig, method: Method) -> Reference:
     """A reference that starts from the method's present weights, factors and bank."""
     assert isinstance(method, SwitchLora)
-    names, layers, seed = list(method.linears), len(method.linears), config.train.seed
+    names, layers, seed = list(method.linears), len(method.linears), method.schedule.seed
 
     def uniform(step: int, layer: int, side: str) -> float:
         words = draws.raw_draws(seed, draws.COUNT_STREAM[side], step, 0, layers)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_switchlora.config import UserError
-from megatron_switchlora.data import BatchOrder, Samples, TokenStore, TrainLoader, eval_batches
+from megatron_switchlora.data import BatchOrder, Reader, Samples, TokenStore, TrainLoader, eval_batches
 
 EPOCH_0 = [5, 6, 8, 3, 4, 7, 0, 1, 9, 2]
 EPOCH_1 = [5, 8, 2, 3, 4, 0, 1, 7, 6, 9]
@@ -125,7 +125,7 @@ def test_ranks_and_micro_batches_share_out_the_batch(tmp_path: Path, dp_size: in
         expected = store.batch(BatchOrder(20, 8, 1).indices(k))
         shares = []
         for rank in range(dp_size):
-            loader = TrainLoader(store, BatchOrder(20, 8, 1), micro, rank, dp_size)
+            loader = TrainLoader(store, BatchOrder(20, 8, 1), micro, Reader(rank, dp_size))
             parts = loader.micro_batches(k)
             assert [part.shape for part in parts] == [(micro, 5)] * (8 // micro // dp_size)
             shares += parts
@@ -135,7 +135,7 @@ def test_ranks_and_micro_batches_share_out_the_batch(tmp_path: Path, dp_size: in
 def test_uneven_shares_are_refused(tmp_path: Path) -> None:
     store = samples(tmp_path, 200)
     with pytest.raises(UserError, match=r"8 must be a multiple of train\.micro_batch_size 3 x 2"):
-        TrainLoader(store, BatchOrder(20, 8, 1), 3, 0, 2)
+        TrainLoader(store, BatchOrder(20, 8, 1), 3, Reader(0, 2))
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 16])

@@ -1,0 +1,113 @@
+"""K adapters over one frozen base: the LTE heads that live in one process (arXiv 2402.16828).
+
+    reset       y_k = W x_k + s B_k A_k x_k
+    reset-less  y_k = M x_k + s (B_k A_k - B'_k A'_k) x_k,  primed: the factors at the last merge
+W or M [out, in] is shared by the heads, in fp32 or in 4 bits, so a head's last merge cannot be folded into
+it. x [K b, S, in] holds the heads' samples one head after the other; the low-rank part is one batched GEMM
+over heads for each factor, in the split form. Each head's factors are parameters of their own, lora_A.k
+[r, in] and lora_B.k [r, out], so that optimizer, checkpoint and merge treat them as those of a head on
+ranks of its own. Tensor parallelism as in `lowrank/linear.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_switchlora.config import MethodConfig
+from megatron_switchlora.lowrank.nf4 import Nf4Matrix
+from megatron_switchlora.parallel.collectives import leave
+from megatron_switchlora.parallel.linear import ParallelLinear
+from megatron_switchlora.parallel.shard import Split, declare
+
+
+def stack(tensors: Iterable[Tensor]) -> Tensor:
+    """[K, ...] of K tensors; a view of one."""
+    found = list(tensors)
+    return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
+
+
+class HeadsLinear(nn.Module):
+    """Replaces a parallel linear; takes over its weight as the frozen base of `method.heads_here` heads."""
+
+    weight: Tensor
+    merged_A: Tensor
+    merged_B: Tensor
+
+    def __init__(self, base: ParallelLinear, method: MethodConfig) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.tp, self.split, self.row_parallel = base.tp, base.split, base.split_dim == 1
+        self.heads, self.rank, self.scaling = method.heads_here, method.rank, method.scaling
+        self.resetless = method.merge_form == "resetless"
+        weight = base.weight.detach()
+        self.register_buffer("weight", weight)
+        self.quantised: Optional[Nf4Matrix] = None
+        out_local, in_local = weight.shape
+        along = Split(1, self.split.size, self.tp)
+        self.lora_A, self.lora_B = nn.ParameterList(), nn.ParameterList()
+        for head in range(self.heads):
+            A, B = (nn.Parameter(weight.new_empty(self.rank, length)) for length in (in_local, out_local))
+            self.lora_A.append(declare(A, shard=along if self.row_parallel else None, rows=True, head=head))
+            self.lora_B.append(declare(B, shard=None if self.row_parallel else along, rows=True, head=head))
+        if self.resetless:
+            self.register_buffer("merged_A", weight.new_zeros(self.heads, self.rank, in_local))
+            self.register_buffer("merged_B", weight.new_zeros(self.heads, self.rank, out_local))
+
+    def partial_parameters(self) -> tuple[nn.Parameter, ...]:
+        return tuple(self.lora_B if self.row_parallel else self.lora_A)
+
+    def forward(self, x: Tensor, *entered: Tensor) -> Tensor:
+        A_KRD = stack(entered if entered and not self.row_parallel else self.lora_A)
+        B_KRF = stack(entered if entered and self.row_parallel else self.lora_B)
+        if self.resetless:
+            A_KRD = torch.cat([A_KRD, self.merged_A], 1)
+            B_KRF = torch.cat([B_KRF, -self.merged_B], 1)
+        x_KTD = x.reshape(self.heads, -1, x.size(-1))
+        low = torch.bmm(torch.bmm(x_KTD, A_KRD.transpose(1, 2)), B_KRF).view(*x.shape[:-1], -1)
+        y = torch.add(F.linear(x, self.base(x.dtype)), low, alpha=self.scaling)
+        return leave(self.tp, y) if self.row_parallel else y
+
+    def base(self, dtype: torch.dtype) -> Tensor:
+        """The shared matrix as the forward uses it [out, in]."""
+        return self.weight.to(dtype) if self.quantised is None else self.quantised.dequantised(dtype)
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        """What holds the shared matrix, by name; filled in place."""
+        if self.quantised is None:
+            return {"weight": self.weight}
+        return {"nf4_codes": self.quantised.codes, "nf4_scales": self.quantised.scales}
+
+    def base_split(self, tensor: Tensor) -> Split:
+        """How one of these is cut over tensor-parallel ranks: of columns that stand for several, it counts those."""
+        if not self.row_parallel or self.quantised is None:
+            return self.split
+        return Split(1, tensor.size(1) * self.tp.size, self.tp)
+
+    def quantise(self) -> None:
+        """From here on hold the shared matrix in 4 bits."""
+        self.quantised = Nf4Matrix(self.weight)
+        del self.weight
+
+    @torch.no_grad()
+    def set_base(self, matrix: Tensor) -> None:
+        """Replace the shared matrix."""
+        if self.quantised is None:
+            self.weight.copy_(matrix)
+        else:
+            self.quantised.store(matrix)
+
+    @torch.no_grad()
+    def remember_factors(self) -> None:
+        """The factors of now are those of the last merge."""
+        if self.resetless:
+            self.merged_A = stack(self.lora_A).detach().clone()
+            self.merged_B = stack(self.lora_B).detach().clone()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [K r, in] and B [K r, out] of the heads here, head by head."""
+        return stack(self.lora_A).detach().flatten(0, 1), stack(self.lora_B).detach().flatten(0, 1)

@@ -1,0 +1,83 @@
+"""A matrix in 4 bits: NormalFloat4 with one fp32 scale for each block of 64 (QLoRA, arXiv 2305.14314).
+
+A row is padded with zeros to a multiple of 64; in a block the values are divided by its largest magnitude
+and replaced by the nearest of 16 levels, quantiles of a normal distribution that include 0 and +-1:
+    codes   uint8 [out, padded / 2]   two levels a byte, the first in the high half
+    scales  fp32  [out, padded / 64]
+Quantising what was dequantised gives the same codes again. With bitsandbytes installed and right on this
+device (it is compared once, on a small matrix) its kernels dequantise; else plain torch does.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 64
+# The levels of QLoRA, appendix E.
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, scales) of a matrix [out, in]."""
+    padded = F.pad(matrix.float(), (0, -matrix.size(1) % BLOCK)).unflatten(1, (-1, BLOCK))
+    scales = padded.abs().amax(-1)
+    unit = padded / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    levels = torch.tensor(LEVELS, device=matrix.device)
+    bounds = (levels[1:] + levels[:-1]) / 2
+    numbers = torch.bucketize(unit, bounds).flatten(1).to(torch.uint8)
+    return numbers[:, 0::2] << 4 | numbers[:, 1::2], scales
+
+
+def dequantise(codes: Tensor, scales: Tensor, columns: int) -> Tensor:
+    """The fp32 matrix [out, columns] that codes and scales stand for."""
+    levels = torch.tensor(LEVELS, device=codes.device)
+    numbers = torch.stack([codes >> 4, codes & 15], -1).flatten(1)
+    values = levels[numbers.int()].unflatten(1, (-1, BLOCK)) * scales.unsqueeze(-1)
+    return values.flatten(1)[:, :columns]
+
+
+class Nf4Matrix:
+    """A quantised matrix; `codes` and `scales` may be filled in place."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.columns = matrix.size(1)
+        self.codes, self.scales = quantise(matrix)
+        self.kernels = bitsandbytes_works(matrix.device)
+
+    @torch.no_grad()
+    def store(self, matrix: Tensor) -> None:
+        """Quantise another matrix of the same shape."""
+        codes, scales = quantise(matrix)
+        self.codes.copy_(codes)
+        self.scales.copy_(scales)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [out, in] in this precision."""
+        if self.kernels and dtype in (torch.float32, torch.bfloat16):
+            return _by_bitsandbytes(self.codes, self.scales, dtype)[:, : self.columns]
+        return dequantise(self.codes, self.scales, self.columns).to(dtype)
+
+
+def _by_bitsandbytes(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    levels = torch.tensor(LEVELS, device=codes.device)
+    shape = torch.Size([codes.size(0), 2 * codes.size(1)])
+    state = QuantState(scales.flatten(), shape, levels, BLOCK, "nf4", dtype)
+    return dequantize_4bit(codes.reshape(-1, 1), state)
+
+
+def bitsandbytes_works(device: torch.device) -> bool:
+    """Whether bitsandbytes is installed and gives what plain torch gives, on this device."""
+    try:
+        codes, scales = quantise(torch.linspace(-2, 3, 8 * 128, device=device).view(8, 128))
+        theirs = _by_bitsandbytes(codes, scales, torch.float32)
+    except Exception:  # not installed, or built without this device: it is optional, and plain torch does the same
+        return False
+    return torch.allclose(theirs, dequantise(codes, scales, 128), rtol=1e-6, atol=1e-7)

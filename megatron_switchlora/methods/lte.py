@@ -1,0 +1,247 @@
+"""LTE, LoRA-the-Explorer (arXiv 2402.16828): heads that train apart and are merged every T steps.
+
+Head n has its own A_n, B_n, dense tensors, samples and optimizer state; y = W x + s B_n A_n x. A merge forms
+the mean effective weight M = mean_n (W_n + s B_n A_n) of each layer, and the mean of each dense tensor.
+    reset       W <- M, B_n <- 0; A_n (unless redrawn) and both Adam states stay (Algorithm 1)
+    reset-less  W_n <- M - s B_n A_n: nothing is zeroed, the head's function becomes the mean (the default)
+Without switches W_n + s B'_n A'_n, primed at the last merge, is the same for all heads, so in the reset-less
+form the origin O = M - (s/N) sum_n B_n A_n never changes: it is kept in host memory, once per head, and a
+merge needs only the factors of now and drifts nowhere. `Lte` is a head on ranks of its own, `LteSwitchLora`
+likewise with switches inside, which change W_n; `LocalLte` are K heads that share a process and its base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_switchlora.config import RunConfig
+from megatron_switchlora.lowrank.heads import HeadsLinear
+from megatron_switchlora.methods.base import Method
+from megatron_switchlora.methods.lora import Lora, draw_factor
+from megatron_switchlora.methods.merging import mean_dense, mean_matrices, mean_products
+from megatron_switchlora.methods.switchlora import SwitchLora
+from megatron_switchlora.model.heads import split_dense_tensors
+from megatron_switchlora.model.llama import LlamaForCausalLM, decoder_linears
+from megatron_switchlora.optim.row_adamw import RowAdamW
+from megatron_switchlora.parallel.mesh import Mesh
+from megatron_switchlora.parallel.parts import Part, shard_part
+from megatron_switchlora.parallel.shard import Axis, Split, shard_of
+
+
+class Origin:
+    """A layer's matrix [out, in] in host memory, split by rows over a head's data ranks: held once per head."""
+
+    def __init__(self, matrix: Tensor, dp: Axis) -> None:
+        self.split, self.device = Split(0, matrix.size(0), dp), matrix.device
+        self.rows = self.split.take(matrix).to("cpu", copy=True)
+
+    def store(self, matrix: Tensor) -> None:
+        self.rows.copy_(self.split.take(matrix))
+
+    def plus(self, product: Tensor) -> Tensor:
+        """The matrix and a product, on the device. Collective over dp."""
+        return self.split.gather(self.rows.to(self.device) + self.split.take(product))
+
+
+class Merging(Method):
+    """What all kinds of heads share; comes before the class of the inner method. `linears` are the adapted layers."""
+
+    linears: dict[str, Any]
+    origins: dict[str, Origin]
+
+    @property
+    def resets(self) -> bool:
+        return self.config.method.merge_form == "reset"
+
+    @property
+    def first_head(self) -> int:
+        return self.mesh.rank("lte") * self.config.method.local_heads
+
+    def merges_after(self, steps: int) -> bool:
+        """Whether heads are merged after so many steps."""
+        interval = self.config.method.merge_interval
+        return not isinstance(interval, str) and steps > 0 and steps % interval == 0
+
+    def after_step(self, step: int) -> None:
+        super().after_step(step)
+        if self.merges_after(step + 1):
+            self.merge(step)
+
+    @torch.no_grad()
+    def merge(self, step: int) -> None:
+        """Merge all heads. Collective over the world."""
+        for (name, linear), mean in zip(self.linears.items(), self.mean_weights(), strict=True):
+            self._adopt(name, linear, mean)
+            if self.resets:
+                self._restart(name, linear, step)
+        for name, mean in self._mean_dense():
+            for param in self.dense()[name]:
+                self.optimizer.set_values(param, mean)
+
+    def mean_weights(self) -> Iterator[Tensor]:
+        """The mean effective weight of each of `linears`, this rank's shard, fp32 at least. Collective."""
+        products = mean_products(list(self.linears.values()), self.config, self.mesh.axis("lte"))
+        for (name, linear), mean in zip(self.linears.items(), products, strict=True):
+            yield self.origins[name].plus(mean) if name in self.origins else mean.add_(linear.weight)
+
+    def _keep_origins(self) -> None:
+        """Before the adapters are taken out of W: M is W, so the origin is W - (s/N) sum_n B_n A_n."""
+        keeps = not self.resets or self.config.method.base == "nf4"
+        self.origins = {}
+        if keeps:
+            products = mean_products(list(self.linears.values()), self.config, self.mesh.axis("lte"))
+            for (name, linear), mean in zip(self.linears.items(), products, strict=True):
+                self.origins[name] = Origin(linear.weight - mean, self.mesh.axis("dp"))
+
+    def _adopt(self, name: str, linear: Any, mean: Tensor) -> None:
+        raise NotImplementedError
+
+    def _restart(self, name: str, linear: Any, step: int) -> None:
+        """B <- 0, in parameter and master; A is redrawn if asked for."""
+        for head, (A, B) in enumerate(self._pairs(linear)):
+            B.data.zero_()
+            self.optimizer.rows_rewritten(B, torch.arange(B.size(0)))
+            if self.config.method.redraw_A:
+                shape = (linear.out_features, linear.in_features)
+                drawn = f"{name}, merge after step {step + 1}"
+                full = draw_factor(self.config, "A", drawn, shape, A.size(0), self.first_head + head)
+                A.data.copy_(shard_of(A, full))
+                self.optimizer.rows_rewritten(A, torch.arange(A.size(0)))
+
+    def _pairs(self, linear: Any) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """A and B of the heads here."""
+        return [(linear.lora_A, linear.lora_B)]
+
+    def dense(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters that are not adapters, those of the heads here, by Hugging Face name."""
+        known = {id(param) for param in self.matrices()}
+        found: dict[str, list[nn.Parameter]] = {}
+        for name, param in self.model.named_parameters():
+            if id(param) not in known:
+                found.setdefault(self.stored_name(name).split("/", 1)[1], []).append(param)
+        return found
+
+    def _mean_dense(self) -> Iterator[tuple[str, Tensor]]:
+        lte, data = self.mesh.axis("lte"), self.mesh.axis("data")
+        return mean_dense(self.dense(), self.optimizer, self.config.heads, lte, data)
+
+    @torch.no_grad()
+    def evaluated(self) -> LlamaForCausalLM:
+        """The mean effective model, with plain linears, in the precision of compute; of one head its own model."""
+        if self.config.heads == 1 and not self.config.method.shares_base:
+            return self.model
+        some = next(self.model.parameters())
+        with torch.device(some.device):
+            model = LlamaForCausalLM(self.config.model, self.model.vocab_size, self.mesh.axis("tp")).to(some.dtype)
+        own = dict(model.named_parameters())
+        matrices = zip((f"{name}.weight" for name in self.linears), self.mean_weights(), strict=True)
+        for name, mean in chain(matrices, self._mean_dense()):
+            own[name].copy_(mean)
+        return model
+
+    def stored_name(self, name: str) -> str:
+        return f"head_{self.first_head:02d}/{name}"
+
+    def _origin_parts(self) -> Iterator[Part]:
+        for name, origin in self.origins.items():
+            yield shard_part(f"{name}.origin", origin.rows, [origin.split, self.linears[name].split], "lte")
+
+
+class HeadOnRanks(Merging):
+    """A head whose ranks hold its W: the last merge is folded into it."""
+
+    def start(self, optimizer: RowAdamW) -> None:
+        self._keep_origins()
+        super().start(optimizer)
+
+    def _adopt(self, name: str, linear: Any, mean: Tensor) -> None:
+        linear.weight.copy_(mean)
+        if not self.resets:
+            linear.add_product(-1.0)
+        linear.forget_merged()
+
+    def parts(self) -> Iterator[Part]:
+        """A head's own tensors are named head_NN/NAME; W, if all heads have the same, and NAME.origin are not."""
+        for part in super().parts():
+            if self.resets and part.name.endswith(".weight"):
+                yield replace(part, line="data")
+            else:
+                yield replace(part, name=self.stored_name(part.name))
+        yield from self._origin_parts()
+
+
+class Lte(HeadOnRanks, Lora):
+    """A head on ranks of its own."""
+
+
+class LteSwitchLora(HeadOnRanks, SwitchLora):
+    """SwitchLoRA inside each head: every head has its bank and schedule, and the merge is the reset-less one of
+    E_n = W_n + s B_n A_n. Switches change W_n and keep E_n, so there is no common origin: the E_n are averaged."""
+
+    def _keep_origins(self) -> None:
+        self.origins = {}
+
+    def mean_weights(self) -> Iterator[Tensor]:
+        return mean_matrices(list(self.linears.values()), self.config.heads, self.mesh.axis("lte"))
+
+
+class LocalLte(Merging):
+    """K heads in one process, or heads over a quantised base."""
+
+    def __init__(self, config: RunConfig, model: LlamaForCausalLM, mesh: Mesh) -> None:
+        super().__init__(config, model, mesh)
+        self.linears = {}
+        for name, parent, attribute, base in list(decoder_linears(model)):
+            linear = HeadsLinear(base, config.method)
+            setattr(parent, attribute, linear)
+            self.linears[name] = linear
+            shape = (linear.out_features, linear.in_features)
+            for head, pair in enumerate(self._pairs(linear)):
+                for side, factor in zip("AB", pair, strict=True):
+                    full = draw_factor(config, side, name, shape, linear.rank, self.first_head + head)  # type: ignore[arg-type]
+                    factor.data.copy_(shard_of(factor, full))
+        split_dense_tensors(model, config.method.local_heads)
+
+    def _pairs(self, linear: HeadsLinear) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        return list(zip(linear.lora_A, linear.lora_B, strict=True))
+
+    def matrices(self) -> list[nn.Parameter]:
+        return [factor for linear in self.linears.values() for pair in self._pairs(linear) for factor in pair]
+
+    def start(self, optimizer: RowAdamW) -> None:
+        super().start(optimizer)
+        self._keep_origins()
+        for linear in self.linears.values():
+            linear.remember_factors()
+            if self.config.method.base == "nf4":
+                linear.quantise()
+
+    def _adopt(self, name: str, linear: Any, mean: Tensor) -> None:
+        linear.set_base(mean)
+        linear.remember_factors()
+        if self.resets and name in self.origins:
+            self.origins[name].store(mean)
+
+    def stored_name(self, name: str) -> str:
+        base, head = name.rsplit(".", 1)
+        return f"head_{self.first_head + int(head):02d}/{base}"
+
+    def parts(self) -> Iterator[Part]:
+        """NAME.weight or its codes and scales, what the last merge left of each head, head_NN/NAME.merged_A and
+        merged_B, and NAME.origin."""
+        for name, linear in self.linears.items():
+            for short, base in linear.base_tensors().items():
+                yield shard_part(f"{name}.{short}", base, [linear.base_split(base)], "data")
+            for head, (A, B) in enumerate(self._pairs(linear) if linear.resetless else []):
+                for side, factor, merged in (("A", A, linear.merged_A), ("B", B, linear.merged_B)):
+                    splits = [factor.shard] if factor.shard is not None else []  # type: ignore[attr-defined]
+                    line = "dp" if splits and splits[0].axis.size > 1 else "head"
+                    stored = self.stored_name(f"{name}.merged_{side}.{head}")
+                    yield shard_part(stored, merged[head], splits, line)
+        yield from self._origin_parts()

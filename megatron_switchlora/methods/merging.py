@@ -1,0 +1,127 @@
+"""What LTE heads give each other at a merge: means over all heads, layer by layer, in coalesced buckets.
+
+    products   (s/N) sum_n B_n A_n of every layer, in fp32. Either the factors are all-gathered over the heads,
+               stacked, and multiplied in one GEMM: (N - K) r (m + n) values received; or the K heads here are
+               multiplied and the product is all-reduced: 2 m n (H - 1) / H values, with H = N / K groups of
+               ranks. The smaller is taken; no rank ever holds N products.
+    matrices   the mean of E_n = W_n + s B_n A_n, all-reduced: where switches have changed each W_n
+    dense      the mean of the fp32 masters of embedding, norms and head: one all-reduce that also puts ZeRO's
+               partitions together
+Under tensor parallelism everything is a rank's own shard. Nothing is changed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_switchlora.config import RunConfig
+from megatron_switchlora.lowrank.linear import LowRankLinear
+from megatron_switchlora.model.counts import merge_sends_factors
+from megatron_switchlora.optim.row_adamw import RowAdamW
+from megatron_switchlora.parallel.shard import Axis
+
+T = TypeVar("T")
+BUCKET_BYTES = 64 << 20  # of what a rank gives in one collective, unless one tensor is larger
+
+
+class Adapted(Protocol):
+    """A layer with the factors A [K r, in] and B [K r, out] of the K heads here."""
+
+    scaling: float
+
+    def factors(self) -> tuple[Tensor, Tensor]: ...
+
+
+def in_buckets(items: Iterable[T], size: Callable[[T], int], limit: int = BUCKET_BYTES) -> Iterator[list[T]]:
+    """Consecutive items whose bytes stay within the limit together, or one that does not alone."""
+    bucket: list[T] = []
+    held = 0
+    for item in items:
+        if bucket and held + size(item) > limit:
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(item)
+        held += size(item)
+    if bucket:
+        yield bucket
+
+
+def high(dtype: torch.dtype) -> torch.dtype:
+    """The precision of merges: fp32, or the factors' if that is finer."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def product(A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """scale B A [out, in] of A [R, in] and B [R, out], in fp32 at least."""
+    return (B.to(high(B.dtype)).t() @ A.to(high(A.dtype))).mul_(scale)
+
+
+@torch.no_grad()
+def mean_products(layers: Sequence[Adapted], config: RunConfig, lte: Axis) -> Iterator[Tensor]:
+    """(s/N) sum_n B_n A_n [out, in] of each layer in turn, alike on all heads. Collective over `lte`, whatever is done
+    with the results."""
+    runs: list[tuple[bool, list[Adapted]]] = []
+    for layer in layers:
+        A, B = layer.factors()
+        gathers = merge_sends_factors(config, B.size(1), A.size(1))
+        if not runs or runs[-1][0] != gathers:
+            runs.append((gathers, []))
+        runs[-1][1].append(layer)
+    for gathers, run in runs:
+        if gathers:
+            for bucket in in_buckets(run, lambda layer: sum(f.numel() * f.element_size() for f in layer.factors())):
+                yield from _products_of_factors(bucket, config.heads, lte)
+        else:
+            for bucket in in_buckets(run, lambda layer: 4 * layer.factors()[0].size(1) * layer.factors()[1].size(1)):
+                products = [product(*layer.factors(), layer.scaling / config.heads) for layer in bucket]
+                yield from _summed(products, lte)
+
+
+def _products_of_factors(bucket: list[Adapted], heads: int, lte: Axis) -> Iterator[Tensor]:
+    flat = torch.cat([factor.reshape(-1) for layer in bucket for factor in layer.factors()])
+    everyone = [torch.empty_like(flat) for _ in range(lte.size)] if lte.size > 1 else [flat]
+    if lte.size > 1:
+        dist.all_gather(everyone, flat, group=lte.group)
+    start = 0
+    for layer in bucket:
+        stacked = []
+        for factor in layer.factors():
+            end = start + factor.numel()
+            stacked.append(torch.cat([theirs[start:end].view_as(factor) for theirs in everyone]))
+            start = end
+        yield product(stacked[0], stacked[1], layer.scaling / heads)
+
+
+def _summed(tensors: list[Tensor], axis: Axis) -> Iterator[Tensor]:
+    """The sums of tensors over an axis, of one dtype, in one all-reduce."""
+    if axis.size == 1:
+        yield from tensors
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat, group=axis.group)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        yield part.view(tensor.shape)
+
+
+@torch.no_grad()
+def mean_matrices(layers: Sequence[LowRankLinear], heads: int, lte: Axis) -> Iterator[Tensor]:
+    """mean_n (W_n + s B_n A_n) [out, in] of each layer in turn. Collective over `lte`."""
+    for bucket in in_buckets(layers, lambda layer: layer.weight.numel() * layer.weight.element_size()):
+        yield from _summed([layer.effective_weight().div_(heads) for layer in bucket], lte)
+
+
+@torch.no_grad()
+def mean_dense(
+    params: dict[str, list[nn.Parameter]], optimizer: RowAdamW, heads: int, lte: Axis, data: Axis
+) -> Iterator[tuple[str, Tensor]]:
+    """Each name with the mean over all heads of its parameters, given those of the K heads here, from the masters.
+    Collective over `data` where ZeRO partitions the masters, else over `lte`."""
+    axis = data if optimizer.partitioned else lte
+    for bucket in in_buckets(params.items(), lambda item: 4 * item[1][0].numel()):
+        sums = [optimizer.sum_of_masters(same).div_(heads) for _, same in bucket]
+        yield from zip((name for name, _ in bucket), _summed(sums, axis), strict=True)

@@ -1,0 +1,80 @@
+"""LTE heads on ranks of their own: against the plain reference without DeepSpeed, and under it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_switchlora.config import RunConfig
+from megatron_switchlora.methods.lte import Merging
+from megatron_switchlora.model.counts import merge_sends_factors
+from megatron_switchlora.optim.lr import lr_factor
+from megatron_switchlora.parallel.mesh import Mesh
+from tests.dist.engines import build_engine, full_rows, start
+from tests.dist.launch import worker_main
+from tests.numerics.lte_pairs import head_batches, lte_config, lte_differences, make_lte_reference
+from tests.plain import PlainRun, by_heads, make_batches
+
+
+def against_reference(config: RunConfig, steps: int, mesh: Mesh) -> dict[str, Any]:
+    """Float64, no DeepSpeed: this rank's heads after `steps` steps, every rank running the whole reference beside."""
+    run, reference = PlainRun(config, torch.float64, mesh=mesh), make_lte_reference(config)
+    here = slice(run.method.first_head, run.method.first_head + config.method.heads_here)  # type: ignore[attr-defined]
+    loss_gap = 0.0
+    for step, batch in enumerate(make_batches(config, steps)):
+        factor = lr_factor(step, config.train.warmup_steps, config.train.steps)
+        losses, _ = reference.step(step, head_batches(config, batch), config.optim.lr * factor, config.dense_lr * factor)
+        loss, *_ = run.step(step, batch)
+        loss_gap = max(loss_gap, abs(loss - sum(losses[here])))
+    return {"loss": loss_gap, **lte_differences(reference, run.method, run.optimizer)}  # type: ignore[arg-type]
+
+
+def under_deepspeed(config: RunConfig, stage: str, steps: int, mesh: Mesh) -> dict[str, Any]:
+    """Losses, recorded bytes, and the distance of the mean model from the reference's."""
+    engine = build_engine(config, stage, mesh)
+    method: Any = engine.method
+    found: dict[str, Any] = {"losses": [], "norms": [], "merge_bytes": [], "control_bytes": []}
+    for step, batch in enumerate(make_batches(config, steps)):
+        result = engine.train_step(step, by_heads(config, batch, mesh), lambda: (False, True))
+        assert result.healthy
+        assert result.votes == (0, dist.get_world_size())
+        found["losses"].append(result.loss)
+        found["norms"].append(result.head_norms)
+        found["merge_bytes"].append(result.merge_bytes)
+        found["control_bytes"].append(result.control_bytes)
+    found["differing"] = engine.differing_replicas()
+    found["cast_gap"] = max(
+        float((full_rows(engine, p)["master"].to(p.dtype).float() - p.detach().float()).abs().max())
+        for p in engine.params
+    )
+    found["means"] = {n: float(t.double().norm()) for n, t in method.evaluated().named_parameters()}
+    found["sent"] = sent_bytes(method) if isinstance(method, Merging) else 0
+    return found
+
+
+def sent_bytes(method: Merging) -> int:
+    """By formula: what a rank gives in one merge, factors or products of every layer, and the dense masters."""
+    total = 0
+    for linear in method.linears.values():
+        A, B = (factor.numel() * factor.element_size() for factor in linear.factors())
+        out, into = linear.factors()[1].size(1), linear.factors()[0].size(1)
+        total += A + B if merge_sends_factors(method.config, out, into) else 4 * out * into
+    return total + sum(4 * params[0].numel() for params in method.dense().values())
+
+
+def act(payload: dict[str, Any]) -> list[dict[str, Any]]:
+    mesh = start(payload.get("tp", 1), payload["heads"])
+    found = []
+    for case in payload["cases"]:
+        config = lte_config(parallel__lte_heads=payload["heads"], parallel__tp=payload.get("tp", 1), **case["changes"])
+        if case.get("stage"):
+            found.append(under_deepspeed(config, case["stage"], case["steps"], mesh))
+        else:
+            found.append(against_reference(config, case["steps"], mesh))
+    return found
+
+
+if __name__ == "__main__":
+    worker_main(act)
