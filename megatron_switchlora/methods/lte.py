@@ -145,6 +145,24 @@ class Merging(Method):
             own[name].copy_(mean)
         return model
 
+    def set_mean(self, name: str, mean: Tensor) -> None:
+        """Lay down a layer's mean effective weight, this rank's shard, where `regrouped` finds it."""
+        if self.config.method.base == "nf4":
+            self.origins[name].store(mean)
+        else:
+            self.linears[name].weight.copy_(mean)
+
+    @torch.no_grad()
+    def regrouped(self) -> None:
+        """The heads here are others than those whose mean was laid down: form origins and each W anew. Collective."""
+        products = mean_products(list(self.linears.values()), self.config, self.mesh.axis("lte"))
+        for (name, linear), product in zip(self.linears.items(), products, strict=True):
+            in_origin = self.config.method.base == "nf4"
+            mean = self.origins[name].plus(torch.zeros_like(product)) if in_origin else linear.weight.clone()
+            self._adopt(name, linear, mean)
+            if name in self.origins:
+                self.origins[name].store(mean - product)
+
     def stored_name(self, name: str) -> str:
         return f"head_{self.first_head:02d}/{name}"
 

@@ -115,15 +115,15 @@ def export_peft(checkpoint: Checkpoint, out: Path, dtype: str = "bf16", limit: i
 
 
 def peft_config(weights: Weights, adapted: Iterable[str], base: str) -> dict[str, Any]:
-    """`adapter_config.json`: plain LoRA with our rank and alpha."""
+    """`adapter_config.json`: plain LoRA with our rank and alpha; those of LTE heads side by side."""
     method = weights.method
-    rank = method.adapter_rank
+    rank = method.adapter_rank * max(1, len(weights.heads))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": method.scaling * (math.sqrt(rank) if method.rslora else rank),
+        "lora_alpha": weights.scaling * (math.sqrt(rank) if method.rslora else rank),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

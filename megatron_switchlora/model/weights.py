@@ -1,6 +1,7 @@
 """The dense weights of a checkpoint: what its model computes, by Hugging Face name, whatever trained it.
 
-A full-rank tensor is its fp32 master; an adapted one is W + s B A, folded in fp32. Factors and dense
+A full-rank tensor is its fp32 master; an adapted one is W + s B A, folded in fp32; of LTE heads it is their mean,
+O + (s/N) sum_n B_n A_n with the origin O, or the W, that all have, or else the mean of W_n. Factors and dense
 tensors are first rounded to the run's precision, as its forward pass sees them. Any box can be read, so
 a rank takes only its shard, and a conversion holds only a few tensors. `load_initial` starts a run of any
 method, on any mesh, from these weights: its function is the checkpoint's.
@@ -48,36 +49,52 @@ class Weights:
         self.vocab_size: int = self.state["vocab_size"]
         self.precision = PRECISIONS[self.config.get("train", {}).get("precision", "fp32")]
         self.method = _known(MethodConfig, self.config.get("method", {}))
+        found = {name.split("/")[0] for name in self.archive.names() if "/" in name}
+        self.heads = [f"{head}/" for head in sorted(found, key=lambda head: int(head.removeprefix("head_")))]
+        self.scaling = self.method.scaling / max(1, len(self.heads))
 
     def names(self) -> list[str]:
         """Hugging Face names in the model's order."""
-        found = [name for name in self.archive.names() if name.endswith(".weight")]
-        return sorted(found, key=_model_order)
+        known = {name.split("/", 1)[-1] for name in self.archive.names()}
+        known |= {f"{name.removesuffix('origin')}weight" for name in known if name.endswith(".origin")}
+        return sorted((name for name in known if name.endswith(".weight")), key=_model_order)
+
+    def _of_heads(self, name: str) -> list[str]:
+        """The stored tensors of that name: one a head, or one."""
+        own = [prefix + name for prefix in self.heads if prefix + name in self.archive]
+        return own or [name]
 
     def adapted(self, name: str) -> bool:
-        return f"{name.removesuffix('weight')}lora_A" in self.archive
+        return self._of_heads(f"{name.removesuffix('weight')}lora_A")[0] in self.archive
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.archive.shapes[name]
+        return self.archive.shapes[self._stored_base(name)[0]]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [r, out] of an adapted weight, fp32, rounded to the run's precision."""
-        stem = name.removesuffix("weight")
-        return self._rounded(self.archive.read(f"{stem}lora_A")), self._rounded(self.archive.read(f"{stem}lora_B"))
+        """A [N r, in] and B [N r, out] of an adapted weight, those of N heads one after the other; fp32, rounded to the
+        run's precision."""
+        A, B = (self._of_heads(f"{name.removesuffix('weight')}lora_{side}") for side in "AB")
+        return tuple(torch.cat([self._rounded(self.archive.read(each)) for each in same]) for same in (A, B))  # type: ignore[return-value]
 
-    def base(self, name: str) -> Tensor:
-        """The frozen W of an adapted weight, else the weight itself, fp32."""
-        whole = self.archive.read(name)
-        return whole.float() if self.adapted(name) else self._rounded(whole)
+    def _stored_base(self, name: str) -> list[str]:
+        origin = f"{name.removesuffix('weight')}origin"
+        return [origin] if origin in self.archive else self._of_heads(name)
+
+    def base(self, name: str, offset: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
+        """A box, by default all, of the frozen W of an adapted weight, else of the weight itself; fp32, the mean of
+        the heads' own."""
+        stored = [self.archive.read(each, offset, size).float() for each in self._stored_base(name)]
+        mean = stored[0] if len(stored) == 1 else torch.stack(stored).mean(0)
+        return mean if self.adapted(name) else self._rounded(mean)
 
     def read(self, name: str, offset: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
         """A box of the effective weight, by default all of it, fp32."""
-        part = self.archive.read(name, offset, size)
+        part = self.base(name, offset, size)
         if not self.adapted(name):
-            return self._rounded(part)
+            return part
         A, B = self.factors(name)
         (row, column), (rows, columns) = offset or (0, 0), part.shape
-        return torch.addmm(part, B[:, row : row + rows].t(), A[:, column : column + columns], alpha=self.method.scaling)
+        return torch.addmm(part, B[:, row : row + rows].t(), A[:, column : column + columns], alpha=self.scaling)
 
     def _rounded(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.precision).float()

@@ -3,11 +3,11 @@
     config.yaml, ds_config.json   resolved configuration
     meta.json                     versions, git revision, mesh, counts, data, outcome
     metrics.jsonl                 one object a step, one an evaluation
+    metrics.head_XX.jsonl         one a step of each LTE head, from its first rank
     loss.png, tokenizer/, final/  curve, tokenizer, the merged model in Hugging Face's format
     checkpoints/                  published checkpoints
     metrics.dropped.jsonl         records that were written after the checkpoint from which a run was resumed
-Only rank 0 writes, and holds a lock on the folder. Files are replaced by renames; a record that cannot be
-written (a full disk) waits for the next one.
+But for the heads' records only rank 0 writes, and holds a lock on the folder. Files are replaced by renames.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import json
 import os
 import platform
 import subprocess
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +28,7 @@ import yaml
 from safetensors import SafetensorError
 
 from megatron_switchlora.config import RunConfig, UserError
+from megatron_switchlora.train.records import RecordFile, keep_records, read_records, replace_text
 
 RUN_FILES = ("config.yaml", "ds_config.json", "metrics.jsonl", "meta.json", "tokenizer", "checkpoints", "final")
 
@@ -125,20 +125,6 @@ def lock_folder(folder: Path) -> TextIO:
     return file
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; what follows the first torn line is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith("\n") or not isinstance(record, dict):
-            break
-        records.append(record)
-    return records
-
-
 def read_meta(folder: Path) -> dict[str, Any]:
     """A run's meta.json; empty if there is none, or a crash of the machine has left it torn."""
     try:
@@ -159,43 +145,26 @@ def in_folder(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old or the new one."""
-    aside = path.with_name(f".{path.name}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
-
-
-def as_line(record: dict[str, Any]) -> str:
-    return json.dumps(record, allow_nan=False) + "\n"
-
-
 class RunFolder:
-    """Writes one run's files; on ranks other than 0 nothing is written. Records of an earlier start up to
-    `keep_steps` stay and are `history`; with None the folder is new."""
+    """Writes one run's files; on ranks other than 0 nothing is written, but for the records of LTE heads whose first
+    rank this is: those are named by `heads`. Records of an earlier start up to `keep_steps` stay, those of rank 0 are
+    `history` on all ranks; with None the folder is new."""
 
-    def __init__(self, path: Path, writes: bool, keep_steps: Optional[int] = None) -> None:
+    def __init__(self, path: Path, writes: bool, keep_steps: Optional[int] = None, heads: Iterable[int] = ()) -> None:
         self.path, self.writes = path, writes
         self.meta: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
-        self._waiting: list[str] = []
         if keep_steps is not None:
-            self._keep_records(keep_steps)
-        self._metrics = (path / "metrics.jsonl").open("ab", buffering=0) if writes else None
-        self._written = (path / "metrics.jsonl").stat().st_size if writes else 0
-
-    def _keep_records(self, steps: int) -> None:
-        records = read_records(self.path / "metrics.jsonl")
-        self.history = [record for record in records if steps and record["step"] <= steps]
-        dropped = records[len(self.history) :]
-        if self.writes:
-            with (self.path / "metrics.dropped.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(map(as_line, dropped))
-            replace_text(self.path / "metrics.jsonl", "".join(map(as_line, self.history)))
-            self.meta = read_meta(self.path)
+            self.history = [r for r in read_records(path / "metrics.jsonl") if keep_steps and r["step"] <= keep_steps]
+            if writes:
+                keep_records(path / "metrics.jsonl", keep_steps, path / "metrics.dropped.jsonl")
+                self.meta = read_meta(path)
+        self.metrics = RecordFile(path / "metrics.jsonl") if writes else None
+        self.heads: dict[int, RecordFile] = {}
+        for head in heads:
+            own = path / f"metrics.head_{head:02d}.jsonl"
+            keep_records(own, keep_steps or 0)
+            self.heads[head] = RecordFile(own)
 
     def write_config(self, config: RunConfig, ds_config: dict[str, Any]) -> None:
         if self.writes:
@@ -209,34 +178,18 @@ class RunFolder:
             replace_text(self.path / "meta.json", json.dumps(self.meta, indent=2) + "\n")
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append an object to metrics.jsonl, numbers in full precision. Warns if it has to wait: the disk is full."""
+        """Append an object to metrics.jsonl."""
         self.history.append(record)
-        if self._metrics is None:
-            return
-        self._waiting.append(as_line(record))
-        self._write_waiting()
+        if self.metrics is not None:
+            self.metrics.log(record)
 
-    def _write_waiting(self) -> None:
-        assert self._metrics is not None
-        data = "".join(self._waiting).encode()
-        try:
-            if self._metrics.write(data) != len(data):
-                raise OSError("the disk is full")
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._metrics.truncate(self._written)  # no torn line
-            if len(self._waiting) == 1:
-                warnings.warn(f"{self.path}/metrics.jsonl cannot be written ({error}): records wait.", stacklevel=2)
-            return
-        self._waiting = []
-        self._written += len(data)
+    def _files(self) -> list[RecordFile]:
+        return [*([self.metrics] if self.metrics else []), *self.heads.values()]
 
     def flush(self) -> None:
         """Make the records durable."""
-        if self._metrics is not None:
-            if self._waiting:
-                self._write_waiting()
-            os.fsync(self._metrics.fileno())
+        for file in self._files():
+            file.flush()
 
     def plot(self) -> None:
         """loss.png: training loss of every step and validation loss."""
@@ -259,6 +212,5 @@ class RunFolder:
         figure.savefig(self.path / "loss.png", dpi=120)
 
     def close(self) -> None:
-        if self._metrics is not None:
-            self.flush()
-            self._metrics.close()
+        for file in self._files():
+            file.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import TYPE_CHECKING
 
+from megatron_switchlora.parallel.mesh import AXES
 from megatron_switchlora.train.engine import perplexity
 from megatron_switchlora.train.memory import full_rank_bytes, saved_words
 
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
 def opening_words(trainer: Trainer) -> list[str]:
     """What is trained, on what, from where."""
     config, counts, start = trainer.config, trainer.counts, trainer.start
+    mesh = " x ".join(f"{axis} {trainer.mesh.size(axis)}" for axis in AXES)
     lines = [
         f"{config.method.name}: {counts.trainable / 1e6:.2f} M of {counts.full_total / 1e6:.2f} M parameters train "
-        f"({counts.trainable / counts.full_total:.1%}); mesh lte 1 x dp {trainer.mesh.size('dp')} x tp "
-        f"{trainer.mesh.size('tp')} on {trainer.device.type}; {len(trainer.train_store)} training and "
+        f"({counts.trainable / counts.full_total:.1%}); mesh {mesh} on "
+        f"{trainer.device.type}; {len(trainer.train_store)} training and "
         f"{len(trainer.val_store)} validation samples of {config.train.seq_len} tokens; a unigram model reaches "
         f"perplexity {trainer.data.unigram_val_ppl:.1f}"
     ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -25,19 +24,19 @@ from megatron_switchlora.checkpoint.files import published
 from megatron_switchlora.config import RunConfig, UserError, require
 from megatron_switchlora.data.loader import BatchOrder, Reader, TrainLoader, eval_batches
 from megatron_switchlora.methods import build_method
-from megatron_switchlora.model.counts import count_parameters, model_flops_per_token
-from megatron_switchlora.model.hf import export_model
+from megatron_switchlora.model.counts import count_parameters
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.model.weights import Weights, find_folder, load_initial
 from megatron_switchlora.parallel.agree import gather_texts, on_all_ranks, on_one_rank
 from megatron_switchlora.parallel.mesh import AXES, Mesh, build_mesh
 from megatron_switchlora.parallel.ranks import Ranks
 from megatron_switchlora.train.compatible import compare_data
-from megatron_switchlora.train.device import peak_flops, peak_memory_bytes
 from megatron_switchlora.train.diagnose import find_bad_layer
 from megatron_switchlora.train.ds_config import resolve_ds_config
 from megatron_switchlora.train.engine import Engine, StepResult, perplexity
 from megatron_switchlora.train.inputs import data_identity, prepare_data, require_tokenizer, vocabulary_size
+from megatron_switchlora.train.outcome import step_record, write_results
+from megatron_switchlora.train.regroup import load_regrouped, regroups
 from megatron_switchlora.train.resume import Start, open_together
 from megatron_switchlora.train.run_folder import (
     RunFolder,
@@ -101,7 +100,11 @@ class Trainer:
             f"{checkpoint.folder} has {checkpoint.step} steps behind it, so of {self.last_step} none is left to train: "
             "raise train.steps, with --checkpoint.allow_changes '[\"train.steps\"]'.",
         )
-        on_all_ranks(partial(load_state, self.engine, checkpoint.archive(), checkpoint.step), self.device)
+        if regroups(self.config, checkpoint.state()):
+            on_all_ranks(partial(load_regrouped, self.engine, checkpoint), self.device)
+            self.method.regrouped()  # type: ignore[attr-defined]
+        else:
+            on_all_ranks(partial(load_state, self.engine, checkpoint.archive(), checkpoint.step), self.device)
         self.method.loaded()
         found = self.engine.differing_replicas()
         require(not found, f"After loading {checkpoint.folder} ranks differ: {'; '.join(found[:5])}.")
@@ -140,8 +143,15 @@ class Trainer:
         """
         with in_folder(folder):
             keep = self.start.step if self.start.keeps_records else None
-            self.run = RunFolder(folder, writes=self.ranks.rank == 0, keep_steps=keep)
+            self.run = RunFolder(folder, self.ranks.rank == 0, keep, self._heads_written())
             self._write_head()
+
+    def _heads_written(self) -> list[int]:
+        """The LTE heads whose records this rank writes."""
+        local = self.config.method.heads_here
+        first = self.mesh.rank("lte") * local
+        writes = self.config.heads > 1 and self.mesh.axis("head").rank == 0
+        return list(range(first, first + local)) if writes else []
 
     def _write_head(self) -> None:
         config, counts, checkpoint = self.config, self.counts, self.start.checkpoint
@@ -206,27 +216,6 @@ class Trainer:
         if self.engine.ds.monitor.enabled and self.ranks.rank == 0:
             self.engine.ds.monitor.write_events([(f"Train/{key}", value, step) for key, value in values.items()])
 
-    def _record(self, step: int, result: StepResult, seconds: float, elapsed: float) -> dict[str, Any]:
-        train = self.config.train
-        tokens = train.global_batch_size * train.seq_len
-        record: dict[str, Any] = {
-            "step": step + 1,
-            "loss": result.loss,
-            "lr": result.lr,
-            "grad_norm": result.grad_norm,
-            "tokens": (step + 1) * tokens,
-            "seconds": elapsed,
-            "tokens_per_second": tokens / seconds,
-            "peak_memory_bytes": peak_memory_bytes(self.device),
-            "dp_bytes": result.dp_bytes,
-            "switched": result.switched,
-        }
-        peak = peak_flops(self.device, train.precision)
-        if peak:
-            flops = model_flops_per_token(self.config.model, self.vocab_size, train.seq_len)
-            record["mfu"] = flops * tokens / seconds / (peak * dist.get_world_size())
-        return record
-
     def _stop_unhealthy(self, step: int, result: StepResult, batches: list[torch.Tensor]) -> None:
         """Name the first layer that went bad, then stop every rank."""
         where = find_bad_layer(self.engine.model, batches, self.device) or ""
@@ -285,8 +274,11 @@ class Trainer:
         if not result.healthy:
             self._stop_unhealthy(step, result, batches)
         now = time.perf_counter()
-        record = self._record(step, result, now - began, earlier + now - start)
+        record = step_record(self, step, result, now - began, earlier + now - start)
         self.run.log(record)
+        for number, head in enumerate(self.run.heads.values()):
+            loss, norm = result.head_losses[number], result.head_norms[number]
+            head.log({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": result.lr})
         self._show(record, bar)
         if self.config.train.check_interval and (step + 1) % self.config.train.check_interval == 0:
             self._check_replicas(step)
@@ -358,37 +350,5 @@ class Trainer:
     def _finish(self, val_loss: float) -> None:
         """Write the last checkpoint, the final model, the plot and the outcome."""
         self.saver.finish()
-        on_all_ranks(partial(self._write_results, val_loss), self.device)
-
-    def _write_results(self, val_loss: float) -> None:
-        """Raises: UserError, on a full or read-only disk."""
-        with in_folder(self.run.path):
-            self._write_outcome(val_loss)
-
-    def _write_outcome(self, val_loss: float) -> None:
-        steps = [record for record in self.run.history if "loss" in record]
-        self.run.update_meta(
-            steps=len(steps),
-            val_loss=val_loss,
-            val_ppl=perplexity(val_loss),
-            dp_bytes_per_step=steps[-1]["dp_bytes"] if steps else 0,
-        )
-        if self.mesh.rank("dp") == 0:
-            self._export()
-        self.run.plot()
-        self.run.update_meta(finished=True)
-        self.run.close()
-
-    def _export(self) -> None:
-        """Write `final/` from the first data rank's tensor-parallel ranks, aside and then renamed."""
-        building = self.run.path / "final.tmp"
-        if self.run.writes:
-            shutil.rmtree(building, ignore_errors=True)  # of a start that was killed right here
-            building.mkdir()
-        end_mark = self.tokenizer.eos_token_id if self.run.writes else None
-        export_model(self.engine.model, building, self.config.train.seq_len, end_mark, writes=self.run.writes)
-        if self.run.writes:
-            self.tokenizer.save_pretrained(building)
-            if (self.run.path / "final").exists():  # likewise; it is this model
-                shutil.rmtree(self.run.path / "final")
-            building.rename(self.run.path / "final")
+        model = self.method.evaluated()
+        on_all_ranks(partial(write_results, self, val_loss, model), self.device)

@@ -29,7 +29,7 @@ POINTS = {
     "prune": ("megatron_switchlora.train.saver", "prune"),
     "delete": ("megatron_switchlora.checkpoint.files", "shutil.rmtree"),
     "load": ("megatron_switchlora.checkpoint.archive", "Archive.fill"),
-    "reopen": ("megatron_switchlora.train.run_folder", "replace_text"),
+    "reopen": ("megatron_switchlora.train.records", "replace_text"),
 }
 RANK_0_ONLY = {"between files", "publish", "manifest", "prune", "delete", "reopen"}
 

@@ -14,8 +14,9 @@ import yaml
 from megatron_switchlora.config import RunConfig, UserError
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.compatible import compare, compare_data
+from megatron_switchlora.train.records import read_records
 from megatron_switchlora.train.resume import choose as choose_start
-from megatron_switchlora.train.run_folder import RunFolder, create_folder, lock_folder, read_records
+from megatron_switchlora.train.run_folder import RunFolder, create_folder, lock_folder
 from tests.unit.test_checkpoint_files import make_checkpoint
 
 OPTIONS = ["--method.rank", "6", "--optim.lr", "0.01"]
@@ -185,12 +186,12 @@ def test_records_after_the_checkpoint_are_set_aside(tmp_path: Path) -> None:
 def test_a_full_disk_lets_records_wait(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, writes=True)
     folder.log({"step": 1})
-    real, folder._metrics = folder._metrics, open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    real, folder.metrics.file = folder.metrics.file, open("/dev/full", "ab", buffering=0)  # noqa: SIM115
     with pytest.warns(UserWarning, match=r"records wait"):
         folder.log({"step": 2})
     folder.log({"step": 3})
-    folder._metrics.close()
-    folder._metrics = real
+    folder.metrics.file.close()
+    folder.metrics.file = real
     folder.log({"step": 4})
     assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
