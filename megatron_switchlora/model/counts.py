@@ -93,8 +93,11 @@ def count_parameters(config: ModelConfig, method: MethodConfig, vocab_size: int)
 
 def merge_sends_factors(config: RunConfig, out_features: int, in_features: int) -> bool:
     """Whether a merge of LTE heads moves the factors of a layer whose W is [out, in] on a rank, and not their product:
-    by `method.merge_traffic`, or whatever is less. Received are (N - K) r (m + n) values, or 2 m n (H - 1) / H."""
+    by `method.merge_traffic`, or whatever is less. Received are (N - K) r (m + n) values, or 2 m n (H - 1) / H. Heads
+    that switch move their weights."""
     method, groups = config.method, config.parallel.lte_heads
+    if method.switches:
+        return False
     if method.merge_traffic != "auto":
         return method.merge_traffic == "factors"
     factors = (config.heads - method.local_heads) * method.rank * (out_features + in_features)

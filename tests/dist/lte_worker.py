@@ -12,9 +12,11 @@ from megatron_switchlora.methods.lte import Merging
 from megatron_switchlora.model.counts import merge_sends_factors
 from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.parallel.mesh import Mesh
+from megatron_switchlora.parallel.shard import shard_of
 from tests.dist.engines import build_engine, full_rows, start
 from tests.dist.launch import worker_main
 from tests.numerics.lte_pairs import head_batches, lte_config, lte_differences, make_lte_reference
+from tests.numerics.lte_reference import LteReference
 from tests.plain import PlainRun, by_heads, make_batches
 
 
@@ -32,14 +34,16 @@ def against_reference(config: RunConfig, steps: int, mesh: Mesh) -> dict[str, An
 
 
 def under_deepspeed(config: RunConfig, stage: str, steps: int, mesh: Mesh) -> dict[str, Any]:
-    """Losses, recorded bytes, and the distance of the mean model from the reference's."""
-    engine = build_engine(config, stage, mesh)
+    """Losses, recorded bytes, and the distance of the mean model from the reference's, in float64 beside it."""
+    engine, reference = build_engine(config, stage, mesh), make_lte_reference(config)
     method: Any = engine.method
     found: dict[str, Any] = {"losses": [], "norms": [], "merge_bytes": [], "control_bytes": []}
     for step, batch in enumerate(make_batches(config, steps)):
         result = engine.train_step(step, by_heads(config, batch, mesh), lambda: (False, True))
         assert result.healthy
         assert result.votes == (0, dist.get_world_size())
+        factor = lr_factor(step, config.train.warmup_steps, config.train.steps)
+        reference.step(step, head_batches(config, batch), config.optim.lr * factor, config.dense_lr * factor)
         found["losses"].append(result.loss)
         found["norms"].append(result.head_norms)
         found["merge_bytes"].append(result.merge_bytes)
@@ -49,9 +53,17 @@ def under_deepspeed(config: RunConfig, stage: str, steps: int, mesh: Mesh) -> di
         float((full_rows(engine, p)["master"].to(p.dtype).float() - p.detach().float()).abs().max())
         for p in engine.params
     )
-    found["means"] = {n: float(t.double().norm()) for n, t in method.evaluated().named_parameters()}
-    found["sent"] = sent_bytes(method) if isinstance(method, Merging) else 0
+    found["gap"] = max(
+        float((param.double() - shard_of(param, true_mean(reference, name))).abs().max() / param.abs().max())
+        for name, param in method.evaluated().named_parameters()
+    )
+    found["sent"] = sent_bytes(method)
     return found
+
+
+def true_mean(reference: LteReference, name: str) -> torch.Tensor:
+    stem = name.removesuffix(".weight")
+    return reference.mean_weight(stem) if stem in reference.heads[0].names else reference.mean_dense(name)
 
 
 def sent_bytes(method: Merging) -> int:

@@ -21,9 +21,9 @@ from tests.plain import PlainRun, small_config
 
 
 def lte_config(**changes: object) -> RunConfig:
-    """Two heads by default, s = 16; the rate suits it."""
+    """Two heads by default, s = 2; the rate suits it."""
     start: dict[str, Any] = {
-        "method__alpha": 112.0, "method__merge_interval": 3, "optim__lr": 0.002, "method__compute": "split",
+        "method__alpha": 14.0, "method__merge_interval": 3, "optim__lr": 0.002, "method__compute": "split",
     }  # fmt: skip
     return small_config("lte", **{**start, **changes})
 

@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
+from megatron_switchlora.config import MethodConfig, RunConfig
+from megatron_switchlora.lowrank.linear import LowRankLinear
+from megatron_switchlora.methods.lora import draw_factor
+from megatron_switchlora.methods.lte import LocalLte, Merging
+from megatron_switchlora.methods.merging import mean_products
 from megatron_switchlora.optim.lr import lr_factor
+from megatron_switchlora.parallel.linear import ColumnParallelLinear
+from megatron_switchlora.parallel.shard import Axis
 from tests.numerics.lte_pairs import head_batches, lte_config, lte_differences, make_lte_reference
-from tests.plain import PlainRun, make_batches
+from tests.plain import PlainRun, make_batches, small_config
 
-STEPS = 40
+full = pytest.mark.full
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("steps", "changes"),
     [
-        {},
-        {"method__merge_form": "reset"},
-        {
-            "method__local_heads": 4,
-            "train__micro_batch_size": 4,
-            "method__init": "switchlora",
-            "method__alpha": 1.0,
-            "optim__weight_decay": 0.1,
-        },
-        {"method__merge_interval": "never", "method__orthogonal_scale": "sqrt_r_n"},
+        (40, {}),
+        pytest.param(40, {"method__merge_form": "reset"}, marks=full),
+        pytest.param(
+            40,
+            {"method__local_heads": 4, "train__micro_batch_size": 4, "method__init": "switchlora",
+             "method__alpha": 1.0, "optim__weight_decay": 0.1}, marks=full,
+        ),
+        pytest.param(40, {"method__merge_interval": "never", "method__orthogonal_scale": "sqrt_r_n"}, marks=full),
     ],
-)
-def test_local_heads_equal_the_reference(changes: dict) -> None:
+)  # fmt: skip
+def test_local_heads_equal_the_reference(steps: int, changes: dict) -> None:
     config = lte_config(**{"method__local_heads": 2, **changes})
     run, reference = PlainRun(config, torch.float64), make_lte_reference(config)
     worst = 0.0
-    for step, batch in enumerate(make_batches(config, STEPS)):
+    for step, batch in enumerate(make_batches(config, steps)):
         factor = lr_factor(step, config.train.warmup_steps, config.train.steps)
         losses, norms = reference.step(
             step, head_batches(config, batch), config.optim.lr * factor, config.dense_lr * factor
@@ -40,7 +49,217 @@ def test_local_heads_equal_the_reference(changes: dict) -> None:
         assert run.optimizer.head_clip is not None
         worst = max(worst, abs(loss - sum(losses)))
         assert run.optimizer.head_clip.norms.tolist() == pytest.approx(norms, rel=1e-9)
-    found = lte_differences(reference, run.method, run.optimizer)  # type: ignore[arg-type]
+    assert isinstance(run.method, LocalLte)
+    found = lte_differences(reference, run.method, run.optimizer)
     print(changes, worst, found)
     assert worst < 1e-9
     assert max(found.values()) < 1e-9
+
+
+def means(method: Any) -> list[Tensor]:
+    return [mean.clone() for mean in method.mean_weights()]
+
+
+def descend(run: PlainRun, batch: Tensor, factors_by: float, lr: float, step: int) -> None:
+    """One step of plain SGD without a clip; the factors' gradients are divided first."""
+    run.optimizer.zero_grad()
+    run.model(batch[:, :-1], batch[:, 1:]).sum().backward()
+    for param in run.params:
+        scale = 1 / factors_by if param.rows else 1.0  # type: ignore[attr-defined]
+        param.data.sub_(param.grad, alpha=lr * scale)  # type: ignore[arg-type]
+    run.method.after_step(step)
+
+
+def test_resetless_merged_each_step_is_mhlora() -> None:
+    """SGD, every head on the same batch, no clip, a head's factor N in its gradient taken out."""
+    heads = 3
+    changes: dict[str, Any] = {
+        "method__local_heads": heads,
+        "train__micro_batch_size": 3,
+        "train__global_batch_size": 3,
+    }
+    lte = PlainRun(lte_config(method__merge_interval=1, **changes), torch.float64)
+    mhlora = PlainRun(small_config("mhlora", method__alpha=14.0, method__compute="split", **changes), torch.float64)
+    for step, batch in enumerate(make_batches(mhlora.config, 10)):
+        descend(lte, batch.repeat(heads, 1), heads, 0.01, step)
+        descend(mhlora, batch, 1, 0.01, step)
+    worst = 0.0
+    for mean, linear in zip(means(lte.method), mhlora.method.linears.values(), strict=True):  # type: ignore[attr-defined]
+        worst = max(worst, float((mean - linear.effective_weight()).abs().max()))
+    moved = max(float(linear.lora_B.abs().max()) for linear in mhlora.method.linears.values())  # type: ignore[attr-defined]
+    print(worst, moved)
+    assert moved > 1e-4
+    assert worst < 1e-13
+
+
+def test_resetless_merged_each_step_is_mhlora_with_adam() -> None:
+    changes: dict[str, Any] = {
+        "method__local_heads": 2,
+        "optim__clip": 0.0,
+        "optim__eps": 1e-20,
+        "optim__dense_lr": 0.001,
+    }
+    lte = PlainRun(lte_config(method__merge_interval=1, **changes), torch.float64)
+    mhlora = PlainRun(
+        small_config("mhlora", method__alpha=14.0, method__compute="split", optim__lr=0.002, **changes), torch.float64
+    )
+    lte.config.train.global_batch_size *= 2
+    lte.config.train.micro_batch_size *= 2
+    for step, batch in enumerate(make_batches(mhlora.config, 10)):
+        a, *_ = lte.step(step, batch.repeat(2, 1))
+        b, *_ = mhlora.step(step, batch)
+        assert a / 2 == pytest.approx(b, rel=1e-6)
+    for mean, linear in zip(means(lte.method), mhlora.method.linears.values(), strict=True):  # type: ignore[attr-defined]
+        assert float((mean - linear.effective_weight()).abs().max()) < 1e-6
+
+
+def test_reset_merged_each_step_never_moves_A() -> None:
+    run = PlainRun(
+        lte_config(method__local_heads=2, method__merge_form="reset", method__merge_interval=1), torch.float64
+    )
+    assert isinstance(run.method, LocalLte)
+    before = [A.detach().clone() for linear in run.method.linears.values() for A in linear.lora_A]
+    weights = [linear.weight.clone() for linear in run.method.linears.values()]
+    for step, batch in enumerate(make_batches(run.config, 5)):
+        run.step(step, batch)
+    after = [A.detach() for linear in run.method.linears.values() for A in linear.lora_A]
+    assert all(map(torch.equal, before, after))
+    assert all(bool((linear.weight != w).any()) for linear, w in zip(run.method.linears.values(), weights, strict=True))
+
+
+@pytest.mark.parametrize("form", ["reset", "resetless"])
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
+def test_a_merge_keeps_the_mean(form: str, base: str) -> None:
+    """In fp32: what the merge makes every head compute is the mean of what they computed before."""
+    config = lte_config(
+        method__local_heads=2, method__merge_form=form, method__base=base, method__merge_interval="never",
+        method__redraw_A=form == "reset", optim__lr=0.01,
+    )  # fmt: skip
+    run = PlainRun(config)
+    assert isinstance(run.method, LocalLte)
+    for step, batch in enumerate(make_batches(config, 6)):
+        run.step(step, batch)
+        if step % 3 == 2:
+            before, old_A = (
+                means(run.method),
+                run.method.linears["model.layers.0.mlp.up_proj"].lora_A[1].detach().clone(),
+            )
+            spread = max(float(linear.lora_B[0].abs().max()) for linear in run.method.linears.values())
+            run.method.merge(step)
+            for mean, after, linear in zip(before, means(run.method), run.method.linears.values(), strict=True):
+                change = float((after - mean).abs().max() / mean.abs().max())
+                assert change < 1e-6
+                assert_heads_compute(linear, mean, exact=base == "fp32")
+            assert spread > 1e-3
+            redrawn = not torch.equal(old_A, run.method.linears["model.layers.0.mlp.up_proj"].lora_A[1].detach())
+            assert redrawn == (form == "reset")
+    dense = run.method.dense()
+    assert all(torch.equal(a, b) for a, b in dense.values())
+
+
+def assert_heads_compute(linear: Any, mean: Tensor, exact: bool) -> None:
+    """Each head's layer applies the mean, or its 4-bit form."""
+    x = torch.eye(mean.size(1)).unsqueeze(0).repeat(linear.heads, 1, 1)
+    for y in linear(x):
+        if exact:
+            assert float((y.t() - mean).abs().max()) < 1e-5
+        else:
+            assert float((y.t() - linear.base(torch.float32)).abs().max()) < 1e-5
+            error = float((y.t() - mean).norm() / mean.norm())
+            assert 0.01 < error < 0.12  # of 4 bits
+
+
+def equal_runs(a: RunConfig, b: RunConfig, steps: int = 12, dtype: torch.dtype = torch.float32) -> float:
+    """Largest difference of losses, norms, parameters, moments and frozen weights, from the same factors."""
+    first, second = PlainRun(a, dtype), PlainRun(b, dtype)
+    if dtype == torch.float64:
+        start_alike(first, second)
+    worst = 0.0
+    for step, batch in enumerate(make_batches(a, steps)):
+        x, y = first.step(step, batch), second.step(step, batch)
+        worst = max(worst, *(abs(p - q) for p, q in zip(x, y, strict=True)))
+    for p, q in zip(first.params, second.params, strict=True):
+        mine, theirs = first.optimizer.read_rows(p), second.optimizer.read_rows(q)
+        worst = max(worst, *(float((mine[key] - theirs[key]).abs().max()) for key in mine))
+    for p, q in zip(first.model.buffers(), second.model.buffers(), strict=True):
+        worst = max(worst, float((p - q).abs().max()))
+    return worst
+
+
+@torch.no_grad()
+def start_alike(first: PlainRun, second: PlainRun) -> None:
+    """Start the second run anew with the first one's factors: a bank's live vectors are other draws."""
+    pairs = zip(first.method.linears.values(), second.method.linears.values(), strict=True)  # type: ignore[attr-defined]
+    for theirs, mine in pairs:
+        mine.add_product(1.0)
+        mine.lora_A.copy_(theirs.lora_A)
+        mine.lora_B.copy_(theirs.lora_B)
+    second.method.start(second.optimizer)
+
+
+@pytest.mark.parametrize("compute", ["split", "merged"])
+def test_one_head_never_merged_is_lora_to_the_bit(compute: str) -> None:
+    same: dict[str, Any] = {"method__init": "classic", "method__alpha": 7.0, "method__compute": compute}
+    same["optim__dense_lr"] = 0.002
+    alone = small_config("lte", method__merge_interval="never", **same)
+    assert equal_runs(alone, small_config("lora", **same)) == 0.0
+
+
+def test_one_head_of_switches_never_merged_is_switchlora_to_the_bit() -> None:
+    alone = small_config("lte", method__inner="switchlora", method__merge_interval="never", optim__dense_lr=0.002)
+    assert equal_runs(alone, small_config("switchlora")) == 0.0
+
+
+def test_without_switches_lte_over_switchlora_is_lte() -> None:
+    same: dict[str, Any] = {"method__init": "switchlora", "method__alpha": 1.0, "method__merge_interval": 3}
+    same["optim__dense_lr"] = 0.002
+    inner = small_config("lte", **same, method__inner="switchlora", method__interval0=math.inf)
+    assert equal_runs(inner, small_config("lte", **same), dtype=torch.float64) < 1e-12
+    switching = small_config("lte", **same, method__inner="switchlora")
+    assert equal_runs(switching, small_config("lte", **same), dtype=torch.float64) > 1e-4
+
+
+def least_squares_error(interval: int) -> float:
+    """|W + B A - target|^2 after 2,000 SGD steps of a 32 x 32 layer at r = 4, merged with B <- 0 and A redrawn."""
+    config = RunConfig(method=MethodConfig(name="lte", rank=4, alpha=4.0, init="classic", merge_form="reset"))
+    layer = LowRankLinear(ColumnParallelLinear(32, 32, Axis()), config.method).double()
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(32, 32, dtype=torch.float64, generator=generator) / 32**0.5
+    x = torch.randn(256, 32, dtype=torch.float64, generator=generator)
+    layer.weight.zero_()
+    with torch.no_grad():
+        layer.lora_A.copy_(draw_factor(config, "A", "start", (32, 32), 4))
+        layer.lora_B.zero_()
+    for step in range(2000):
+        error = (layer(x) - x @ target.T).pow(2).sum() / len(x)
+        gradients = torch.autograd.grad(error, (layer.lora_A, layer.lora_B))
+        with torch.no_grad():
+            for factor, gradient in zip((layer.lora_A, layer.lora_B), gradients, strict=True):
+                factor.sub_(gradient, alpha=0.2)
+            if interval and (step + 1) % interval == 0:
+                layer.weight.add_(next(mean_products([layer], config, Axis())))
+                layer.lora_B.zero_()
+                layer.lora_A.copy_(draw_factor(config, "A", f"merge {step}", (32, 32), 4))
+    return float((layer.effective_weight() - target).pow(2).sum())
+
+
+def test_least_squares_reaches_a_full_rank_target_only_with_merges() -> None:
+    """LTE's Figure 8: the target has rank 32, one head."""
+    found = {interval: least_squares_error(interval) for interval in (0, 100, 25, 5)}
+    print(found)
+    assert found[0] > 10
+    assert found[100] < 1e-2
+    assert found[25] < 1e-1 * found[100]
+    assert found[5] < 1e-3 * found[25]
+
+
+def test_heads_start_apart_and_head_0_as_lora() -> None:
+    run = PlainRun(lte_config(method__local_heads=3, train__micro_batch_size=3, train__global_batch_size=6))
+    alone = PlainRun(small_config("lora", method__init="semi_orthogonal"))
+    assert isinstance(run.method, Merging)
+    for linear, other in zip(run.method.linears.values(), alone.method.linears.values(), strict=True):  # type: ignore[attr-defined]
+        first, second, third = linear.lora_A
+        assert torch.equal(first, other.lora_A)
+        assert float((first - second).abs().max()) > 0.1 < float((second - third).abs().max())
+        gram = second @ second.T
+        assert torch.allclose(gram, torch.eye(7) * second.size(1) / 7, atol=1e-4)

@@ -1,0 +1,95 @@
+"""LTE heads on ranks: the plain reference of Algorithm 1 in float64, then under DeepSpeed with dp, tp and ZeRO."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.dist.launch import run_ranks
+
+full = pytest.mark.full
+SWITCHES: dict[str, Any] = {"method__inner": "switchlora", "method__alpha": 1.0}
+
+
+def run(ranks: int, heads: int, tp: int, cases: list[dict[str, Any]], timeout: float = 280) -> list[list[dict]]:
+    """Results by case, then by rank."""
+    found = run_ranks(ranks, "tests.dist.lte_worker", {"heads": heads, "tp": tp, "cases": cases}, timeout)
+    return [list(case) for case in zip(*found, strict=True)]
+
+
+def check_reference(results: list[dict[str, float]]) -> None:
+    worst = max(max(result.values()) for result in results)
+    print(f"\nfurthest from the reference: {worst:.1e}")
+    assert worst < 1e-9
+
+
+def check_deepspeed(results: list[dict[str, Any]], merges: int) -> None:
+    """Against the reference within 1e-5; nothing crosses heads but at merges, and there what the formula says."""
+    print(f"\nmean model from the reference's: {max(r['gap'] for r in results):.1e} of its largest entry")
+    for result in results:
+        assert result["gap"] < 1e-5
+        assert result["differing"] == []
+        assert result["cast_gap"] == 0.0
+        assert result["losses"] == results[0]["losses"]
+        assert max(result["control_bytes"]) <= 64
+        sent = [number for number in result["merge_bytes"] if number]
+        assert sent == [result["sent"]] * merges
+        assert all(number == 0 for step, number in enumerate(result["merge_bytes"]) if (step + 1) % 3)
+
+
+@pytest.mark.timeout(320)
+def test_two_heads_on_two_ranks() -> None:
+    cases = [
+        {"changes": {}, "steps": 40},
+        {"changes": SWITCHES, "steps": 12},
+        {"changes": {"method__local_heads": 2, "method__merge_form": "reset", "method__merge_traffic": "delta"}, "steps": 12},
+        {"changes": {}, "steps": 9, "stage": "0"},
+        {"changes": {"method__local_heads": 2}, "steps": 9, "stage": "2"},
+    ]
+    found = run(2, 2, 1, cases)
+    for results in found[:3]:
+        check_reference(results)
+    for results in found[3:]:
+        check_deepspeed(results, merges=3)
+
+
+@pytest.mark.timeout(320)
+def test_two_heads_of_two_tensor_parallel_ranks_under_zero_1() -> None:
+    cases = [
+        {"changes": {}, "steps": 10, "stage": "1"},
+        {"changes": {"method__local_heads": 2}, "steps": 4, "stage": "1"},
+    ]
+    ten, four = run(4, 2, 2, cases)
+    check_deepspeed(ten, merges=3)
+    check_deepspeed(four, merges=1)
+
+
+@full
+@pytest.mark.timeout(620)
+@pytest.mark.parametrize("tp", [1, 2])
+def test_every_form_under_every_stage(tp: int) -> None:
+    """Two heads of two data-parallel ranks, or of two tensor-parallel ones."""
+    forms: list[dict[str, Any]] = [
+        {"method__merge_form": "reset"},
+        {"method__merge_traffic": "delta"},
+        SWITCHES,
+        {"method__local_heads": 2, "method__merge_form": "reset", "train__micro_batch_size": 2},
+    ]
+    cases = [{"changes": form, "steps": 7, "stage": stage} for form in forms for stage in "012"]
+    for results in run(4, 2, tp, cases, timeout=600):
+        check_deepspeed(results, merges=2)
+
+
+@full
+@pytest.mark.timeout(320)
+def test_every_form_equals_the_reference_for_40_steps() -> None:
+    forms: list[dict[str, Any]] = [
+        {"method__merge_form": "reset"},
+        {"method__merge_traffic": "delta"},
+        SWITCHES,
+        {"method__local_heads": 2},
+        {"method__merge_interval": "never"},
+    ]
+    for results in run(2, 2, 1, [{"changes": form, "steps": 40} for form in forms]):
+        check_reference(results)
