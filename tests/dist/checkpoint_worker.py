@@ -11,15 +11,19 @@ import torch
 import torch.distributed as dist
 
 from megatron_switchlora.checkpoint.archive import write_parts
-from megatron_switchlora.checkpoint.files import open_checkpoint, published, verified
+from megatron_switchlora.checkpoint.files import Checkpoint, open_checkpoint, published, verified
 from megatron_switchlora.config import CheckpointConfig
 from megatron_switchlora.methods import SwitchLora
+from megatron_switchlora.methods.lte import Merging
+from megatron_switchlora.model.hf import merged_state_dict
+from megatron_switchlora.model.weights import Weights
 from megatron_switchlora.train import saver
 from megatron_switchlora.train.integrity import fingerprint
+from megatron_switchlora.train.regroup import load_regrouped, regroups
 from megatron_switchlora.train.state import load_state, state_parts
 from tests.dist.engines import build_engine, micro_batches, start
 from tests.dist.launch import worker_main
-from tests.plain import make_batches, small_config
+from tests.plain import VOCAB, make_batches, small_config
 
 
 def whole_state(engine: Any) -> list[list[int]]:
@@ -28,9 +32,37 @@ def whole_state(engine: Any) -> list[list[int]]:
     return [fingerprint(tensor.contiguous()).tolist() for tensor in tensors]
 
 
+def load(engine: Any, checkpoint: Checkpoint, step: int) -> None:
+    if regroups(engine.config, checkpoint.state()):
+        load_regrouped(engine, checkpoint)
+        engine.method.regrouped()
+    else:
+        load_state(engine, checkpoint.archive(), step)
+
+
+def kept_heads(engine: Any, checkpoint: Checkpoint) -> int:
+    """LTE heads here whose B is the checkpoint's, in its last layer."""
+    if not isinstance(engine.method, Merging):
+        return 0
+    name, linear = list(engine.method.linears.items())[-1]
+    archive, first = checkpoint.archive(), engine.method.first_head
+    stored = [f"head_{first + head:02d}/{name}.lora_B" for head in range(engine.config.method.heads_here)]
+    pairs = engine.method._pairs(linear)
+    return sum(s in archive and torch.equal(archive.read(s), B.data.float()) for s, (_, B) in zip(stored, pairs, strict=True))
+
+
+@torch.no_grad()
+def export_gap(engine: Any, checkpoint: Checkpoint) -> float:
+    """How far the exported weights are from those of the model that is evaluated."""
+    weights = Weights(checkpoint)
+    state = merged_state_dict(engine.method.evaluated())
+    return max(float((weights.read(name) - tensor).abs().max() / tensor.abs().max()) for name, tensor in state.items())
+
+
 def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
     """Train from `first` (loaded from `folder` if not 0), save at `save_at`, end at `steps`."""
     config = small_config(case["method"], train__precision=case["precision"], train__seed=1, **case.get("changes", {}))
+    config.parallel.lte_heads, config.parallel.tp = mesh.size("lte"), mesh.size("tp")
     folder = Path(case["folder"]) / "checkpoints"
     if dist.get_rank() == 0:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -39,8 +71,10 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": [], "norms": [], "switched": [], "facts": {}}
     if case["first"]:
         (path,) = [p for p in published(folder) if int(p.name[5:]) == case["first"]]
-        load_state(engine, open_checkpoint(path).archive(), case["first"])
+        load(engine, open_checkpoint(path), case["first"])
         engine.method.loaded()
+        found["kept"] = kept_heads(engine, open_checkpoint(path))
+        found["export_gap"] = export_gap(engine, open_checkpoint(path))
         assert engine.differing_replicas() == []
         found["loaded"] = whole_state(engine)
     keeper = saver.Saver(folder, engine, CheckpointConfig(keep_last=9), lambda text: None)
@@ -54,7 +88,8 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
         if result.votes[0] == dist.get_world_size():
             keeper.finish()
         if step + 1 == case.get("save_at"):
-            keeper.save(step + 1, {"state.json": json.dumps({"step": step + 1}).encode()})
+            state = {"step": step + 1, "config": config.to_dict(), "vocab_size": VOCAB}
+            keeper.save(step + 1, {"state.json": json.dumps(state).encode()})
             found["saved"] = whole_state(engine)
             if isinstance(engine.method, SwitchLora):
                 state = engine.method.state
@@ -77,7 +112,7 @@ def write_slowly(path: Path, parts: Any) -> None:
 
 def act(payload: dict[str, Any]) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    mesh = start(payload["tp"])
+    mesh = start(payload["tp"], payload.get("heads", 1))
     saver.write_parts = write_slowly  # type: ignore[attr-defined]
     return [run_case(case, mesh) for case in payload["cases"]]
 

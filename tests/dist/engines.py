@@ -16,7 +16,7 @@ from megatron_switchlora.parallel.mesh import Mesh, build_mesh
 from megatron_switchlora.parallel.ranks import discover_ranks
 from megatron_switchlora.train.device import choose_device
 from megatron_switchlora.train.ds_config import resolve_ds_config
-from tests.plain import VOCAB
+from tests.plain import VOCAB, by_heads
 
 DS_JSON: dict[str, dict[str, Any]] = {
     "0": {"zero_optimization": {"stage": 0}},
@@ -47,9 +47,8 @@ def build_engine(config: RunConfig, stage: str, mesh: Mesh) -> Any:
 
 
 def micro_batches(config: RunConfig, batch: Tensor, mesh: Mesh) -> list[Tensor]:
-    """This data rank's slice of a global batch, in micro-batches."""
-    share = batch.chunk(mesh.size("dp"))[mesh.rank("dp")]
-    return list(share.split(config.train.micro_batch_size))
+    """This rank's part of a global batch, in micro-batches."""
+    return by_heads(config, batch, mesh)
 
 
 def full_rows(engine: Any, param: torch.nn.Parameter) -> dict[str, Tensor]:

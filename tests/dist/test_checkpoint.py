@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ pytestmark = pytest.mark.timeout(900)
 STEPS, SAVED = 14, 8
 
 
-def run_mesh(dp: int, tp: int, cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def run_mesh(dp: int, tp: int, cases: list[dict[str, Any]], heads: int = 1) -> list[list[dict[str, Any]]]:
     """Results by rank and case."""
-    return run_ranks(dp * tp, "tests.dist.checkpoint_worker", {"tp": tp, "cases": cases}, timeout=400)
+    payload = {"tp": tp, "heads": heads, "cases": cases}
+    return run_ranks(heads * dp * tp, "tests.dist.checkpoint_worker", payload, timeout=400)
 
 
 def name(case: dict[str, Any]) -> str:
@@ -93,3 +95,59 @@ def test_another_mesh_continues_the_same_trajectory(
         largest = max(largest, *(worst(found[kind], base[case["method"]][kind][14:]) for kind in ("losses", "norms")))
     print(f"\nother meshes and back: losses and norms within {largest:.1e} of the uninterrupted run")
     assert largest < 1e-5
+
+
+LTE: dict[str, Any] = {"method__merge_interval": 3, "method__alpha": 14.0, **PADDED}
+LTE_FORMS: list[tuple[str, str, dict[str, Any]]] = [
+    ("1", "fp32", {}),
+    ("0", "bf16", {"method__local_heads": 2}),
+    ("2", "fp32", {"method__inner": "switchlora", "method__alpha": 1.0}),
+    ("1", "fp32", {"method__base": "nf4", "method__merge_form": "reset", "method__redraw_A": True}),
+]
+
+
+def lte_case(folder: Path, stage: str, precision: str, form: dict[str, Any], **more: Any) -> dict[str, Any]:
+    place = str(folder / str(abs(hash(json.dumps(form)))))
+    return {"method": "lte", "stage": stage, "precision": precision, "changes": {**LTE, **form}, "folder": place, **more}
+
+
+def check_lte(folder: Path, dp: int, tp: int, forms: list[tuple[str, str, dict[str, Any]]]) -> None:
+    """Saved between two merges, at step 8 of 10, resumed to the bit."""
+    runs = []
+    for form in forms:
+        runs += [lte_case(folder, *form, steps=10, first=0, save_at=8), lte_case(folder, *form, steps=10, first=8)]
+    for rank, results in enumerate(run_mesh(dp, tp, runs, heads=2)):
+        for index, form in enumerate(forms):
+            whole, resumed = results[2 * index : 2 * index + 2]
+            assert resumed["loaded"] == whole["saved"], (rank, form)
+            for kind in ("losses", "norms", "switched"):
+                assert resumed[kind] == whole[kind][8:], (rank, form, kind)
+            assert resumed["export_gap"] < (1e-6 if form[1] == "fp32" else 5e-3), (rank, form)
+
+
+def test_lte_resumed_between_merges_to_the_bit(tmp_path: Path) -> None:
+    check_lte(tmp_path, 1, 1, LTE_FORMS)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("dp", "tp"), [(2, 1), (1, 2)])
+def test_lte_resumed_on_larger_heads_to_the_bit(tmp_path: Path, dp: int, tp: int) -> None:
+    forms = [form for form in LTE_FORMS if tp == 1 or "method__base" not in form[2]]
+    check_lte(tmp_path, dp, tp, [*forms, ("0", "fp32", {"method__merge_form": "reset", "method__local_heads": 2})])
+
+
+def test_heads_change_after_a_merge(tmp_path: Path) -> None:
+    """Two heads on ranks, saved after a merge, go on as four in a process and as one: the mean model stays, and so do
+    the factors of the heads that stay."""
+    shared: dict[str, Any] = {"method": "lte", "stage": "1", "precision": "fp32", "steps": 9}
+    run_mesh(1, 1, [{**shared, "changes": LTE, "folder": str(tmp_path / "2"), "first": 0, "save_at": 6}], heads=2)
+    cases = []
+    for heads in (4, 1):
+        folder = tmp_path / str(heads) / "checkpoints"
+        folder.mkdir(parents=True)
+        (folder / "step-00000006").symlink_to(tmp_path / "2" / "checkpoints" / "step-00000006")
+        changes = {**LTE, "method__local_heads": heads, "train__micro_batch_size": heads}
+        cases.append({**shared, "changes": changes, "folder": str(folder.parent), "first": 6})
+    for case, found in zip(cases, run_mesh(1, 1, cases)[0], strict=True):
+        assert found["export_gap"] < 1e-6, case
+        assert found["kept"] == min(2, case["changes"]["method__local_heads"])

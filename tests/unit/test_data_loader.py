@@ -155,3 +155,18 @@ def test_validation_without_a_sample_is_refused_at_once(tmp_path: Path) -> None:
     store = samples(tmp_path, 4)
     with pytest.raises(UserError, match=r"at least one sample of train\.seq_len 4 \+ 1"):
         eval_batches(store, 1, 0, 1, None)
+
+
+@pytest.mark.parametrize(("groups", "local", "dp"), [(1, 4, 1), (4, 1, 1), (2, 2, 2)])
+def test_heads_read_their_slices_of_the_batch(tmp_path: Path, groups: int, local: int, dp: int) -> None:
+    """Whether heads are on ranks or share a process, head n reads slice n, and its data ranks its parts in turn."""
+    store = samples(tmp_path, 4 * 20 + 1)
+    order = BatchOrder(20, 16, 1)
+    whole = store.batch(order.indices(3))
+    for group in range(groups):
+        for rank in range(dp):
+            reader = Reader(rank, dp, group * local, groups * local, local)
+            found = TrainLoader(store, order, 2 * local // dp, reader).micro_batches(3)
+            by_head = torch.stack([piece.unflatten(0, (local, -1)) for piece in found], 1).flatten(1, 2)
+            for head, tokens in enumerate(by_head, group * local):
+                assert torch.equal(tokens, whole.chunk(groups * local)[head].chunk(dp)[rank])

@@ -1,0 +1,44 @@
+"""NormalFloat4: nearest levels, exact on what it made itself, alike with bitsandbytes where that is installed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_switchlora.lowrank.nf4 import LEVELS, Nf4Matrix, bitsandbytes_works, dequantise, quantise
+
+
+def test_values_go_to_the_nearest_level_of_their_block() -> None:
+    matrix = torch.randn(5, 144, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    codes, scales = quantise(matrix)
+    assert codes.shape == (5, 96) and scales.shape == (5, 3)  # rows padded to 192
+    found = dequantise(codes, scales, 144)
+    for row in range(5):
+        for start in (0, 64, 128):
+            block = matrix[row, start : start + 64]
+            levels = torch.tensor(LEVELS) * block.abs().max()
+            nearest = levels[(block[:, None] - levels).abs().argmin(1)]
+            assert torch.equal(found[row, start : start + 64], nearest)
+
+
+def test_quantising_again_changes_nothing_and_zeros_stay() -> None:
+    matrix = torch.randn(8, 100, generator=torch.Generator().manual_seed(1))
+    matrix[3] = 0
+    made = Nf4Matrix(matrix)
+    first = made.dequantised(torch.float32)
+    codes, scales = made.codes.clone(), made.scales.clone()
+    made.store(first)
+    assert torch.equal(made.codes, codes) and torch.equal(made.scales, scales)
+    assert not first[3].any()
+
+
+def test_bitsandbytes_gives_the_same() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    matrix = torch.randn(64, 128, generator=torch.Generator().manual_seed(2))
+    codes, state = functional.quantize_4bit(matrix, quant_type="nf4", blocksize=64)
+    mine = Nf4Matrix(matrix)
+    assert torch.equal(codes.view(64, 64), mine.codes)
+    assert torch.equal(state.absmax.view(64, 2), mine.scales)
+    assert bitsandbytes_works(torch.device("cpu")) == mine.kernels
+    theirs = functional.dequantize_4bit(codes, state)
+    assert torch.allclose(mine.dequantised(torch.float32), theirs, rtol=1e-6, atol=0)
