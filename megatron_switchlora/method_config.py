@@ -11,16 +11,18 @@ from typing import Literal, Optional
 class MethodConfig:
     """How the linear layers of the decoder are trained."""
 
-    name: Literal["full", "lora", "switchlora"] = "switchlora"
-    """full: every weight; lora: a fixed low-rank adapter; switchlora: adapters whose vectors are switched."""
+    name: Literal["full", "lora", "relora", "switchlora"] = "switchlora"
+    """full: every weight; lora: a fixed low-rank adapter; relora: one that is folded into W and begun anew again and
+    again; switchlora: adapters whose vectors are switched."""
     rank: int = 24
     """Rank r of every adapter."""
     alpha: float = 1.0
     """Scaling s = alpha / rank (SwitchLoRA, eq. 4 and 14)."""
     rslora: bool = False
     """Scaling s = alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
-    init: Literal["switchlora", "classic"] = "switchlora"
-    """switchlora: A and B uniform with the paper's deviations and W <- W - sBA; classic: A kaiming uniform, B zero."""
+    init: Optional[Literal["switchlora", "classic"]] = None
+    """switchlora: A and B uniform with the paper's deviations and W <- W - sBA; classic: A kaiming uniform, B zero. By
+    default switchlora, but for relora classic."""
     interval0: float = 40.0
     """Switching interval at the start: r / interval0 vectors a side, layer and step."""
     switch_ratio: float = 0.1
@@ -32,6 +34,14 @@ class MethodConfig:
     selection: Literal["ring", "random", "independent"] = "ring"
     """ring: positions and candidates in order; random: candidates drawn at random; independent: positions too,
     with separate counts for A and B (Algorithm 2 of the paper)."""
+    restart_interval: int = 5000
+    """Steps K between ReLoRA's restarts: fold sBA into W, draw A anew, B zero."""
+    restart_warmup: int = 100
+    """Steps in which the learning rates climb back to their schedule after a restart."""
+    restart_moments: Literal["zero", "prune"] = "zero"
+    """What a restart leaves of the adapters' Adam moments: nothing, or the entries of largest magnitude."""
+    restart_keep: float = 0.001
+    """Share of a moment's entries that restart_moments prune leaves (the paper prunes 99.9 %)."""
     bank_device: Literal["device", "host"] = "device"
     """Where the candidate vectors live; host memory is pinned when there is a GPU."""
     bank_spread: Literal["tp", "dp"] = "tp"
@@ -43,6 +53,11 @@ class MethodConfig:
     merged_cache: Literal["micro_batch", "accumulation", "recompute"] = "micro_batch"
     """How long the merged form keeps W + sBA: from a micro-batch's forward to its backward, over all micro-batches of
     a step, or not at all (formed again in backward)."""
+
+    @property
+    def initial(self) -> str:
+        """`init`, or the method's default."""
+        return self.init or ("classic" if self.name == "relora" else "switchlora")
 
     @property
     def scaling(self) -> float:

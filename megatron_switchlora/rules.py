@@ -32,8 +32,33 @@ def _validate_method(config: RunConfig) -> None:
         "lower the rank or widen the model.",
     )
     require(math.isfinite(method.alpha) and method.alpha > 0, f"method.alpha must be positive, not {method.alpha}.")
-    if method.name != "switchlora":
-        return
+    if method.name == "relora":
+        _validate_restarts(config)
+    if method.name == "switchlora":
+        _validate_switching(config)
+
+
+def _validate_restarts(config: RunConfig) -> None:
+    method, warmup = config.method, config.train.warmup_steps
+    require(
+        method.restart_interval >= max(1, warmup),
+        f"method.restart_interval must be at least 1 and not below train.warmup_steps, or the first warm-up would hide "
+        f"a restart's; they are {method.restart_interval} and {warmup}: restart later or warm up for fewer steps.",
+    )
+    require(
+        0 <= method.restart_warmup <= method.restart_interval,
+        f"method.restart_warmup must lie between 0 and method.restart_interval {method.restart_interval}, it is "
+        f"{method.restart_warmup}: warm up for fewer steps.",
+    )
+    require(
+        0 < method.restart_keep < 1,
+        f"method.restart_keep is the share of the moments that a pruning leaves and must lie between 0 and 1, it is "
+        f"{method.restart_keep}: for none, give method.restart_moments zero.",
+    )
+
+
+def _validate_switching(config: RunConfig) -> None:
+    method, m = config.method, config.model
     require(
         method.rank >= 2, "method.rank 1 cannot switch: A and B switch different positions, so give rank 2 or more."
     )

@@ -9,7 +9,6 @@ from megatron_switchlora.config import MethodConfig, ModelConfig, OptimConfig, R
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.optim.layout import plain_layout
-from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.optim.row_adamw import RowAdamW
 
 VOCAB = 61
@@ -65,7 +64,7 @@ class PlainRun:
     def step(self, step: int, batch: Tensor) -> tuple[float, float, int]:
         """(loss, gradient norm, vectors switched) of one step on the whole batch."""
         train, optim = self.config.train, self.config.optim
-        factor = lr_factor(step, train.warmup_steps, train.steps)
+        factor = self.method.lr_factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.zero_grad()

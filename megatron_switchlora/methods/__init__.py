@@ -6,15 +6,16 @@ from megatron_switchlora.config import RunConfig
 from megatron_switchlora.methods.base import Method
 from megatron_switchlora.methods.full import Full
 from megatron_switchlora.methods.lora import Lora
+from megatron_switchlora.methods.relora import Relora
 from megatron_switchlora.methods.switchlora import SwitchLora
 from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.parallel.mesh import Mesh, lone_mesh
 
-__all__ = ["Full", "Lora", "Method", "SwitchLora", "build_method"]
+__all__ = ["Full", "Lora", "Method", "Relora", "SwitchLora", "build_method"]
 
 
 def build_method(config: RunConfig, model: LlamaForCausalLM, mesh: Optional[Mesh] = None) -> Method:
     """Adapt `model` (initialised, on the CPU) to `config.method` and return what drives it. Without a mesh the process
     is alone."""
-    kinds = {"full": Full, "lora": Lora, "switchlora": SwitchLora}
+    kinds = {"full": Full, "lora": Lora, "relora": Relora, "switchlora": SwitchLora}
     return kinds[config.method.name](config, model, mesh or lone_mesh())

@@ -35,7 +35,7 @@ class Lora(Method):
         """`count` vectors of the layer's side [count, length], drawn for the full tensor by name."""
         linear = self.linears[name]
         m, n = linear.out_features, linear.in_features
-        std = factor_std(side, self.config.method.init, m, n, linear.rank)
+        std = factor_std(side, self.config.method.initial, m, n, linear.rank)
         generator = named_generator(self.config.train.seed, f"{name}.lora_{side}")
         return draw_vectors(count, n if side == "A" else m, std, generator)
 

@@ -59,12 +59,14 @@ class Piece:
 
 
 class RowLayout:
-    """The pieces of all parameters on this rank, by master tensor and by parameter."""
+    """The pieces of all parameters on this rank, by master tensor and by parameter; `partitioned` where data-parallel
+    ranks hold different ones."""
 
     def __init__(self) -> None:
         self.by_master: dict[Tensor, list[Piece]] = {}
         self.by_param: dict[nn.Parameter, list[Piece]] = {}
         self.step_counts: dict[Tensor, int] = {}
+        self.partitioned = False
 
     def add(self, param: nn.Parameter, master: Tensor, offset: int, start: int, numel: int) -> None:
         """Elements [start, start + numel) of the flattened `param` are at `offset` of the flattened `master`."""
@@ -113,6 +115,7 @@ def deepspeed_layout(optimizer: object, params: list[nn.Parameter]) -> RowLayout
 
 def _zero_layout(flats: list[Tensor], params: list[nn.Parameter]) -> RowLayout:
     layout = RowLayout()
+    layout.partitioned = True
     for param in params:
         mapping = param._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:  # nothing of it in this rank's partition

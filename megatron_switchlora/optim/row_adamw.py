@@ -128,6 +128,12 @@ class RowAdamW(torch.optim.Optimizer):
                 for view in self._views(piece):
                     view.index_fill_(0, local, 0.0)
 
+    @torch.no_grad()
+    def reset_steps(self, param: nn.Parameter) -> None:
+        """Zero the step counters of all rows, not their moments."""
+        for piece in self.pieces(param):
+            self._views(piece)[2].zero_()
+
     def parts(self, name: str, param: nn.Parameter, line: Optional[str]) -> Iterator[Part]:
         """What this rank holds of a parameter's master, named as the parameter, and of its state: NAME:exp_avg,
         NAME:exp_avg_sq and the step counters NAME:row_step [rows]."""

@@ -107,6 +107,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     except (ArgumentError, yaml.YAMLError, TypeError, ValueError, OSError) as error:
         raise _explain(parser, error) from None
     config = to_run_config(made)
+    config.method.init = config.method.initial  # type: ignore[assignment]  # a run's records say which it was
     validate(config)
     check_modes(namespace)
     return Arguments(config, namespace.ds_config, namespace.evaluate_only, namespace.dry_run, namespace.dry_run_world)

@@ -30,7 +30,6 @@ from megatron_switchlora.config import RunConfig, UserError
 from megatron_switchlora.methods.base import Method
 from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.optim.layout import deepspeed_layout
-from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.parallel.agree import gather_texts
 from megatron_switchlora.parallel.mesh import Mesh
@@ -121,8 +120,7 @@ class Engine:
         return list(dict.fromkeys(sentence for text in texts for sentence in text.splitlines()))
 
     def _set_lr(self, step: int) -> float:
-        train = self.config.train
-        factor = lr_factor(step, train.warmup_steps, train.steps)
+        factor = self.method.lr_factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         return self.config.optim.lr * factor

@@ -321,7 +321,8 @@ class Trainer:
         if not self.run.writes:
             return {}
         mesh = {axis: self.mesh.size(axis) for axis in AXES}
-        more = {"ds_config": self.ds_config, "mesh": mesh, "versions": self.run.meta["versions"]}
+        more = {"lr_factor": self.method.lr_factor(steps), "ds_config": self.ds_config, "mesh": mesh}
+        more["versions"] = self.run.meta["versions"]
         return {"state.json": state_file(self.config, steps, self.identity | more), **self.tokenizer_files}
 
     def _stop(self, steps: int) -> None:
