@@ -20,9 +20,10 @@ class MethodConfig:
     """Scaling s = alpha / rank (SwitchLoRA, eq. 4 and 14)."""
     rslora: bool = False
     """Scaling s = alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
-    init: Optional[Literal["switchlora", "classic"]] = None
-    """switchlora: A and B uniform with the paper's deviations and W <- W - sBA; classic: A kaiming uniform, B zero. By
-    default switchlora, but for relora classic."""
+    init: Optional[Literal["switchlora", "classic", "pissa"]] = None
+    """switchlora: A and B uniform with the paper's deviations and W <- W - sBA; classic: A kaiming uniform, B zero;
+    pissa: W's principal singular vectors, and W <- W - sBA (not for switchlora). By default switchlora, but for relora
+    classic."""
     interval0: float = 40.0
     """Switching interval at the start: r / interval0 vectors a side, layer and step."""
     switch_ratio: float = 0.1
@@ -53,6 +54,11 @@ class MethodConfig:
     merged_cache: Literal["micro_batch", "accumulation", "recompute"] = "micro_batch"
     """How long the merged form keeps W + sBA: from a micro-batch's forward to its backward, over all micro-batches of
     a step, or not at all (formed again in backward)."""
+
+    @property
+    def adapts(self) -> bool:
+        """Whether W is frozen beside adapters; else the decoder's matrices train."""
+        return self.name != "full"
 
     @property
     def initial(self) -> str:

@@ -32,6 +32,11 @@ def _validate_method(config: RunConfig) -> None:
         "lower the rank or widen the model.",
     )
     require(math.isfinite(method.alpha) and method.alpha > 0, f"method.alpha must be positive, not {method.alpha}.")
+    require(
+        method.initial != "pissa" or method.name != "switchlora",
+        "method.init pissa gives method.rank vectors of W itself, but method.name switchlora needs candidates for all "
+        "of min(m, n): use init switchlora or classic, or method.name lora or relora.",
+    )
     if method.name == "relora":
         _validate_restarts(config)
     if method.name == "switchlora":
@@ -103,6 +108,13 @@ def _validate_train(config: RunConfig) -> None:
     require(
         o.dense_lr is None or (math.isfinite(o.dense_lr) and o.dense_lr >= 0),
         f"optim.dense_lr must not be negative, it is {o.dense_lr}.",
+    )
+    ratio = o.lora_plus_ratio
+    require(math.isfinite(ratio) and ratio > 0, f"optim.lora_plus_ratio must be positive, not {ratio}.")
+    require(
+        ratio == 1 or config.method.adapts,
+        f"optim.lora_plus_ratio {ratio:g} is B's learning rate over A's, and method.name {config.method.name} has no "
+        "adapters: leave it out, or use lora, relora or switchlora.",
     )
     for name in ("beta1", "beta2"):
         value = getattr(o, name)

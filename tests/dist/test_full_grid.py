@@ -15,6 +15,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "classic": {"method": "lora", "changes": {"method__init": "classic"}},
     "relora": {"method": "relora", "changes": RESTARTS},
     "relora zero": {"method": "relora", "changes": {**RESTARTS, "method__restart_moments": "zero"}},
+    "pissa": {"method": "lora", "changes": {"method__init": "pissa"}},
+    "lora+": {"method": "switchlora", "changes": {"optim__lora_plus_ratio": 4.0}},
     "random": {"method": "switchlora", "changes": {"method__selection": "random"}},
     "independent": {"method": "switchlora", "changes": {"method__selection": "independent"}},
     "decay": {"method": "switchlora", "changes": {"optim__weight_decay": 0.1, "method__freeze_steps": 0}},
