@@ -11,11 +11,12 @@ from typing import Literal, Optional
 class MethodConfig:
     """How the linear layers of the decoder are trained."""
 
-    name: Literal["full", "lora", "relora", "switchlora"] = "switchlora"
+    name: Literal["full", "lora", "relora", "switchlora", "galore"] = "switchlora"
     """full: every weight; lora: a fixed low-rank adapter; relora: one that is folded into W and begun anew again and
-    again; switchlora: adapters whose vectors are switched."""
+    again; switchlora: adapters whose vectors are switched; galore: every weight, by Adam in a low-rank space of the
+    gradients (needs the package galore-torch)."""
     rank: int = 24
-    """Rank r of every adapter."""
+    """Rank r of every adapter; with galore, of every projected gradient."""
     alpha: float = 1.0
     """Scaling s = alpha / rank (SwitchLoRA, eq. 4 and 14)."""
     rslora: bool = False
@@ -43,6 +44,10 @@ class MethodConfig:
     """What a restart leaves of the adapters' Adam moments: nothing, or the entries of largest magnitude."""
     restart_keep: float = 0.001
     """Share of a moment's entries that restart_moments prune leaves (the paper prunes 99.9 %)."""
+    galore_update_gap: int = 200
+    """Steps between decompositions of GaLore's gradients."""
+    galore_scale: float = 0.25
+    """GaLore's scale of the update that is projected back."""
     bank_device: Literal["device", "host"] = "device"
     """Where the candidate vectors live; host memory is pinned when there is a GPU."""
     bank_spread: Literal["tp", "dp"] = "tp"
@@ -58,7 +63,7 @@ class MethodConfig:
     @property
     def adapts(self) -> bool:
         """Whether W is frozen beside adapters; else the decoder's matrices train."""
-        return self.name != "full"
+        return self.name not in ("full", "galore")
 
     @property
     def initial(self) -> str:

@@ -28,9 +28,12 @@ def _validate_method(config: RunConfig) -> None:
     smallest = min(m.hidden_size, m.intermediate_size, kv_size)
     require(
         1 <= method.rank <= smallest,
-        f"method.rank must be between 1 and min(m, n) of every adapted matrix, here {smallest}; it is {method.rank}: "
-        "lower the rank or widen the model.",
+        f"method.rank must be between 1 and min(m, n) of every matrix of the decoder, here {smallest}; it is "
+        f"{method.rank}: lower the rank or widen the model.",
     )
+    if method.name == "galore":
+        _validate_galore(config)
+        return
     require(math.isfinite(method.alpha) and method.alpha > 0, f"method.alpha must be positive, not {method.alpha}.")
     require(
         method.initial != "pissa" or method.name != "switchlora",
@@ -41,6 +44,28 @@ def _validate_method(config: RunConfig) -> None:
         _validate_restarts(config)
     if method.name == "switchlora":
         _validate_switching(config)
+
+
+def _validate_galore(config: RunConfig) -> None:
+    """Its ZeRO stage is ds_config.py's to check, its package methods/__init__.py's."""
+    method, tp = config.method, config.parallel.tp
+    require(
+        tp == 1,
+        f"method.name galore takes the singular vectors of whole gradients, and with parallel.tp {tp} a rank has a "
+        "part of each: set parallel.tp to 1.",
+    )
+    require(
+        config.train.precision == "fp32",
+        f"method.name galore is proven on fp32 parameters alone, train.precision is {config.train.precision}: set it "
+        "to fp32.",
+    )
+    require(
+        method.galore_update_gap >= 1, f"method.galore_update_gap must be at least 1, not {method.galore_update_gap}."
+    )
+    require(
+        math.isfinite(method.galore_scale) and method.galore_scale > 0,
+        f"method.galore_scale must be positive, not {method.galore_scale}.",
+    )
 
 
 def _validate_restarts(config: RunConfig) -> None:

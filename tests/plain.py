@@ -9,7 +9,6 @@ from megatron_switchlora.config import MethodConfig, ModelConfig, OptimConfig, R
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.optim.layout import plain_layout
-from megatron_switchlora.optim.row_adamw import RowAdamW
 
 VOCAB = 61
 
@@ -55,8 +54,7 @@ class PlainRun:
         self.model = model.to(dtype)
         self.method = build_method(config, self.model)
         self.model.to(device)
-        optim = config.optim
-        self.optimizer = RowAdamW(self.method.param_groups(), beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps)
+        self.optimizer = self.method.build_optimizer()
         self.params = [param for group in self.optimizer.param_groups for param in group["params"]]
         self.optimizer.attach(plain_layout(self.params))
         self.method.start(self.optimizer)

@@ -57,6 +57,11 @@ class Method:
         ]  # fmt: skip
         return groups
 
+    def build_optimizer(self) -> RowAdamW:
+        """The optimizer of these groups, without its layout yet."""
+        optim = self.config.optim
+        return RowAdamW(self.param_groups(), beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps)
+
     def start(self, optimizer: RowAdamW) -> None:
         """The engine is ready: parameters have their final precision and are equal on all data ranks."""
         self.optimizer = optimizer

@@ -37,7 +37,7 @@ def build_parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="pretrain.py",
-        description="Pre-train a LLaMA with full-rank, LoRA or SwitchLoRA training under DeepSpeed.",
+        description="Pre-train a LLaMA with full-rank, LoRA, ReLoRA, SwitchLoRA or GaLore training under DeepSpeed.",
         exit_on_error=False,
         allow_abbrev=False,
     )

@@ -30,7 +30,6 @@ from megatron_switchlora.config import RunConfig, UserError
 from megatron_switchlora.methods.base import Method
 from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.optim.layout import deepspeed_layout
-from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.parallel.agree import gather_texts
 from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.parallel.ranks import complete_environment
@@ -87,8 +86,7 @@ class Engine:
     ) -> None:
         self.config, self.mesh, self.method, self.device = config, mesh, method, device
         self.recorder = CommRecorder()
-        optim = config.optim
-        self.optimizer = RowAdamW(method.param_groups(), beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps)
+        self.optimizer = method.build_optimizer()
         self.params = [param for group in self.optimizer.param_groups for param in group["params"]]
         model.model.checkpointing = config.train.activation_checkpointing
         self.ds, *_ = deepspeed.initialize(

@@ -15,7 +15,14 @@ from typing import Literal
 
 from megatron_switchlora.config import RunConfig, accumulation_steps, shard_size
 from megatron_switchlora.lowrank.merged import uses_merged
-from megatron_switchlora.model.counts import ParameterCounts, Projection, count_parameters, count_shard, projections
+from megatron_switchlora.model.counts import (
+    ParameterCounts,
+    Projection,
+    count_parameters,
+    count_shard,
+    decoder_shapes,
+    projections,
+)
 
 FP32 = 4
 FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed copies at once where ZeRO does not reduce: stage 0, fp32 sums
@@ -96,12 +103,14 @@ def saved_words(given: float, full: float) -> str:
 
 def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
     """Bytes of all tensors of a checkpoint, whatever the mesh: master, two moments and step counters of what trains,
-    the frozen W, the bank and the schedule's integers. Headers, tokenizer and doubled counters are left out."""
+    the frozen W, the bank and the schedule's integers; of GaLore's matrices projected moments and projectors. Headers,
+    tokenizer and doubled counters are left out."""
     counts, method, layers = count_parameters(config.model, config.method, vocab_size), config.method, config.model
     shapes = [(p.out_features, p.in_features) for p in projections(config.model)] * layers.num_layers
     dense = 2 * layers.num_layers + 2 + (not layers.tie_embeddings)  # tensors, with a counter each
     counters = dense + len(shapes) * (2 * method.rank if method.adapts else 1)
-    total = FP32 * (3 * counts.trainable + counters + counts.frozen)
+    moments, projectors = _moments(config, counts)
+    total = FP32 * (counts.trainable + 2 * moments + projectors + counters + counts.frozen)
     if method.name == "switchlora":
         switching = [(m, n) for m, n in shapes if min(m, n) > method.rank]
         total += sum(min(m, n) * (m + n) for m, n in switching) * compute_bytes(config)
@@ -176,13 +185,25 @@ def step_counters(config: RunConfig) -> int:
     return tensors + 7 * model.num_layers * per_projection
 
 
+def _moments(config: RunConfig, counts: ParameterCounts) -> tuple[int, int]:
+    """Elements of one Adam moment, and of GaLore's projectors: of a matrix (m, n) it keeps moments of max(m, n) x r
+    and a projector of min(m, n) x r."""
+    if config.method.name != "galore":
+        return counts.trainable, 0
+    ranks, shapes = config.model.num_layers * config.method.rank, decoder_shapes(config.model)
+    projected = ranks * sum(max(shape) for shape in shapes)
+    return counts.trainable - counts.matrices + projected, ranks * sum(min(shape) for shape in shapes)
+
+
 def _optimizer(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero) -> list[Item]:
-    count = count_shard(config.model, config.method, vocab_size, tp).trainable
+    counts = count_shard(config.model, config.method, vocab_size, tp)
+    count, (moments, projectors) = counts.trainable, _moments(config, counts)
     share = 1 if zero.stage == 0 else dp
     no_copy = zero.stage == 0 and config.train.precision == "fp32"
     return [
         Item("fp32 masters", 0 if no_copy else shard_size(count, share) * FP32, "always"),
-        Item("Adam moments, fp32", 2 * shard_size(count, share) * FP32, "always"),
+        Item("Adam moments, fp32", 2 * shard_size(moments, share) * FP32, "always"),
+        Item("GaLore projectors, fp32", projectors * FP32, "always"),
         Item("Adam step counters", shard_size(step_counters(config), share) * FP32, "always"),
     ]
 

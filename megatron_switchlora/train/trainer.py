@@ -24,7 +24,7 @@ from tqdm import tqdm
 from megatron_switchlora.checkpoint.files import published
 from megatron_switchlora.config import RunConfig, UserError, require
 from megatron_switchlora.data.loader import BatchOrder, TrainLoader, eval_batches
-from megatron_switchlora.methods import build_method
+from megatron_switchlora.methods import build_method, require_packages
 from megatron_switchlora.model.counts import count_parameters, model_flops_per_token
 from megatron_switchlora.model.hf import export_model
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
@@ -70,6 +70,7 @@ class Trainer:
         self.start, self.stop = start or Start(), stop or StopRequest()
         self.mesh: Mesh = build_mesh(config.parallel)
         self.ds_config = resolve_ds_config(given_ds_config, config, self.mesh.size("dp"))
+        on_all_ranks(partial(require_packages, config), device)
         self.data = prepare_data(config, ranks, device)
         self._load_data()
         self.vocab_size = vocabulary_size(config, self.data)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.dist.launch import run_ranks
-from tests.dist.tp_grid import BF16_STAGES, METHODS, PADDED, RESTARTS, STAGES, worst
+from tests.dist.tp_grid import BF16_STAGES, GALORE, METHODS, NEEDS_GALORE, PADDED, RESTARTS, STAGES, worst
 
 pytestmark = pytest.mark.timeout(900)
 STEPS, SAVED = 14, 8
@@ -59,6 +59,12 @@ def check_same_mesh(dp: int, tp: int, cases: list[dict[str, Any]], folder: Path)
 
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
     check_same_mesh(2, 2, SMALL_GRID, tmp_path)
+
+
+@pytest.mark.full
+@NEEDS_GALORE
+def test_galore_resumes_to_the_bit(tmp_path: Path) -> None:
+    check_same_mesh(2, 1, [GALORE], tmp_path)
 
 
 @pytest.mark.full

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
+
+import pytest
 
 from tests.dist.launch import run_ranks
 
@@ -14,6 +17,10 @@ STEPS = 20
 PADDED = {"model__intermediate_size": 75, "model__num_kv_heads": 4}
 RESTARTS = {"method__restart_interval": 5, "method__restart_warmup": 2, "method__restart_moments": "prune",
             "method__restart_keep": 0.05}  # fmt: skip
+
+
+NEEDS_GALORE = pytest.mark.skipif(find_spec("galore_torch") is None, reason="galore-torch is not installed: pip install '.[galore]'")
+GALORE = {"method": "galore", "stage": "0", "precision": "fp32", "changes": {"method__galore_update_gap": 5}}
 
 
 def grid(shape: dict[str, Any] = PADDED, methods: tuple[str, ...] = METHODS) -> list[dict[str, Any]]:
