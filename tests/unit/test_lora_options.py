@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from megatron_switchlora.lowrank.init import principal_factors
-from megatron_switchlora.methods import Lora
+from megatron_switchlora.methods import Lora, Relora, build_method
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.optim.layout import RowLayout
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.train.memory import Zero, memory_items
 from tests.plain import VOCAB, PlainRun, make_batches, small_config
@@ -83,3 +84,23 @@ def test_lora_plus_lowers_the_gradients_of_a_group_in_the_plan() -> None:
         found[ratio] = items["fp32 gradients of the step"]
         assert found[ratio] == 4 * max(sizes)
     assert found[4.0] < found[1.0]
+
+
+@pytest.mark.parametrize("method", ["lora", "relora"])
+def test_separate_masters_follow_what_is_rewritten(method: str) -> None:
+    """ZeRO's and bf16's masters are other tensors: left behind, the next step would undo it."""
+    config = small_config(method, method__init="pissa")
+    model = LlamaForCausalLM(config.model, VOCAB)
+    initialize_weights(model, 0)
+    driver = build_method(config, model)
+    assert isinstance(driver, Lora)
+    optimizer, layout = driver.build_optimizer(), RowLayout()
+    for param in driver.matrices():
+        layout.add(param, torch.zeros(param.numel()), 0, 0, param.numel())
+    optimizer.attach(layout)
+    driver.start(optimizer)
+    if isinstance(driver, Relora):
+        driver._restart(1)
+    for param in driver.matrices():
+        assert torch.equal(optimizer.read_rows(param)["master"], param)
+    assert all(float(linear.lora_A.detach().abs().max()) > 0 for linear in driver.linears.values())
