@@ -79,6 +79,8 @@ class OptimConfig:
     dense_lr: Optional[float] = None
     """Peak learning rate of embedding, head and norms; by default lr, as SwitchLoRA published it, and 0.001 with lte
     and mhlora. Sweep it for every method."""
+    lora_plus_ratio: float = 1.0
+    """Learning rate of B as a multiple of A's, which is lr (LoRA+, arXiv 2402.12354; its authors advise 16)."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.999

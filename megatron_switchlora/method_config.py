@@ -11,19 +11,22 @@ from typing import Literal, Optional, Union
 class MethodConfig:
     """How the linear layers of the decoder are trained."""
 
-    name: Literal["full", "lora", "switchlora", "lte", "mhlora"] = "switchlora"
-    """full: every weight; lora: a fixed low-rank adapter; switchlora: adapters whose vectors are switched; lte: heads
-    with adapters and optimizers of their own, merged every merge_interval steps; mhlora: their sum in one model."""
+    name: Literal["full", "lora", "relora", "switchlora", "lte", "mhlora", "galore"] = "switchlora"
+    """full: every weight; lora: a fixed low-rank adapter; relora: one that is folded into W and begun anew again and
+    again; switchlora: adapters whose vectors are switched; lte: heads with adapters and optimizers of their own, merged
+    every merge_interval steps; mhlora: their sum in one model; galore: every weight, by Adam in a low-rank space of the
+    gradients (needs the package galore-torch)."""
     rank: int = 24
-    """Rank r of every adapter."""
+    """Rank r of every adapter; with galore, of every projected gradient."""
     alpha: Optional[float] = None
     """Scaling s = alpha / rank; by default 1 (SwitchLoRA, eq. 4 and 14), and 4096 with lte and mhlora, whose s is large
     (LTE, appendix A); lte over switchlora has 1."""
     rslora: bool = False
     """Scaling s = alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
-    init: Optional[Literal["switchlora", "classic", "semi_orthogonal"]] = None
+    init: Optional[Literal["switchlora", "classic", "pissa", "semi_orthogonal"]] = None
     """switchlora: A and B uniform with the paper's deviations and W <- W - sBA; classic: A kaiming uniform, B zero;
-    semi_orthogonal: A's rows orthogonal, B zero. By default semi_orthogonal with lte and mhlora, else switchlora."""
+    pissa: W's principal singular vectors, and W <- W - sBA (not where vectors are switched); semi_orthogonal: A's rows
+    orthogonal, B zero. By default classic with relora, semi_orthogonal with lte and mhlora, else switchlora."""
     orthogonal_scale: Literal["sqrt_n_r", "sqrt_r_n"] = "sqrt_n_r"
     """Scale of semi-orthogonal rows of length n: sqrt(n / r), as LTE's code has it, or sqrt(r / n), as its paper."""
     local_heads: int = 1
@@ -51,6 +54,18 @@ class MethodConfig:
     selection: Literal["ring", "random", "independent"] = "ring"
     """ring: positions and candidates in order; random: candidates drawn at random; independent: positions too,
     with separate counts for A and B (Algorithm 2 of the paper)."""
+    restart_interval: int = 5000
+    """Steps K between ReLoRA's restarts: fold sBA into W, draw A anew, B zero."""
+    restart_warmup: int = 100
+    """Steps in which the learning rates climb back to their schedule after a restart."""
+    restart_moments: Literal["zero", "prune"] = "zero"
+    """What a restart leaves of the adapters' Adam moments: nothing, or the entries of largest magnitude."""
+    restart_keep: float = 0.001
+    """Share of a moment's entries that restart_moments prune leaves (the paper prunes 99.9 %)."""
+    galore_update_gap: int = 200
+    """Steps between decompositions of GaLore's gradients."""
+    galore_scale: float = 0.25
+    """GaLore's scale of the update that is projected back."""
     bank_device: Literal["device", "host"] = "device"
     """Where the candidate vectors live; host memory is pinned when there is a GPU."""
     bank_spread: Literal["tp", "dp"] = "tp"
@@ -74,9 +89,16 @@ class MethodConfig:
         return self.name == "switchlora" or (self.name == "lte" and self.inner == "switchlora")
 
     @property
+    def adapts(self) -> bool:
+        """Whether W is frozen beside adapters; else the decoder's matrices train."""
+        return self.name not in ("full", "galore")
+
+    @property
     def initial(self) -> str:
-        """Initial values of the factors."""
-        return self.init or ("semi_orthogonal" if self.of_lte and self.inner == "lora" else "switchlora")
+        """Initial values of the factors: `init`, or the method's default."""
+        if self.of_lte and self.inner == "lora":
+            return self.init or "semi_orthogonal"
+        return self.init or ("classic" if self.name == "relora" else "switchlora")
 
     @property
     def scaling(self) -> float:

@@ -28,13 +28,68 @@ def _validate_method(config: RunConfig) -> None:
     smallest = min(m.hidden_size, m.intermediate_size, kv_size)
     require(
         1 <= method.rank <= smallest,
-        f"method.rank must be between 1 and min(m, n) of every adapted matrix, here {smallest}; it is {method.rank}: "
-        "lower the rank or widen the model.",
+        f"method.rank must be between 1 and min(m, n) of every matrix of the decoder, here {smallest}; it is "
+        f"{method.rank}: lower the rank or widen the model.",
     )
+    if method.name == "galore":
+        _validate_galore(config)
+        return
     alpha = method.alpha
     require(alpha is None or (math.isfinite(alpha) and alpha > 0), f"method.alpha must be positive, not {alpha}.")
+    require(
+        method.initial != "pissa" or not method.switches,
+        "method.init pissa gives method.rank vectors of W itself, but switching needs candidates for all of min(m, n): "
+        "use init switchlora or classic, or method.name lora or relora.",
+    )
+    require(
+        method.initial != "pissa" or not method.of_lte,
+        f"method.init pissa gives every head of method.name {method.name} the same vectors: use another init.",
+    )
+    if method.name == "relora":
+        _validate_restarts(config)
     if method.switches:
         _validate_switching(config)
+
+
+def _validate_galore(config: RunConfig) -> None:
+    """Its ZeRO stage is ds_config.py's to check, its package methods/__init__.py's."""
+    method, tp = config.method, config.parallel.tp
+    require(
+        tp == 1,
+        f"method.name galore takes the singular vectors of whole gradients, and with parallel.tp {tp} a rank has a "
+        "part of each: set parallel.tp to 1.",
+    )
+    require(
+        config.train.precision == "fp32",
+        f"method.name galore is proven on fp32 parameters alone, train.precision is {config.train.precision}: set it "
+        "to fp32.",
+    )
+    require(
+        method.galore_update_gap >= 1, f"method.galore_update_gap must be at least 1, not {method.galore_update_gap}."
+    )
+    require(
+        math.isfinite(method.galore_scale) and method.galore_scale > 0,
+        f"method.galore_scale must be positive, not {method.galore_scale}.",
+    )
+
+
+def _validate_restarts(config: RunConfig) -> None:
+    method, warmup = config.method, config.train.warmup_steps
+    require(
+        method.restart_interval >= max(1, warmup),
+        f"method.restart_interval must be at least 1 and not below train.warmup_steps, or the first warm-up would hide "
+        f"a restart's; they are {method.restart_interval} and {warmup}: restart later or warm up for fewer steps.",
+    )
+    require(
+        0 <= method.restart_warmup <= method.restart_interval,
+        f"method.restart_warmup must lie between 0 and method.restart_interval {method.restart_interval}, it is "
+        f"{method.restart_warmup}: warm up for fewer steps.",
+    )
+    require(
+        0 < method.restart_keep < 1,
+        f"method.restart_keep is the share of the moments that a pruning leaves and must lie between 0 and 1, it is "
+        f"{method.restart_keep}: for none, give method.restart_moments zero.",
+    )
 
 
 def _validate_switching(config: RunConfig) -> None:
@@ -88,6 +143,13 @@ def _validate_train(config: RunConfig) -> None:
     require(
         o.dense_lr is None or (math.isfinite(o.dense_lr) and o.dense_lr >= 0),
         f"optim.dense_lr must not be negative, it is {o.dense_lr}.",
+    )
+    ratio = o.lora_plus_ratio
+    require(math.isfinite(ratio) and ratio > 0, f"optim.lora_plus_ratio must be positive, not {ratio}.")
+    require(
+        ratio == 1 or config.method.adapts,
+        f"optim.lora_plus_ratio {ratio:g} is B's learning rate over A's, and method.name {config.method.name} has no "
+        "adapters: leave it out, or use lora, relora or switchlora.",
     )
     for name in ("beta1", "beta2"):
         value = getattr(o, name)

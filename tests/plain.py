@@ -12,8 +12,6 @@ from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.optim.head_clip import HeadClip
 from megatron_switchlora.optim.layout import plain_layout
-from megatron_switchlora.optim.lr import lr_factor
-from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.parallel.mesh import Mesh, lone_mesh
 from megatron_switchlora.parallel.shard import Axis
 
@@ -77,17 +75,16 @@ class PlainRun:
         self.model = model.to(dtype)
         self.method = build_method(config, self.model, self.mesh)
         self.model.to(device)
-        optim = config.optim
-        self.optimizer = RowAdamW(self.method.param_groups(), beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps)
+        self.optimizer = self.method.build_optimizer()
         self.params = [param for group in self.optimizer.param_groups for param in group["params"]]
         self.optimizer.attach(plain_layout(self.params))
-        self.optimizer.head_clip = HeadClip(optim.clip, config.method.heads_here, Axis(), Axis(), torch.device(device))
+        heads, clip = config.method.heads_here, config.optim.clip
+        self.optimizer.head_clip = HeadClip(clip, heads, Axis(), Axis(), torch.device(device))
         self.method.start(self.optimizer)
 
     def step(self, step: int, batch: Tensor) -> tuple[float, float, int]:
         """(loss, gradient norm, vectors switched) of one step on the whole batch; the sum of several heads' losses."""
-        train = self.config.train
-        factor = lr_factor(step, train.warmup_steps, train.steps)
+        factor = self.method.lr_factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.zero_grad()

@@ -188,7 +188,7 @@ def make_layers(config: RunConfig, dtype: torch.dtype, device: torch.device) -> 
     for out_features, in_features in decoder_shapes(config.model):
         base = ColumnParallelLinear(in_features, out_features, Axis()).to(device)
         torch.nn.init.normal_(base.weight, std=0.02)
-        layer = base if config.method.name == "full" else LowRankLinear(base, config.method)
+        layer = LowRankLinear(base, config.method) if config.method.adapts else base
         for param in layer.parameters():
             torch.nn.init.normal_(param, std=0.02)
             param.data = param.data.to(device, dtype)

@@ -5,7 +5,9 @@ With W (m = out, n = in), rank r, gain = sqrt(1/3) and s = 1/r:
     std[B] = (r / sqrt(m n))^(1/4) gain^(1/2)
 drawn uniform on +-sqrt(3) std, so that unit-variance x gives std(s B A x) = gain. m and n are the
 full sizes, unsharded and unpadded. The classic initialisation is A kaiming uniform (a = sqrt 5) and B zero;
-LTE's is A semi-orthogonal and B zero (arXiv 2402.16828, section 4).
+LTE's is A semi-orthogonal and B zero (arXiv 2402.16828, section 4). PiSSA (arXiv 2404.02948, eq. 2-4) takes
+the factors from W = U S V^T itself, so that s B A is its best approximation of rank r and what stays frozen
+is the rest.
 """
 
 from __future__ import annotations
@@ -21,8 +23,11 @@ Side = Literal["A", "B"]
 
 
 def factor_std(side: Side, kind: str, out_features: int, in_features: int, rank: int) -> float:
-    """Standard deviation of the entries of A or B where they are drawn uniform; B is zero but with "switchlora"."""
+    """Standard deviation of the entries of A or B where they are drawn uniform: B is zero but with "switchlora", and
+    with "pissa" neither is drawn (`principal_factors`)."""
     m, n, r = out_features, in_features, rank
+    if kind == "pissa":
+        return 0.0
     if kind != "switchlora":
         return 1 / math.sqrt(3 * n) if side == "A" else 0.0
     if side == "A":
@@ -42,3 +47,13 @@ def draw_orthogonal(rank: int, length: int, scale: str, generator: torch.Generat
     ratio = length / rank if scale == "sqrt_n_r" else rank / length
     rows = torch.empty(rank, length)
     return torch.nn.init.orthogonal_(rows, gain=math.sqrt(ratio), generator=generator)
+
+
+def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """PiSSA's A = sqrt(S / s) V^T [rank, in] and B^T = sqrt(S / s) U^T [rank, out] of the `rank` largest singular
+    values of the whole W [out, in], exact. Signs: the entry of largest magnitude of each v is positive."""
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
+    signs = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()
+    roots = (S / scaling).sqrt()[:, None] * signs
+    return roots * Vh, roots * U.t()

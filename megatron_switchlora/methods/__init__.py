@@ -5,20 +5,33 @@ from typing import Optional
 from megatron_switchlora.config import MethodConfig, RunConfig
 from megatron_switchlora.methods.base import Method
 from megatron_switchlora.methods.full import Full
+from megatron_switchlora.methods.galore import Galore
 from megatron_switchlora.methods.lora import Lora, MhLora
 from megatron_switchlora.methods.lte import LocalLte, Lte, LteSwitchLora
+from megatron_switchlora.methods.relora import Relora
 from megatron_switchlora.methods.switchlora import SwitchLora
 from megatron_switchlora.model.llama import LlamaForCausalLM
+from megatron_switchlora.optim.galore import load_projector
 from megatron_switchlora.parallel.mesh import Mesh, lone_mesh
 
-__all__ = ["Full", "LocalLte", "Lora", "Lte", "LteSwitchLora", "Method", "MhLora", "SwitchLora", "build_method"]
+__all__ = [
+    "Full", "Galore", "LocalLte", "Lora", "Lte", "LteSwitchLora", "Method", "MhLora", "Relora", "SwitchLora",
+    "build_method", "require_packages",
+]  # fmt: skip
+
+
+def require_packages(config: RunConfig) -> None:
+    """Raises: UserError, if an optional package that the method needs does not load."""
+    if config.method.name == "galore":
+        load_projector()
 
 
 def build_method(config: RunConfig, model: LlamaForCausalLM, mesh: Optional[Mesh] = None) -> Method:
     """Adapt `model` (initialised, on the CPU) to `config.method` and return what drives it. Without a mesh the process
     is alone."""
     kinds: dict[str, type[Method]] = {
-        "full": Full, "lora": Lora, "switchlora": SwitchLora, "mhlora": MhLora, "lte": _kind_of_heads(config.method)
+        "full": Full, "galore": Galore, "lora": Lora, "relora": Relora, "switchlora": SwitchLora, "mhlora": MhLora,
+        "lte": _kind_of_heads(config.method),
     }  # fmt: skip
     return kinds[config.method.name](config, model, mesh or lone_mesh())
 

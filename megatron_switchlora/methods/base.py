@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron_switchlora.config import RunConfig
 from megatron_switchlora.model.llama import LlamaForCausalLM
+from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.parallel.parts import Part, shard_part
@@ -55,9 +56,18 @@ class Method:
         ]  # fmt: skip
         return groups
 
+    def build_optimizer(self) -> RowAdamW:
+        """The optimizer of these groups, without its layout yet."""
+        optim = self.config.optim
+        return RowAdamW(self.param_groups(), beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps)
+
     def start(self, optimizer: RowAdamW) -> None:
         """The engine is ready: parameters have their final precision and are equal on all data ranks."""
         self.optimizer = optimizer
+
+    def lr_factor(self, step: int) -> float:
+        """Multiple of every group's `base_lr` at `step` (from 0)."""
+        return lr_factor(step, self.config.train.warmup_steps, self.config.train.steps)
 
     def before_step(self, step: int) -> int:
         """Gradients of `step` (from 0) are complete, the clip comes next. Returns the vectors switched."""

@@ -1,18 +1,22 @@
 """LoRA: a fixed low-rank adapter on the seven projections of every layer; W stays frozen.
 
-Initial values are SwitchLoRA's (then W <- W0 - sBA, so that step 0 computes the dense initialisation),
-the classic ones or LTE's (B = 0). Embedding, head and norms train dense. An LTE head draws from a seed of
-its own; head 0 draws what LoRA would. `MhLora` is multi-head LoRA, LTE's baseline: y = W x + (s/N) sum_n B_n A_n x
-(arXiv 2402.16828, section 3.1), that is LoRA whose vectors are those of N heads side by side.
+Initial values are SwitchLoRA's or PiSSA's (then W <- W0 - sBA, so that step 0 computes the dense
+initialisation), the classic ones or LTE's (B = 0). Embedding, head and norms train dense. With LoRA+ B has
+a learning rate of its own. An LTE head draws from a seed of its own; head 0 draws what LoRA would. `MhLora` is
+multi-head LoRA, LTE's baseline: y = W x + (s/N) sum_n B_n A_n x (arXiv 2402.16828, section 3.1), that is LoRA
+whose vectors are those of N heads side by side.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_switchlora.config import RunConfig, accumulation_steps
-from megatron_switchlora.lowrank.init import Side, draw_orthogonal, draw_vectors, factor_std
+from megatron_switchlora.lowrank.init import Side, draw_orthogonal, draw_vectors, factor_std, principal_factors
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.methods.base import Method
 from megatron_switchlora.model.llama import LlamaForCausalLM, decoder_linears
@@ -68,10 +72,40 @@ class Lora(Method):
     def matrices(self) -> list[nn.Parameter]:
         return [factor for linear in self.linears.values() for factor in (linear.lora_A, linear.lora_B)]
 
+    def param_groups(self) -> list[dict[str, Any]]:
+        """With a LoRA+ ratio the adapters are two groups: ZeRO cuts each group's flat buffer for itself, so that the
+        layout of runs without one stays."""
+        adapters, *others = super().param_groups()
+        ratio = self.config.optim.lora_plus_ratio
+        if ratio == 1:
+            return [adapters, *others]
+        A = [linear.lora_A for linear in self.linears.values()]
+        B = [linear.lora_B for linear in self.linears.values()]
+        faster = {**adapters, "name": "lora_B", "params": B, "base_lr": adapters["base_lr"] * ratio}
+        return [{**adapters, "name": "lora_A", "params": A}, faster, *others]
+
     def start(self, optimizer: RowAdamW) -> None:
         super().start(optimizer)
+        if self.config.method.initial == "pissa":
+            self._take_principal_factors()
         for linear in self.linears.values():
             linear.add_product(-1.0)
+
+    def _take_principal_factors(self) -> None:
+        """PiSSA's factors. A data-parallel rank decomposes its share of the layers, each gathered over tp and alike on
+        those ranks, and sends its factors to the others. Collective over the head."""
+        dp = self.mesh.axis("dp")
+        for number, linear in enumerate(self.linears.values()):
+            if number % dp.size == dp.rank:
+                whole = linear.split.gather(linear.weight)
+                A, B = principal_factors(whole, linear.rank, linear.scaling)
+                self._fill_factor(linear.lora_A, A)
+                self._fill_factor(linear.lora_B, B)
+        for number, linear in enumerate(self.linears.values()):
+            for factor in (linear.lora_A, linear.lora_B):
+                if dp.size > 1:
+                    dist.broadcast(factor.data, group=dp.group, group_src=number % dp.size)
+                self.optimizer.rows_rewritten(factor, torch.arange(linear.rank))
 
     def after_step(self, step: int) -> None:
         self._forget_merged()

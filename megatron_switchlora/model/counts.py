@@ -81,8 +81,8 @@ def count_shard(config: ModelConfig, method: MethodConfig, vocab_size: int, tp: 
         head=0 if config.tie_embeddings else embedding,
         norms=(2 * layers + 1) * config.hidden_size,
         matrices=layers * sum(m * n for m, n in shapes),
-        adapters=0 if method.name == "full" else layers * method.adapter_rank * sum(m + n for m, n in shapes),
-        full_rank=method.name == "full",
+        adapters=layers * method.adapter_rank * sum(m + n for m, n in shapes) if method.adapts else 0,
+        full_rank=not method.adapts,
     )
 
 

@@ -60,7 +60,8 @@ class Piece:
 
 
 class RowLayout:
-    """The pieces of all parameters on this rank, by master tensor and by parameter."""
+    """The pieces of all parameters on this rank, by master tensor and by parameter; `partitioned` where data-parallel
+    ranks hold different ones."""
 
     def __init__(self) -> None:
         self.by_master: dict[Tensor, list[Piece]] = {}

@@ -1,4 +1,4 @@
-"""Learning rate over a run: linear warm-up, then a cosine to zero (SwitchLoRA, section 4.1)."""
+"""Learning rate over a run: linear warm-up, then a cosine to zero (SwitchLoRA, section 4.1); with ReLoRA's teeth."""
 
 from __future__ import annotations
 
@@ -11,3 +11,12 @@ def lr_factor(step: int, warmup_steps: int, total_steps: int) -> float:
         return (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def jagged_factor(step: int, warmup_steps: int, total_steps: int, restart_interval: int, restart_warmup: int) -> float:
+    """The same with a tooth after each multiple of `restart_interval`: for `restart_warmup` steps the rate climbs
+    linearly from zero to what the cosine has at their end (ReLoRA's jagged cosine, arXiv 2307.05695, section 3)."""
+    since = step % restart_interval
+    if step < max(warmup_steps, restart_interval) or since >= restart_warmup:
+        return lr_factor(step, warmup_steps, total_steps)
+    return (since + 1) / restart_warmup * lr_factor(step - since + restart_warmup, warmup_steps, total_steps)

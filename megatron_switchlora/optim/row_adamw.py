@@ -66,11 +66,14 @@ class RowAdamW(torch.optim.Optimizer):
         """Adopt the layout and create all state now (DeepSpeed links lazily created state only in part)."""
         self.layout = layout
         for master, count in layout.step_counts.items():
-            self.state[master] = {
-                "exp_avg": torch.zeros_like(master, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
-                "row_step": torch.zeros(count, dtype=torch.float32, device=master.device),
-            }
+            self.state[master] = self._new_state(master, count)
+
+    def _new_state(self, master: Tensor, rows: int) -> dict[str, Tensor]:
+        return {
+            "exp_avg": torch.zeros_like(master, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
+            "row_step": torch.zeros(rows, dtype=torch.float32, device=master.device),
+        }
 
     def set_frozen(self, frozen: dict[nn.Parameter, Tensor]) -> None:
         """Rows (CPU index tensors) to hold still in the next step."""
@@ -105,14 +108,18 @@ class RowAdamW(torch.optim.Optimizer):
             return
         for group in self.param_groups:
             for master in group["params"]:
-                if master.grad is None or master not in self.layout.by_master:
-                    continue
-                for piece in self.layout.by_master[master]:
-                    adamw_(
-                        piece.block(master), piece.block(master.grad), *self._views(piece),
-                        frozen=self._frozen_in(piece), lr=group["lr"], weight_decay=group["weight_decay"],
-                        beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
-                    )  # fmt: skip
+                if master.grad is not None and master in self.layout.by_master:
+                    self._update(master, group)
+
+    def _update(self, master: Tensor, group: dict[str, Any]) -> None:
+        """One step of a master that has a gradient."""
+        assert self.layout is not None and master.grad is not None
+        for piece in self.layout.by_master[master]:
+            adamw_(
+                piece.block(master), piece.block(master.grad), *self._views(piece),
+                frozen=self._frozen_in(piece), lr=group["lr"], weight_decay=group["weight_decay"],
+                beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
+            )  # fmt: skip
 
     def _clip_heads(self, clip: HeadClip, layout: RowLayout) -> None:
         """Clip what this call steps. ZeRO calls once a group, so the norms over all are measured before, by the engine;
@@ -164,6 +171,12 @@ class RowAdamW(torch.optim.Optimizer):
         for piece in self.pieces(param):
             if piece.master is not param:
                 piece.block(piece.master.data).copy_(piece.source(values))
+
+    @torch.no_grad()
+    def reset_steps(self, param: nn.Parameter) -> None:
+        """Zero the step counters of all rows, not their moments."""
+        for piece in self.pieces(param):
+            self._views(piece)[2].zero_()
 
     def parts(self, name: str, param: nn.Parameter, line: Optional[str]) -> Iterator[Part]:
         """What this rank holds of a parameter's master, named as the parameter, and of its state: NAME:exp_avg,

@@ -37,7 +37,7 @@ def build_parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="pretrain.py",
-        description="Pre-train a LLaMA with full-rank, LoRA or SwitchLoRA training under DeepSpeed.",
+        description="Pre-train a LLaMA with full-rank, LoRA, ReLoRA, SwitchLoRA or GaLore training under DeepSpeed.",
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -107,6 +107,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     except (ArgumentError, yaml.YAMLError, TypeError, ValueError, OSError) as error:
         raise _explain(parser, error) from None
     config = to_run_config(made)
+    config.method.init = config.method.initial  # type: ignore[assignment]  # a run's records say which it was
     validate(config)
     check_modes(namespace)
     return Arguments(config, namespace.ds_config, namespace.evaluate_only, namespace.dry_run, namespace.dry_run_world)

@@ -138,6 +138,12 @@ def resolve_ds_config(given: dict[str, Any], config: RunConfig, dp: int) -> dict
         ),
         "zero_allow_untested_optimizer": (True, "the row-step optimizer"),
     }
+    stage = given.get("zero_optimization", {}).get("stage", 0)
+    require(
+        config.method.name != "galore" or stage == 0,
+        f"method.name galore takes the singular vectors of whole gradients, and ZeRO stage {stage} cuts them over the "
+        "ranks (without --ds_config it is stage 1): use ds_configs/zero0.json.",
+    )
     resolved = json.loads(json.dumps(given))
     for key, (value, owner) in derived.items():
         stated = given.get(key, "auto")

@@ -31,8 +31,6 @@ from megatron_switchlora.methods.base import Method
 from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.optim.head_clip import HeadClip
 from megatron_switchlora.optim.layout import deepspeed_layout, partition_gradients
-from megatron_switchlora.optim.lr import lr_factor
-from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.parallel.agree import gather_texts
 from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.parallel.ranks import complete_environment
@@ -99,8 +97,7 @@ class Engine:
     ) -> None:
         self.config, self.mesh, self.method, self.device = config, mesh, method, device
         self.recorder = CommRecorder()
-        optim = config.optim
-        self.optimizer = RowAdamW(method.param_groups(), beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps)
+        self.optimizer = method.build_optimizer()
         self.params = [param for group in self.optimizer.param_groups for param in group["params"]]
         model.model.checkpointing = config.train.activation_checkpointing
         self.ds, *_ = deepspeed.initialize(
@@ -111,7 +108,7 @@ class Engine:
         if config.method.heads_here > 1:
             partitioned = mesh.axis("dp") if self.optimizer.partitioned else Axis()
             heads = config.method.heads_here
-            self.optimizer.head_clip = HeadClip(optim.clip, heads, partitioned, mesh.axis("tp"), device)
+            self.optimizer.head_clip = HeadClip(config.optim.clip, heads, partitioned, mesh.axis("tp"), device)
         method.start(self.optimizer)
         self._check_replicas()
 
@@ -136,8 +133,7 @@ class Engine:
         return list(dict.fromkeys(sentence for text in texts for sentence in text.splitlines()))
 
     def _set_lr(self, step: int) -> float:
-        train = self.config.train
-        factor = lr_factor(step, train.warmup_steps, train.steps)
+        factor = self.method.lr_factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         return self.config.optim.lr * factor

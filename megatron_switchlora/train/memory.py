@@ -15,7 +15,14 @@ from typing import Literal
 
 from megatron_switchlora.config import RunConfig, accumulation_steps, shard_size
 from megatron_switchlora.lowrank.merged import uses_merged
-from megatron_switchlora.model.counts import Projection, count_parameters, count_shard, projections
+from megatron_switchlora.model.counts import (
+    ParameterCounts,
+    Projection,
+    count_parameters,
+    count_shard,
+    decoder_shapes,
+    projections,
+)
 
 FP32 = 4
 FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed copies at once where ZeRO does not reduce: stage 0, fp32 sums
@@ -96,12 +103,14 @@ def saved_words(given: float, full: float) -> str:
 
 def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
     """Bytes of all tensors of a checkpoint, whatever the mesh: master, two moments and step counters of what trains,
-    the frozen W, the bank and the schedule's integers. Headers, tokenizer and doubled counters are left out."""
+    the frozen W, the bank and the schedule's integers; of GaLore's matrices projected moments and projectors. Headers,
+    tokenizer and doubled counters are left out."""
     counts, method, layers = count_parameters(config.model, config.method, vocab_size), config.method, config.model
     shapes = [(p.out_features, p.in_features) for p in projections(config.model)] * layers.num_layers
     dense = 2 * layers.num_layers + 2 + (not layers.tie_embeddings)  # tensors, with a counter each
-    counters = dense + len(shapes) * (1 if method.name == "full" else 2 * method.rank)
-    total = FP32 * (3 * counts.trainable + counters + counts.frozen)
+    counters = dense + len(shapes) * (2 * method.rank if method.adapts else 1)
+    moments, projectors = _moments(config, counts)
+    total = FP32 * (counts.trainable + 2 * moments + projectors + counters + counts.frozen)
     if method.name == "switchlora":
         switching = [(m, n) for m, n in shapes if min(m, n) > method.rank]
         total += sum(min(m, n) * (m + n) for m, n in switching) * compute_bytes(config)
@@ -129,7 +138,7 @@ def _compute_copies(config: RunConfig, tp: int, micro_batches: int) -> list[Item
 
     Checkpointing keeps one decoder layer's at a time, unless the cache lasts over the micro-batches.
     """
-    if config.method.name == "full":
+    if not config.method.adapts:
         return []
     method, layers, size = config.method, config.model.num_layers, compute_bytes(config)
     at_once = 1 if config.train.activation_checkpointing else layers
@@ -172,17 +181,29 @@ def step_counters(config: RunConfig) -> int:
     """Adam step counters without ZeRO: one a LoRA vector, one a dense tensor."""
     model = config.model
     tensors = (1 if model.tie_embeddings else 2) + 2 * model.num_layers + 1
-    per_projection = 1 if config.method.name == "full" else 2 * config.method.rank
+    per_projection = 2 * config.method.rank if config.method.adapts else 1
     return tensors + 7 * model.num_layers * per_projection
 
 
+def _moments(config: RunConfig, counts: ParameterCounts) -> tuple[int, int]:
+    """Elements of one Adam moment, and of GaLore's projectors: of a matrix (m, n) it keeps moments of max(m, n) x r
+    and a projector of min(m, n) x r."""
+    if config.method.name != "galore":
+        return counts.trainable, 0
+    ranks, shapes = config.model.num_layers * config.method.rank, decoder_shapes(config.model)
+    projected = ranks * sum(max(shape) for shape in shapes)
+    return counts.trainable - counts.matrices + projected, ranks * sum(min(shape) for shape in shapes)
+
+
 def _optimizer(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero) -> list[Item]:
-    count = count_shard(config.model, config.method, vocab_size, tp).trainable
+    counts = count_shard(config.model, config.method, vocab_size, tp)
+    count, (moments, projectors) = counts.trainable, _moments(config, counts)
     share = 1 if zero.stage == 0 else dp
     no_copy = zero.stage == 0 and config.train.precision == "fp32"
     return [
         Item("fp32 masters", 0 if no_copy else shard_size(count, share) * FP32, "always"),
-        Item("Adam moments, fp32", 2 * shard_size(count, share) * FP32, "always"),
+        Item("Adam moments, fp32", 2 * shard_size(moments, share) * FP32, "always"),
+        Item("GaLore projectors, fp32", projectors * FP32, "always"),
         Item("Adam step counters", shard_size(step_counters(config), share) * FP32, "always"),
     ]
 
@@ -212,7 +233,7 @@ def _gradients(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero)
     if zero.stage == 2:  # the sum of earlier micro-batches, and this one's part
         in_backward = part * min(2, accumulation_steps(config, dp))
     # the optimizer takes one group at a time: the decoder's matrices or adapters, then the dense tensors
-    group = max(counts.trainable - counts.embedding - counts.head - counts.norms, counts.embedding + counts.head)
+    group = max(_first_group(config, counts, tp), counts.embedding + counts.head)
     flat = shard_size(group, dp) * FP32
     return [
         Item(name, in_backward, "backward"),
@@ -220,6 +241,15 @@ def _gradients(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero)
         Item(name, part, "step"),
         Item(in_step, flat, "step"),
     ]
+
+
+def _first_group(config: RunConfig, counts: ParameterCounts, tp: int) -> int:
+    """Elements of the decoder's matrices or adapters; of the larger of A and B where LoRA+ parts them."""
+    if config.optim.lora_plus_ratio == 1:
+        return counts.matrices if counts.full_rank else counts.adapters
+    shapes = [p.shard(tp) for p in projections(config.model)]
+    sides = (sum(sizes) for sizes in zip(*shapes, strict=True))
+    return config.model.num_layers * config.method.rank * max(sides)
 
 
 def layer_activation_bytes(config: RunConfig, tp: int, micro_batches: int = 1) -> int:
@@ -231,7 +261,7 @@ def layer_activation_bytes(config: RunConfig, tp: int, micro_batches: int = 1) -
     attention = size * (2 * hidden + 2 * kv) // tp + FP32 * model.num_heads // tp  # q, k, v, result, log-sums
     mlp = 4 * size * shard_size(model.intermediate_size, tp)  # gate, silu(gate), up, their product
     lowrank = 0
-    if config.method.name != "full":
+    if config.method.adapts:
         split = [p for p in projections(model) if not _is_merged(config, p, tp, micro_batches)]
         lowrank = size * config.method.rank * len(split)
     return norms + inputs + attention + mlp + lowrank

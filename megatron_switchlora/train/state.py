@@ -16,7 +16,6 @@ import torch
 
 from megatron_switchlora.checkpoint.archive import Archive
 from megatron_switchlora.config import RunConfig
-from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.parallel.parts import Part, parameter_part
 from megatron_switchlora.parallel.shard import is_split
@@ -72,12 +71,7 @@ def load_state(engine: Engine, archive: Archive, step: int) -> None:
 
 
 def state_file(config: RunConfig, steps: int, more: dict[str, Any]) -> bytes:
-    """state.json: the configuration, the position after `steps` steps in data and schedule (which are pure functions
-    of it: for readers), and what the run adds."""
-    train = config.train
-    position = {
-        "step": steps,
-        "samples": steps * train.global_batch_size,
-        "lr_factor": lr_factor(steps, train.warmup_steps, train.steps),
-    }
+    """state.json: the configuration, the position after `steps` steps in the data (a pure function of it: for
+    readers), and what the run adds."""
+    position = {"step": steps, "samples": steps * config.train.global_batch_size}
     return json.dumps({**position, "config": config.to_dict(), **more}, indent=1).encode()

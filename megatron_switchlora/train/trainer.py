@@ -23,7 +23,7 @@ from tqdm import tqdm
 from megatron_switchlora.checkpoint.files import published
 from megatron_switchlora.config import RunConfig, UserError, require
 from megatron_switchlora.data.loader import BatchOrder, Reader, TrainLoader, eval_batches
-from megatron_switchlora.methods import build_method
+from megatron_switchlora.methods import build_method, require_packages
 from megatron_switchlora.model.counts import count_parameters
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.model.weights import Weights, find_folder, load_initial
@@ -69,6 +69,7 @@ class Trainer:
         self.start, self.stop = start or Start(), stop or StopRequest()
         self.mesh: Mesh = build_mesh(config.parallel)
         self.ds_config = resolve_ds_config(given_ds_config, config, self.mesh.size("dp"))
+        on_all_ranks(partial(require_packages, config), device)
         self.data = prepare_data(config, ranks, device)
         self._load_data()
         self.vocab_size = vocabulary_size(config, self.data)
@@ -316,7 +317,8 @@ class Trainer:
         if not self.run.writes:
             return {}
         mesh = {axis: self.mesh.size(axis) for axis in AXES}
-        more = {"ds_config": self.ds_config, "mesh": mesh, "versions": self.run.meta["versions"]}
+        more = {"lr_factor": self.method.lr_factor(steps), "ds_config": self.ds_config, "mesh": mesh}
+        more["versions"] = self.run.meta["versions"]
         return {"state.json": state_file(self.config, steps, self.identity | more), **self.tokenizer_files}
 
     def _stop(self, steps: int) -> None:

@@ -54,7 +54,7 @@ def micro_batches(config: RunConfig, batch: Tensor, mesh: Mesh) -> list[Tensor]:
 def full_rows(engine: Any, param: torch.nn.Parameter) -> dict[str, Tensor]:
     """Master, moments and row steps of a parameter, put together over the data ranks."""
     mine = engine.optimizer.read_rows(param)
-    if type(engine.ds.optimizer).__name__ in ("RowAdamW", "FP16_UnfusedOptimizer"):
+    if type(engine.ds.optimizer).__name__ in ("RowAdamW", "GaloreAdamW", "FP16_UnfusedOptimizer"):
         return mine  # every rank has all of it
     group = engine.mesh.group("dp")
     for key, tensor in mine.items():

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from megatron_switchlora.methods import SwitchLora
+from megatron_switchlora.methods import Relora, SwitchLora
 from megatron_switchlora.model.hf import merged_state_dict
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.optim.prune import kept_count
 from tests.dist.engines import build_engine, full_rows, micro_batches, start
 from tests.dist.launch import worker_main
 from tests.plain import VOCAB, make_batches, small_config
@@ -80,6 +81,39 @@ def watch_switches(engine: Any, seen: dict[str, float]) -> None:
     method.before_step = before_step
 
 
+def watch_restarts(engine: Any, seen: dict[str, float]) -> None:
+    """Around every restart: the function stays, masters equal what the forward uses, and of the whole moments, put
+    together over all ranks, exactly the largest are left."""
+    method = engine.method
+    original = method._restart
+
+    def whole(factor: Any) -> dict[str, torch.Tensor]:
+        rows = full_rows(engine, factor)
+        return {
+            key: rows[key] if factor.shard is None else factor.shard.gather(rows[key]) for key in ("exp_avg", "exp_avg_sq")
+        }
+
+    def restart(number: int) -> None:
+        earlier = [linear.effective_weight().clone() for linear in method.linears.values()]
+        moments = [whole(factor) for factor in method.matrices()]
+        original(number)
+        for linear, before in zip(method.linears.values(), earlier, strict=True):
+            change = (linear.effective_weight() - before).norm() / before.norm()
+            seen["function_change"] = max(seen["function_change"], float(change))
+        for factor, before in zip(method.matrices(), moments, strict=True):
+            rows, after = full_rows(engine, factor), whole(factor)
+            seen["master_gap"] = max(seen["master_gap"], float((rows["master"] - factor.detach().float()).abs().max()))
+            seen["reset_left"] = max(seen["reset_left"], float(rows["row_step"].max()))
+            for key, values in before.items():
+                threshold = values.abs().flatten().topk(kept_count(factor, method.config.method.restart_keep)).values[-1]
+                if method.config.method.restart_moments == "zero":
+                    threshold = torch.inf
+                seen["wrongly_pruned"] += int((after[key] != values.masked_fill(values.abs() < threshold, 0.0)).sum())
+        seen["restarts"] += 1
+
+    method._restart = restart
+
+
 def bank_facts(engine: Any) -> dict[str, Any]:
     """Is the bank whole over the ranks, does each hold its part only, how many bytes are here?"""
     method = engine.method
@@ -117,12 +151,15 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
     config = small_config(case["method"], train__precision=case["precision"], train__seed=1, **case.get("changes", {}))
     engine = build_engine(config, case["stage"], mesh)
     seen = dict.fromkeys(
-        ("function_change", "master_gap", "reset_left", "frozen_rows", "frozen_moved", "free_stuck", "start_gap"), 0.0
+        ("function_change", "master_gap", "reset_left", "frozen_rows", "frozen_moved", "free_stuck", "start_gap",
+         "wrongly_pruned", "restarts"), 0.0
     )
     if isinstance(engine.method, SwitchLora) and case.get("watch"):
         seen["start_gap"] = start_gap(engine)
         watch_switches(engine, seen)
         watch_freezes(engine, seen)
+    if isinstance(engine.method, Relora):
+        watch_restarts(engine, seen)
     bank = bank_facts(engine) if isinstance(engine.method, SwitchLora) else None
     losses, norms, switched, dp_bytes, fetches = [], [], 0, [], []
     for step, batch in enumerate(make_batches(config, case["steps"])):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.dist.launch import run_ranks
-from tests.dist.tp_grid import BF16_STAGES, METHODS, PADDED, STAGES, worst
+from tests.dist.tp_grid import BF16_STAGES, GALORE, METHODS, NEEDS_GALORE, PADDED, RESTARTS, STAGES, worst
 
 pytestmark = pytest.mark.timeout(900)
 STEPS, SAVED = 14, 8
@@ -30,15 +30,22 @@ def cases_of(methods: tuple[str, ...], fp32: tuple[str, ...], bf16: tuple[str, .
     return [{"method": m, "stage": stage, "precision": precision} for m in methods for stage, precision in pairs]
 
 
-FULL_GRID = cases_of(METHODS, STAGES, BF16_STAGES)
-SMALL_GRID = [*cases_of(("switchlora",), STAGES, ("1f",)), *cases_of(("full",), ("2",), ()), *cases_of(("lora",), (), ("1",))]
+def relora(*classes: tuple[str, str]) -> list[dict[str, Any]]:
+    """Restarts at steps 5 and 10: one behind the checkpoint, one after it."""
+    return [{"method": "relora", "stage": stage, "precision": p, "changes": RESTARTS} for stage, p in classes]
+
+
+ALL = [*((stage, "fp32") for stage in STAGES), *((stage, "bf16") for stage in BF16_STAGES)]
+FULL_GRID = [*cases_of(METHODS, STAGES, BF16_STAGES), *relora(*ALL)]
+SMALL_GRID = [*cases_of(("switchlora",), STAGES, ("1f",)), *cases_of(("full",), ("2",), ()), *cases_of(("lora",), (), ("1",)),
+              *relora(("2", "fp32"))]  # fmt: skip
 
 
 def check_same_mesh(dp: int, tp: int, cases: list[dict[str, Any]], folder: Path) -> None:
-    shared = {"changes": PADDED, "steps": STEPS}
     runs = []
     for case in cases:
-        place = {**case, **shared, "folder": str(folder / name(case))}
+        changes = PADDED | case.get("changes", {})
+        place = {**case, "changes": changes, "steps": STEPS, "folder": str(folder / name(case))}
         runs += [{**place, "first": 0, "save_at": SAVED}, {**place, "first": SAVED}]
     for rank, results in enumerate(run_mesh(dp, tp, runs)):
         for index, case in enumerate(cases):
@@ -54,6 +61,12 @@ def check_same_mesh(dp: int, tp: int, cases: list[dict[str, Any]], folder: Path)
 
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
     check_same_mesh(2, 2, SMALL_GRID, tmp_path)
+
+
+@pytest.mark.full
+@NEEDS_GALORE
+def test_galore_resumes_to_the_bit(tmp_path: Path) -> None:
+    check_same_mesh(2, 1, [GALORE], tmp_path)
 
 
 @pytest.mark.full

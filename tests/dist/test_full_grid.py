@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 
-from tests.dist.tp_grid import BF16_STAGES, PADDED, STAGES, gaps, grid, run_mesh, worst
+from tests.dist.tp_grid import BF16_STAGES, PADDED, RESTARTS, STAGES, gaps, grid, run_mesh, worst
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1600)]
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "changes": {"optim__weight_decay": 0.1}},
     "classic": {"method": "lora", "changes": {"method__init": "classic"}},
+    "relora": {"method": "relora", "changes": RESTARTS},
+    "relora zero": {"method": "relora", "changes": {**RESTARTS, "method__restart_moments": "zero"}},
+    "pissa": {"method": "lora", "changes": {"method__init": "pissa"}},
+    "lora+": {"method": "switchlora", "changes": {"optim__lora_plus_ratio": 4.0}},
     "random": {"method": "switchlora", "changes": {"method__selection": "random"}},
     "independent": {"method": "switchlora", "changes": {"method__selection": "independent"}},
     "decay": {"method": "switchlora", "changes": {"optim__weight_decay": 0.1, "method__freeze_steps": 0}},

@@ -9,13 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.dist.tp_grid import PADDED, STAGES, gaps, grid, run_mesh, worst
+from tests.dist.tp_grid import PADDED, RESTARTS, STAGES, gaps, grid, run_mesh, worst
 
 pytestmark = pytest.mark.timeout(900)
 MESHES = [(1, 2), (2, 2)]
 SMALL = [
     *grid(methods=("switchlora",)),
     *({"method": method, "stage": "1", "precision": "fp32", "steps": 20, "changes": PADDED} for method in ("full", "lora")),
+    {"method": "relora", "stage": "1", "precision": "fp32", "steps": 11, "changes": PADDED | RESTARTS},
+    {"method": "lora", "stage": "1", "precision": "fp32", "steps": 6,
+     "changes": {**PADDED, "method__init": "pissa", "optim__lora_plus_ratio": 4.0}},
 ]
 # the first of each selection is compared with one process, all of them with one another
 SPREAD = [

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
 from tests.dist.launch import run_ranks
-from tests.dist.tp_grid import BF16_STAGES, METHODS, STAGES, STEPS, worst
+from tests.dist.tp_grid import BF16_STAGES, GALORE, METHODS, NEEDS_GALORE, RESTARTS, STAGES, STEPS, check_restarts, worst
 
 pytestmark = pytest.mark.timeout(620)  # two launches
 
@@ -21,6 +22,9 @@ CASES = [
     ),
     *({"method": "switchlora", "stage": s, "precision": "bf16", "steps": 6, "watch": True, "name": "watched"}
       for s in BF16_STAGES),
+    *({"method": "relora", "stage": s, "precision": p, "steps": 6, "changes": RESTARTS}
+      for s, p in (("0", "fp32"), ("2", "fp32"), ("1f", "bf16"))),
+    *([{**GALORE, "steps": 8}] if find_spec("galore_torch") else []),
     # the drift at the published rate is a number to report, not a bar
     *({"method": "switchlora", "stage": s, "precision": "fp32", "steps": STEPS, "name": "lr 0.02",
        "changes": {"optim__lr": 0.02}} for s in STAGES),
@@ -58,6 +62,22 @@ def test_stages_and_data_ranks_agree(results: dict, method: str) -> None:
     assert norms < 1e-6
     if method == "switchlora":
         assert base["switched"] > 300
+
+
+def test_restarts_are_the_same_everywhere(results: dict) -> None:
+    base = results[1]["relora", "0", "fp32", ""]
+    for dp in (1, 2):
+        for (method, _, precision, _), run in results[dp].items():
+            if method == "relora":
+                check_restarts(run, 1)
+                assert worst(run["losses"], base["losses"]) < (1e-6 if precision == "fp32" else 5e-3)
+
+
+@NEEDS_GALORE
+def test_galore_on_two_data_ranks(results: dict) -> None:
+    mine, base = (results[dp]["galore", "0", "fp32", ""] for dp in (2, 1))
+    assert worst(mine["losses"], base["losses"]) < 1e-6 and base["losses"][-1] < base["losses"][0]
+    assert mine["wrapper"] == "GaloreAdamW" and mine["differing"] == []
 
 
 def test_learns(results: dict) -> None:

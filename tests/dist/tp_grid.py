@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
+
+import pytest
 
 from tests.dist.launch import run_ranks
 
@@ -12,6 +15,12 @@ BF16_STAGES = ("0", "1", "2", "1f")
 STEPS = 20
 # odd sizes: 75 is padded at TP 2, 4, the vocabulary of 61 at any TP
 PADDED = {"model__intermediate_size": 75, "model__num_kv_heads": 4}
+RESTARTS = {"method__restart_interval": 5, "method__restart_warmup": 2, "method__restart_moments": "prune",
+            "method__restart_keep": 0.05}  # fmt: skip
+
+
+NEEDS_GALORE = pytest.mark.skipif(find_spec("galore_torch") is None, reason="galore-torch is not installed: pip install '.[galore]'")
+GALORE = {"method": "galore", "stage": "0", "precision": "fp32", "changes": {"method__galore_update_gap": 5}}
 
 
 def grid(shape: dict[str, Any] = PADDED, methods: tuple[str, ...] = METHODS) -> list[dict[str, Any]]:
@@ -34,7 +43,16 @@ def run_mesh(dp: int, tp: int, cases: list[dict[str, Any]], timeout: float = 280
             if mine["bank"]:
                 assert mine["bank"]["whole"] and mine["bank"]["held_twice"] == 0, where
                 assert mine["bank"]["bytes"] == mine["bank"]["expected_bytes"], where
+            if case["method"] == "relora":
+                check_restarts(mine, case["steps"] // 5)
     return ranks[0]
+
+
+def check_restarts(run: dict[str, Any], restarts: int) -> None:
+    """What a run with RESTARTS must have seen."""
+    assert run["restarts"] == restarts > 0
+    assert run["function_change"] < 1e-6
+    assert run["master_gap"] == run["reset_left"] == run["wrongly_pruned"] == 0
 
 
 def worst(a: list[float], b: list[float]) -> float:

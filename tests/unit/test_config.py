@@ -32,6 +32,23 @@ def test_options_reach_the_configuration() -> None:
     assert config.output_dir == "DIR"
 
 
+def test_the_start_of_a_method_is_resolved() -> None:
+    """What a run writes down says how it began, whatever becomes the default later."""
+    starts = {"switchlora": "switchlora", "lora": "switchlora", "relora": "classic"}
+    for name, init in starts.items():
+        assert parse_arguments(["--method.name", name]).config.method.init == init
+    assert parse_arguments(["--method.name=relora", "--method.init=switchlora"]).config.method.init == "switchlora"
+
+
+@pytest.mark.parametrize("stage", [1, 2, None])
+def test_galore_needs_whole_gradients(stage: int | None) -> None:
+    config = parse_arguments(["--method.name", "galore"]).config
+    given = read_ds_config(None) if stage is None else {"zero_optimization": {"stage": stage}}
+    with pytest.raises(UserError, match=rf"ZeRO stage {stage or 1} cuts them .* use ds_configs/zero0.json"):
+        resolve_ds_config(given, config, 1)
+    resolve_ds_config({"zero_optimization": {"stage": 0}}, config, 1)
+
+
 def test_c4_needs_two_options() -> None:
     data = parse_arguments(["--data.source", "hf", "--data.tokenizer", "t5-base"]).config.data
     assert (data.hf_name, data.hf_config, data.max_documents) == ("allenai/c4", "en", 46_000_000)
@@ -95,6 +112,21 @@ def test_unknown_options_name_the_nearest() -> None:
         ("--method.rank 40 --model.num_kv_heads 1", r"here 36; it is 40"),
         ("--method.rank 1", r"rank 1 cannot switch"),
         ("--method.rank 144", r"rank 144 leaves nothing to switch in any matrix \(min\(m, n\) is 144 at most\)"),
+        ("--method.name relora --method.restart_interval 49", r"not below train.warmup_steps.* 49 and 50"),
+        (
+            "--method.name relora --method.restart_interval 60 --method.restart_warmup 61",
+            r"restart_warmup must lie between 0 and .* 60, it is 61",
+        ),
+        ("--method.name relora --method.restart_keep 0", r"restart_keep .* it is 0.*restart_moments zero"),
+        ("--method.init pissa", r"pissa gives method.rank vectors .* method.name lora or relora"),
+        ("--optim.lora_plus_ratio 0", r"lora_plus_ratio must be positive, not 0"),
+        ("--optim.lora_plus_ratio 2 --method.name full", r"ratio 2 .* method.name full has no adapters"),
+        ("--optim.lora_plus_ratio 2 --method.name galore", r"method.name galore has no adapters"),
+        ("--method.name galore --parallel.tp 2", r"whole gradients, and with parallel.tp 2 .* set parallel.tp to 1"),
+        ("--method.name galore --train.precision bf16", r"fp32 parameters alone, train.precision is bf16"),
+        ("--method.name galore --method.galore_update_gap 0", r"galore_update_gap must be at least 1, not 0"),
+        ("--method.name galore --method.galore_scale 0", r"galore_scale must be positive, not 0"),
+        ("--method.name galore --method.rank 145", r"method.rank must be between 1 and .* 144; it is 145"),
         ("--method.interval0 9", r"at least 2 \* method.freeze_steps.* 9 and 5"),
         ("--method.switch_ratio 0", r"switch_ratio must be positive"),
         ("--train.warmup_steps 700", r"between 0 and train.steps 600; it is 700"),

@@ -1,0 +1,115 @@
+"""GaLore (arXiv 2403.03507): Adam in a low-rank space of each matrix's gradient, the weights themselves full-rank.
+
+Of a matrix W (m, n) with gradient G, every `gap` steps an orthonormal P is taken from G's SVD, of the shorter
+side (the package's projection type std):
+    m >= n:  P [r, n], R = G P^T [m, r]        else  P [m, r], R = P^T G [r, n]
+Both moments have R's shape; Adam's direction is projected back and scaled before it is subtracted. P is
+`galore_torch.GaLoreProjector`'s work; the Adam step is written out here (equal to the package's GaLoreAdamW
+within 1e-6), so that its state is plain tensors: saved by name like every other, and resumed to the bit. All
+other parameters are the row-step AdamW's. Needs whole fp32 matrices as masters: DeepSpeed's fp32 stage 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Optional, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatron_switchlora.config import UserError
+from megatron_switchlora.optim.row_adamw import RowAdamW
+from megatron_switchlora.parallel.parts import Part, shard_part
+
+SAVED = ("exp_avg", "exp_avg_sq", "projector", "row_step")
+
+
+class Projector(Protocol):
+    """What of `GaLoreProjector` is relied upon: it decomposes where `iter` is a multiple of its gap."""
+
+    ortho_matrix: Optional[Tensor]
+
+    def project(self, full_rank_grad: Tensor, iter: int) -> Tensor: ...
+
+    def project_back(self, low_rank_grad: Tensor) -> Tensor: ...
+
+
+def load_projector() -> Callable[..., Projector]:
+    """The package's projector class.
+
+    Raises:
+        UserError: the package, or bitsandbytes which it imports, is missing or does not load.
+    """
+    try:
+        from galore_torch.galore_projector import GaLoreProjector
+    except Exception as error:  # bitsandbytes fails in many ways
+        raise UserError(
+            f"method.name galore needs the package galore-torch, which does not load here ({error}): pip install "
+            "'megatron_switchlora[galore]' (from a checkout: pip install '.[galore]'), or use another method."
+        ) from None
+    return GaLoreProjector
+
+
+def projected_shapes(shape: torch.Size, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of the projected gradient and of the projector of a matrix (m, n)."""
+    m, n = shape
+    return ((m, rank), (rank, n)) if m >= n else ((rank, n), (m, rank))
+
+
+class GaloreAdamW(RowAdamW):
+    """Row-step AdamW but for the matrices in `projectors`, of rank `rank`."""
+
+    def __init__(
+        self, groups: list[dict[str, Any]], projectors: dict[nn.Parameter, Projector], rank: int,
+        *, beta1: float, beta2: float, eps: float,
+    ) -> None:  # fmt: skip
+        super().__init__(groups, beta1=beta1, beta2=beta2, eps=eps)
+        self.projectors, self.rank = projectors, rank
+
+    def _new_state(self, master: Tensor, rows: int) -> dict[str, Tensor]:
+        if master not in self.projectors:
+            return super()._new_state(master, rows)
+        low, projector = projected_shapes(master.shape, self.rank)
+        # the counter stays on the host: it is read at every step
+        return {
+            "exp_avg": master.new_zeros(low),
+            "exp_avg_sq": master.new_zeros(low),
+            "projector": master.new_zeros(projector),
+            "row_step": torch.zeros(1),
+        }
+
+    def _update(self, master: Tensor, group: dict[str, Any]) -> None:
+        projector = self.projectors.get(master)  # type: ignore[call-overload]
+        if projector is None:
+            return super()._update(master, group)
+        assert master.grad is not None
+        state, lr = self.state[master], group["lr"]
+        projector.ortho_matrix = state["projector"]
+        grad = projector.project(master.grad, int(state["row_step"]))
+        if projector.ortho_matrix is not state["projector"]:  # decomposed anew
+            state["projector"].copy_(projector.ortho_matrix)
+            projector.ortho_matrix = state["projector"]
+        state["row_step"] += 1
+        step, (beta1, beta2) = int(state["row_step"]), self.betas
+        exp_avg = state["exp_avg"].lerp_(grad, 1 - beta1)
+        exp_avg_sq = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        # as the package: eps is added before the bias correction, and the decay comes last
+        direction = projector.project_back(exp_avg / exp_avg_sq.sqrt().add_(self.eps))
+        master.add_(direction, alpha=-lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step))
+        if group["weight_decay"] != 0:
+            master.mul_(1 - lr * group["weight_decay"])
+
+    def parts(self, name: str, param: nn.Parameter, line: Optional[str]) -> Iterator[Part]:
+        """Of a projected matrix: itself, and NAME:exp_avg, NAME:exp_avg_sq, NAME:projector, NAME:row_step."""
+        if param not in self.projectors:
+            yield from super().parts(name, param, line)
+            return
+        yield shard_part(name, param.data, [], line)
+        for key in SAVED:
+            yield shard_part(f"{name}:{key}", self.state[param][key], [], line)
+
+    def read_rows(self, param: nn.Parameter) -> dict[str, Tensor]:
+        """Of a projected matrix: master and row_step alone, its moments have another shape."""
+        if param not in self.projectors:
+            return super().read_rows(param)
+        return {"master": param.detach().cpu().clone(), "row_step": self.state[param]["row_step"].clone()}
