@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_switchlora.config import MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from megatron_switchlora.data.loader import Samples
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.optim.layout import plain_layout
 from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.optim.row_adamw import RowAdamW
+from megatron_switchlora.parallel.mesh import lone_mesh
+from megatron_switchlora.train.ga_gradients import find_factors
 
 VOCAB = 61
 
@@ -46,6 +50,12 @@ def make_batches(config: RunConfig, steps: int, seed: int = 1) -> list[Tensor]:
     return list((torch.rand(shape, generator=generator) ** 3 * VOCAB).long())
 
 
+def make_samples(config: RunConfig, count: int = 100, seed: int = 2) -> Samples:
+    """A training text of random tokens, skewed likewise."""
+    size = count * config.train.seq_len + 1
+    return Samples((np.random.default_rng(seed).random(size) ** 3 * VOCAB).astype(np.uint16), config.train.seq_len)
+
+
 class PlainRun:
     """Model, method and optimizer in one process; `step` mirrors `train.engine.Engine.train_step`."""
 
@@ -54,7 +64,8 @@ class PlainRun:
         model = LlamaForCausalLM(config.model, VOCAB)
         initialize_weights(model, config.train.seed)
         self.model = model.to(dtype)
-        self.method = build_method(config, self.model)
+        factors = find_factors(config, self.model, lone_mesh(), make_samples(config), torch.device("cpu"))
+        self.method = build_method(config, self.model, None, factors)
         self.model.to(device)
         optim = config.optim
         self.optimizer = RowAdamW(self.method.param_groups(), beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps)

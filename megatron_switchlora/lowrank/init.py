@@ -20,7 +20,8 @@ Side = Literal["A", "B"]
 
 
 def factor_std(side: Side, kind: str, out_features: int, in_features: int, rank: int) -> float:
-    """Standard deviation of the entries of A or B; kind is "switchlora" or "classic"."""
+    """Standard deviation of the entries of A or B; kind is "classic", or anything else for SwitchLoRA's (whose
+    candidates are drawn so beside LoRA-GA's live vectors too)."""
     m, n, r = out_features, in_features, rank
     if kind == "classic":
         return 1 / math.sqrt(3 * n) if side == "A" else 0.0

@@ -30,13 +30,15 @@ def cases_of(methods: tuple[str, ...], fp32: tuple[str, ...], bf16: tuple[str, .
 
 FULL_GRID = cases_of(METHODS, STAGES, BF16_STAGES)
 SMALL_GRID = [*cases_of(("switchlora",), STAGES, ("1f",)), *cases_of(("full",), ("2",), ()), *cases_of(("lora",), (), ("1",))]
+LORA_GA = {"method": "lora", "stage": "2", "precision": "fp32",
+           "changes": {"method__init": "lora_ga", "method__rslora": True}}  # fmt: skip
 
 
 def check_same_mesh(dp: int, tp: int, cases: list[dict[str, Any]], folder: Path) -> None:
-    shared = {"changes": PADDED, "steps": STEPS}
     runs = []
     for case in cases:
-        place = {**case, **shared, "folder": str(folder / name(case))}
+        changes = {**PADDED, **case.get("changes", {})}
+        place = {**case, "changes": changes, "steps": STEPS, "folder": str(folder / name(case))}
         runs += [{**place, "first": 0, "save_at": SAVED}, {**place, "first": SAVED}]
     for rank, results in enumerate(run_mesh(dp, tp, runs)):
         for index, case in enumerate(cases):
@@ -51,7 +53,7 @@ def check_same_mesh(dp: int, tp: int, cases: list[dict[str, Any]], folder: Path)
 
 
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
-    check_same_mesh(2, 2, SMALL_GRID, tmp_path)
+    check_same_mesh(2, 2, [*SMALL_GRID, LORA_GA], tmp_path)
 
 
 @pytest.mark.full
