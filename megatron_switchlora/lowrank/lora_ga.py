@@ -7,7 +7,8 @@ first order in lr. (The paper's text has 1 / gamma, its code and runs 1 / sqrt(g
 Under tensor parallelism G is split like W and never gathered. Its split side is called `tall`: rows of G in
 a column-parallel layer, of G^T in a row-parallel one. The randomised decomposition (Halko et al., arXiv
 0909.4061, algorithms 4.4 and 5.1) sums [across, Q] and gathers [Q, Q] over the ranks, Q = 2r + oversample.
-Its test matrix meets the side that every rank holds whole, so it is the same at every degree.
+Its test matrix meets the side that every rank holds whole, so it is the same at every degree. Directions that
+G has only by rounding (a first layer that saw fewer words than 2r) come out orthonormal, but arbitrary.
 """
 
 from __future__ import annotations

@@ -138,9 +138,9 @@ def test_peft_loads_an_adapter_of_twice_the_rank_over_the_original_base(tmp_path
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
     exported, shifted = dict(base.named_parameters()), run.method.linears  # type: ignore[attr-defined]
     for name, linear in shifted.items():
-        weight = began.get_parameter(f"{name}.weight")
-        assert float((exported[f"{name}.weight"] - weight).detach().norm() / weight.norm()) < 1e-6, name
-        assert float((linear.weight - weight).detach().norm() / weight.norm()) > 0.1, name
+        weight = began.get_parameter(f"{name}.weight").detach()
+        assert float((exported[f"{name}.weight"].detach() - weight).norm() / weight.norm()) < 1e-6, name
+        assert float((linear.weight - weight).norm() / weight.norm()) > 0.1, name
     model = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
     assert float((logits(model) - logits(run.model)).abs().max()) < 1e-5
     ranks = {min(p.shape) for name, p in model.named_parameters() if "lora_" in name}

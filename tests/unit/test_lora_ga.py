@@ -251,8 +251,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(layers: int) -> tuple[int, int]:
-    """While the gradients of one sample of two tokens are estimated: the most bytes alive at once of tensors as large as
-    a matrix, which its activations are not, and the bytes of the largest matrix."""
+    """While the gradients of one sample of two tokens are estimated: the most bytes alive at once of tensors the size
+    of a matrix or larger, which no activation is, and the bytes of the largest matrix."""
     config = ga_config(model__num_layers=layers, model__hidden_size=96, model__intermediate_size=160)
     model = ga_gradients.working_copy(config, dense_model(config), CPU)
     sizes = [linear.weight.nbytes for _, _, _, linear in decoder_linears(model)]
