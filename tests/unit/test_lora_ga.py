@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +26,10 @@ from megatron_switchlora.parallel.shard import Axis, Split, named_generator
 from megatron_switchlora.rules import validate
 from megatron_switchlora.train import ga_gradients
 from megatron_switchlora.train.ga_gradients import find_factors, gradient_batches, mean_gradients, sum_gradients
+from tests.dist.launch import clean_environment
 from tests.plain import VOCAB, PlainRun, make_samples, small_config
+from tests.system.commands import SMALL, write_corpus
+from tools import lora_ga_coverage
 
 CPU = torch.device("cpu")
 EXACT = LoraGaConfig(samples=7, svd="exact")  # 7 samples: the last micro-batch is smaller
@@ -273,6 +279,24 @@ def test_memory_of_gradients_does_not_grow_with_the_layers() -> None:
     (two, matrix), (eight, _) = peak_bytes(2), peak_bytes(8)
     print(f"\ngradients alive: {two / matrix:.2f} matrices at 2 layers, {eight / matrix:.2f} at 8")
     assert matrix == two == eight
+
+
+def test_coverage_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for key, value in clean_environment(tmp_path).items():
+        monkeypatch.setenv(key, value)
+    options = [*SMALL, "--data.files", f"{write_corpus(tmp_path / 'corpus')}/*.txt", "--data.tokenizer", "char"]
+    monkeypatch.setattr(sys, "argv", ["coverage", "--out", str(tmp_path / "out" / "c"), *options])
+    lora_ga_coverage.main()
+    kinds = json.loads((tmp_path / "out" / "c.json").read_text())["kinds"]
+    assert (tmp_path / "out" / "c.png").stat().st_size > 5000
+    assert list(kinds) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    for entry in kinds.values():
+        shares = entry["covered"]
+        assert len(shares) == 32 and entry["layers"] == 2
+        assert shares == sorted(shares) and 0.03 < shares[0] and shares[-1] == pytest.approx(1)
+        assert entry["rank_6"] == shares[5] and entry["rank_12"] == shares[11]
+    assert lora_ga_coverage.covered(torch.diag(torch.tensor([2.0, 1.0, 0.0]))).tolist() == pytest.approx([0.8, 1, 1])
 
 
 def test_rules() -> None:
