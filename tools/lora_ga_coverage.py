@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """How much of the gradient rank r covers: the share of its squared singular values, by kind of layer (LoRA-GA, fig. 5).
 
-Takes the options of a run and computes, in one process, every adapted matrix's gradient as LoRA-GA does at its start: at
-the initial weights or those of --train.init_from, over method.ga.samples samples. Curves are means over the layers; the
-first step of LoRA-GA keeps what rank 2r covers. Writes OUT.json and OUT.png.
+Takes the options of a run and computes, in one process, every adapted matrix's gradient as LoRA-GA does at its start:
+at the initial weights or those of --train.init_from, over method.ga.samples samples. Curves are means over the layers;
+LoRA-GA's first step keeps what rank 2r covers. Writes OUT.json and OUT.png.
 
     python tools/lora_ga_coverage.py --out coverage --config launch/configs/cpu_quickstart.yaml
 """

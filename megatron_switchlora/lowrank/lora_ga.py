@@ -28,12 +28,17 @@ from megatron_switchlora.parallel.shard import Axis, Split, named_generator
 
 @torch.no_grad()
 def initial_factors(
-    linear: ParallelLinear, gradient: Optional[Tensor], method: MethodConfig, name: str, seed: int
+    linear: ParallelLinear,
+    gradient: Optional[Tensor],
+    method: MethodConfig,
+    name: str,
+    seed: int,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """This rank's parts of A [r, in] and B transposed [r, out] of a layer called `name`.
+    """This rank's parts of A [r, in] and B transposed [r, out] of a layer called `name`; padding is zero.
 
-    `gradient` is this rank's part of G [out, in], like the weight; Gaussian vectors need none. Collective over the
-    tensor-parallel ranks. Padding is zero.
+    `gradient` is this rank's part of G [out, in], cut like the weight, on the device; Gaussian vectors need none.
+    Collective over the tensor-parallel ranks, through the device.
     """
     m, n, split = linear.out_features, linear.in_features, linear.split
     if gradient is None:
@@ -43,7 +48,7 @@ def initial_factors(
         for_A, for_B = pair_indices(method.ga.direction, method.rank, generator)
         left, _, right = singular_pairs(gradient, split, 2 * method.rank, method.ga, generator)
         A, B = right.t()[for_A.to(right.device)], left.t()[for_B.to(left.device)]
-    c = vector_length(method, linear, named_generator(seed, f"{name}.lora_ga_weight"))
+    c = vector_length(method, linear, named_generator(seed, f"{name}.lora_ga_weight"), device)
     return A * c, B * c
 
 
@@ -66,11 +71,13 @@ def pair_indices(direction: str, rank: int, generator: torch.Generator) -> tuple
     return (high, low) if direction == "A2rBr" else (low, high)
 
 
-def vector_length(method: MethodConfig, linear: ParallelLinear, generator: torch.Generator) -> float:
+def vector_length(
+    method: MethodConfig, linear: ParallelLinear, generator: torch.Generator, device: torch.device
+) -> float:
     """c, the length of every vector. Collective over the tensor-parallel ranks for scale "weight"."""
     ga, s = method.ga, method.scaling
     if ga.scale == "weight":
-        _, values, _ = singular_pairs(linear.weight.detach(), linear.split, method.rank, ga, generator)
+        _, values, _ = singular_pairs(linear.weight.detach().to(device), linear.split, method.rank, ga, generator)
         return float((values / s).sqrt().mean())
     size = {"stable": linear.out_features, "backward": linear.in_features}
     return size[ga.scale] ** 0.25 / math.sqrt(ga.gamma) if ga.scale in size else {"gd": 1 / s, "unit": 1.0}[ga.scale]

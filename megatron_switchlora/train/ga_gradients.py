@@ -45,7 +45,7 @@ def find_factors(
     found = {}
     for name, _, _, linear in decoder_linears(model):
         gradient = gradients.pop(name).to(device) if gradients else None
-        A, B = initial_factors(linear, gradient, method, name, config.train.seed)
+        A, B = initial_factors(linear, gradient, method, name, config.train.seed, device)
         found[name] = A.cpu().contiguous(), B.cpu().contiguous()
     return found
 

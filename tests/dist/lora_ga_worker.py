@@ -74,7 +74,7 @@ def traffic(config: RunConfig, mesh: Mesh) -> dict[str, float]:
     gradient = torch.randn(linear.weight.shape, dtype=torch.float64)
     recorder = CommRecorder()
     with recorder:
-        lora_ga.initial_factors(linear, gradient, config.method, "gate", 0)
+        lora_ga.initial_factors(linear, gradient, config.method, "gate", 0, CPU)
     return {"calls": sum(recorder.calls.values()), "values": recorder.total() // 8}
 
 

@@ -294,7 +294,7 @@ def test_coverage_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for entry in kinds.values():
         shares = entry["covered"]
         assert len(shares) == 32 and entry["layers"] == 2
-        assert shares == sorted(shares) and 0.03 < shares[0] and shares[-1] == pytest.approx(1)
+        assert shares == sorted(shares) and shares[0] > 0.03 and shares[-1] == pytest.approx(1)
         assert entry["rank_6"] == shares[5] and entry["rank_12"] == shares[11]
     assert lora_ga_coverage.covered(torch.diag(torch.tensor([2.0, 1.0, 0.0]))).tolist() == pytest.approx([0.8, 1, 1])
 
