@@ -14,6 +14,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Optional, Union
 
+from megatron_switchlora.method_config import LoraGaConfig as LoraGaConfig
 from megatron_switchlora.method_config import MethodConfig as MethodConfig
 
 # Scalings of the rotary embedding that do not depend on the sequence: keys that they need, keys that they may have.

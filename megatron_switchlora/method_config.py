@@ -3,8 +3,33 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Optional, Union
+
+
+@dataclass
+class LoraGaConfig:
+    """Initial values from the gradient (LoRA-GA, arXiv 2407.05000), with method.init lora_ga."""
+
+    vectors: Literal["gradient", "gaussian"] = "gradient"
+    """gradient: singular vectors of the gradient; gaussian: normal ones of expected length 1. With scale stable these
+    are LoRA-GA and stable output alone, with scale unit the gradient alone and Gaussian (the paper's ablations)."""
+    direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"
+    """Which of the first 2r pairs. ArB2r: A the first r right vectors, B the left vectors r to 2r; A2rBr: the reverse;
+    ArBr: in turns, B first; random: drawn from the seed, A's and B's disjoint."""
+    scale: Literal["stable", "backward", "gd", "unit", "weight"] = "stable"
+    """Length c of every vector. stable: m^(1/4) / sqrt(gamma); backward: n^(1/4) / sqrt(gamma); gd: 1 / s; unit: 1;
+    weight: mean of sqrt(sigma / s) over the first r singular values sigma of W."""
+    gamma: float = 16.0
+    """Divisor in the scales stable and backward: 16 for T5, 64 for LLaMA 7B in the paper."""
+    samples: int = 64
+    """Training samples over which the gradient is averaged, drawn by the seed."""
+    svd: Literal["randomised", "exact"] = "randomised"
+    """randomised: on 2r + oversample vectors, of a gradient split over tensor-parallel ranks too; exact: needs tp 1."""
+    oversample: Optional[int] = None
+    """Vectors beyond 2r of the randomised decomposition; by default 2r more, as in the paper's code."""
+    power_iterations: int = 4
+    """Passes that sharpen the randomised decomposition."""
 
 
 @dataclass
@@ -22,11 +47,14 @@ class MethodConfig:
     """Scaling s = alpha / rank; by default 1 (SwitchLoRA, eq. 4 and 14), and 4096 with lte and mhlora, whose s is large
     (LTE, appendix A); lte over switchlora has 1."""
     rslora: bool = False
-    """Scaling s = alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
-    init: Optional[Literal["switchlora", "classic", "pissa", "semi_orthogonal"]] = None
+    """Scaling s = alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732); LoRA-GA is defined with it."""
+    init: Optional[Literal["switchlora", "classic", "pissa", "lora_ga", "semi_orthogonal"]] = None
     """switchlora: A and B uniform with the paper's deviations and W <- W - sBA; classic: A kaiming uniform, B zero;
-    pissa: W's principal singular vectors, and W <- W - sBA (not where vectors are switched); semi_orthogonal: A's rows
-    orthogonal, B zero. By default classic with relora, semi_orthogonal with lte and mhlora, else switchlora."""
+    pissa: W's principal singular vectors, and W <- W - sBA (not where vectors are switched); lora_ga: singular vectors
+    of the gradient at the start (method.ga), likewise; semi_orthogonal: A's rows orthogonal, B zero. By default classic
+    with relora, semi_orthogonal with lte and mhlora, else switchlora."""
+    ga: LoraGaConfig = field(default_factory=LoraGaConfig)
+    """Initial values from the gradient, with init lora_ga."""
     orthogonal_scale: Literal["sqrt_n_r", "sqrt_r_n"] = "sqrt_n_r"
     """Scale of semi-orthogonal rows of length n: sqrt(n / r), as LTE's code has it, or sqrt(r / n), as its paper."""
     local_heads: int = 1
@@ -123,3 +151,8 @@ class MethodConfig:
     def shares_base(self) -> bool:
         """Whether heads keep their last merge apart from W, which other heads share, or which is quantised."""
         return self.name == "lte" and (self.local_heads > 1 or self.base == "nf4")
+
+    @property
+    def keeps_initial(self) -> bool:
+        """Whether a run keeps A and B of its start: they make an adapter over the base it began from."""
+        return self.name == "lora" and self.init == "lora_ga"

@@ -11,7 +11,7 @@ import math
 from dataclasses import fields
 from fnmatch import fnmatch
 
-from megatron_switchlora.config import DataConfig, RunConfig, check_model, require, require_shard
+from megatron_switchlora.config import DataConfig, LoraGaConfig, RunConfig, check_model, require, require_shard
 
 # What a resumed run may be told to change, by `checkpoint.allow_changes`.
 CHANGEABLE = (
@@ -119,6 +119,45 @@ def _validate_switching(config: RunConfig) -> None:
     require(method.switch_ratio > 0, f"method.switch_ratio must be positive, not {method.switch_ratio}.")
     total = method.switch_total_steps
     require(total is None or total >= 1, f"method.switch_total_steps must be at least 1, not {total}.")
+
+
+def _validate_lora_ga(config: RunConfig) -> None:
+    method, ga, m, tp = config.method, config.method.ga, config.model, config.parallel.tp
+    if method.init != "lora_ga":
+        given = [f.name for f in fields(ga) if getattr(ga, f.name) != getattr(LoraGaConfig(), f.name)]
+        require(
+            not given,
+            f"method.ga.{', method.ga.'.join(given)} belong to method.init lora_ga, not {method.init}: give it too, or "
+            "leave them out.",
+        )
+        return
+    require(
+        method.name in ("lora", "switchlora", "lte"),
+        f"method.init lora_ga is for method.name lora, switchlora and lte, not {method.name}: use one of them, or "
+        "leave method.init out.",
+    )
+    smallest = min(m.hidden_size, m.intermediate_size, m.kv_heads * m.head_dim)
+    require(
+        2 * method.rank <= smallest,
+        f"method.init lora_ga takes 2 * method.rank singular pairs of every adapted matrix, at most min(m, n), here "
+        f"{smallest}; they are {2 * method.rank}: lower method.rank to {smallest // 2} or widen the "
+        "model.",
+    )
+    require(
+        method.rslora,
+        f"method.init lora_ga is defined with the scaling alpha / sqrt(rank), and method.rslora is {method.rslora}: "
+        "set it to true.",
+    )
+    require(math.isfinite(ga.gamma) and ga.gamma > 0, f"method.ga.gamma must be positive, not {ga.gamma}.")
+    require(ga.samples >= 1, f"method.ga.samples must be at least 1, not {ga.samples}.")
+    for name in ("oversample", "power_iterations"):
+        value = getattr(ga, name)
+        require(value is None or value >= 0, f"method.ga.{name} must not be negative, it is {value}.")
+    require(
+        ga.svd == "randomised" or tp == 1,
+        f"method.ga.svd exact needs a matrix's whole gradient on one rank, but parallel.tp is {tp}: use randomised, "
+        "with a larger method.ga.oversample where it must be closer.",
+    )
 
 
 def _validate_train(config: RunConfig) -> None:
@@ -260,9 +299,9 @@ def _validate_merges(config: RunConfig) -> None:
     method, m, tp = config.method, config.model, config.parallel.tp
     resets = method.merge_form == "reset"
     require(
-        not resets or method.initial != "switchlora",
-        "method.merge_form reset starts with B = 0 and one W for all heads, which method.init switchlora does not: use "
-        "semi_orthogonal or classic, or merge_form resetless.",
+        not resets or method.initial in ("semi_orthogonal", "classic"),
+        f"method.merge_form reset starts with B = 0 and one W for all heads, which method.init {method.initial} does "
+        "not: use semi_orthogonal or classic, or merge_form resetless.",
     )
     require(
         resets or not method.redraw_A,
@@ -318,6 +357,7 @@ def validate(config: RunConfig) -> None:
     """
     check_model(config.model)
     _validate_method(config)
+    _validate_lora_ga(config)
     _validate_train(config)
     _validate_stops(config)
     _validate_data(config.data)

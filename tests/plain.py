@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_switchlora.config import MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from megatron_switchlora.data.loader import Samples
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.optim.head_clip import HeadClip
 from megatron_switchlora.optim.layout import plain_layout
 from megatron_switchlora.parallel.mesh import Mesh, lone_mesh
 from megatron_switchlora.parallel.shard import Axis
+from megatron_switchlora.train.ga_gradients import find_factors
 
 VOCAB = 61
 
@@ -57,6 +60,12 @@ def by_heads(config: RunConfig, batch: Tensor, mesh: Mesh) -> list[Tensor]:
     return [piece.flatten(0, 1) for piece in mine.split(each, 1)]
 
 
+def make_samples(config: RunConfig, count: int = 100, seed: int = 2) -> Samples:
+    """A training text of random tokens, skewed likewise."""
+    size = count * config.train.seq_len + 1
+    return Samples((np.random.default_rng(seed).random(size) ** 3 * VOCAB).astype(np.uint16), config.train.seq_len)
+
+
 class PlainRun:
     """Model, method and optimizer in one process of a mesh without data-parallel ranks; `step` mirrors
     `train.engine.Engine.train_step`."""
@@ -73,7 +82,8 @@ class PlainRun:
         model = LlamaForCausalLM(config.model, VOCAB)
         initialize_weights(model, config.train.seed if seed is None else seed)
         self.model = model.to(dtype)
-        self.method = build_method(config, self.model, self.mesh)
+        factors = find_factors(config, self.model, self.mesh, make_samples(config), torch.device("cpu"))
+        self.method = build_method(config, self.model, self.mesh, factors)
         self.model.to(device)
         self.optimizer = self.method.build_optimizer()
         self.params = [param for group in self.optimizer.param_groups for param in group["params"]]

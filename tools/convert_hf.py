@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Between this project's checkpoints and Hugging Face's folders.
 
-    python tools/convert_hf.py export RUN_OR_CHECKPOINT OUT [--dtype fp32] [--peft]
+    python tools/convert_hf.py export RUN_OR_CHECKPOINT OUT [--dtype fp32] [--peft [--original_base]]
     python tools/convert_hf.py import HF_DIR OUT
 
 export folds the adapters and writes what AutoModelForCausalLM loads; with --peft OUT/base and OUT/adapter, which
-PeftModel loads. import makes a LLaMA the starting point of a run: --config OUT/model.yaml --train.init_from OUT.
-Both need memory for a few layers only.
+PeftModel loads; with --original_base too, of a run begun by LoRA-GA, an adapter of twice the rank over the matrices
+that the run began from. import makes a LLaMA the starting point of a run: --config OUT/model.yaml
+--train.init_from OUT. Both need memory for a few layers only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 
 from megatron_switchlora.checkpoint.files import verified
-from megatron_switchlora.config import UserError
+from megatron_switchlora.config import UserError, require
 from megatron_switchlora.model.hf_export import DTYPES, export_dense, export_peft
 from megatron_switchlora.model.hf_import import import_model
 from megatron_switchlora.model.weights import find_folder
@@ -25,8 +26,13 @@ from megatron_switchlora.model.weights import find_folder
 def export(arguments: argparse.Namespace) -> str:
     checkpoint = verified(find_folder(arguments.source))
     limit = int(arguments.shard_mb * 1e6)
-    write = export_peft if arguments.peft else export_dense
-    write(checkpoint, arguments.out, arguments.dtype, limit)
+    if arguments.peft:
+        export_peft(checkpoint, arguments.out, arguments.dtype, limit, arguments.original_base)
+    else:
+        require(
+            not arguments.original_base, "--original_base says over which base --peft puts the adapter: give it too."
+        )
+        export_dense(checkpoint, arguments.out, arguments.dtype, limit)
     parts = f"{arguments.out}/base and {arguments.out}/adapter" if arguments.peft else str(arguments.out)
     return f"{checkpoint.folder} (step {checkpoint.step}) exported as {arguments.dtype} to {parts}"
 
@@ -48,6 +54,7 @@ def main() -> None:
     out.add_argument("out", type=Path, metavar="OUT")
     out.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="cast after folding (default: bf16)")
     out.add_argument("--peft", action="store_true", help="base model and adapter apart, for PeftModel")
+    out.add_argument("--original_base", action="store_true", help="with --peft, of a run begun by LoRA-GA")
     out.add_argument("--shard_mb", type=float, default=1000.0, help="largest safetensors file, in MB")
     out.set_defaults(act=export)
     into = commands.add_parser("import", help="a Hugging Face LLaMA to a starting point")

@@ -69,19 +69,21 @@ class TokenStore:
 
 
 class BatchOrder:
-    """The global order of batches of `global_batch_size` out of `num_samples` samples.
+    """The global order of batches of `global_batch_size` out of `num_samples` samples; another `stream` of the same
+    seed is another order.
 
     Raises:
         UserError: fewer samples than one global batch.
     """
 
-    def __init__(self, num_samples: int, global_batch_size: int, seed: int) -> None:
+    def __init__(self, num_samples: int, global_batch_size: int, seed: int, stream: int = STREAM) -> None:
         require(
             num_samples >= global_batch_size,
             f"The training text must give at least one global batch, but it has {num_samples} samples of train.seq_len "
             f"tokens and train.global_batch_size is {global_batch_size}: give more text or lower either.",
         )
         self.num_samples, self.global_batch_size, self.seed = num_samples, global_batch_size, seed
+        self.stream = stream
         self._permutations: dict[int, np.ndarray] = {}  # of the latest batch's epochs
 
     def indices(self, k: int) -> np.ndarray:
@@ -97,7 +99,7 @@ class BatchOrder:
         return epochs * self.num_samples // self.global_batch_size
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        key = np.array([self.seed % 2**64, STREAM + epoch], dtype=np.uint64)
+        key = np.array([self.seed % 2**64, self.stream + epoch], dtype=np.uint64)
         return np.argsort(np.random.Philox(key=key).random_raw(self.num_samples), kind="stable")
 
 

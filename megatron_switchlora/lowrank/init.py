@@ -23,12 +23,12 @@ Side = Literal["A", "B"]
 
 
 def factor_std(side: Side, kind: str, out_features: int, in_features: int, rank: int) -> float:
-    """Standard deviation of the entries of A or B where they are drawn uniform: B is zero but with "switchlora", and
-    with "pissa" neither is drawn (`principal_factors`)."""
+    """Standard deviation of the entries of A or B where they are drawn uniform: B is zero but with "switchlora", or
+    with "lora_ga" for the candidates beside its live vectors; with "pissa" neither is drawn (`principal_factors`)."""
     m, n, r = out_features, in_features, rank
     if kind == "pissa":
         return 0.0
-    if kind != "switchlora":
+    if kind not in ("switchlora", "lora_ga"):
         return 1 / math.sqrt(3 * n) if side == "A" else 0.0
     if side == "A":
         return (r * math.sqrt(m) / (n * math.sqrt(n))) ** 0.25 * math.sqrt(GAIN)

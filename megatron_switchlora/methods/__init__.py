@@ -2,6 +2,8 @@
 
 from typing import Optional
 
+from torch import Tensor
+
 from megatron_switchlora.config import MethodConfig, RunConfig
 from megatron_switchlora.methods.base import Method
 from megatron_switchlora.methods.full import Full
@@ -26,14 +28,20 @@ def require_packages(config: RunConfig) -> None:
         load_projector()
 
 
-def build_method(config: RunConfig, model: LlamaForCausalLM, mesh: Optional[Mesh] = None) -> Method:
+def build_method(
+    config: RunConfig,
+    model: LlamaForCausalLM,
+    mesh: Optional[Mesh] = None,
+    factors: Optional[dict[str, tuple[Tensor, Tensor]]] = None,
+) -> Method:
     """Adapt `model` (initialised, on the CPU) to `config.method` and return what drives it. Without a mesh the process
-    is alone."""
+    is alone. `factors` are the initial ones that `train.ga_gradients.find_factors` found; with `method.init` lora_ga
+    and without them A and B are zero, for a checkpoint to fill."""
     kinds: dict[str, type[Method]] = {
         "full": Full, "galore": Galore, "lora": Lora, "relora": Relora, "switchlora": SwitchLora, "mhlora": MhLora,
         "lte": _kind_of_heads(config.method),
     }  # fmt: skip
-    return kinds[config.method.name](config, model, mesh or lone_mesh())
+    return kinds[config.method.name](config, model, mesh or lone_mesh(), factors)
 
 
 def _kind_of_heads(method: MethodConfig) -> type[Method]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 from torch import Tensor, nn
 
@@ -35,7 +35,13 @@ class Replica:
 class Method:
     """Base of all methods: does nothing beside training what is trainable."""
 
-    def __init__(self, config: RunConfig, model: LlamaForCausalLM, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model: LlamaForCausalLM,
+        mesh: Mesh,
+        factors: Optional[dict[str, tuple[Tensor, Tensor]]] = None,
+    ) -> None:
         self.config, self.model, self.mesh = config, model, mesh
 
     def matrices(self) -> list[nn.Parameter]:

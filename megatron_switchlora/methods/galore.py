@@ -7,6 +7,10 @@ part of each gradient only) and bf16.
 
 from __future__ import annotations
 
+from typing import Optional
+
+from torch import Tensor
+
 from megatron_switchlora.config import RunConfig
 from megatron_switchlora.methods.full import Full
 from megatron_switchlora.model.llama import LlamaForCausalLM
@@ -18,7 +22,13 @@ from megatron_switchlora.parallel.mesh import Mesh
 class Galore(Full):
     """Full-rank training whose matrices have a projector each."""
 
-    def __init__(self, config: RunConfig, model: LlamaForCausalLM, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model: LlamaForCausalLM,
+        mesh: Mesh,
+        factors: Optional[dict[str, tuple[Tensor, Tensor]]] = None,
+    ) -> None:
         self.projector_class = load_projector()
         super().__init__(config, model, mesh)
 

@@ -1,15 +1,18 @@
 """LoRA: a fixed low-rank adapter on the seven projections of every layer; W stays frozen.
 
-Initial values are SwitchLoRA's or PiSSA's (then W <- W0 - sBA, so that step 0 computes the dense
+Initial values are SwitchLoRA's, PiSSA's or LoRA-GA's (then W <- W0 - sBA, so that step 0 computes the dense
 initialisation), the classic ones or LTE's (B = 0). Embedding, head and norms train dense. With LoRA+ B has
-a learning rate of its own. An LTE head draws from a seed of its own; head 0 draws what LoRA would. `MhLora` is
-multi-head LoRA, LTE's baseline: y = W x + (s/N) sum_n B_n A_n x (arXiv 2402.16828, section 3.1), that is LoRA
-whose vectors are those of N heads side by side.
+a learning rate of its own. LoRA-GA's initial factors, A_0 and B_0, stay in host memory and in checkpoints:
+W0 = W + s B_0 A_0 is the base that a run began from, over which its adapter is [B, -B_0] [A; A_0], of rank 2r
+(arXiv 2407.05000, section 3). An LTE head draws from a seed of its own; head 0 draws what LoRA would. `MhLora`
+is multi-head LoRA, LTE's baseline: y = W x + (s/N) sum_n B_n A_n x (arXiv 2402.16828, section 3.1), that is
+LoRA whose vectors are those of N heads side by side.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -18,11 +21,12 @@ from torch import Tensor, nn
 from megatron_switchlora.config import RunConfig, accumulation_steps
 from megatron_switchlora.lowrank.init import Side, draw_orthogonal, draw_vectors, factor_std, principal_factors
 from megatron_switchlora.lowrank.linear import LowRankLinear
-from megatron_switchlora.methods.base import Method
+from megatron_switchlora.methods.base import Method, Replica
 from megatron_switchlora.model.llama import LlamaForCausalLM, decoder_linears
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.parallel.mesh import Mesh
-from megatron_switchlora.parallel.shard import named_generator, shard_of
+from megatron_switchlora.parallel.parts import Part, shard_part
+from megatron_switchlora.parallel.shard import is_split, named_generator, shard_of
 
 
 def head_seed(seed: int, head: int) -> int:
@@ -41,10 +45,18 @@ def draw_factor(config: RunConfig, side: Side, name: str, shape: tuple[int, int]
 
 
 class Lora(Method):
-    """`linears` are the adapted layers by Hugging Face name, in layer order."""
+    """`linears` are the adapted layers by Hugging Face name, in layer order; `initial` the factors of the start, as the
+    forward pass used them, where they are kept."""
 
-    def __init__(self, config: RunConfig, model: LlamaForCausalLM, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model: LlamaForCausalLM,
+        mesh: Mesh,
+        factors: Optional[dict[str, tuple[Tensor, Tensor]]] = None,
+    ) -> None:
         super().__init__(config, model, mesh)
+        self.initial: dict[nn.Parameter, Tensor] = {}
         micro_batches = accumulation_steps(config, mesh.size("dp"))
         self.linears: dict[str, LowRankLinear] = {}
         for name, parent, attribute, base in list(decoder_linears(model)):
@@ -52,6 +64,8 @@ class Lora(Method):
             setattr(parent, attribute, linear)
             self.linears[name] = linear
         self._draw_factors()
+        if config.method.init == "lora_ga":
+            self._take_factors(factors or {})
 
     def _draw_vectors(self, side: Side, name: str, count: int) -> Tensor:
         """`count` vectors of the layer's side [count, length]."""
@@ -64,6 +78,13 @@ class Lora(Method):
         for name, linear in self.linears.items():
             self._fill_factor(linear.lora_A, self._draw_vectors("A", name, self.config.method.rank))
             self._fill_factor(linear.lora_B, self._draw_vectors("B", name, self.config.method.rank))
+
+    def _take_factors(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Let A and B be this rank's parts of those found; without any they are zero, for a checkpoint to fill."""
+        for name, linear in self.linears.items():
+            A, B = factors[name] if factors else (torch.zeros(()), torch.zeros(()))
+            linear.lora_A.data.copy_(A)
+            linear.lora_B.data.copy_(B)
 
     @staticmethod
     def _fill_factor(factor: nn.Parameter, full: Tensor) -> None:
@@ -90,6 +111,32 @@ class Lora(Method):
             self._take_principal_factors()
         for linear in self.linears.values():
             linear.add_product(-1.0)
+        if self.config.method.keeps_initial:
+            dtypes = {
+                factor: linear.weight.dtype
+                for linear in self.linears.values()
+                for factor in (linear.lora_A, linear.lora_B)
+            }
+            self.initial = {factor: factor.detach().to("cpu", dtype, copy=True) for factor, dtype in dtypes.items()}
+
+    def _kept(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """(name, factor, its initial value) of what is kept of the start."""
+        for name, linear in self.linears.items():
+            for side, factor in (("A", linear.lora_A), ("B", linear.lora_B)):
+                if factor in self.initial:
+                    yield f"{name}.lora_{side}_0", factor, self.initial[factor]
+
+    def parts(self) -> Iterator[Part]:
+        """Also A_0 [r, in] and B_0 [r, out], NAME.lora_A_0 and NAME.lora_B_0, where they are kept."""
+        yield from super().parts()
+        for name, factor, value in self._kept():
+            shard = filter(None, [factor.shard])  # type: ignore[attr-defined]
+            yield shard_part(name, value, shard, "dp" if is_split(factor) else "head")
+
+    def replicas(self) -> Iterator[Replica]:
+        yield from super().replicas()
+        for name, factor, value in self._kept():
+            yield Replica(name, value, "dp" if is_split(factor) else "head")
 
     def _take_principal_factors(self) -> None:
         """PiSSA's factors. A data-parallel rank decomposes its share of the layers, each gathered over tp and alike on

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -212,19 +212,36 @@ class LteSwitchLora(HeadOnRanks, SwitchLora):
 class LocalLte(Merging):
     """K heads in one process, or heads over a quantised base."""
 
-    def __init__(self, config: RunConfig, model: LlamaForCausalLM, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model: LlamaForCausalLM,
+        mesh: Mesh,
+        factors: Optional[dict[str, tuple[Tensor, Tensor]]] = None,
+    ) -> None:
         super().__init__(config, model, mesh)
         self.linears = {}
         for name, parent, attribute, base in list(decoder_linears(model)):
             linear = HeadsLinear(base, config.method)
             setattr(parent, attribute, linear)
             self.linears[name] = linear
-            shape = (linear.out_features, linear.in_features)
-            for head, pair in enumerate(self._pairs(linear)):
-                for side, factor in zip("AB", pair, strict=True):
-                    full = draw_factor(config, side, name, shape, linear.rank, self.first_head + head)  # type: ignore[arg-type]
-                    factor.data.copy_(shard_of(factor, full))
+            if config.method.init == "lora_ga":
+                self._take_factors(linear, factors[name] if factors else None)
+            else:
+                self._draw_factors(name, linear)
         split_dense_tensors(model, config.method.local_heads)
+
+    def _draw_factors(self, name: str, linear: HeadsLinear) -> None:
+        shape = (linear.out_features, linear.in_features)
+        for head, (A, B) in enumerate(self._pairs(linear), self.first_head):
+            A.data.copy_(shard_of(A, draw_factor(self.config, "A", name, shape, linear.rank, head)))
+            B.data.copy_(shard_of(B, draw_factor(self.config, "B", name, shape, linear.rank, head)))
+
+    def _take_factors(self, linear: HeadsLinear, found: Optional[tuple[Tensor, Tensor]]) -> None:
+        """A and B of the heads here, one after the other; without any they are zero, for a checkpoint to fill."""
+        for head, pair in enumerate(self._pairs(linear)):
+            for side, factor in enumerate(pair):
+                factor.data.copy_(found[side].chunk(linear.heads)[head] if found else torch.zeros(()))
 
     def _pairs(self, linear: HeadsLinear) -> list[tuple[nn.Parameter, nn.Parameter]]:
         return list(zip(linear.lora_A, linear.lora_B, strict=True))

@@ -83,11 +83,15 @@ def _copy_tokenizer(source: Path, folder: Path) -> int | None:
     return AutoTokenizer.from_pretrained(source).eos_token_id
 
 
-def export_peft(checkpoint: Checkpoint, out: Path, dtype: str = "bf16", limit: int = SHARD_BYTES) -> None:
-    """Write `out`/base and `out`/adapter.
+def export_peft(
+    checkpoint: Checkpoint, out: Path, dtype: str = "bf16", limit: int = SHARD_BYTES, original: bool = False
+) -> None:
+    """Write `out`/base and `out`/adapter. With `original` the base's adapted matrices are those that the run began from
+    and the adapter has rank 2r: [B, -B_0] [A; A_0] (LoRA-GA, section 3).
 
     Raises:
-        UserError: a checkpoint without adapters; `out` exists or cannot be written.
+        UserError: a checkpoint without adapters, or with `original` without A_0 and B_0; `out` exists or cannot be
+            written.
     """
     weights = Weights(checkpoint)
     adapted = [name for name in weights.names() if weights.adapted(name)]
@@ -96,28 +100,37 @@ def export_peft(checkpoint: Checkpoint, out: Path, dtype: str = "bf16", limit: i
         raise UserError(
             f"{checkpoint.folder} was trained with method {method} and has no adapters to export: leave --peft out."
         )
+    if original and not weights.keeps_initial:
+        raise UserError(
+            f"{checkpoint.folder} does not hold the factors that its run began with, which method lora with "
+            f"method.init lora_ga keeps (this is {weights.method.name}, {weights.method.init}): leave it out."
+        )
 
     def fill(folder: Path) -> None:
         for name in ("base", "adapter"):
             (folder / name).mkdir()
-        _write_model(weights, checkpoint, folder / "base", dtype, weights.base, limit)
+        _write_model(weights, checkpoint, folder / "base", dtype, weights.original if original else weights.base, limit)
         tensors: dict[str, Tensor] = {}
         for name in adapted:
             A, B = weights.factors(name)
+            if original:
+                A_0, B_0 = weights.initial_factors(name)
+                A, B = torch.cat([A, A_0]), torch.cat([B, -B_0])
             stem = f"base_model.model.{name.removesuffix('.weight')}"
             tensors[f"{stem}.lora_A.weight"] = A.to(DTYPES[dtype])
             tensors[f"{stem}.lora_B.weight"] = B.t().to(DTYPES[dtype])
         save_tensors(tensors, folder / "adapter" / "adapter_model.safetensors")
-        config = json.dumps(peft_config(weights, adapted, str(out / "base")), indent=2)
+        config = json.dumps(peft_config(weights, adapted, str(out / "base"), 1 + original), indent=2)
         (folder / "adapter" / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
 
     build_folder(out, fill)
 
 
-def peft_config(weights: Weights, adapted: Iterable[str], base: str) -> dict[str, Any]:
-    """`adapter_config.json`: plain LoRA with our rank and alpha; those of LTE heads side by side."""
+def peft_config(weights: Weights, adapted: Iterable[str], base: str, times: int = 1) -> dict[str, Any]:
+    """`adapter_config.json`: plain LoRA with our rank, or so many times it (those of LTE heads side by side), and the
+    alpha that keeps our scaling."""
     method = weights.method
-    rank = method.adapter_rank * max(1, len(weights.heads))
+    rank = method.adapter_rank * max(1, len(weights.heads)) * times
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

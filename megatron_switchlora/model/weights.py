@@ -10,7 +10,7 @@ method, on any mesh, from these weights: its function is the checkpoint's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,6 +87,23 @@ class Weights:
         mean = stored[0] if len(stored) == 1 else torch.stack(stored).mean(0)
         return mean if self.adapted(name) else self._rounded(mean)
 
+    @property
+    def keeps_initial(self) -> bool:
+        """Whether the checkpoint holds A and B of the run's start."""
+        return any(name.endswith(".lora_A_0") for name in self.archive.names())
+
+    def initial_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A_0 [r, in] and B_0 [r, out], fp32, as they were subtracted from W."""
+        stem = name.removesuffix("weight")
+        return self.archive.read(f"{stem}lora_A_0"), self.archive.read(f"{stem}lora_B_0")
+
+    def original(self, name: str) -> Tensor:
+        """W + s B_0 A_0: the matrix from which the run began, fp32; a weight that is not adapted as it is now."""
+        if not self.adapted(name):
+            return self.base(name)
+        A, B = self.initial_factors(name)
+        return torch.addmm(self.base(name), B.t(), A, alpha=self.scaling)
+
     def read(self, name: str, offset: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
         """A box of the effective weight, by default all of it, fp32."""
         part = self.base(name, offset, size)
@@ -102,8 +119,11 @@ class Weights:
 
 def _known(kind: type[T], stored: dict[str, Any]) -> T:
     """A section of a stored configuration, without what this version does not know."""
-    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{key: value for key, value in stored.items() if key in names})
+    inner: dict[str, Any] = {field.name: field.default_factory for field in fields(kind)}  # type: ignore[arg-type]
+    known = {key: value for key, value in stored.items() if key in inner}
+    return kind(
+        **{key: _known(inner[key], value) if is_dataclass(inner[key]) else value for key, value in known.items()}
+    )
 
 
 def _model_order(name: str) -> tuple[int, int, str]:

@@ -22,12 +22,15 @@ FREE = (
 )  # fmt: skip
 
 
+NESTED = ("method.ga",)  # sections inside sections
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as dotted names."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and not prefix:
+        if isinstance(value, dict) and (not prefix or name in NESTED):
             flat |= flatten(value, f"{name}.")
         else:
             flat[name] = value

@@ -68,6 +68,7 @@ def memory_items(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zer
     items = [
         *_weights(config, vocab_size, tp, dp),
         *_bank(config, tp, dp),
+        *_lora_ga(config, vocab_size, tp),
         *_optimizer(config, vocab_size, tp, dp, zero),
         *_gradients(config, vocab_size, tp, dp, zero),
         *_activations(config, vocab_size, tp, dp),
@@ -103,14 +104,16 @@ def saved_words(given: float, full: float) -> str:
 
 def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
     """Bytes of all tensors of a checkpoint, whatever the mesh: master, two moments and step counters of what trains,
-    the frozen W, the bank and the schedule's integers; of GaLore's matrices projected moments and projectors. Headers,
-    tokenizer and doubled counters are left out."""
+    the frozen W, the bank and the schedule's integers, A and B of the start where they are kept; of GaLore's
+    matrices projected moments and projectors. Headers, tokenizer and doubled counters are left out."""
     counts, method, layers = count_parameters(config.model, config.method, vocab_size), config.method, config.model
     shapes = [(p.out_features, p.in_features) for p in projections(config.model)] * layers.num_layers
     dense = 2 * layers.num_layers + 2 + (not layers.tie_embeddings)  # tensors, with a counter each
     counters = dense + len(shapes) * (2 * method.rank if method.adapts else 1)
     moments, projectors = _moments(config, counts)
     total = FP32 * (counts.trainable + 2 * moments + projectors + counters + counts.frozen)
+    if method.keeps_initial:
+        total += FP32 * counts.adapters
     if method.name == "switchlora":
         switching = [(m, n) for m, n in shapes if min(m, n) > method.rank]
         total += sum(min(m, n) * (m + n) for m, n in switching) * compute_bytes(config)
@@ -175,6 +178,16 @@ def _bank(config: RunConfig, tp: int, dp: int) -> list[Item]:
     if method.bank_device == "host":
         return [Item("candidate bank, in host memory", held, "host")]
     return [Item(f"candidate bank, {config.train.precision}", held, "always")]
+
+
+def _lora_ga(config: RunConfig, vocab_size: int, tp: int) -> list[Item]:
+    """In host memory: the sum of the gradients of all matrices before the first step, and A and B of the start."""
+    method, counts = config.method, count_shard(config.model, config.method, vocab_size, tp)
+    summed = method.init == "lora_ga" and method.ga.vectors == "gradient"
+    return [
+        Item("LoRA-GA's gradients before step 1, in host memory", counts.matrices * FP32 * summed, "host"),
+        Item("LoRA-GA's A_0 and B_0, in host memory", counts.adapters * FP32 * method.keeps_initial, "host"),
+    ]
 
 
 def step_counters(config: RunConfig) -> int:

@@ -34,6 +34,7 @@ from megatron_switchlora.train.compatible import compare_data
 from megatron_switchlora.train.diagnose import find_bad_layer
 from megatron_switchlora.train.ds_config import resolve_ds_config
 from megatron_switchlora.train.engine import Engine, StepResult, perplexity
+from megatron_switchlora.train.ga_gradients import find_factors
 from megatron_switchlora.train.inputs import data_identity, prepare_data, require_tokenizer, vocabulary_size
 from megatron_switchlora.train.outcome import step_record, write_results
 from megatron_switchlora.train.regroup import load_regrouped, regroups
@@ -82,7 +83,9 @@ class Trainer:
             initial = open_together(find_folder(Path(config.train.init_from)), device)
             require_tokenizer(initial, self.data)
             on_all_ranks(partial(load_initial, model, Weights(initial)), device)
-        self.method = build_method(config, model, self.mesh)
+        begins = self.start.checkpoint is None  # else the checkpoint has the factors
+        factors = find_factors(config, model, self.mesh, self.train_store, device) if begins else None
+        self.method = build_method(config, model, self.mesh, factors)
         self.engine = Engine(model, self.method, config, self.ds_config, self.mesh, device)
         self._load_start()
         folder = self._claim_folder()

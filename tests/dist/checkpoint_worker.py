@@ -67,7 +67,7 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
     if dist.get_rank() == 0:
         folder.parent.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    engine = build_engine(config, case["stage"], mesh)
+    engine = build_engine(config, case["stage"], mesh, begins=not case["first"])
     found: dict[str, Any] = {"losses": [], "norms": [], "switched": [], "facts": {}}
     if case["first"]:
         (path,) = [p for p in published(folder) if int(p.name[5:]) == case["first"]]

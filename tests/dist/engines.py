@@ -16,7 +16,8 @@ from megatron_switchlora.parallel.mesh import Mesh, build_mesh
 from megatron_switchlora.parallel.ranks import discover_ranks
 from megatron_switchlora.train.device import choose_device
 from megatron_switchlora.train.ds_config import resolve_ds_config
-from tests.plain import VOCAB, by_heads
+from megatron_switchlora.train.ga_gradients import find_factors
+from tests.plain import VOCAB, by_heads, make_samples
 
 DS_JSON: dict[str, dict[str, Any]] = {
     "0": {"zero_optimization": {"stage": 0}},
@@ -35,15 +36,17 @@ def start(tp: int = 1, heads: int = 1) -> Mesh:
     return build_mesh(ParallelConfig(tp=tp, lte_heads=heads))
 
 
-def build_engine(config: RunConfig, stage: str, mesh: Mesh) -> Any:
-    """A fresh engine; `stage` is a key of DS_JSON."""
+def build_engine(config: RunConfig, stage: str, mesh: Mesh, begins: bool = True) -> Any:
+    """A fresh engine; `stage` is a key of DS_JSON. One that does not begin a run is to be filled from a checkpoint."""
     from megatron_switchlora.train.engine import Engine
 
     model = LlamaForCausalLM(config.model, VOCAB, mesh.axis("tp"))
     initialize_weights(model, config.train.seed)
-    method = build_method(config, model, mesh)
+    device = torch.device("cpu")
+    factors = find_factors(config, model, mesh, make_samples(config), device) if begins else None
+    method = build_method(config, model, mesh, factors)
     ds_config = resolve_ds_config(DS_JSON[stage], config, mesh.size("dp"))
-    return Engine(model, method, config, ds_config, mesh, torch.device("cpu"))
+    return Engine(model, method, config, ds_config, mesh, device)
 
 
 def micro_batches(config: RunConfig, batch: Tensor, mesh: Mesh) -> list[Tensor]:

@@ -39,6 +39,8 @@ ALL = [*((stage, "fp32") for stage in STAGES), *((stage, "bf16") for stage in BF
 FULL_GRID = [*cases_of(METHODS, STAGES, BF16_STAGES), *relora(*ALL)]
 SMALL_GRID = [*cases_of(("switchlora",), STAGES, ("1f",)), *cases_of(("full",), ("2",), ()), *cases_of(("lora",), (), ("1",)),
               *relora(("2", "fp32"))]  # fmt: skip
+LORA_GA = {"method": "lora", "stage": "2", "precision": "fp32",
+           "changes": {"method__init": "lora_ga", "method__rslora": True}}  # fmt: skip
 
 
 def check_same_mesh(dp: int, tp: int, cases: list[dict[str, Any]], folder: Path) -> None:
@@ -60,7 +62,7 @@ def check_same_mesh(dp: int, tp: int, cases: list[dict[str, Any]], folder: Path)
 
 
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
-    check_same_mesh(2, 2, SMALL_GRID, tmp_path)
+    check_same_mesh(2, 2, [*SMALL_GRID, LORA_GA], tmp_path)
 
 
 @pytest.mark.full

@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.plain import PlainRun, make_batches, small_config
+from megatron_switchlora.config import LoraGaConfig
+from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.parallel.mesh import lone_mesh
+from megatron_switchlora.train.ga_gradients import find_factors
+from tests.plain import VOCAB, PlainRun, make_batches, make_samples, small_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -28,3 +32,16 @@ def test_host_bank_is_pinned_and_changes_nothing() -> None:
     assert all(rows.is_pinned() for _, rows in host.method.bank.tensors())
     for step, batch in enumerate(make_batches(host.config, 10)):
         assert host.step(step, batch.cuda()) == device.step(step, batch.cuda())
+
+
+def test_lora_ga_begins_as_on_the_cpu() -> None:
+    ga = LoraGaConfig(samples=16, scale="weight")
+    config = small_config("lora", method__init="lora_ga", method__rslora=True, method__ga=ga)
+    model = LlamaForCausalLM(config.model, VOCAB)
+    initialize_weights(model, config.train.seed)
+    devices = (torch.device("cpu"), torch.device("cuda"))
+    cpu, gpu = (find_factors(config, model.double(), lone_mesh(), make_samples(config), device) for device in devices)
+    assert cpu is not None and gpu is not None
+    for name, factors in cpu.items():
+        for mine, goal in zip(gpu[name], factors, strict=True):
+            assert torch.allclose(mine, goal, atol=1e-8), name

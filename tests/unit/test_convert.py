@@ -29,6 +29,7 @@ from megatron_switchlora.train.state import own_share, state_parts
 from tests.plain import VOCAB, PlainRun, make_batches, small_config
 
 METHODS = ("full", "lora", "switchlora")
+LORA_GA = {"method__init": "lora_ga", "method__rslora": True, "method__alpha": 3.0}
 TOKENS = torch.randint(VOCAB, (3, 21), generator=torch.Generator().manual_seed(5))
 
 
@@ -109,11 +110,14 @@ def test_an_export_of_bf16_training_has_its_rounded_factors(tmp_path: Path) -> N
     assert torch.equal(weights.read("lm_head.weight"), run.model.lm_head.weight.detach().bfloat16().float())
 
 
-@pytest.mark.parametrize(("method", "rslora"), [("lora", False), ("lora", True), ("switchlora", False)])
-def test_peft_loads_the_adapters(tmp_path: Path, method: str, rslora: bool) -> None:
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [("lora", {}), ("lora", {"method__rslora": True}), ("switchlora", {}), ("lora", LORA_GA), ("switchlora", LORA_GA)],
+)
+def test_peft_loads_the_adapters(tmp_path: Path, method: str, changes: dict[str, Any]) -> None:
     peft = pytest.importorskip("peft")
-    run = trained(method, method__alpha=3.0, method__rslora=rslora)
-    assert run.config.method.scaling == pytest.approx(3 / 7**0.5 if rslora else 3 / 7)
+    run = trained(method, **{"method__alpha": 3.0, **changes})
+    assert run.config.method.scaling == pytest.approx(3 / 7**0.5 if changes else 3 / 7)
     export_peft(save(run, tmp_path / "step"), tmp_path / "out", "fp32")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
     assert float((logits(base) - logits(run.model)).abs().max()) > 1e-3  # the adapters do something
@@ -121,6 +125,34 @@ def test_peft_loads_the_adapters(tmp_path: Path, method: str, rslora: bool) -> N
     assert float((logits(model) - logits(run.model)).abs().max()) < 1e-5
     adapters = [name for name, _ in model.named_parameters() if "lora_" in name]
     assert len(adapters) == 2 * 7 * run.config.model.num_layers
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_peft_loads_an_adapter_of_twice_the_rank_over_the_original_base(tmp_path: Path, tied: bool) -> None:
+    """LoRA-GA's base is the matrices that the run began from, to rounding, not the shifted W."""
+    peft = pytest.importorskip("peft")
+    run = trained("lora", **LORA_GA, model__tie_embeddings=tied)
+    export_peft(save(run, tmp_path / "step"), tmp_path / "out", "fp32", original=True)
+    began = LlamaForCausalLM(run.config.model, VOCAB)
+    initialize_weights(began, run.config.train.seed)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
+    exported, shifted = dict(base.named_parameters()), run.method.linears  # type: ignore[attr-defined]
+    for name, linear in shifted.items():
+        weight = began.get_parameter(f"{name}.weight").detach()
+        assert float((exported[f"{name}.weight"].detach() - weight).norm() / weight.norm()) < 1e-6, name
+        assert float((linear.weight - weight).norm() / weight.norm()) > 0.1, name
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
+    assert float((logits(model) - logits(run.model)).abs().max()) < 1e-5
+    ranks = {min(p.shape) for name, p in model.named_parameters() if "lora_" in name}
+    assert ranks == {2 * run.config.method.rank}
+
+
+@pytest.mark.parametrize(("method", "changes"), [("lora", {}), ("switchlora", LORA_GA)])
+def test_without_the_first_factors_there_is_no_original_base(tmp_path: Path, method: str, changes: dict) -> None:
+    checkpoint = save(trained(method, **changes), tmp_path / "step")
+    with pytest.raises(UserError, match=f"does not hold the factors that its run began with.*this is {method}, "):
+        export_peft(checkpoint, tmp_path / "out", original=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_full_rank_has_no_adapters_to_export(tmp_path: Path) -> None:
@@ -180,11 +212,13 @@ def test_another_model_is_named(tmp_path: Path) -> None:
         load_initial(LlamaForCausalLM(other, VOCAB), weights)
 
 
-@pytest.mark.parametrize("changes", [{}, {"model__tie_embeddings": True, "model__num_kv_heads": 1}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"model__tie_embeddings": True, "model__num_kv_heads": 1, "method__rank": 12}, LORA_GA]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_checkpoint_has_the_bytes_of_the_formula(tmp_path: Path, method: str, changes: dict[str, Any]) -> None:
-    """With one key/value head of 12, rank 12 leaves k and v nothing to switch."""
-    run = trained(method, **changes, **({"method__rank": 12} if changes else {}))
+    """With one key/value head of 12, rank 12 leaves k and v nothing to switch; LoRA-GA keeps A_0 and B_0."""
+    run = trained(method, **changes)
     archive = save(run, tmp_path / "step").archive()
     total = sum(tensor.nbytes for tensor in map(archive.read, archive.names()))
     assert total == checkpoint_bytes(run.config, VOCAB)

@@ -1,0 +1,99 @@
+"""LoRA-GA's gradients and factors on several meshes of one world, against one process, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_switchlora.config import LoraGaConfig, ParallelConfig, RunConfig
+from megatron_switchlora.lowrank import lora_ga
+from megatron_switchlora.model.llama import LlamaForCausalLM, decoder_linears, initialize_weights
+from megatron_switchlora.parallel.mesh import Mesh, build_mesh, lone_mesh
+from megatron_switchlora.parallel.shard import Split
+from megatron_switchlora.train.comm import CommRecorder
+from megatron_switchlora.train.ga_gradients import find_factors, mean_gradients
+from tests.dist.launch import worker_main
+from tests.plain import VOCAB, make_samples, small_config
+
+CPU = torch.device("cpu")
+# 75 is padded at TP 2 and 4
+SHAPE = {"model__intermediate_size": 75, "model__num_kv_heads": 4, "model__num_layers": 1}
+
+
+def configured(rank: int, samples: int = 7, **ga: Any) -> RunConfig:
+    fixed = {"method__init": "lora_ga", "method__rslora": True, "method__alpha": 3.0, "method__rank": rank}
+    return small_config("lora", **SHAPE, **fixed, method__ga=LoraGaConfig(samples=samples, **ga))
+
+
+def model_on(config: RunConfig, mesh: Mesh) -> LlamaForCausalLM:
+    model = LlamaForCausalLM(config.model, VOCAB, mesh.axis("tp"))
+    initialize_weights(model, config.train.seed)
+    return model.double()
+
+
+def gap(split: Split | None, part: Tensor, whole: Tensor) -> float:
+    """How far this rank's part is from its share of the whole, padding included, relative to the largest entry."""
+    goal = whole if split is None else split.take(whole)
+    assert part.shape == goal.shape
+    return float((part - goal).abs().max() / whole.abs().max())
+
+
+def gradients_on(config: RunConfig, mesh: Mesh) -> dict[str, Tensor]:
+    """Averaged over data ranks that have unequal numbers of samples."""
+    return mean_gradients(config, model_on(config, mesh), mesh, make_samples(config), CPU)
+
+
+def gradient_gap(mesh: Mesh, whole: dict[str, Tensor]) -> float:
+    config = configured(3)
+    part = gradients_on(config, mesh)
+    return max(gap(x.split, part[name], whole[name]) for name, _, _, x in decoder_linears(model_on(config, mesh)))
+
+
+def factors_on(config: RunConfig, mesh: Mesh) -> dict[str, tuple[Tensor, Tensor]]:
+    return find_factors(config, model_on(config, mesh), mesh, make_samples(config), CPU) or {}
+
+
+def factor_gap(config: RunConfig, mesh: Mesh, whole: dict[str, tuple[Tensor, Tensor]]) -> float:
+    """Of every A and B."""
+    part, worst = factors_on(config, mesh), 0.0
+    for name, _, _, linear in decoder_linears(model_on(config, mesh)):
+        along = Split(1, linear.split.size, linear.tp)
+        splits = (None, along) if linear.split_dim == 0 else (along, None)  # of A, of B
+        for split, mine, goal in zip(splits, part[name], whole[name], strict=True):
+            assert float(goal.abs().max()) > 0
+            worst = max(worst, gap(split, mine, goal))
+    return worst
+
+
+def traffic(config: RunConfig, mesh: Mesh) -> dict[str, float]:
+    """Of decomposing one gate projection: calls, values given to collectives, and elements of its whole gradient."""
+    (_, _, _, linear), *_ = (entry for entry in decoder_linears(model_on(config, mesh)) if entry[2] == "gate_proj")
+    gradient = torch.randn(linear.weight.shape, dtype=torch.float64)
+    recorder = CommRecorder()
+    with recorder:
+        lora_ga.initial_factors(linear, gradient, config.method, "gate", 0, CPU)
+    return {"calls": sum(recorder.calls.values()), "values": recorder.total() // 8}
+
+
+def act(payload: dict[str, Any]) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    cases = {str(ga): configured(**ga) for ga in payload["cases"]}
+    gradients = gradients_on(configured(3), lone_mesh())
+    factors = {case: factors_on(config, lone_mesh()) for case, config in cases.items()}
+    result: dict[str, Any] = {}
+    for tp in payload["degrees"]:
+        mesh = build_mesh(ParallelConfig(tp=tp))
+        result[str(tp)] = {
+            "gradients": gradient_gap(mesh, gradients),
+            "factors": {case: factor_gap(config, mesh, factors[case]) for case, config in cases.items()},
+            "traffic": traffic(configured(3), mesh),
+        }
+    return result
+
+
+if __name__ == "__main__":
+    worker_main(act)

@@ -1,0 +1,42 @@
+"""LoRA-GA on dp 4, dp 2 x tp 2 and tp 4 equals one process: gradients, factors, zero padding, and no gradient gathered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.dist.launch import run_ranks
+
+DEGREES = [1, 2, 4]  # tensor-parallel degrees in a world of 4
+CASES: list[dict[str, Any]] = [
+    {"rank": 3},
+    {"rank": 7, "oversample": 0, "power_iterations": 8},
+    {"rank": 5, "direction": "random", "scale": "weight"},
+    {"rank": 24, "samples": 40},  # Q is all of the 48 columns, more than a rank's rows
+    {"rank": 5, "vectors": "gaussian"},
+]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return run_ranks(4, "tests.dist.lora_ga_worker", {"degrees": DEGREES, "cases": CASES})
+
+
+@pytest.mark.parametrize("tp", DEGREES)
+def test_gradients_and_factors_equal_one_process(ranks: list[dict[str, Any]], tp: int) -> None:
+    found = [rank[str(tp)] for rank in ranks]
+    gradients = max(entry["gradients"] for entry in found)
+    factors = {case: max(entry["factors"][case] for entry in found) for case in found[0]["factors"]}
+    print(f"\ndp {4 // tp} x tp {tp}: gradients {gradients:.1e}, factors {factors}")
+    assert len(factors) == len(CASES)
+    assert gradients < 1e-12
+    assert max(factors.values()) < 1e-9  # a singular vector is as exact as its value is apart from the next
+
+
+def test_a_decomposition_hands_over_no_gradient(ranks: list[dict[str, Any]]) -> None:
+    """Gate is [75, 48] and Q = 12: four passes and the core sum [48, Q], five bases gather [Q, Q]."""
+    for rank in ranks:
+        assert rank["1"]["traffic"] == {"calls": 0, "values": 0}
+        for tp in ("2", "4"):
+            assert rank[tp]["traffic"] == {"calls": 10, "values": 5 * (48 * 12 + 12 * 12)}

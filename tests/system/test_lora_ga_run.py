@@ -1,0 +1,65 @@
+"""A run that begins with LoRA-GA, stopped and gone on with: the gradient is taken once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.dist.launch import REPOSITORY
+from tests.system.commands import Place
+from tests.system.soak import comparable
+
+LORA_GA = [
+    "--method.name", "lora", "--method.init", "lora_ga", "--method.rslora", "true", "--method.alpha", "4",
+    "--method.ga.samples", "16",
+]  # fmt: skip
+NO_GRADIENT = """
+import sys
+from megatron_switchlora.train import ga_gradients
+
+def refuse(*_):
+    raise SystemExit("the gradient was taken again")
+
+ga_gradients.mean_gradients = refuse
+sys.path.insert(0, "{launch}")
+from pretrain import main
+main()
+"""
+
+
+class Watched(Place):
+    """A place whose lone runs take no gradient at their start."""
+
+    def command(self, launcher: str, arguments: list[str]) -> list[str]:
+        if launcher != "watched":
+            return super().command(launcher, arguments)
+        return [sys.executable, "-c", NO_GRADIENT.format(launch=REPOSITORY / "launch"), *arguments]
+
+
+@pytest.mark.full
+def test_a_resumed_run_is_the_same_to_the_bit_and_takes_no_gradient(tmp_path: Path) -> None:
+    place = Watched(tmp_path)
+    status, output = place.run("watched", place.options("refused", *LORA_GA))
+    assert status != 0 and "the gradient was taken again" in output
+    for run, last in (("whole", []), ("stopped", ["--train.stop_after_steps", "5"])):
+        status, output = place.run("alone", place.options(run, *LORA_GA, *last))
+        assert status == (75 if last else 0), output
+    status, output = place.run("watched", place.options("stopped", *LORA_GA))
+    assert status == 0 and "goes on after step 5 " in output, output
+    assert comparable(place.records("stopped")) == comparable(place.records("whole"))
+    files = [
+        place.folder / run / "checkpoints" / "step-00000012" / "tensors-00000.safetensors"
+        for run in ("stopped", "whole")
+    ]
+    ours, theirs = (load_file(file) for file in files)
+    assert ours.keys() == theirs.keys() and sum("lora_A_0" in name for name in ours) == 14
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    status, output = place.run(
+        "alone",
+        place.options("stopped2", *LORA_GA, "--method.ga.gamma", "4", "--resume", str(place.folder / "stopped")),
+    )
+    assert status == 2 and "method.ga.gamma is 16.0 there and 4.0 here" in output
