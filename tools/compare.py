@@ -12,7 +12,7 @@ command of launch/pretrain.py in the work folder. `optim.lr` and `optim.dense_lr
 that diverges is a result: its loss is infinite. Stop or kill the command at any time: finished runs are kept in one
 JSON, and the same command goes on, a run under way from its own checkpoint. An option that some run would refuse is
 told before anything trains. `--timing` measures step times apart, runs in turn and one at a time: what is read off runs
-that shared the machine is no comparison. `--report` writes table and plot of what is there; both follow every run too.
+that shared the machine is no comparison. `--report` writes table and plot of what is there; the table follows each run.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def act(arguments: argparse.Namespace) -> None:
             print(f"{method}: {config.train.steps:,} steps, {point}\n  {' '.join(runner.command(method, point, 0))}")
         return
     if not arguments.report:
-        runner.results.report = lambda: write_report(setting, configs, runner.results)
+        runner.results.report = lambda: write_report(setting, configs, runner.results, plot=False)
         with runner:
             (time_methods if arguments.timing else compare)(setting, runner)
     print(write_report(setting, configs, runner.results))

@@ -31,8 +31,8 @@ HEAD = (
 )
 
 
-def write_report(setting: Setting, configs: dict[str, RunConfig], results: Results) -> str:
-    """Write both files; returns the table."""
+def write_report(setting: Setting, configs: dict[str, RunConfig], results: Results, plot: bool = True) -> str:
+    """Write the table, which is returned, and the plot."""
     rows: list[str] = []
     notes: set[str] = set()
     for method, config in configs.items():
@@ -42,7 +42,8 @@ def write_report(setting: Setting, configs: dict[str, RunConfig], results: Resul
         f"# {setting.name}", "", setting.about.strip(), "", HEAD, *rows, "", *sorted(notes), *_facts(results)
     ])  # fmt: skip
     replace_text(results.path.with_suffix(".md"), text + "\n")
-    _plot(setting, results, results.path.with_suffix(".png"))
+    if plot:
+        _plot(setting, results, results.path.with_suffix(".png"))
     return text
 
 

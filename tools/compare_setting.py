@@ -192,19 +192,18 @@ def _check(setting: Setting, path: Path) -> None:
 
 
 def validate_points(setting: Setting, data: Optional[Path]) -> dict[str, RunConfig]:
-    """Try out every method's starting points; the configuration of each method's first.
+    """Try out every method at its first point, others differ in checked rates; the configurations at full length.
 
     Raises:
         UserError: naming the method and what its runs would refuse.
     """
     configs: dict[str, RunConfig] = {}
     for name, method in setting.methods.items():
-        for point in method.starts():
-            for sweep in (True, False):
-                try:
-                    config = setting.config(setting.run_options(name, point, 0, sweep), data)
-                except UserError as error:
-                    raise UserError(f"Setting {setting.name}, method {name}: {error}") from None
+        for sweep in (False, True) if setting.sweep_options else (False,):
+            try:
+                config = setting.config(setting.run_options(name, method.starts()[0], 0, sweep), data)
+            except UserError as error:
+                raise UserError(f"Setting {setting.name}, method {name}: {error}") from None
             configs.setdefault(name, config)
     return configs
 
