@@ -122,7 +122,7 @@ def _gradients(setting: Setting, config: RunConfig, run: Optional[Run], notes: s
         return ""
     if run["dp_bytes"]:
         return f"{run['dp_bytes'] / 1e6:,.2f} MB"
-    notes.add("Gradient bytes: one data rank communicates nothing; the formula's for two (tools' --dry_run).")
+    notes.add("Gradient bytes (formula): one data rank communicates nothing; these are --dry_run's for two data ranks.")
     dp = mesh_sizes(config.parallel, setting.world)["dp"]
     zero = zero_settings(resolve_ds_config(read_ds_config(setting.ds_path), config, dp))
     given, _ = gradient_bytes(config, run["vocab_size"], config.parallel.tp, 2, zero)

@@ -157,6 +157,13 @@ def test_another_text_and_missing_data_are_refused(tool: ModuleType, tmp_path: P
         tool.act(tool.make_parser().parse_args([str(tmp_path / "short.yaml"), "--dry_run"]))
 
 
+def test_divergence_is_told_in_the_trainers_words(tool: ModuleType) -> None:
+    import compare_runs  # type: ignore[import-not-found]
+
+    trainer = (REPOSITORY / "megatron_switchlora" / "train" / "trainer.py").read_text().replace('"\n            f"', "")
+    assert all(words in trainer for words in compare_runs.DIVERGED)
+
+
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "tools" / "settings").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_settings_are_accepted(tool: ModuleType, path: Path) -> None:
     """Every method; one that this version does not have yet must be told by its option."""
