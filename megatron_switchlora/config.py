@@ -143,7 +143,7 @@ class CheckpointConfig:
     keep_last: int = 2
     """Newest checkpoints kept."""
     keep_every: int = 0
-    """Checkpoints at multiples of so many steps are kept for good; 0: none."""
+    """Checkpoints at multiples of so many steps are kept for good, for tools/analyze.py to follow a run; 0: none."""
     background: bool = True
     """Write while training goes on, from a copy in host memory; false waits for the disk."""
     allow_changes: list[str] = field(default_factory=list)

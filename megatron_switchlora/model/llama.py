@@ -12,7 +12,7 @@ stand in `rope.py`. Not supported: biases, attention masks other than causal, ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Optional
 
 import torch
@@ -188,10 +188,12 @@ def initialize_weights(model: LlamaForCausalLM, seed: int) -> None:
         if param.dim() < 2:
             param.data.fill_(1.0)
         else:
-            values = torch.empty(full_shape(param)).normal_(
-                0.0, model.config.initializer_range, generator=named_generator(seed, name)
-            )
-            param.data.copy_(shard_of(param, values))
+            param.data.copy_(shard_of(param, initial_matrix(name, full_shape(param), model.config, seed)))
+
+
+def initial_matrix(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
+    """What a matrix of the whole model is before the first step, whatever the method: a function of its name."""
+    return torch.empty(tuple(shape)).normal_(0.0, config.initializer_range, generator=named_generator(seed, name))
 
 
 def decoder_linears(model: LlamaForCausalLM) -> Iterator[tuple[str, nn.Module, str, ParallelLinear]]:

@@ -10,7 +10,7 @@ All sizes are bytes. tp and dp are the mesh's; a "token" is one of a micro-batch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_switchlora.config import RunConfig, accumulation_steps, shard_size
@@ -85,16 +85,23 @@ def gradient_bytes(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Z
     if dp == 1:
         return 0, 0
     times = accumulation_steps(config, dp) if zero.stage == 2 else 1
-    counts = count_shard(config.model, config.method, vocab_size, tp)
+    full = count_shard(config.model, config.method, vocab_size, tp).full_total
     each = times * compute_bytes(config)
-    return counts.trainable * each, counts.full_total * each
+    return count_here(config, vocab_size, tp).trainable * each, full * each
 
 
 def full_rank_bytes(given: float, config: RunConfig, vocab_size: int, tp: int) -> float:
     """Gradient bytes of full-rank training where this method's are `given`: it reduces the same way, over a rank's
     part of all parameters."""
-    counts = count_shard(config.model, config.method, vocab_size, tp)
-    return given * counts.full_total / counts.trainable
+    full = count_shard(config.model, config.method, vocab_size, tp).full_total
+    return given * full / count_here(config, vocab_size, tp).trainable
+
+
+def count_here(config: RunConfig, vocab_size: int, tp: int) -> ParameterCounts:
+    """What a rank holds; what trains as often as it has LTE heads."""
+    counts, heads = count_shard(config.model, config.method, vocab_size, tp), config.method.heads_here
+    each = {name: heads * getattr(counts, name) for name in ("embedding", "head", "norms", "adapters")}
+    return replace(counts, **each)
 
 
 def saved_words(given: float, full: float) -> str:
@@ -109,29 +116,63 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
     counts, method, layers = count_parameters(config.model, config.method, vocab_size), config.method, config.model
     shapes = [(p.out_features, p.in_features) for p in projections(config.model)] * layers.num_layers
     dense = 2 * layers.num_layers + 2 + (not layers.tie_embeddings)  # tensors, with a counter each
-    counters = dense + len(shapes) * (2 * method.rank if method.adapts else 1)
+    counters = dense + len(shapes) * (2 * method.adapter_rank if method.adapts else 1)
     moments, projectors = _moments(config, counts)
-    total = FP32 * (counts.trainable + 2 * moments + projectors + counters + counts.frozen)
+    total = config.heads * FP32 * (counts.trainable + 2 * moments + projectors + counters)
+    total += _stored_bases(config, shapes, counts)
     if method.keeps_initial:
         total += FP32 * counts.adapters
-    if method.name == "switchlora":
+    if method.switches:
         switching = [(m, n) for m, n in shapes if min(m, n) > method.rank]
-        total += sum(min(m, n) * (m + n) for m, n in switching) * compute_bytes(config)
-        total += len(switching) * 2 * (1 + 2 * method.rank) * 8  # pointer, slots and freezes of either side
+        total += config.heads * sum(min(m, n) * (m + n) for m, n in switching) * compute_bytes(config)
+        # pointer, slots and freezes of either side
+        total += config.heads * len(switching) * 2 * (1 + 2 * method.rank) * 8
     return total
 
 
+def _stored_bases(config: RunConfig, shapes: list[tuple[int, int]], counts: ParameterCounts) -> int:
+    """Bytes of every frozen W; of LTE heads also what their merges need: each head's own W, or the shared one with the
+    factors of the last merge, and the origin."""
+    method = config.method
+    if method.name != "lte":
+        return FP32 * counts.frozen
+    resetless = method.merge_form == "resetless"
+    total = FP32 * counts.frozen * ((resetless and not method.switches) or method.base == "nf4")  # origins
+    if not method.shares_base:
+        return total + FP32 * counts.frozen * (config.heads if resetless else 1)
+    total += config.heads * counts.adapters * compute_bytes(config) * resetless
+    return total + (sum(nf4_bytes(m, n) for m, n in shapes) if method.base == "nf4" else FP32 * counts.frozen)
+
+
+def nf4_bytes(out_features: int, in_features: int) -> int:
+    """Bytes of a matrix in 4 bits: rows padded to blocks of 64, each with an fp32 scale."""
+    return out_features * -(-in_features // 64) * (32 + FP32)
+
+
 def _weights(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[Item]:
-    counts = count_shard(config.model, config.method, vocab_size, tp)
+    counts, method = count_here(config, vocab_size, tp), config.method
+    shapes = [p.shard(tp) for p in projections(config.model)]
+    in_4_bits = config.model.num_layers * sum(nf4_bytes(m, n) for m, n in shapes)
+    resetless = method.name == "lte" and method.merge_form == "resetless"
+    origins = (resetless and not method.switches) or method.base == "nf4"
     return [
         Item(f"trainable parameters, {config.train.precision}", counts.trainable * compute_bytes(config), "always"),
-        Item("frozen W, fp32", counts.frozen * FP32, "always"),
+        Item("frozen W, fp32", counts.frozen * FP32 * (method.base == "fp32"), "always"),
+        Item("frozen W, 4 bit", in_4_bits * (method.base == "nf4"), "always"),
+        Item(
+            "factors of the last merge",
+            counts.adapters * compute_bytes(config) * (resetless and method.shares_base),
+            "always",
+        ),
+        Item("origins of the LTE heads, in host memory", shard_size(counts.frozen, dp) * FP32 * origins, "host"),
         *_compute_copies(config, tp, accumulation_steps(config, dp)),
     ]
 
 
 def _is_merged(config: RunConfig, projection: Projection, tp: int, micro_batches: int) -> bool:
     """Whether a layer computes with W + sBA on a rank's shard."""
+    if config.method.shares_base:
+        return False
     tokens = config.train.micro_batch_size * config.train.seq_len
     return uses_merged(config.method, tokens, projection.shard(tp), micro_batches, trains=True)
 
@@ -164,7 +205,7 @@ def _bank(config: RunConfig, tp: int, dp: int) -> list[Item]:
     """C = min(out, in) candidates a side where that is more than the rank. The split factor's are [C, length / tp],
     the replicated factor's are spread by candidate over tp; `bank_spread dp` spreads both over dp too."""
     method = config.method
-    if method.name != "switchlora":
+    if not method.switches:
         return []
     spread = dp if method.bank_spread == "dp" else 1
     values = 0
@@ -194,8 +235,8 @@ def step_counters(config: RunConfig) -> int:
     """Adam step counters without ZeRO: one a LoRA vector, one a dense tensor."""
     model = config.model
     tensors = (1 if model.tie_embeddings else 2) + 2 * model.num_layers + 1
-    per_projection = 2 * config.method.rank if config.method.adapts else 1
-    return tensors + 7 * model.num_layers * per_projection
+    per_projection = 2 * config.method.adapter_rank if config.method.adapts else 1
+    return config.method.heads_here * (tensors + 7 * model.num_layers * per_projection)
 
 
 def _moments(config: RunConfig, counts: ParameterCounts) -> tuple[int, int]:
@@ -209,7 +250,7 @@ def _moments(config: RunConfig, counts: ParameterCounts) -> tuple[int, int]:
 
 
 def _optimizer(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero) -> list[Item]:
-    counts = count_shard(config.model, config.method, vocab_size, tp)
+    counts = count_here(config, vocab_size, tp)
     count, (moments, projectors) = counts.trainable, _moments(config, counts)
     share = 1 if zero.stage == 0 else dp
     no_copy = zero.stage == 0 and config.train.precision == "fp32"
@@ -223,7 +264,7 @@ def _optimizer(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero)
 
 def _gradients(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero) -> list[Item]:
     """Gradients, the buckets they are reduced in, and their fp32 form for the optimizer's step."""
-    counts = count_shard(config.model, config.method, vocab_size, tp)
+    counts = count_here(config, vocab_size, tp)
     count, size, precision = counts.trainable, compute_bytes(config), config.train.precision
     name, in_step = f"gradients, {precision}", "fp32 gradients of the step"
     if zero.fp32_accumulation:
@@ -262,7 +303,7 @@ def _first_group(config: RunConfig, counts: ParameterCounts, tp: int) -> int:
         return counts.matrices if counts.full_rank else counts.adapters
     shapes = [p.shard(tp) for p in projections(config.model)]
     sides = (sum(sizes) for sizes in zip(*shapes, strict=True))
-    return config.model.num_layers * config.method.rank * max(sides)
+    return config.method.heads_here * config.model.num_layers * config.method.adapter_rank * max(sides)
 
 
 def layer_activation_bytes(config: RunConfig, tp: int, micro_batches: int = 1) -> int:
@@ -276,7 +317,8 @@ def layer_activation_bytes(config: RunConfig, tp: int, micro_batches: int = 1) -
     lowrank = 0
     if config.method.adapts:
         split = [p for p in projections(model) if not _is_merged(config, p, tp, micro_batches)]
-        lowrank = size * config.method.rank * len(split)
+        times = 2 if config.method.shares_base and config.method.merge_form == "resetless" else 1
+        lowrank = size * config.method.adapter_rank * times * len(split)
     return norms + inputs + attention + mlp + lowrank
 
 

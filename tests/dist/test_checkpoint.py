@@ -80,7 +80,7 @@ def test_the_full_grid_on_the_same_mesh(tmp_path: Path, mesh: tuple[int, int]) -
 @pytest.mark.parametrize(
     ("others", "methods"),
     [
-        ([((1, 1), "1")], ("switchlora", "full")),
+        ([((1, 1), "1")], ("switchlora",)),
         pytest.param([((1, 4), "0"), ((4, 1), "2"), ((1, 1), "1")], METHODS, marks=pytest.mark.full),
     ],
     ids=["one process", "all"],

@@ -15,7 +15,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dp", [1, 2])
+@pytest.mark.parametrize("dp", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_one_step_at_a_time(dp: int) -> None:
     for case, worst in zip(CASES, run_ranks(dp, "tests.dist.reference_worker", {"cases": CASES})[0], strict=True):
         print(f"\ndp {dp} {case}: " + ", ".join(f"{key} {value:.1e}" for key, value in worst.items()))

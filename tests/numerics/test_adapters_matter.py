@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.dist.launch import run_ranks
 
 STEPS = 100
 
 
+@pytest.mark.full
 def test_run_ends_worse_with_the_adapters_gradients_zeroed() -> None:
     """Two lone ranks, one training as shipped, one with the adapters' gradients zeroed (shortened, smaller batch)."""
     trained, zeroed = run_ranks(2, "tests.numerics.adapters_worker", {"steps": STEPS}, timeout=280)

@@ -18,8 +18,7 @@ STEPS = 60
     [
         ("ring", {}),
         ("ring", {"optim__weight_decay": 0.1, "method__rank": 5, "method__freeze_steps": 1, "optim__dense_lr": 0.01}),
-        ("random", {}),
-        ("independent", {}),
+        *(pytest.param(name, {}, marks=pytest.mark.full) for name in ("random", "independent")),
         ("ring", {"method__compute": "merged"}),
         pytest.param(
             "random", {"method__compute": "merged", "method__merged_cache": "recompute"}, marks=pytest.mark.full

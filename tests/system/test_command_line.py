@@ -89,7 +89,7 @@ def test_final_model_in_transformers_has_the_same_validation_loss(place: Place, 
     assert total / count == pytest.approx(recorded, abs=1e-5)
 
 
-@pytest.mark.parametrize("launcher", ["alone", "torchrun"])
+@pytest.mark.parametrize("launcher", ["alone", pytest.param("torchrun", marks=pytest.mark.full)])
 def test_evaluate_only_repeats_the_number(place: Place, finished: str, launcher: str) -> None:
     arguments = ["--evaluate_only", "--output_dir", str(place.folder / "run")]
     if launcher == "alone":
@@ -108,7 +108,9 @@ def srun_variables(rank: int) -> dict[str, str]:
     return {**job, **tasks, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
 
 
-@pytest.mark.parametrize("launcher", ["alone", "torchrun", "mpirun", "srun"])
+@pytest.mark.parametrize(
+    "launcher", ["alone", "mpirun", *(pytest.param(name, marks=pytest.mark.full) for name in ("torchrun", "srun"))]
+)
 def test_other_launchers_train_the_same(place: Place, finished: str, launcher: str) -> None:
     """One process, and two under other launchers, see the same batches and switches as deepspeed's two."""
     run = f"run_{launcher}"
@@ -141,7 +143,7 @@ def test_generate(place: Place, finished: str) -> None:
 
 def test_a_used_folder_is_refused_and_untouched(place: Place, finished: str) -> None:
     before = {p: p.stat().st_mtime_ns for p in (place.folder / "run").rglob("*")}
-    status, output = place.run("deepspeed", place.options("run", *ZERO1, "--resume", "none"))
+    status, output = place.run("alone", place.options("run", *ZERO1, "--resume", "none"))
     assert status != 0
     assert output.count("already holds a run") == 1
     assert {p: p.stat().st_mtime_ns for p in (place.folder / "run").rglob("*")} == before
@@ -151,12 +153,17 @@ def test_a_used_folder_is_refused_and_untouched(place: Place, finished: str) -> 
     ("more", "message"),
     [
         (["--method.rang", "6"], "did you mean 'method.rank'"),
-        (["--model.num_heads", "3"], "must be a multiple of model.num_heads 3"),
-        (["--train.global_batch_size", "6"], "train.global_batch_size 6 must be a multiple of"),
         (["--data.files", "nowhere/*.txt"], "nowhere/*.txt"),
-        (["--data.val_fraction", "0.0001"], "validation"),
-        (["--train.global_batch_size", "8192"], "8192"),
         (["--ds_config", "zero3.json"], "stage must be 0, 1 or 2"),
+        *(
+            pytest.param(*mistake, marks=pytest.mark.full)
+            for mistake in [
+                (["--model.num_heads", "3"], "must be a multiple of model.num_heads 3"),
+                (["--train.global_batch_size", "6"], "train.global_batch_size 6 must be a multiple of"),
+                (["--data.val_fraction", "0.0001"], "validation"),
+                (["--train.global_batch_size", "8192"], "8192"),
+            ]
+        ),
     ],
 )
 def test_mistakes_are_told_once_and_end_every_rank(place: Place, more: list[str], message: str) -> None:
@@ -220,7 +227,7 @@ def test_ranks_of_mpirun_agree_on_a_port_below_a_shell(place: Place, tmp_path: P
 
 def test_a_run_that_blows_up_names_step_and_layer(place: Place) -> None:
     more = ["--optim.lr", "1e20", "--optim.clip", "0", "--train.warmup_steps", "0", "--method.name", "full"]
-    status, output = place.run("deepspeed", place.options("blown", *more))
+    status, output = place.run("alone", place.options("blown", *more))
     assert status != 0
     assert output.count("error: ") == 1, output
     assert "Step 2 gave loss" in output and "first bad on rank 0: the output of model.layers.0" in output, output

@@ -58,7 +58,9 @@ def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
     return left
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "mpirun"])
+@pytest.mark.parametrize(
+    "launcher", ["deepspeed", *(pytest.param(name, marks=pytest.mark.full) for name in ("torchrun", "mpirun"))]
+)
 def test_a_dead_rank_ends_the_others(place: Place, launcher: str) -> None:
     process = place.start(launcher, place.options("run", *LONG))
     try:
@@ -73,7 +75,7 @@ def test_a_dead_rank_ends_the_others(place: Place, launcher: str) -> None:
         end([process])
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "alone"])
+@pytest.mark.parametrize("launcher", [pytest.param("deepspeed", marks=pytest.mark.full), "alone"])
 def test_ctrl_c_ends_all_ranks_cleanly(place: Place, launcher: str) -> None:
     process = place.start(launcher, place.options("run", *LONG))
     try:

@@ -67,6 +67,7 @@ def test_meshes_that_do_not_divide_are_refused(place: Place, more: list[str], me
     assert not (place.folder / "refused").exists()
 
 
+@pytest.mark.full
 def test_the_periodic_check_names_what_came_apart(place: Place, tmp_path: Path) -> None:
     """One element of a replicated parameter, of a factor and of the bank changes on one of four ranks."""
     options = place.options(str(tmp_path), *ODD, *SPLIT, "--data.cache_dir", str(tmp_path / "cache"))

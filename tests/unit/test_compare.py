@@ -1,0 +1,172 @@
+"""tools/compare.py on a trainer that answers at once: sweep, seeds, divergence, stop and resume, timing, table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_switchlora.config import UserError
+from tests.dist.launch import REPOSITORY
+
+# The least loss is at lr 0.02, dense_lr 0.04; lr 0.16 diverges; a run writes its command to calls.txt.
+TRAINER = """
+import json, math, pathlib, sys
+words = dict(word[2:].split("=", 1) for word in sys.argv[1:-2])
+folder = pathlib.Path(sys.argv[-1])
+with (folder.parents[1] / "calls.txt").open("a") as calls:
+    calls.write(folder.name + chr(10))
+if (folder.parents[1] / "stop_here").exists() and words["train.seed"] == "1":
+    print("stopped after step 3 as asked"); sys.exit(75)
+lr, dense, seed = float(words["optim.lr"]), float(words.get("optim.dense_lr", 0.04)), int(words["train.seed"])
+folder.mkdir(parents=True, exist_ok=True)
+steps = int(words.get("train.stop_after_steps", 20))
+name = words["method.name"]
+seconds = {"full": 0.5, "lora": 0.25}.get(name, 1.0)
+with (folder / "metrics.jsonl").open("w") as file:
+    for step in range(1, steps + 1):
+        slow = 10 if step <= 2 else 1
+        record = dict(step=step, loss=2.0, tokens=64 * step, seconds=1.0, tokens_per_second=64 / seconds / slow,
+                      peak_memory_bytes=10**9, dp_bytes=0)
+        file.write(json.dumps(record) + chr(10))
+    if lr > 0.15:
+        print("error: Step 9 gave loss nan, gradient norm nan: not finite, so the step was not applied"); sys.exit(2)
+    loss = 1 + abs(math.log2(lr / 0.02)) + abs(math.log2(dense / 0.04)) + seed * 0.1 + (name == "lora")
+    file.write(json.dumps(dict(step=20, val_loss=loss, val_ppl=1.0)) + chr(10))
+meta = dict(val_loss=loss, data="cache", device="cpu", vocab_size=300, parameters=dict(trainable=50, full_rank=100))
+(folder / "meta.json").write_text(json.dumps(meta))
+"""
+SETTING: dict[str, Any] = {
+    "about": "A test.",
+    "options": {"model.hidden_size": 32, "train.steps": 20, "train.warmup_steps": 2, "method.rank": 4,
+                "data.source": "files", "data.files": "{data}/*.txt", "data.vocab_size": 300},
+    "seeds": 2,
+    "best": {"methods": 1, "seeds": 3},
+    "timing": {"rounds": 2, "steps": 6, "skip": 2},
+    "methods": {
+        "full": {"options": {"method.name": "full"}, "lr": 0.04, "dense_lr": 0.04},
+        "lora": {"options": {"method.name": "lora"}, "lr": 0.02},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """tools/compare.py as a module."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    import compare  # type: ignore[import-not-found]
+
+    return compare
+
+
+def start(tool: ModuleType, folder: Path, *more: str, **changes: Any) -> dict[str, Any]:
+    """Act on the setting with some fields changed; the results."""
+    (folder / "trainer.py").write_text(TRAINER)
+    (folder / "short.yaml").write_text(yaml.safe_dump({**SETTING, **changes}))
+    words = [str(folder / "short.yaml"), "--data", str(folder), "--out", str(folder / "out.json"), "--jobs", "3"]
+    words += ["--work", str(folder / "work"), "--launcher", f"{sys.executable} {folder / 'trainer.py'}", *more]
+    arguments: Namespace = tool.make_parser().parse_args(words)
+    tool.act(arguments)
+    return json.loads((folder / "out.json").read_text()) if (folder / "out.json").exists() else {}
+
+
+def test_a_coordinate_sweep_ends_at_the_best_point_and_its_seeds(tool: ModuleType, tmp_path: Path) -> None:
+    found = start(tool, tmp_path)
+    assert found["chosen"] == {"full": [0.02, 0.04], "lora": [0.02, None]}
+    full = [run for run in found["runs"].values() if run["method"] == "full"]
+    best = [run for run in full if (run["lr"], run["dense_lr"]) == (0.02, 0.04)]
+    assert sorted(run["seed"] for run in best) == [0, 1, 2]  # the best method's have one more
+    assert len([run for run in found["runs"].values() if run["method"] == "lora"]) == 3 + 1
+    assert len(full) == 5 + 3 + 2  # a star, three new points of the next, two seeds
+    table = (tmp_path / "out.md").read_text()
+    assert "| full | - | 50.0% | 0.02, 0.04 | 3 | 1.100 ± 0.100 |" in table
+    assert "| lora | 4 | 50.0% | 0.02, 0.02 | 2 | 2.050 ± 0.071 |" in table and "(formula)" in table
+    assert (tmp_path / "out.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    calls = (tmp_path / "calls.txt").read_text()
+    assert start(tool, tmp_path) == found and (tmp_path / "calls.txt").read_text() == calls  # nothing is run twice
+
+
+def test_a_grid_with_a_diverging_point_and_a_shorter_sweep(tool: ModuleType, tmp_path: Path) -> None:
+    methods = {"lora": {"options": {"method.name": "lora"}, "lr": [0.04, 0.16], "dense_lr": [0.04, 0.08]}}
+    found = start(tool, tmp_path, sweep="grid", sweep_options={"train.steps": 10}, methods=methods, seeds=1)
+    assert found["chosen"] == {"lora": [0.04, 0.04]}
+    runs = list(found["runs"].values())
+    assert [run["val_loss"] for run in runs if run["lr"] == 0.16] == [None, None]
+    assert len([run for run in runs if run["sweep"]]) == 4 and len([run for run in runs if not run["sweep"]]) == 3
+    table = (tmp_path / "out.md").read_text()
+    assert "0.04, 0.04 (edge)" in table and "2 diverged" in table
+
+
+def test_a_stopped_comparison_goes_on(tool: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "stop_here").touch()
+    with pytest.raises(tool.Stopped):
+        start(tool, tmp_path, sweep="none")
+    (tmp_path / "stop_here").unlink()
+    content = json.loads((tmp_path / "out.json").read_text())
+    finished = {key.replace(" ", "_") for key in content["runs"]}
+    before = (tmp_path / "calls.txt").read_text().split()
+    found = start(tool, tmp_path, sweep="none")
+    after = (tmp_path / "calls.txt").read_text().split()[len(before) :]
+    assert len(found["runs"]) == 5 and set(found["chosen"]) == {"full", "lora"}
+    assert finished and not finished & set(after)
+
+
+def test_timing_divides_by_full_rank_in_the_same_round(tool: ModuleType, tmp_path: Path) -> None:
+    found = start(tool, tmp_path, "--timing")
+    assert found["timing"]["lora"]["ratio"] == 0.5 and found["timing"]["full"]["step_seconds"] == [0.5, 0.5]
+    assert found["runs"] == {} and "timing_lora" in (tmp_path / "calls.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"methods": {"x": {"options": {"method.rang": 3}, "lr": 0.1}}},
+            "method x: Unknown option or key 'method.rang'",
+        ),
+        ({"methods": {"x": {"options": {"method.name": "nosuch"}, "lr": 0.1}}}, "method.name"),
+        ({"methods": {"x": {"lr": [0.1, 0.2]}}}, "lists of rates need 'sweep: grid'"),
+        ({"methods": {"x": {"lr": -1}}}, "must be positive numbers"),
+        ({"methods": {"x": {"dense_lr": 1.0}}}, "missing 1 required positional argument: 'lr'"),
+        ({"sweeps": "grid"}, "unknown field sweeps"),
+        ({"world": 3}, "must be a multiple of train.micro_batch_size"),
+        ({"methods": {}}, "must name its methods"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(
+    tool: ModuleType, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        start(tool, tmp_path, **changes)
+    assert not (tmp_path / "calls.txt").exists()
+
+
+def test_another_text_and_missing_data_are_refused(tool: ModuleType, tmp_path: Path) -> None:
+    start(tool, tmp_path, sweep="none")
+    content = json.loads((tmp_path / "out.json").read_text())
+    (tmp_path / "out.json").write_text(json.dumps({**content, "data": "other", "runs": {}}))
+    with pytest.raises(UserError, match=r"read the token cache cache, those before it in .* read other"):
+        start(tool, tmp_path, sweep="none")
+    with pytest.raises(UserError, match="say with --data"):
+        tool.act(tool.make_parser().parse_args([str(tmp_path / "short.yaml"), "--dry_run"]))
+
+
+def test_divergence_is_told_in_the_trainers_words(tool: ModuleType) -> None:
+    import compare_runs  # type: ignore[import-not-found]
+
+    trainer = (REPOSITORY / "megatron_switchlora" / "train" / "trainer.py").read_text().replace('"\n            f"', "")
+    assert all(words in trainer for words in compare_runs.DIVERGED)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "tools" / "settings").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_settings_are_accepted(tool: ModuleType, path: Path) -> None:
+    """Every method and point."""
+    setting = tool.read_setting(path, None, {})
+    tool.validate_points(setting, Path("data"))
+    assert len(setting.methods) >= 8

@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""Compare training methods fairly: every one at its own swept rates, over several seeds, in one table and plot.
+
+    python tools/compare.py tiny_shakespeare --data input.txt --jobs 2
+    python tools/compare.py tiny_shakespeare --data input.txt --timing
+    python tools/compare.py llama_350m --launcher "srun --kill-on-bad-exit=1 {python} {script}"
+
+SETTING is a YAML, or the name of one in tools/settings (their fields: tools/compare_setting.py). Every run is a
+command of launch/pretrain.py in the work folder. `optim.lr` and `optim.dense_lr` of a method are swept at seed 0: with
+`sweep: coordinate` the best point's neighbours at half and double of either rate are tried until none is better, with
+`sweep: grid` all listed pairs; the best point then runs at the other seeds, those of the best methods at more. A run
+that diverges is a result: its loss is infinite. Stop or kill the command at any time: finished runs are kept in one
+JSON, and the same command goes on, a run under way from its own checkpoint. An option that some run would refuse is
+told before anything trains. `--timing` measures step times apart, runs in turn and one at a time: what is read off runs
+that shared the machine is no comparison. `--report` writes table and plot of what is there; the table follows each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from statistics import mean
+from typing import Any, Optional
+
+from compare_report import write_report
+from compare_runs import Results, Runner, Stopped
+from compare_setting import ROOT, Point, Setting, read_setting, validate_points
+from compare_timing import time_methods
+
+from megatron_switchlora.config import UserError
+from megatron_switchlora.train.stop import REQUEUE
+
+
+def sweep(setting: Setting, method: str, runner: Runner) -> Point:
+    """The best rates of a method at seed 0; of a coordinate sweep, the point whose neighbours are all no better."""
+    starts = setting.methods[method].starts()
+    if setting.sweep == "none":
+        return starts[0]
+    if setting.sweep == "grid":
+        return min(zip(starts, runner.losses(method, starts), strict=True), key=lambda pair: pair[1])[0]
+    best = starts[0]
+    while True:
+        points = [best, *best.neighbours()]
+        losses = runner.losses(method, points)
+        winner = points[losses.index(min(losses))]  # the first of equals: where all diverge the search ends
+        if winner == best:
+            return best
+        best = winner
+
+
+def compare(setting: Setting, runner: Runner) -> None:
+    """Sweep, then seeds, then more seeds of the best methods; methods advance side by side as far as jobs allow."""
+
+    def settle(method: str) -> tuple[Point, float]:
+        runner.results.choose(method, None)
+        point = sweep(setting, method, runner)
+        runner.results.choose(method, point)
+        return point, mean(runner.seeds(method, point, range(setting.seeds)))
+
+    with ThreadPoolExecutor(len(setting.methods)) as pool:
+        settled = finish(runner, {method: pool.submit(settle, method) for method in setting.methods})
+        ranked = sorted(settled, key=lambda method: settled[method][1])
+        finish(runner, {
+            method: pool.submit(runner.seeds, method, settled[method][0], range(setting.best.seeds))
+            for method in ranked[: setting.best.methods] if math.isfinite(settled[method][1])
+        })  # fmt: skip
+
+
+def finish(runner: Runner, futures: dict[str, Future[Any]]) -> dict[str, Any]:
+    """All results; when one fails, or a signal asks to stop, the runs under way are stopped first."""
+    try:
+        wait(futures.values(), return_when="FIRST_EXCEPTION")
+        for future in futures.values():
+            if future.done():
+                future.result()  # raises what a method's thread has raised
+        return {name: future.result() for name, future in futures.items()}
+    except BaseException:
+        runner.stop()
+        raise
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("setting", type=Path, metavar="SETTING", help="a YAML, or a name of tools/settings")
+    parser.add_argument("--data", type=Path, help="what {data} is in the setting's options")
+    parser.add_argument("--methods", help="only these of the setting's methods, with commas")
+    parser.add_argument("--out", type=Path, help="results; by default benchmarks/compare_SETTING.json. "
+                        "The table goes to .md and the plot to .png beside it")  # fmt: skip
+    parser.add_argument("--work", type=Path, help="run folders and logs; by default runs/compare/SETTING")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
+    parser.add_argument("--launcher", help="command that starts a run, instead of the setting's: {python}, {script}, "
+                        "{port} (a free one) are filled in, the options follow")  # fmt: skip
+    parser.add_argument("--world", type=int, help="ranks that this launcher starts")
+    parser.add_argument("--keep", action="store_true", help="keep checkpoints and final models of finished runs")
+    parser.add_argument("--timing", action="store_true", help="measure step times, nothing else")
+    parser.add_argument("--report", action="store_true", help="write table and plot of what is there, and stop")
+    parser.add_argument("--dry_run", action="store_true", help="check every method, print its first command and stop")
+    return parser
+
+
+def act(arguments: argparse.Namespace) -> None:
+    overrides = {key: getattr(arguments, key) for key in ("launcher", "world") if getattr(arguments, key) is not None}
+    names: Optional[list[str]] = arguments.methods.split(",") if arguments.methods else None
+    setting = read_setting(arguments.setting, names, overrides)
+    configs = validate_points(setting, arguments.data or (Path("data") if arguments.report else None))
+    out = arguments.out or ROOT / "benchmarks" / f"compare_{setting.name}.json"
+    runner = Runner(
+        setting, Results(out), arguments.work or Path("runs") / "compare" / setting.name,
+        data=arguments.data and arguments.data.absolute(), jobs=arguments.jobs, keep=arguments.keep,
+    )  # fmt: skip
+    if arguments.dry_run:
+        for method, config in configs.items():
+            point = setting.methods[method].starts()[0]
+            print(f"{method}: {config.train.steps:,} steps, {point}\n  {' '.join(runner.command(method, point, 0))}")
+        return
+    if not arguments.report:
+        runner.results.report = lambda: write_report(setting, configs, runner.results, plot=False)
+        with runner:
+            (time_methods if arguments.timing else compare)(setting, runner)
+    print(write_report(setting, configs, runner.results))
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
+
+    def leave(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, leave)
+    try:
+        act(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, Stopped) as stop:
+        print(f"stopped ({stop}): the same command goes on", file=sys.stderr)
+        sys.exit(REQUEUE)
+
+
+if __name__ == "__main__":
+    main()

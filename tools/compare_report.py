@@ -1,0 +1,177 @@
+"""Table and plot of tools/compare.py's results, written beside the JSON as .md and .png.
+
+A method's row is its best point: that of its finished sweep, else the best so far, marked. Losses are in nats a token;
+a deviation is the sample's over seeds. Perplexity is exp(loss), seed by seed. Gradient bytes are those that a rank
+handed to data-parallel collectives in a step; where a single data rank communicates nothing they are the formula's
+(`train/memory.py`) for two data ranks. The plot has all runs pale and the best points' bold, over steps and tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Optional
+
+from compare_runs import Results
+from compare_setting import ROOT, Point, Setting, run_key
+
+from megatron_switchlora.config import RunConfig
+from megatron_switchlora.parallel.mesh import mesh_sizes
+from megatron_switchlora.train.dry_run import zero_settings
+from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
+from megatron_switchlora.train.memory import gradient_bytes
+from megatron_switchlora.train.run_folder import replace_text
+
+Run = dict[str, Any]
+HEAD = (
+    "| method | rank | trainable | lr, dense_lr | seeds | validation loss | perplexity | gradient bytes a step | "
+    "step time | peak memory |\n|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def write_report(setting: Setting, configs: dict[str, RunConfig], results: Results, plot: bool = True) -> str:
+    """Write the table, which is returned, and the plot."""
+    rows: list[str] = []
+    notes: set[str] = set()
+    for method, config in configs.items():
+        point, runs = best_runs(setting, results, method)
+        rows.append(_row(setting, results, method, config, point, runs, notes))
+    text = "\n".join([
+        f"# {setting.name}", "", setting.about.strip(), "", HEAD, *rows, "", *sorted(notes), *_facts(results)
+    ])  # fmt: skip
+    replace_text(results.path.with_suffix(".md"), text + "\n")
+    if plot:
+        _plot(setting, results, results.path.with_suffix(".png"))
+    return text
+
+
+def best_runs(setting: Setting, results: Results, method: str) -> tuple[Optional[Point], list[Run]]:
+    """The rates that count for a method and its runs at full length there, by seed."""
+    mine = [run for run in of_method(setting, results, method) if not run["sweep"]]
+    point = results.chosen(method)
+    if point is None and mine:
+        best = min(mine, key=_loss)
+        point = Point(best["lr"], best["dense_lr"])
+    found = [run for run in mine if point and (run["lr"], run["dense_lr"]) == (point.lr, point.dense_lr)]
+    return point, sorted(found, key=lambda run: run["seed"])
+
+
+def of_method(setting: Setting, results: Results, method: str) -> list[Run]:
+    """A method's runs under the setting as it is now; those of earlier options stay in the file unseen."""
+    found = []
+    for key, run in results.content["runs"].items():
+        if run["method"] == method:
+            point = Point(run["lr"], run["dense_lr"])
+            options = setting.run_options(method, point, run["seed"], run["sweep"])
+            if key == run_key(method, point, run["seed"], options):
+                found.append(run)
+    return found
+
+
+def _loss(run: Run) -> float:
+    return math.inf if run["val_loss"] is None else float(run["val_loss"])
+
+
+def _row(
+    setting: Setting, results: Results, method: str, config: RunConfig, point: Optional[Point], runs: list[Run],
+    notes: set[str],
+) -> str:  # fmt: skip
+    rank = "-" if config.method.name == "full" else str(config.method.rank)
+    if point is None or not runs:
+        return f"| {method} | {rank} |" + " |" * 8
+    rates = f"{point.lr:g}, {point.lr if point.dense_lr is None else point.dense_lr:g}"
+    if results.chosen(method) is None:
+        rates += " (sweep under way)"
+    elif setting.sweep == "grid" and _at_edge(setting, method, point):
+        rates += " (edge)"
+        notes.add("(edge): the best rate is the first or last of its list, so a better one may lie beyond.")
+    losses = [_loss(run) for run in runs]
+    known = next((run for run in runs if run["trainable"]), None)
+    share = f"{known['trainable'] / known['full_rank']:.1%}" if known else ""
+    memory = max((run["peak_memory_bytes"] or 0 for run in runs), default=0)
+    cells = [
+        method, rank, share, rates, str(len(runs)), _spread(losses, 3), _spread([math.exp(x) for x in losses], 2),
+        _gradients(setting, method, config, known, notes), _time(setting, results, method, notes),
+        f"{memory / 1e6:,.0f} MB",
+    ]  # fmt: skip
+    if known and known["device"] == "cpu":
+        notes.add("Peak memory is that of the whole process on the CPU, libraries included.")
+    return f"| {' | '.join(cells)} |"
+
+
+def _spread(values: list[float], digits: int) -> str:
+    """Mean and deviation over seeds; infinite where one has diverged."""
+    if not all(map(math.isfinite, values)):
+        return f"inf ({sum(not math.isfinite(value) for value in values)} of {len(values)} diverged)"
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def _at_edge(setting: Setting, method: str, point: Point) -> bool:
+    starts = setting.methods[method].starts()
+    ends: list[Callable[[Point], Optional[float]]] = [lambda p: p.lr, lambda p: p.dense_lr]
+    for rate in ends:
+        values = sorted({value for p in starts if (value := rate(p)) is not None})
+        if len(values) > 1 and rate(point) in (values[0], values[-1]):
+            return True
+    return False
+
+
+def _gradients(setting: Setting, method: str, config: RunConfig, run: Optional[Run], notes: set[str]) -> str:
+    if run is None:
+        return ""
+    if run["dp_bytes"]:
+        return f"{run['dp_bytes'] / 1e6:,.2f} MB"
+    notes.add("Gradient bytes (formula): one data rank communicates nothing; these are --dry_run's for two data ranks.")
+    dp = mesh_sizes(config.parallel, setting.world)["dp"]
+    path = setting.methods[method].options.get("ds_config", setting.ds_config)
+    zero = zero_settings(resolve_ds_config(read_ds_config(path and str(ROOT / path)), config, dp))
+    given, _ = gradient_bytes(config, run["vocab_size"], config.parallel.tp, 2, zero)
+    return f"{given / 1e6:,.2f} MB (formula)"
+
+
+def _time(setting: Setting, results: Results, method: str, notes: set[str]) -> str:
+    timing = results.content["timing"].get(method)
+    if timing is None:
+        return ""
+    notes.add(f"Step time: ratio to {setting.reference}'s, median over rounds of --timing (lowest to highest), alone.")
+    return f"{timing['ratio']:.2f} ({timing['lowest']:.2f} to {timing['highest']:.2f})"
+
+
+def _facts(results: Results) -> list[str]:
+    runs = results.content["runs"].values()
+    revisions = sorted({str(run["revision"])[:12] for run in runs})
+    machine = results.content["machine"]
+    return [
+        f"{len(runs)} runs, of which {sum(run['diverged'] for run in runs)} diverged; revisions "
+        f"{', '.join(revisions) or 'none'}; {machine.get('cpus')} CPUs, {machine.get('system')}."
+    ]
+
+
+def _plot(setting: Setting, results: Results, path: Path) -> None:
+    """Validation loss over steps and over tokens; a diverged run's curve ends where it did."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 5))
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for number, method in enumerate(setting.methods):
+        _, best = best_runs(setting, results, method)
+        for run in of_method(setting, results, method):
+            bold = run in best
+            style: dict[str, Any] = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
+            style |= {"linewidth": 1.6, "zorder": 3} if bold else {"linewidth": 0.6, "alpha": 0.25}
+            if bold and run is best[0]:
+                style["label"] = method
+            for axes, column in ((left, 0), (right, 1)):
+                axes.plot([entry[column] for entry in run["curve"]], [entry[2] for entry in run["curve"]], **style)
+    left.set(xlabel="step", ylabel="validation loss (nats a token)", title=setting.name)
+    right.set(xlabel="tokens", title="bold: best rates, a line a seed; pale: other rates")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,243 @@
+"""The runs of tools/compare.py: what is finished, in one JSON file, and starting what is missing.
+
+A run is a command of launch/pretrain.py with its own folder, so that a second start of the same command goes on from
+its newest checkpoint, or finds it finished. Its numbers come from its metrics.jsonl and meta.json. `Results` is written
+by atomic renames after every run; a finished run's checkpoints and final model are then deleted (--keep keeps them).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any, Optional
+
+from compare_setting import ROOT, Point, Setting, run_key
+
+from megatron_switchlora.config import UserError, require
+from megatron_switchlora.train.run_folder import lock_folder, read_meta, read_records, replace_text
+from megatron_switchlora.train.stop import REQUEUE
+
+SCRIPT = ROOT / "launch" / "pretrain.py"
+DIVERGED = ("not finite, so the step was", "the last update has destroyed the model")  # what launch/pretrain.py says
+
+
+class Stopped(Exception):
+    """A run was asked to stop, and has left a checkpoint."""
+
+
+class Results:
+    """Finished runs by key, chosen rates and step times, in a JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.report: Callable[[], Any] = lambda: None  # called after every change, under the lock
+        self._lock = threading.Lock()
+        self.content: dict[str, Any] = {"machine": {}, "data": None, "chosen": {}, "timing": {}, "runs": {}}
+        if path.exists():
+            try:
+                self.content |= json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"The results {path} cannot be read ({error}): move the file away.") from None
+
+    def change(self, section: str, key: str, value: Any) -> None:
+        """Set an entry and write the file, so that a kill leaves the old or the new one."""
+        with self._lock:
+            self.content[section][key] = value
+            self.content["machine"] = {"processor": platform.processor() or platform.machine(),
+                                       "cpus": os.cpu_count(), "system": platform.platform()}  # fmt: skip
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(self.path, json.dumps(self.content, indent=1) + "\n")
+            self.report()
+
+    def choose(self, method: str, point: Optional[Point]) -> None:
+        """The rates that a sweep has found; None while it is under way."""
+        self.change("chosen", method, point and [point.lr, point.dense_lr])
+
+    def chosen(self, method: str) -> Optional[Point]:
+        """The rates that a finished sweep has found."""
+        found = self.content["chosen"].get(method)
+        return found and Point(*found)
+
+    def add(self, key: str, run: dict[str, Any]) -> None:
+        """Raises: UserError, if the run read other tokens than those before it."""
+        data = run.pop("data")
+        before = self.content["data"]
+        require(
+            data is None or before in (None, data),
+            f"{key} read the token cache {data}, those before it in {self.path} read {before}: give the same --data, "
+            "or another --out.",
+        )
+        self.content["data"] = before or data
+        self.change("runs", key, run)
+
+
+class Runner:
+    """Starts runs, at most `jobs` at once. As a context it holds the work folder and ends what it has started."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        results: Results,
+        work: Path,
+        data: Optional[Path] = None,
+        jobs: int = 1,
+        keep: bool = False,
+    ) -> None:
+        self.setting, self.results, self.work = setting, results, work.absolute()
+        self.data, self.keep = data, keep
+        self._turns = threading.Semaphore(jobs)
+        self._starting = threading.Lock()
+        self._stopping = False
+        self._started: set[subprocess.Popen[bytes]] = set()
+
+    def __enter__(self) -> Runner:
+        self.work.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(self.work)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        self._lock.close()
+
+    def stop(self) -> None:
+        """Start nothing more, and ask what runs to leave a checkpoint and end: SIGTERM to each one's process group."""
+        with self._starting:
+            self._stopping = True
+        for process in list(self._started):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        for process in list(self._started):
+            process.wait()
+
+    def losses(self, method: str, points: Iterable[Point]) -> list[float]:
+        """Validation losses at seed 0, in the sweep's length."""
+        return self._all([(method, point, 0, bool(self.setting.sweep_options)) for point in points])
+
+    def seeds(self, method: str, point: Point, seeds: Iterable[int]) -> list[float]:
+        """Validation losses at full length."""
+        return self._all([(method, point, seed, False) for seed in seeds])
+
+    def _all(self, runs: list[tuple[str, Point, int, bool]]) -> list[float]:
+        with ThreadPoolExecutor(len(runs)) as pool:
+            return list(pool.map(lambda run: self.loss(*run), runs))
+
+    def loss(self, method: str, point: Point, seed: int, sweep: bool) -> float:
+        """Validation loss at the end of a run, from the results or by running it; infinite if it diverged."""
+        options = self.setting.run_options(method, point, seed, sweep)
+        key = run_key(method, point, seed, options)
+        if key not in self.results.content["runs"]:
+            with self._turns:
+                folder = self.work / re.sub(r"[^\w.+-]+", "_", key)
+                diverged = self.train(options, folder)
+                run = read_run(folder, diverged) | {
+                    "method": method, "lr": point.lr, "dense_lr": point.dense_lr, "seed": seed, "sweep": sweep
+                }  # fmt: skip
+                self.results.add(key, run)
+                print(f"{key}: {'diverged' if diverged else format(run['val_loss'], '.4f')}", flush=True)
+                if not self.keep:
+                    for name in ("checkpoints", "final"):
+                        shutil.rmtree(folder / name, ignore_errors=True)
+        value = self.results.content["runs"][key]["val_loss"]
+        return math.inf if value is None else float(value)
+
+    def command(self, method: str, point: Point, seed: int) -> list[str]:
+        """The line that starts a run, but for its folder."""
+        return self._line(self.setting.run_options(method, point, seed, False))
+
+    def _line(self, options: dict[str, Any]) -> list[str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            values = {"python": sys.executable, "script": str(SCRIPT), "port": probe.getsockname()[1]}
+        try:
+            start = [word.format(**values) for word in shlex.split(self.setting.launcher)]
+        except (KeyError, IndexError, ValueError) as error:
+            raise UserError(
+                f"The launcher {self.setting.launcher!r} may have {{python}}, {{script}} and {{port}}: {error}."
+            ) from None
+        return start + self.setting.words(options, self.data)
+
+    def train(self, options: dict[str, Any], folder: Path, may_stop: bool = False) -> bool:
+        """Start or continue a run and wait for its end; returns whether it diverged.
+
+        Raises:
+            Stopped: it was asked to stop (unless it may).
+            UserError: it failed, with the end of what it said.
+        """
+        wait_for_folder(folder)
+        log = folder.with_name(f"{folder.name}.log")
+        with log.open("ab") as file:
+            begin = file.tell()
+            with self._starting:
+                if self._stopping:
+                    raise Stopped("no new run")
+                process = subprocess.Popen(
+                    [*self._line(options), "--output_dir", str(folder)], stdin=subprocess.DEVNULL, stdout=file,
+                    stderr=subprocess.STDOUT, start_new_session=True,
+                )  # fmt: skip
+                self._started.add(process)
+            status = process.wait()
+            self._started.discard(process)
+        said = log.read_bytes()[begin:].decode(errors="replace")
+        if any(words in said for words in DIVERGED):
+            return True
+        if status == REQUEUE or "stopped after step" in said or self._stopping:
+            if may_stop and not self._stopping:
+                return False
+            raise Stopped(f"{folder.name} has left a checkpoint")
+        require(status == 0, f"A run failed with status {status}; the end of {log}:\n{said[-2000:]}")
+        return False
+
+
+def wait_for_folder(folder: Path) -> None:
+    """A run that outlived a killed compare.py ends first: it holds the lock of its folder."""
+    if (folder / ".lock").exists():
+        with (folder / ".lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def read_run(folder: Path, diverged: bool) -> dict[str, Any]:
+    """What the table and the plot need of a run: outcome, curve, counts, memory."""
+    records, meta = read_records(folder / "metrics.jsonl"), read_meta(folder)
+    steps = [record for record in records if "loss" in record]
+    tokens = steps[0]["tokens"] // steps[0]["step"] if steps else 0
+    return {
+        "val_loss": None if diverged else meta["val_loss"],
+        "diverged": diverged,
+        "steps": len(steps),
+        "curve": [[r["step"], r["step"] * tokens, r["val_loss"]] for r in records if "val_loss" in r],
+        "seconds": max((record["seconds"] for record in steps), default=0.0),
+        "step_seconds": median(step_seconds(steps)) if steps else None,
+        "peak_memory_bytes": max((record["peak_memory_bytes"] for record in steps), default=None),
+        "dp_bytes": steps[-1]["dp_bytes"] if steps else None,
+        "device": meta.get("device"),
+        "trainable": meta.get("parameters", {}).get("trainable"),
+        "full_rank": meta.get("parameters", {}).get("full_rank"),
+        "vocab_size": meta.get("vocab_size"),
+        "revision": meta.get("versions", {}).get("git_revision"),
+        "torch": meta.get("versions", {}).get("torch"),
+        "data": meta.get("data"),
+    }
+
+
+def step_seconds(steps: list[dict[str, Any]]) -> list[float]:
+    """Seconds of each step, from its speed."""
+    return [record["tokens"] / record["step"] / record["tokens_per_second"] for record in steps]

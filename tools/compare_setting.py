@@ -1,0 +1,241 @@
+"""A setting of tools/compare.py: which methods are compared on which run, at which learning rates.
+
+A setting is a YAML of `tools/settings/`. `configs` and `options` are the run that all methods share, each method adds
+its own, and options overrule files; `ds_config`, the DeepSpeed JSON, may be among a method's options. A method gives
+`lr` and `dense_lr`: where its sweep starts, or with `sweep: grid` the lists of which every pair is tried; without
+`dense_lr` it is tied to `lr`, as published. `{data}` in an option is the path given with --data. Every word that could
+be wrong is tried out before anything trains: a point becomes the words of a command line of launch/pretrain.py, and
+these are parsed and validated as that command would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+
+from megatron_switchlora.config import RunConfig, UserError, require
+from megatron_switchlora.parallel.mesh import mesh_sizes
+from megatron_switchlora.train.arguments import parse_arguments
+from megatron_switchlora.train.compatible import flatten
+from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
+
+ROOT = Path(__file__).resolve().parents[1]
+# Options that leave a run's numbers as they are, up to rounding: changing them does not make it another run.
+NEUTRAL = (
+    "ds_config", "output_dir", "resume", "checkpoint.*", "parallel.tp", "train.micro_batch_size", "train.device",
+    "train.threads",
+    "train.check_interval", "train.activation_checkpointing", "train.stop_after_*", "train.eval_interval", "data.files",
+    "data.val_files", "data.cache_dir", "method.compute", "method.merged_cache", "method.bank_*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Point:
+    """Learning rates of a run; with `dense_lr` None the dense tensors have `lr`."""
+
+    lr: float
+    dense_lr: Optional[float] = None
+
+    def __str__(self) -> str:
+        return f"lr {self.lr:g}" + ("" if self.dense_lr is None else f" dense_lr {self.dense_lr:g}")
+
+    def neighbours(self) -> list[Point]:
+        """Either rate halved and doubled."""
+        lr, dense = self.lr, self.dense_lr
+        found = [Point(lr / 2, dense), Point(lr * 2, dense)]
+        return found if dense is None else [*found, Point(lr, dense / 2), Point(lr, dense * 2)]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method as a setting names it, with what it adds to the shared options."""
+
+    lr: Any  # a number, or with a grid a list
+    dense_lr: Any = None
+    configs: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def starts(self) -> list[Point]:
+        """Every pair of the given rates."""
+        return [Point(lr, dense) for lr, dense in itertools.product(_listed(self.lr), _listed(self.dense_lr))]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The `methods` with the best means run at `seeds` seeds."""
+
+    methods: int = 2
+    seeds: int = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The timing pass: `rounds` of `steps` steps of every method in turn, of which the first `skip` warm up."""
+
+    rounds: int = 5
+    steps: int = 24
+    skip: int = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a YAML of tools/settings says."""
+
+    name: str
+    methods: dict[str, Contender]
+    about: str = ""
+    configs: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    sweep: str = "coordinate"
+    sweep_options: dict[str, Any] = field(default_factory=dict)  # of the sweep's runs alone: fewer steps
+    seeds: int = 3
+    best: Best = Best()
+    reference: str = "full"  # step times are ratios to this method's
+    launcher: str = "{python} {script}"
+    world: int = 1  # ranks that the launcher starts
+    ds_config: Optional[str] = None
+    timing: Timing = Timing()
+
+    def run_options(self, method: str, point: Point, seed: int, sweep: bool) -> dict[str, Any]:
+        """Everything that is given for a run but for its place, as dotted options; files first, so overruled."""
+        chosen = self.methods[method]
+        given: dict[str, Any] = {}
+        for path in [*self.configs, *chosen.configs]:
+            given |= flatten(_read_yaml(ROOT / path))
+        given |= self.options | chosen.options | (self.sweep_options if sweep else {})
+        given |= {"optim.lr": point.lr, "train.seed": seed}
+        if self.ds_config:
+            given.setdefault("ds_config", self.ds_config)
+        return given | ({} if point.dense_lr is None else {"optim.dense_lr": point.dense_lr})
+
+    def words(self, options: dict[str, Any], data: Optional[Path]) -> list[str]:
+        """Options as words of launch/pretrain.py's command line.
+
+        Raises:
+            UserError: an option needs --data, which was not given.
+        """
+        words = []
+        for name, value in options.items():
+            if name == "ds_config":
+                value = str(ROOT / value)
+            text = value if isinstance(value, str) else json.dumps(value)
+            if "{data}" in text:
+                require(
+                    data is not None, f"The setting {self.name} reads {name} {text}: say with --data what {{data}} is."
+                )
+                text = text.replace("{data}", str(data))
+            words.append(f"--{name}={text}")
+        return words
+
+    def config(self, options: dict[str, Any], data: Optional[Path]) -> RunConfig:
+        """The configuration that a run would have.
+
+        Raises:
+            UserError: what launch/pretrain.py would refuse of it.
+        """
+        arguments = parse_arguments(self.words(options, data))
+        dp = mesh_sizes(arguments.config.parallel, self.world)["dp"]
+        resolve_ds_config(read_ds_config(arguments.ds_config), arguments.config, dp)
+        return arguments.config
+
+
+def run_key(method: str, point: Point, seed: int, options: dict[str, Any]) -> str:
+    """A run's name among the results: another option that changes its numbers makes another name."""
+    counted = {name: value for name, value in options.items() if not any(fnmatch(name, p) for p in NEUTRAL)}
+    mark = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{method} {point} seed {seed} {mark}"
+
+
+def read_setting(path: Path, methods: Optional[list[str]], overrides: dict[str, Any]) -> Setting:
+    """The setting in a file, or of that name among the shipped ones, with some of its methods and changed fields.
+
+    Raises:
+        UserError: no such file, or a field, type or method that it does not know.
+    """
+    if not path.exists() and (ROOT / "tools" / "settings" / f"{path}.yaml").is_file():
+        path = ROOT / "tools" / "settings" / f"{path}.yaml"
+    content = _read_yaml(path) | overrides
+    given: dict[str, Any] = content.get("methods") or {}
+    require(isinstance(given, dict) and bool(given), f"{path} must name its methods, a section each, under 'methods'.")
+    unknown = [name for name in methods or [] if name not in given]
+    require(not unknown, f"{path} has no method {', '.join(unknown)}: it has {', '.join(given)}.")
+    chosen = {name: _make(Contender, given[name], f"{path}, method {name}") for name in methods or given}
+    content |= {"methods": chosen, "name": path.stem}
+    for key, kind in (("best", Best), ("timing", Timing)):
+        if key in content:
+            content[key] = _make(kind, content[key], f"{path}, {key}")
+    setting = _make(Setting, content, str(path))
+    _check(setting, path)
+    return setting
+
+
+def _check(setting: Setting, path: Path) -> None:
+    require(
+        setting.sweep in ("coordinate", "grid", "none"),
+        f"{path}: sweep must be coordinate, grid or none, not {setting.sweep!r}.",
+    )
+    for name, method in setting.methods.items():
+        for point in method.starts():
+            rates = [point.lr] if point.dense_lr is None else [point.lr, point.dense_lr]
+            wrong = [
+                rate for rate in rates if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate <= 0
+            ]
+            require(not wrong, f"{path}, method {name}: learning rates must be positive numbers, not {wrong}.")
+        require(
+            setting.sweep == "grid" or len(method.starts()) == 1,
+            f"{path}, method {name}: lists of rates need 'sweep: grid'; with {setting.sweep!r} give one of each.",
+        )
+    require(setting.seeds >= 1, f"{path}: seeds must be at least 1, not {setting.seeds}.")
+
+
+def validate_points(setting: Setting, data: Optional[Path]) -> dict[str, RunConfig]:
+    """Try out every method at its first point, others differ in checked rates; the configurations at full length.
+
+    Raises:
+        UserError: naming the method and what its runs would refuse.
+    """
+    configs: dict[str, RunConfig] = {}
+    for name, method in setting.methods.items():
+        for sweep in (False, True) if setting.sweep_options else (False,):
+            try:
+                config = setting.config(setting.run_options(name, method.starts()[0], 0, sweep), data)
+            except UserError as error:
+                raise UserError(f"Setting {setting.name}, method {name}: {error}") from None
+            configs.setdefault(name, config)
+    return configs
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}. The shipped settings are in tools/settings."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    require(isinstance(content, dict), f"{path} must hold fields, as 'options:' with lines below it.")
+    return content
+
+
+def _make(kind: type[Any], content: Any, where: str) -> Any:
+    """A dataclass from a mapping, with an error that names what does not fit."""
+    require(isinstance(content, dict), f"{where}: must be a section with fields, not {content!r}.")
+    known = {entry.name for entry in fields(kind)}
+    strange = sorted(set(content) - known)
+    require(not strange, f"{where}: unknown field {', '.join(strange)}; it may have {', '.join(sorted(known))}.")
+    try:
+        return kind(**content)
+    except TypeError as error:
+        raise UserError(f"{where}: {error}.") from None

@@ -1,0 +1,65 @@
+"""The timing pass of tools/compare.py: how long a step of each method takes, as a ratio to full-rank training.
+
+In each round every method runs a few steps in turn, one at a time, in a fresh folder: the real run's options, ended by
+train.stop_after_steps, so that schedules stand where the run begins. A method's step time in a round is the median of
+its steps after the first `skip`; it is divided by the reference's of the same round, and the median over rounds is
+reported. Rates do not matter to it, so each method's starting point serves.
+"""
+
+from __future__ import annotations
+
+import shutil
+from statistics import median
+from typing import Any
+
+from compare_runs import Runner, step_seconds
+from compare_setting import Setting
+
+from megatron_switchlora.config import require
+from megatron_switchlora.train.run_folder import read_records
+
+
+def time_methods(setting: Setting, runner: Runner) -> None:
+    """Measure all methods and put seconds and ratios by round into the results.
+
+    Raises:
+        UserError: the reference is not among the methods, or a run ends before it has been timed.
+    """
+    require(
+        setting.reference in setting.methods,
+        f"Step times are ratios to {setting.reference!r}: put it among the methods, or change the setting's reference.",
+    )
+    seconds: dict[str, list[float]] = {method: [] for method in setting.methods}
+    for number in range(setting.timing.rounds):
+        for method in setting.methods:
+            seconds[method].append(_one(setting, runner, method))
+            print(f"round {number + 1}, {method}: {seconds[method][-1]:.4f} s a step", flush=True)
+    base = seconds[setting.reference]
+    for method, values in seconds.items():
+        ratios = [mine / theirs for mine, theirs in zip(values, base, strict=True)]
+        found = {"step_seconds": values, "ratio": median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+        runner.results.change("timing", method, found)
+
+
+def _one(setting: Setting, runner: Runner, method: str) -> float:
+    """Median seconds of a step in one short run."""
+    timing = setting.timing
+    options: dict[str, Any] = setting.run_options(method, setting.methods[method].starts()[0], 0, False)
+    steps, micro = options.get("train.steps", 600), options.get("train.micro_batch_size", 8)
+    require(
+        timing.skip < timing.steps < steps, f"timing.steps {timing.steps} must lie between timing.skip and train.steps."
+    )
+    options |= {
+        "train.stop_after_steps": timing.steps, "train.eval_interval": steps, "checkpoint.interval": 0,
+        "train.eval_samples": micro * setting.world, "resume": "none",
+    }  # fmt: skip
+    folder = runner.work / f"timing_{method}"
+    shutil.rmtree(folder, ignore_errors=True)
+    diverged = runner.train(options, folder, may_stop=True)
+    records = [record for record in read_records(folder / "metrics.jsonl") if "loss" in record]
+    require(
+        not diverged and len(records) == timing.steps,
+        f"{folder} has {len(records)} steps instead of {timing.steps}: see {folder}.log.",
+    )
+    shutil.rmtree(folder)
+    return median(step_seconds(records[timing.skip :]))
