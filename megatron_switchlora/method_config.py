@@ -46,6 +46,10 @@ class MethodConfig:
     alpha: Optional[float] = None
     """Scaling s = alpha / rank; by default 1 (SwitchLoRA, eq. 4 and 14), and 4096 with lte and mhlora, whose s is large
     (LTE, appendix A); lte over switchlora has 1."""
+    full_rank_steps: int = 0
+    """Steps of full-rank training before the method begins, from the weights that these reach."""
+    full_rank_lr: float = 0.001
+    """Peak learning rate of the decoder's matrices in those steps."""
     rslora: bool = False
     """Scaling s = alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732); LoRA-GA is defined with it."""
     init: Optional[Literal["switchlora", "classic", "pissa", "lora_ga", "semi_orthogonal"]] = None

@@ -20,6 +20,25 @@ CHANGEABLE = (
 )  # fmt: skip
 
 
+def _validate_warm_start(config: RunConfig) -> None:
+    method, t = config.method, config.train
+    steps, warmup = method.full_rank_steps, t.warmup_steps
+    require(steps >= 0, f"method.full_rank_steps must not be negative, it is {steps}.")
+    rate = method.full_rank_lr
+    require(math.isfinite(rate) and rate > 0, f"method.full_rank_lr must be positive, not {rate}.")
+    if steps:
+        require(
+            method.name != "full",
+            "method.full_rank_steps comes before another method, and method.name full trains so throughout: leave it "
+            "out.",
+        )
+        require(
+            warmup <= t.steps - steps and steps < t.steps,
+            f"method.full_rank_steps {steps} of train.steps {t.steps} must leave the method its own warm-up of "
+            f"train.warmup_steps {warmup} and a step: lower one of them.",
+        )
+
+
 def _validate_method(config: RunConfig) -> None:
     method, m = config.method, config.model
     if method.name == "full":
@@ -359,6 +378,7 @@ def validate(config: RunConfig) -> None:
     _validate_method(config)
     _validate_lora_ga(config)
     _validate_train(config)
+    _validate_warm_start(config)
     _validate_stops(config)
     _validate_data(config.data)
     _validate_parallel(config)

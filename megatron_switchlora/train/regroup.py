@@ -42,7 +42,7 @@ def regroups(config: RunConfig, state: dict[str, Any]) -> bool:
         return False
     interval = method.merge_interval
     require(
-        not isinstance(interval, str) and state["step"] % interval == 0,
+        not isinstance(interval, str) and (state["step"] - method.full_rank_steps) % interval == 0,
         f"The checkpoint at step {state['step']} has {groups} x {local} LTE heads (parallel.lte_heads x "
         f"method.local_heads) and this run {config.parallel.lte_heads} x {method.local_heads}: heads can change only "
         f"right after a merge, and method.merge_interval is {interval}. Give the same heads, or a checkpoint at such a "

@@ -8,6 +8,7 @@ rank 0 writes (but for its share of a checkpoint) and speaks.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
@@ -20,23 +21,22 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_switchlora.checkpoint.files import published
+from megatron_switchlora.checkpoint.files import Checkpoint, published
 from megatron_switchlora.config import RunConfig, UserError, require
-from megatron_switchlora.data.loader import BatchOrder, Reader, TrainLoader, eval_batches
-from megatron_switchlora.methods import build_method, require_packages
+from megatron_switchlora.data.loader import BatchOrder, eval_batches
+from megatron_switchlora.methods import Method, require_packages
 from megatron_switchlora.model.counts import count_parameters
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.model.weights import Weights, find_folder, load_initial
 from megatron_switchlora.parallel.agree import gather_texts, on_all_ranks, on_one_rank
-from megatron_switchlora.parallel.mesh import AXES, Mesh, build_mesh
+from megatron_switchlora.parallel.mesh import AXES, Mesh
 from megatron_switchlora.parallel.ranks import Ranks
 from megatron_switchlora.train.compatible import compare_data
 from megatron_switchlora.train.diagnose import find_bad_layer
-from megatron_switchlora.train.ds_config import resolve_ds_config
 from megatron_switchlora.train.engine import Engine, StepResult, perplexity
-from megatron_switchlora.train.ga_gradients import find_factors
 from megatron_switchlora.train.inputs import data_identity, prepare_data, require_tokenizer, vocabulary_size
 from megatron_switchlora.train.outcome import step_record, write_results
+from megatron_switchlora.train.phase import Phase, build_phases, start_engine
 from megatron_switchlora.train.regroup import load_regrouped, regroups
 from megatron_switchlora.train.resume import Start, open_together
 from megatron_switchlora.train.run_folder import (
@@ -57,6 +57,9 @@ class Trainer:
     """A run. `given_ds_config` is the user's DeepSpeed JSON, `start` says where it begins (`resume.find_start`; by
     default anew), and `stop` hears the signals that end it."""
 
+    engine: Engine
+    phase: Phase
+
     def __init__(
         self,
         config: RunConfig,
@@ -68,43 +71,74 @@ class Trainer:
     ) -> None:
         self.config, self.ranks, self.device = config, ranks, device
         self.start, self.stop = start or Start(), stop or StopRequest()
-        self.mesh: Mesh = build_mesh(config.parallel)
-        self.ds_config = resolve_ds_config(given_ds_config, config, self.mesh.size("dp"))
         on_all_ranks(partial(require_packages, config), device)
         self.data = prepare_data(config, ranks, device)
-        self._load_data()
+        self._load_data(given_ds_config)
         self.vocab_size = vocabulary_size(config, self.data)
         identity = on_one_rank(ranks.rank == 0, lambda: json.dumps(data_identity(self.data, self.vocab_size)), device)
         self.identity: dict[str, Any] = json.loads(identity)
         self.counts = count_parameters(config.model, config.method, self.vocab_size)
-        model = LlamaForCausalLM(config.model, self.vocab_size, self.mesh.axis("tp"))
-        initialize_weights(model, config.train.seed)
-        if config.train.init_from and self.start.checkpoint is None:
-            initial = open_together(find_folder(Path(config.train.init_from)), device)
-            require_tokenizer(initial, self.data)
-            on_all_ranks(partial(load_initial, model, Weights(initial)), device)
-        begins = self.start.checkpoint is None  # else the checkpoint has the factors
-        factors = find_factors(config, model, self.mesh, self.train_store, device) if begins else None
-        self.method = build_method(config, model, self.mesh, factors)
-        self.engine = Engine(model, self.method, config, self.ds_config, self.mesh, device)
-        self._load_start()
+        self._start_engine()
         folder = self._claim_folder()
         on_all_ranks(partial(self._open_folder, folder), device)
         self.saver = Saver(folder / "checkpoints", self.engine, config.checkpoint, self.say)
         self._say_head()
 
-    def _load_start(self) -> None:
-        """Fill the fresh engine from the checkpoint."""
-        checkpoint = self.start.checkpoint
-        if checkpoint is None:
-            return
+    @property
+    def mesh(self) -> Mesh:
+        return self.phase.mesh
+
+    @property
+    def method(self) -> Method:
+        return self.engine.method
+
+    def _start_engine(self) -> None:
+        """The engine of the phase in which the run begins or goes on, from the configured weights or the checkpoint."""
+        train, checkpoint = self.config.train, self.start.checkpoint
+        model = self._fresh_model()
+        begins = checkpoint is None or 0 < self.phase.first == checkpoint.step
+        if checkpoint is None and train.init_from:
+            initial = open_together(find_folder(Path(train.init_from)), self.device)
+            require_tokenizer(initial, self.data)
+            on_all_ranks(partial(load_initial, model, Weights(initial)), self.device)
+        elif checkpoint is not None:
+            self._check_start(checkpoint)
+            if begins:  # it holds the end of the phase before
+                on_all_ranks(partial(load_initial, model, Weights(checkpoint)), self.device)
+        self.engine = start_engine(self.phase, model, self.train_store, self.device, begins)
+        if checkpoint is not None and not begins:
+            self._load_start(checkpoint)
+
+    def _fresh_model(self) -> LlamaForCausalLM:
+        model = LlamaForCausalLM(self.config.model, self.vocab_size, self.mesh.axis("tp"))
+        initialize_weights(model, self.config.train.seed)
+        return model
+
+    def _hand_over(self) -> None:
+        """The full-rank phase is over: the method begins from its weights."""
+        self.saver.finish()
+        weights = {name: param.detach().float().cpu() for name, param in self.engine.model.named_parameters()}
+        del self.engine, self.saver.engine  # DeepSpeed's hooks hold it in cycles
+        gc.collect()
+        self.phase = self.phases[-1]
+        model = self._fresh_model()
+        model.load_state_dict(weights)
+        self.engine = start_engine(self.phase, model, self.train_store, self.device)
+        self.saver = Saver(self.saver.folder, self.engine, self.config.checkpoint, self.say)
+        self.say(f"after {self.phase.first} steps of full-rank training {self.config.method.name} begins")
+
+    def _check_start(self, checkpoint: Checkpoint) -> None:
+        """Raises: UserError, if the run cannot go on from the checkpoint."""
         compare_data(self.config, checkpoint.state(), self.identity)
         require(
             checkpoint.step < self.last_step + self.start.keeps_records,  # equal: killed before its export
             f"{checkpoint.folder} has {checkpoint.step} steps behind it, so of {self.last_step} none is left to train: "
             "raise train.steps, with --checkpoint.allow_changes '[\"train.steps\"]'.",
         )
-        if regroups(self.config, checkpoint.state()):
+
+    def _load_start(self, checkpoint: Checkpoint) -> None:
+        """Fill the fresh engine from the checkpoint."""
+        if self.phase is self.phases[-1] and regroups(self.config, checkpoint.state()):
             on_all_ranks(partial(load_regrouped, self.engine, checkpoint), self.device)
             self.method.regrouped()  # type: ignore[attr-defined]
         else:
@@ -113,14 +147,14 @@ class Trainer:
         found = self.engine.differing_replicas()
         require(not found, f"After loading {checkpoint.folder} ranks differ: {'; '.join(found[:5])}.")
 
-    def _load_data(self) -> None:
-        train, dp = self.config.train, self.mesh.size("dp")
+    def _load_data(self, given_ds_config: dict[str, Any]) -> None:
+        train = self.config.train
         self.train_store = self.data.train.samples(train.seq_len)
         self.val_store = self.data.val.samples(train.seq_len)
         order = BatchOrder(len(self.train_store), train.global_batch_size, train.seed)
-        local = self.config.method.heads_here
-        reader = Reader(self.mesh.rank("dp"), dp, self.mesh.rank("lte") * local, self.config.heads, local)
-        self.loader = TrainLoader(self.train_store, order, train.micro_batch_size, reader)
+        self.phases = build_phases(self.config, given_ds_config, self.train_store)
+        over = self.start.checkpoint is not None and self.start.checkpoint.step >= self.phases[-1].first
+        self.phase = self.phases[-1 if over else 0]
         self._validation_batches()  # refuses a validation set without a sample
         available = order.batches_in(train.epochs) if train.epochs else train.steps
         self.last_step = min(train.steps, available)
@@ -152,16 +186,16 @@ class Trainer:
 
     def _heads_written(self) -> list[int]:
         """The LTE heads whose records this rank writes."""
-        local = self.config.method.heads_here
-        first = self.mesh.rank("lte") * local
-        writes = self.config.heads > 1 and self.mesh.axis("head").rank == 0
+        local, mesh = self.config.method.heads_here, self.phases[-1].mesh
+        first = mesh.rank("lte") * local
+        writes = self.config.heads > 1 and mesh.axis("head").rank == 0
         return list(range(first, first + local)) if writes else []
 
     def _write_head(self) -> None:
         config, counts, checkpoint = self.config, self.counts, self.start.checkpoint
         if checkpoint and checkpoint.folder.parent != self.run.path.absolute() / "checkpoints":
             self.run.update_meta(branched_from=str(checkpoint.folder))
-        self.run.write_config(config, self.ds_config)
+        self.run.write_config(config, self.phases[-1].ds_config)
         if self.run.writes:
             from transformers import AutoTokenizer
 
@@ -271,17 +305,19 @@ class Trainer:
     def _one_step(self, step: int, start: float, earlier: float, bar: Optional[tqdm]) -> bool:
         """Train, record, evaluate and save; returns whether the run stops here, as asked. This start has been training
         since `start`, those before it for `earlier` seconds."""
+        if step == self.phases[-1].first and self.phase is not self.phases[-1]:
+            self._hand_over()
         began = time.perf_counter()
-        batches = self.loader.micro_batches(step)
+        batches = self.phase.loader.micro_batches(step)
         votes = partial(self._votes, step, start)
-        result = self.engine.train_step(step, batches, votes)
+        result = self.engine.train_step(step - self.phase.first, batches, votes)
         if not result.healthy:
             self._stop_unhealthy(step, result, batches)
         now = time.perf_counter()
         record = step_record(self, step, result, now - began, earlier + now - start)
         self.run.log(record)
-        for number, head in enumerate(self.run.heads.values()):
-            loss, norm = result.head_losses[number], result.head_norms[number]
+        of_heads = zip(self.run.heads.values(), result.head_losses, result.head_norms, strict=False)
+        for head, loss, norm in of_heads if self.phase is self.phases[-1] else ():
             head.log({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": result.lr})
         self._show(record, bar)
         if self.config.train.check_interval and (step + 1) % self.config.train.check_interval == 0:
@@ -320,7 +356,8 @@ class Trainer:
         if not self.run.writes:
             return {}
         mesh = {axis: self.mesh.size(axis) for axis in AXES}
-        more = {"lr_factor": self.method.lr_factor(steps), "ds_config": self.ds_config, "mesh": mesh}
+        factor = self.method.lr_factor(steps - self.phase.first)
+        more = {"lr_factor": factor, "ds_config": self.phase.ds_config, "mesh": mesh}
         more["versions"] = self.run.meta["versions"]
         return {"state.json": state_file(self.config, steps, self.identity | more), **self.tokenizer_files}
 

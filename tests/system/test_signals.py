@@ -21,13 +21,13 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
-def wait_for_steps(process: subprocess.Popen[str]) -> str:
-    """Read the output until the run is under way."""
+def wait_for_steps(process: subprocess.Popen[str], steps: int = 3) -> str:
+    """Read the output until the run is under way, or so many steps have passed."""
     assert process.stdout is not None
     seen = ""
     for line in process.stdout:
         seen += line
-        if line.startswith("step      3/"):
+        if line.startswith(f"step {steps:>6}/"):
             return seen
     raise AssertionError(f"ended early:\n{seen}")
 

@@ -1,0 +1,71 @@
+"""The phases of a run: full-rank training first, if `method.full_rank_steps` asks for it, then the method.
+
+A phase is a stretch of steps trained by one engine. The full-rank phase trains every weight at
+`method.full_rank_lr` on the run's learning-rate schedule, all ranks being data-parallel whatever the LTE
+heads. The method then begins from its weights, rounded to the run's precision, as from any initial ones: with
+a warm-up, schedules and merges that count from its own first step, over the steps that are left. The order of
+the data goes on through both. A checkpoint at the border holds the end of the full-rank phase.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from megatron_switchlora.config import RunConfig
+from megatron_switchlora.data.loader import BatchOrder, Reader, Samples, TrainLoader
+from megatron_switchlora.method_config import MethodConfig
+from megatron_switchlora.methods import build_method
+from megatron_switchlora.model.llama import LlamaForCausalLM
+from megatron_switchlora.parallel.mesh import Mesh, build_mesh
+from megatron_switchlora.train.ds_config import resolve_ds_config
+from megatron_switchlora.train.engine import Engine
+from megatron_switchlora.train.ga_gradients import find_factors
+
+
+@dataclass
+class Phase:
+    """Steps from `first` on; `ds_config` is the resolved DeepSpeed JSON."""
+
+    first: int
+    config: RunConfig
+    mesh: Mesh
+    ds_config: dict[str, Any]
+    loader: TrainLoader
+
+
+def full_rank_config(config: RunConfig) -> RunConfig:
+    """What the full-rank phase trains with."""
+    optim = replace(config.optim, lr=config.method.full_rank_lr, dense_lr=config.dense_lr, lora_plus_ratio=1.0)
+    parallel = replace(config.parallel, lte_heads=1)
+    return replace(config, method=MethodConfig(name="full"), optim=optim, parallel=parallel)
+
+
+def method_config(config: RunConfig) -> RunConfig:
+    """What the method trains with after it."""
+    steps = config.train.steps - config.method.full_rank_steps
+    return replace(config, train=replace(config.train, steps=steps))
+
+
+def build_phases(config: RunConfig, given_ds_config: dict[str, Any], samples: Samples) -> list[Phase]:
+    """All phases, in order. Collective over the world."""
+    border = config.method.full_rank_steps
+    order = BatchOrder(len(samples), config.train.global_batch_size, config.train.seed)
+    phases = []
+    for first, own in [(0, full_rank_config(config))] * (border > 0) + [(border, method_config(config))]:
+        mesh, local = build_mesh(own.parallel), own.method.heads_here
+        reader = Reader(mesh.rank("dp"), mesh.size("dp"), mesh.rank("lte") * local, own.heads, local)
+        loader = TrainLoader(samples, order, own.train.micro_batch_size, reader)
+        phases.append(Phase(first, own, mesh, resolve_ds_config(given_ds_config, own, mesh.size("dp")), loader))
+    return phases
+
+
+def start_engine(
+    phase: Phase, model: LlamaForCausalLM, samples: Samples, device: torch.device, begins: bool = True
+) -> Engine:
+    """The phase's engine around an initialised model; one that does not begin is to be filled from a checkpoint."""
+    factors = find_factors(phase.config, model, phase.mesh, samples, device) if begins else None
+    method = build_method(phase.config, model, phase.mesh, factors)
+    return Engine(model, method, phase.config, phase.ds_config, phase.mesh, device)
