@@ -19,6 +19,7 @@ from megatron_switchlora.train.memory import (
     Zero,
     gradient_bytes,
     memory_items,
+    merge_bytes,
     peak_bytes,
     phase_bytes,
     saved_words,
@@ -131,6 +132,17 @@ def _memory(items: list[Item]) -> list[str]:
 
 def _gradients(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Zero) -> list[str]:
     given, full = gradient_bytes(config, vocab_size, mesh["tp"], mesh["dp"], zero)
+    merges = merge_bytes(config, vocab_size, mesh["tp"])
+    every = config.method.merge_interval
+    across = [
+        f"Merge of {config.heads} LTE heads: a rank hands {merges / 1e6:,.2f} MB to the others, "
+        + ("never" if isinstance(every, str) else f"every {every} steps ({merges / every / 1e6:,.2f} MB a step)")
+        + "; nothing else crosses heads but 32 bytes a step."
+    ]
+    return _gradient_lines(given, full, zero) + (across if mesh["lte"] > 1 else [])
+
+
+def _gradient_lines(given: int, full: int, zero: Zero) -> list[str]:
     if not given:
         return ["Gradient bytes a step and rank: 0, with one data-parallel rank."]
     often = "at every micro-batch" if zero.stage == 2 else "once a step"

@@ -21,6 +21,7 @@ from megatron_switchlora.model.counts import (
     count_parameters,
     count_shard,
     decoder_shapes,
+    merge_sends_factors,
     projections,
 )
 
@@ -88,6 +89,21 @@ def gradient_bytes(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Z
     full = count_shard(config.model, config.method, vocab_size, tp).full_total
     each = times * compute_bytes(config)
     return count_here(config, vocab_size, tp).trainable * each, full * each
+
+
+def merge_bytes(config: RunConfig, vocab_size: int, tp: int) -> int:
+    """Bytes a rank hands to collectives across LTE heads in one merge: of each layer the factors of its heads, or their
+    fp32 product, and the fp32 means of the dense tensors. All-gathered factors arrive from H - 1 groups of ranks; an
+    all-reduce moves 2 (H - 1) / H of what it is given."""
+    if config.parallel.lte_heads == 1:
+        return 0
+    method, counts = config.method, count_shard(config.model, config.method, vocab_size, tp)
+    total = FP32 * (counts.embedding + counts.head + counts.norms)
+    for m, n in (p.shard(tp) for p in projections(config.model)):
+        factors = method.local_heads * method.rank * (m + n) * compute_bytes(config)
+        each = factors if merge_sends_factors(config, m, n) else FP32 * m * n
+        total += config.model.num_layers * each
+    return total
 
 
 def full_rank_bytes(given: float, config: RunConfig, vocab_size: int, tp: int) -> float:

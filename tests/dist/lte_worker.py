@@ -9,15 +9,15 @@ import torch.distributed as dist
 
 from megatron_switchlora.config import RunConfig
 from megatron_switchlora.methods.lte import Merging
-from megatron_switchlora.model.counts import merge_sends_factors
 from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.parallel.shard import shard_of
+from megatron_switchlora.train.memory import merge_bytes
 from tests.dist.engines import build_engine, full_rows, start
 from tests.dist.launch import worker_main
 from tests.numerics.lte_pairs import head_batches, lte_config, lte_differences, make_lte_reference
 from tests.numerics.lte_reference import LteReference
-from tests.plain import PlainRun, by_heads, make_batches
+from tests.plain import VOCAB, PlainRun, by_heads, make_batches
 
 
 def against_reference(config: RunConfig, steps: int, mesh: Mesh) -> dict[str, Any]:
@@ -57,23 +57,13 @@ def under_deepspeed(config: RunConfig, stage: str, steps: int, mesh: Mesh) -> di
         float((param.double() - shard_of(param, true_mean(reference, name))).abs().max() / param.abs().max())
         for name, param in method.evaluated().named_parameters()
     )
-    found["sent"] = sent_bytes(method)
+    found["sent"] = merge_bytes(config, VOCAB, mesh.size("tp"))
     return found
 
 
 def true_mean(reference: LteReference, name: str) -> torch.Tensor:
     stem = name.removesuffix(".weight")
     return reference.mean_weight(stem) if stem in reference.heads[0].names else reference.mean_dense(name)
-
-
-def sent_bytes(method: Merging) -> int:
-    """By formula: what a rank gives in one merge, factors or products of every layer, and the dense masters."""
-    total = 0
-    for linear in method.linears.values():
-        A, B = (factor.numel() * factor.element_size() for factor in linear.factors())
-        out, into = linear.factors()[1].size(1), linear.factors()[0].size(1)
-        total += A + B if merge_sends_factors(method.config, out, into) else 4 * out * into
-    return total + sum(4 * params[0].numel() for params in method.dense().values())
 
 
 def act(payload: dict[str, Any]) -> list[dict[str, Any]]:

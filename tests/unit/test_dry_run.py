@@ -29,7 +29,15 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "launch" / "configs"
 OVERLAYS = sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml"))
 MODELS = {"130m": (8, 24), "250m": (8, 32, 128), "350m": (8, 32, 128), "1.3b": (8, 32, 128)}
-RATES = {"full": 0.001, "lora": 0.01, "relora": 0.001, "switchlora": 0.02, "galore": 0.01}
+RATES = {
+    "full": 0.001,
+    "lora": 0.01,
+    "relora": 0.001,
+    "switchlora": 0.02,
+    "galore": 0.01,
+    "lte": 0.00005,
+    "lte_switchlora": 0.02,
+}
 TABLE_4 = {
     ("250m", "full"): 247.5, ("250m", "switchlora_r128"): 98.9, ("250m", "switchlora_r256"): 148.4,
     ("350m", "full"): 368.2, ("350m", "switchlora_r128"): 125.6, ("350m", "switchlora_r256"): 185.4,
@@ -79,17 +87,22 @@ def test_table_4_whatever_the_mesh(tp: int) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_shipped_combination(model: str) -> None:
-    assert len(OVERLAYS) == 9
+    assert len(OVERLAYS) == 11
     for overlay in OVERLAYS:
         config = shipped(model, overlay)
         name, _, rank = overlay.partition("_r")
-        assert config.method.name == name and (not rank or config.method.rank == int(rank))
+        heads = name.startswith("lte")
+        assert config.method.name == name.removesuffix("_switchlora" * heads)
+        assert not rank or config.method.rank == int(rank)
         assert config.optim.lr == RATES[name]
-        assert config.optim.dense_lr is None
+        assert heads or config.optim.dense_lr is None
         given = read_ds_config(str(ROOT / "ds_configs" / "zero0.json") if name == "galore" else None)
         for world in MODELS[model]:
+            config.parallel.lte_heads = world if heads else 1
             text = plan(config, given, world)
-            assert f"dp {world} x tp 1;" in text and "32,100" in text
+            mesh = f"lte {world} x dp 1" if heads else f"lte 1 x dp {world}"
+            assert f"{mesh} x tp 1;" in text and "32,100" in text
+            assert ("LTE heads: a rank hands" in text) == (heads and world > 1)
             assert row(text, "peak: throughout + the larger phase (estimate)")[0] < 70, "80 GB hold every one"
 
 
