@@ -155,6 +155,45 @@ def test_without_the_first_factors_there_is_no_original_base(tmp_path: Path, met
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method__merge_interval": 4},
+        {"method__merge_interval": 4, "method__merge_form": "reset", "method__base": "nf4"},
+        {"method__merge_interval": "never", "method__init": "lora_ga", "method__rslora": True},
+    ],
+    ids=["resetless", "reset nf4", "lora_ga"],
+)
+def test_heads_export_their_mean(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Saved two steps after a merge: dense, as one adapter of rank N r, and as the start of another run."""
+    peft = pytest.importorskip("peft")
+    run = trained("lte", method__local_heads=2, method__alpha=7.0, **changes)
+    mean = run.method.evaluated()
+    checkpoint = save(run, tmp_path / "step")
+    export_dense(checkpoint, tmp_path / "dense", "fp32")
+    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert float((logits(dense) - logits(mean)).abs().max()) < 1e-5
+    export_peft(checkpoint, tmp_path / "out", "fp32")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
+    assert float((logits(base) - logits(mean)).abs().max()) > 1e-4  # the adapters do something
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
+    assert model.peft_config["default"].r == 14
+    assert float((logits(model) - logits(mean)).abs().max()) < 1e-5
+    again = started("lora", run.config.model, VOCAB, Weights(checkpoint))
+    assert float((logits(again) - logits(mean)).abs().max()) < 1e-5
+
+
+def test_heads_begin_from_gradients_of_their_own() -> None:
+    config = small_config("lte", method__local_heads=2, method__init="lora_ga", method__rslora=True)
+    method = PlainRun(config).method
+    for linear in method.linears.values():  # type: ignore[attr-defined]
+        first, second = linear.lora_A
+        assert float((first - second).abs().max()) > 1e-3
+    plain = LlamaForCausalLM(config.model, VOCAB)
+    initialize_weights(plain, config.train.seed)
+    assert float((logits(method.evaluated()) - logits(plain)).abs().max()) < 1e-4  # large factors are taken out and put back
+
+
 def test_full_rank_has_no_adapters_to_export(tmp_path: Path) -> None:
     checkpoint = save(trained("full"), tmp_path / "step")
     with pytest.raises(UserError, match="method full and has no adapters"):
