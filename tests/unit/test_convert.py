@@ -191,7 +191,8 @@ def test_heads_begin_from_gradients_of_their_own() -> None:
         assert float((first - second).abs().max()) > 1e-3
     plain = LlamaForCausalLM(config.model, VOCAB)
     initialize_weights(plain, config.train.seed)
-    assert float((logits(method.evaluated()) - logits(plain)).abs().max()) < 1e-4  # large factors are taken out and put back
+    # large factors are taken out of W and put back
+    assert float((logits(method.evaluated()) - logits(plain)).abs().max()) < 1e-4
 
 
 def test_full_rank_has_no_adapters_to_export(tmp_path: Path) -> None:
