@@ -60,6 +60,6 @@ def _bad_gradients(model: LlamaForCausalLM, loss: Tensor, outputs: list[tuple[st
     params = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     named = [(f"the gradient of the output of {n}", t) for n, t in reversed(outputs) if t.requires_grad]
     named += [(f"the gradient of {n}", p) for n, p in reversed(params)]
-    gradients = torch.autograd.grad(loss, [tensor for _, tensor in named], allow_unused=True)
+    gradients = torch.autograd.grad(loss.sum(), [tensor for _, tensor in named], allow_unused=True)
     pairs = zip(named, gradients, strict=True)
     return [name for (name, _), gradient in pairs if gradient is not None and not _finite(gradient)]

@@ -17,6 +17,7 @@ from megatron_switchlora.methods.merging import mean_products
 from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.parallel.linear import ColumnParallelLinear
 from megatron_switchlora.parallel.shard import Axis
+from megatron_switchlora.train.diagnose import find_bad_layer
 from tests.numerics.lte_pairs import head_batches, lte_config, lte_differences, make_lte_reference
 from tests.plain import PlainRun, make_batches, small_config
 
@@ -263,3 +264,11 @@ def test_heads_start_apart_and_head_0_as_lora() -> None:
         assert float((first - second).abs().max()) > 0.1 < float((second - third).abs().max())
         gram = second @ second.T
         assert torch.allclose(gram, torch.eye(7) * second.size(1) / 7, atol=1e-4)
+
+
+def test_the_bad_layer_of_a_head_is_named() -> None:
+    run = PlainRun(lte_config(method__local_heads=2))
+    batch, cpu = make_batches(run.config, 1)[0], torch.device("cpu")
+    assert find_bad_layer(run.model, [batch], cpu) is None
+    run.method.linears["model.layers.1.mlp.up_proj"].lora_A[1].data.fill_(math.nan)  # type: ignore[attr-defined]
+    assert "model.layers.1.mlp.up_proj.lora_A.1" in str(find_bad_layer(run.model, [batch], cpu))
