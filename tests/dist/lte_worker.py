@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,24 @@ def against_reference(config: RunConfig, steps: int, mesh: Mesh) -> dict[str, An
         loss, *_ = run.step(step, batch)
         loss_gap = max(loss_gap, abs(loss - sum(losses[here])))
     return {"loss": loss_gap, **lte_differences(reference, run.method, run.optimizer)}  # type: ignore[arg-type]
+
+
+def against_one_process(config: RunConfig, steps: int, mesh: Mesh) -> dict[str, Any]:
+    """Float64, no DeepSpeed: all heads in this process beside those here, from the same start."""
+    together = copy.deepcopy(config)
+    together.parallel.lte_heads, together.method.local_heads = 1, config.heads
+    together.train.micro_batch_size *= config.parallel.lte_heads
+    run, twin = PlainRun(config, torch.float64, mesh=mesh), PlainRun(together, torch.float64)
+    mine, theirs = cast(Merging, run.method), cast(Merging, twin.method)
+    for step, batch in enumerate(make_batches(config, steps)):
+        run.step(step, batch)
+        twin.step(step, batch)
+    gaps = [float((a - b).abs().max()) for a, b in zip(mine.mean_weights(), theirs.mean_weights(), strict=True)]
+    for linear, other in zip(mine.linears.values(), theirs.linears.values(), strict=True):
+        pairs = zip(mine._pairs(linear), theirs._pairs(other)[mine.first_head :], strict=False)
+        gaps += [float((a - b).detach().abs().max()) for here, there in pairs for a, b in zip(here, there, strict=True)]
+        gaps.append(float((linear.base(torch.float64) - other.base(torch.float64)).abs().max()))
+    return {"gap": max(gaps)}
 
 
 def under_deepspeed(config: RunConfig, stage: str, steps: int, mesh: Mesh) -> dict[str, Any]:
@@ -71,7 +90,9 @@ def act(payload: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     for case in payload["cases"]:
         config = lte_config(parallel__lte_heads=payload["heads"], parallel__tp=payload.get("tp", 1), **case["changes"])
-        if case.get("stage"):
+        if case.get("twin"):
+            found.append(against_one_process(config, case["steps"], mesh))
+        elif case.get("stage"):
             found.append(under_deepspeed(config, case["stage"], case["steps"], mesh))
         else:
             found.append(against_reference(config, case["steps"], mesh))

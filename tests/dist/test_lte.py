@@ -44,13 +44,15 @@ def test_two_heads_on_two_ranks() -> None:
         {"changes": {}, "steps": 40},
         {"changes": SWITCHES, "steps": 12},
         {"changes": {"method__local_heads": 2, "method__merge_form": "reset", "method__merge_traffic": "delta"}, "steps": 12},
+        {"changes": {"method__base": "nf4"}, "steps": 9, "twin": True},
         {"changes": {}, "steps": 9, "stage": "0"},
         {"changes": {"method__local_heads": 2}, "steps": 9, "stage": "2"},
     ]
     found = run(2, 2, 1, cases)
     for results in found[:3]:
         check_reference(results)
-    for results in found[3:]:
+    assert max(result["gap"] for result in found[3]) < 1e-9
+    for results in found[4:]:
         check_deepspeed(results, merges=3)
 
 
