@@ -17,9 +17,10 @@ def opening_words(trainer: Trainer) -> list[str]:
     """What is trained, on what, from where."""
     config, counts, start = trainer.config, trainer.counts, trainer.start
     mesh = " x ".join(f"{axis} {trainer.mesh.size(axis)}" for axis in AXES)
+    heads = f" in each of {config.heads} heads" if config.heads > 1 else ""
     lines = [
-        f"{config.method.name}: {counts.trainable / 1e6:.2f} M of {counts.full_total / 1e6:.2f} M parameters train "
-        f"({counts.trainable / counts.full_total:.1%}); mesh {mesh} on "
+        f"{config.method.name}: {counts.trainable / 1e6:.2f} M of {counts.full_total / 1e6:.2f} M parameters train"
+        f"{heads} ({counts.trainable / counts.full_total:.1%}); mesh {mesh} on "
         f"{trainer.device.type}; {len(trainer.train_store)} training and "
         f"{len(trainer.val_store)} validation samples of {config.train.seq_len} tokens; a unigram model reaches "
         f"perplexity {trainer.data.unigram_val_ppl:.1f}"
@@ -46,7 +47,8 @@ def closing_words(trainer: Trainer, val_loss: float, seconds: float) -> str:
         f"same text: {trainer.data.unigram_val_ppl:.2f}).",
         f"Speed: {median(record['tokens_per_second'] for record in steps):,.0f} tokens per second (median step).",
         f"Trainable: {counts.trainable:,} of {counts.full_total:,} parameters, "
-        f"{counts.trainable / counts.full_total:.1%}.",
+        f"{counts.trainable / counts.full_total:.1%}"
+        + (f", in each of {config.heads} heads." if config.heads > 1 else "."),
     ]
     if dp > 1:
         given = steps[-1]["dp_bytes"]
