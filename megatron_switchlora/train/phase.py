@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from megatron_switchlora.config import RunConfig
+from megatron_switchlora.config import MethodConfig, RunConfig
 from megatron_switchlora.data.loader import BatchOrder, Reader, Samples, TrainLoader
-from megatron_switchlora.method_config import MethodConfig
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.parallel.mesh import Mesh, build_mesh
