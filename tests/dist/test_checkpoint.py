@@ -141,7 +141,12 @@ def check_lte(folder: Path, dp: int, tp: int, forms: list[tuple[str, str, dict[s
 
 
 def test_lte_resumed_between_merges_to_the_bit(tmp_path: Path) -> None:
-    check_lte(tmp_path, 1, 1, LTE_FORMS)
+    check_lte(tmp_path, 1, 1, LTE_FORMS[:2])
+
+
+@pytest.mark.full
+def test_lte_over_switchlora_and_in_4_bits_resumed_to_the_bit(tmp_path: Path) -> None:
+    check_lte(tmp_path, 1, 1, LTE_FORMS[2:])
 
 
 @pytest.mark.full

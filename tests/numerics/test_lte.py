@@ -93,6 +93,7 @@ def test_resetless_merged_each_step_is_mhlora() -> None:
     assert worst < 1e-13
 
 
+@full
 def test_resetless_merged_each_step_is_mhlora_with_adam() -> None:
     changes: dict[str, Any] = {
         "method__local_heads": 2,
@@ -128,8 +129,14 @@ def test_reset_merged_each_step_never_moves_A() -> None:
     assert all(bool((linear.weight != w).any()) for linear, w in zip(run.method.linears.values(), weights, strict=True))
 
 
-@pytest.mark.parametrize("form", ["reset", "resetless"])
-@pytest.mark.parametrize("base", ["fp32", "nf4"])
+@pytest.mark.parametrize(
+    ("form", "base"),
+    [
+        ("reset", "nf4"),
+        ("resetless", "fp32"),
+        *(pytest.param(*pair, marks=full) for pair in (("reset", "fp32"), ("resetless", "nf4"))),
+    ],
+)
 def test_a_merge_keeps_the_mean(form: str, base: str) -> None:
     """In fp32: what the merge makes every head compute is the mean of what they computed before."""
     config = lte_config(
@@ -198,7 +205,7 @@ def start_alike(first: PlainRun, second: PlainRun) -> None:
     second.method.start(second.optimizer)
 
 
-@pytest.mark.parametrize("compute", ["split", "merged"])
+@pytest.mark.parametrize("compute", [pytest.param("split", marks=full), "merged"])
 def test_one_head_never_merged_is_lora_to_the_bit(compute: str) -> None:
     same: dict[str, Any] = {"method__init": "classic", "method__alpha": 7.0, "method__compute": compute}
     same["optim__dense_lr"] = 0.002
