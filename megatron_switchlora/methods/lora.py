@@ -44,6 +44,19 @@ def draw_factor(config: RunConfig, side: Side, name: str, shape: tuple[int, int]
     return draw_vectors(count, length, factor_std(side, method.initial, *shape, method.rank), generator)
 
 
+def part_sides(
+    groups: list[dict[str, Any]], pairs: list[tuple[nn.Parameter, nn.Parameter]], ratio: float
+) -> list[dict[str, Any]]:
+    """The groups with LoRA+'s: of the first, which holds the adapters (A, B), each side is one, and B's rate is `ratio`
+    times A's."""
+    if ratio == 1:
+        return groups
+    adapters, *others = groups
+    A, B = (list(side) for side in zip(*pairs, strict=True))
+    faster = {**adapters, "name": "lora_B", "params": B, "base_lr": adapters["base_lr"] * ratio}
+    return [{**adapters, "name": "lora_A", "params": A}, faster, *others]
+
+
 class Lora(Method):
     """`linears` are the adapted layers by Hugging Face name, in layer order; `initial` the factors of the start, as the
     forward pass used them, where they are kept."""
@@ -96,14 +109,8 @@ class Lora(Method):
     def param_groups(self) -> list[dict[str, Any]]:
         """With a LoRA+ ratio the adapters are two groups: ZeRO cuts each group's flat buffer for itself, so that the
         layout of runs without one stays."""
-        adapters, *others = super().param_groups()
-        ratio = self.config.optim.lora_plus_ratio
-        if ratio == 1:
-            return [adapters, *others]
-        A = [linear.lora_A for linear in self.linears.values()]
-        B = [linear.lora_B for linear in self.linears.values()]
-        faster = {**adapters, "name": "lora_B", "params": B, "base_lr": adapters["base_lr"] * ratio}
-        return [{**adapters, "name": "lora_A", "params": A}, faster, *others]
+        pairs = [(linear.lora_A, linear.lora_B) for linear in self.linears.values()]
+        return part_sides(super().param_groups(), pairs, self.config.optim.lora_plus_ratio)
 
     def start(self, optimizer: RowAdamW) -> None:
         super().start(optimizer)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from megatron_switchlora.config import RunConfig
 from megatron_switchlora.lowrank.heads import HeadsLinear
 from megatron_switchlora.methods.base import Method
-from megatron_switchlora.methods.lora import Lora, draw_factor
+from megatron_switchlora.methods.lora import Lora, draw_factor, part_sides
 from megatron_switchlora.methods.merging import mean_dense, mean_matrices, mean_products
 from megatron_switchlora.methods.switchlora import SwitchLora
 from megatron_switchlora.model.heads import split_dense_tensors
@@ -248,6 +248,10 @@ class LocalLte(Merging):
 
     def matrices(self) -> list[nn.Parameter]:
         return [factor for linear in self.linears.values() for pair in self._pairs(linear) for factor in pair]
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        pairs = [pair for linear in self.linears.values() for pair in self._pairs(linear)]
+        return part_sides(super().param_groups(), pairs, self.config.optim.lora_plus_ratio)
 
     def start(self, optimizer: RowAdamW) -> None:
         super().start(optimizer)

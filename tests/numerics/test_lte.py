@@ -279,3 +279,11 @@ def test_the_bad_layer_of_a_head_is_named() -> None:
     assert find_bad_layer(run.model, [batch], cpu) is None
     run.method.linears["model.layers.1.mlp.up_proj"].lora_A[1].data.fill_(math.nan)  # type: ignore[attr-defined]
     assert "model.layers.1.mlp.up_proj.lora_A.1" in str(find_bad_layer(run.model, [batch], cpu))
+
+
+def test_lora_plus_gives_B_of_local_heads_its_rate() -> None:
+    run = PlainRun(lte_config(method__local_heads=2, optim__lora_plus_ratio=16.0))
+    assert isinstance(run.method, LocalLte)
+    rates = {param: group["base_lr"] for group in run.optimizer.param_groups for param in group["params"]}
+    for linear in run.method.linears.values():
+        assert [rates[B] / rates[A] for A, B in zip(linear.lora_A, linear.lora_B, strict=True)] == [16.0, 16.0]
