@@ -117,7 +117,8 @@ class Trainer:
     def _hand_over(self) -> None:
         """The full-rank phase is over: the method begins from its weights."""
         self.saver.finish()
-        weights = {name: param.detach().float().cpu() for name, param in self.engine.model.named_parameters()}
+        named = self.engine.model.named_parameters(remove_duplicate=False)  # a tied head has a name of its own
+        weights = {name: param.detach().float().cpu() for name, param in named}
         del self.engine, self.saver.engine  # DeepSpeed's hooks hold it in cycles
         gc.collect()
         self.phase = self.phases[-1]

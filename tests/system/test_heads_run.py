@@ -101,3 +101,17 @@ def test_other_heads_only_after_a_merge(place: Place) -> None:
     assert found[5][0] == 2 and "heads can change only right after a merge" in found[5][1], found[5]
     assert found[10][0] == 0, found[10][1]
     assert len(of_heads(place, "local_10")) == 2
+
+
+def test_tied_embeddings_in_bf16_with_local_heads(place: Place, tmp_path: Path) -> None:
+    """The head is the embedding in the full-rank phase, in every LTE head, in the mean model and in its export."""
+    more = ["--parallel.lte_heads", "1", "--method.local_heads", "2", "--model.tie_embeddings", "true"]
+    status, output = place.run("alone", place.options("tied", *HEADS, *more, "--train.precision", "bf16"))
+    assert status == 0, output
+    run = place.folder / "tied"
+    tool = [sys.executable, str(REPOSITORY / "tools" / "convert_hf.py"), "export", str(run), str(tmp_path / "hf")]
+    subprocess.run([*tool, "--dtype", "fp32"], check=True, env=place.env, capture_output=True, timeout=120)
+    exported, final = load_file(tmp_path / "hf" / "model.safetensors"), load_file(run / "final" / "model.safetensors")
+    assert set(exported) == set(final) and "lm_head.weight" not in final
+    for name, tensor in final.items():  # the running mean is rounded to the precision of compute
+        assert float((exported[name].bfloat16().float() - tensor).abs().max()) <= float(tensor.abs().max()) * 2**-8
