@@ -2,8 +2,8 @@
 
 Right after a merge every head computes the mean model M, so heads can come and go without changing it:
     heads that stay     keep factors, dense tensors and their optimizer state
-    heads that are new  draw their factors (and bank) as in a fresh run, with zero moments; their dense tensors
-                        and moments are those of head n mod N of the checkpoint's N
+    heads that are new  draw their factors (and bank) as in a fresh run, those of LoRA-GA from gradients of M, with
+                        zero moments; their dense tensors and moments are those of head n mod N of the checkpoint's N
     every W and origin  is formed again from M and the factors of now
 Between merges the heads' functions differ and one could only be lost: that is refused.
 """

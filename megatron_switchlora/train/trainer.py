@@ -97,17 +97,20 @@ class Trainer:
         train, checkpoint = self.config.train, self.start.checkpoint
         model = self._fresh_model()
         begins = checkpoint is None or 0 < self.phase.first == checkpoint.step
+        regrouped = False
         if checkpoint is None and train.init_from:
             initial = open_together(find_folder(Path(train.init_from)), self.device)
             require_tokenizer(initial, self.data)
             on_all_ranks(partial(load_initial, model, Weights(initial)), self.device)
         elif checkpoint is not None:
             self._check_start(checkpoint)
-            if begins:  # it holds the end of the phase before
+            in_method = not begins and self.phase is self.phases[-1]
+            regrouped = in_method and regroups(self.config, checkpoint.state())
+            if begins or regrouped:  # it holds the end of the phase before, or the model that new heads begin from
                 on_all_ranks(partial(load_initial, model, Weights(checkpoint)), self.device)
-        self.engine = start_engine(self.phase, model, self.train_store, self.device, begins)
+        self.engine = start_engine(self.phase, model, self.train_store, self.device, begins or regrouped)
         if checkpoint is not None and not begins:
-            self._load_start(checkpoint)
+            self._load_start(checkpoint, regrouped)
 
     def _fresh_model(self) -> LlamaForCausalLM:
         model = LlamaForCausalLM(self.config.model, self.vocab_size, self.mesh.axis("tp"))
@@ -137,9 +140,9 @@ class Trainer:
             "raise train.steps, with --checkpoint.allow_changes '[\"train.steps\"]'.",
         )
 
-    def _load_start(self, checkpoint: Checkpoint) -> None:
-        """Fill the fresh engine from the checkpoint."""
-        if self.phase is self.phases[-1] and regroups(self.config, checkpoint.state()):
+    def _load_start(self, checkpoint: Checkpoint, regrouped: bool) -> None:
+        """Fill the fresh engine from the checkpoint, whose LTE heads may be others."""
+        if regrouped:
             on_all_ranks(partial(load_regrouped, self.engine, checkpoint), self.device)
             self.method.regrouped()  # type: ignore[attr-defined]
         else:

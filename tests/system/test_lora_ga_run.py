@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_switchlora.checkpoint.files import open_checkpoint
 from tests.dist.launch import REPOSITORY
 from tests.system.commands import Place
 from tests.system.soak import comparable
@@ -63,3 +64,21 @@ def test_a_resumed_run_is_the_same_to_the_bit_and_takes_no_gradient(tmp_path: Pa
         place.options("stopped2", *LORA_GA, "--method.ga.gamma", "4", "--resume", str(place.folder / "stopped")),
     )
     assert status == 2 and "method.ga.gamma is 16.0 there and 4.0 here" in output
+
+
+@pytest.mark.full
+def test_new_lte_heads_begin_from_gradients_too(tmp_path: Path) -> None:
+    """With A = B = 0 they would never train."""
+    place = Place(tmp_path)
+    heads = [*LORA_GA, "--method.name", "lte", "--method.merge_interval", "3", "--checkpoint.interval", "3"]
+    status, output = place.run("alone", place.options("two", *heads, "--method.local_heads", "2"))
+    assert status == 0, output
+    more = ["--method.local_heads", "4", "--train.micro_batch_size", "4", "--resume"]
+    checkpoint = place.folder / "two" / "checkpoints" / "step-00000009"
+    status, output = place.run("alone", place.options("four", *heads, *more, str(checkpoint)))
+    assert status == 0, output
+    archive = open_checkpoint(place.folder / "four" / "checkpoints" / "step-00000012").archive()
+    for head in range(4):
+        for side in "AB":
+            factor = archive.read(f"head_{head:02d}/model.layers.1.mlp.up_proj.lora_{side}")
+            assert float(factor.norm(dim=1).min()) > 0.1
