@@ -80,34 +80,20 @@ def _head_prefixes(weights: Weights) -> list[str]:
     return sorted({name.split("/")[0] for name in names if name.startswith("head_") and "/" in name})
 
 
-def effective(weights: Weights, name: str) -> Tensor:
-    """W + sBA of a matrix, fp32; of several heads the mean, which is what a merge would make of them."""
-    heads = heads_of(weights, name)
-    if not heads:
-        return weights.read(name)
-    total = torch.zeros(weights.shape(name if name in weights.archive else heads[0]))
-    for head in heads:
-        A, B = weights.factors(head)
-        own = head if head in weights.archive else name
-        total += weights.archive.read(own).float() + weights.method.scaling * B.t() @ A
-    return total / len(heads)
-
-
 def make_base(weights: list[Weights], choice: str) -> tuple[Base, str]:
     """What updates are measured from, and words for it."""
     first, start = weights[0], weights[0].config["train"].get("init_from")
     if choice == "first" or first.state["step"] == 0:
-        return lambda name: effective(first, name), f"the checkpoint of step {first.state['step']}"
+        return first.read, f"the checkpoint of step {first.state['step']}"
     if start:
         try:
-            given = Weights(verified(find_folder(Path(start))))
+            return Weights(verified(find_folder(Path(start)))).read, f"train.init_from {start}"
         except UserError as error:
             raise UserError(f"The run began at train.init_from {start}: {error} Or give --base first.") from None
-        return lambda name: effective(given, name), f"train.init_from {start}"
     seed = first.config["train"]["seed"]
 
     def drawn(name: str) -> Tensor:
-        return initial_matrix(name, effective(first, name).shape, first.model, seed)
+        return initial_matrix(name, first.shape(name), first.model, seed)
 
     return drawn, f"the initial weights of seed {seed}"
 
@@ -129,7 +115,7 @@ def spectra(weights: list[Weights], base: Base, kinds: dict[str, str], device: s
     for name, kind in kinds.items():
         start = base(name).to(device)
         for checkpoint, entry in zip(weights, found, strict=True):
-            now = effective(checkpoint, name).to(device)
+            now = checkpoint.read(name).to(device)
             lists = entry.setdefault(kind, {"weight": [], "update": []})
             lists["weight"].append(spectrum(now).cpu())
             lists["update"].append(spectrum(now - start).cpu())
@@ -162,13 +148,15 @@ def switching(run: Path, weights: list[Weights]) -> dict[str, Any]:
         return {}
     smaller = [min(p.out_features, p.in_features) for p in projections(last.model)] * last.model.num_layers
     candidates = [count for count in smaller if count > method.rank]
+    before = method.full_rank_steps  # without vectors to switch
     records = [record for record in read_records(run / "metrics.jsonl") if "switched" in record]
-    total_steps = method.switch_total_steps or train["steps"]
+    records = [record for record in records if record["step"] > before]
+    total_steps = method.switch_total_steps or train["steps"] - before
     start = 2 * len(candidates) * method.rank / method.interval0  # both sides of every layer that switches
-    expected = [start * switch_rate(record["step"] - 1, method.switch_ratio, total_steps) for record in records]
+    expected = [start * switch_rate(record["step"] - before - 1, method.switch_ratio, total_steps) for record in records]
     seen: dict[str, list[set[int]]] = {side: [set() for _ in candidates] for side in "AB"}
     used = []
-    for checkpoint in weights:
+    for checkpoint in (each for each in weights if each.state["step"] > before):
         entry: dict[str, float] = {"step": checkpoint.state["step"]}
         for side in "AB":
             for slots, row in zip(seen[side], checkpoint.archive.read(f"switch.slots_{side}").tolist(), strict=True):

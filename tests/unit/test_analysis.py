@@ -26,6 +26,7 @@ from megatron_switchlora.model.analysis import (
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.parallel.parts import Part
 from tests.dist.launch import REPOSITORY
+from tests.numerics.lte_pairs import lte_config
 from tests.plain import VOCAB, PlainRun, make_batches, small_config
 from tests.unit.test_convert import save
 
@@ -174,6 +175,37 @@ def test_heads_of_lte(call: Call, tmp_path: Path) -> None:
     np.testing.assert_allclose(found["checkpoints"][1]["kinds"]["q_proj"]["update"]["spectrum"], values, atol=1e-4)
     assert found["checkpoints"][0]["kinds"]["q_proj"]["update"]["effective_rank"] == 0
     assert (tmp_path / "out" / "heads.png").exists() and not (tmp_path / "out" / "switching.png").exists()
+
+
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
+def test_the_mean_of_local_heads_is_what_a_merge_would_make(call: Call, tmp_path: Path, base: str) -> None:
+    """Between merges, where their shared matrix is not the W of any head's adapter."""
+    run = PlainRun(lte_config(method__local_heads=2, method__base=base, optim__lr=0.02))
+    for step, batch in enumerate(make_batches(run.config, 5)):
+        run.step(step, batch)
+    save(run, tmp_path / "checkpoints" / "step-00000006")
+    (tmp_path / "config.yaml").touch()
+    status, output = call(tmp_path, "--layers", "0")
+    assert status == 0, output
+    found = json.loads((tmp_path / "analysis" / "analysis.json").read_text())["checkpoints"][0]["kinds"]
+    mean = dict(run.method.evaluated().named_parameters())["model.layers.0.mlp.up_proj.weight"]
+    wanted = np.linalg.svd(mean.detach().double().numpy(), compute_uv=False)
+    np.testing.assert_allclose(found["up_proj"]["weight"]["spectrum"], wanted, rtol=1e-4)
+
+
+def test_the_switching_of_a_run_that_began_with_full_rank_steps(call: Call, tmp_path: Path) -> None:
+    """Its schedule counts from the method's own start; before it there is nothing to switch."""
+    changes = {"train__steps": 8, "method__switch_total_steps": None, "method__full_rank_steps": 3}
+    run = PlainRun(small_config(**changes))
+    save(run, tmp_path / "checkpoints" / "step-00000006")
+    (tmp_path / "config.yaml").touch()
+    records = [{"step": step, "loss": 3.0, "switched": 0} for step in range(1, 7)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    status, output = call(tmp_path, "--layers", "0")
+    assert status == 0, output
+    switching = json.loads((tmp_path / "analysis" / "analysis.json").read_text())["switching"]
+    assert switching["steps"] == [4, 5, 6]
+    assert switching["expected"][0] == pytest.approx(2 * 21 * 7 / 4 * 0.3 ** (1 / 5))
 
 
 def test_odd_input_is_one_line_and_status_2(call: Call, tmp_path: Path) -> None:
