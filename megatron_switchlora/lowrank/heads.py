@@ -69,12 +69,9 @@ class HeadsLinear(nn.Module):
             B_KRF = torch.cat([B_KRF, -self.merged_B], 1)
         x_KTD = x.reshape(self.heads, -1, x.size(-1))
         low = torch.bmm(torch.bmm(x_KTD, A_KRD.transpose(1, 2)), B_KRF).view(*x.shape[:-1], -1)
-        y = torch.add(F.linear(x, self.base(x.dtype)), low, alpha=self.scaling)
+        high = F.linear(x, self.weight.to(x.dtype)) if self.quantised is None else self.quantised.linear(x)
+        y = torch.add(high, low, alpha=self.scaling)
         return leave(self.tp, y) if self.row_parallel else y
-
-    def base(self, dtype: torch.dtype) -> Tensor:
-        """The shared matrix as the forward uses it [out, in]."""
-        return self.weight.to(dtype) if self.quantised is None else self.quantised.dequantised(dtype)
 
     def base_tensors(self) -> dict[str, Tensor]:
         """What holds the shared matrix, by name; filled in place."""

@@ -5,10 +5,13 @@ and replaced by the nearest of 16 levels, quantiles of a normal distribution tha
     codes   uint8 [out, padded / 2]   two levels a byte, the first in the high half
     scales  fp32  [out, padded / 64]
 Quantising what was dequantised gives the same codes again. With bitsandbytes installed and right on this
-device (it is compared once, on a small matrix) its kernels dequantise; else plain torch does.
+device (it is compared once, on a small matrix) its kernels dequantise; else plain torch does. A product keeps
+no dequantised matrix for its backward pass, which would take what 4 bits save: it is formed there again.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +65,21 @@ class Nf4Matrix:
         if self.kernels and dtype in (torch.float32, torch.bfloat16):
             return _by_bitsandbytes(self.codes, self.scales, dtype)[:, : self.columns]
         return dequantise(self.codes, self.scales, self.columns).to(dtype)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """x W^T in x's precision."""
+        return _Linear.apply(x, self)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Nf4Matrix) -> Tensor:
+        ctx.matrix = matrix
+        return F.linear(x, matrix.dequantised(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy @ ctx.matrix.dequantised(dy.dtype), None
 
 
 def _by_bitsandbytes(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -194,7 +194,8 @@ def _is_merged(config: RunConfig, projection: Projection, tp: int, micro_batches
 
 
 def _compute_copies(config: RunConfig, tp: int, micro_batches: int) -> list[Item]:
-    """W + sBA of merged layers, and W in bf16 for split ones (in fp32 they use W itself): kept for backward.
+    """W + sBA of merged layers, and W in bf16 for split ones (in fp32 they use W itself; from 4 bits it is formed again
+    for backward): kept for backward.
 
     Checkpointing keeps one decoder layer's at a time, unless the cache lasts over the micro-batches.
     """
@@ -204,7 +205,7 @@ def _compute_copies(config: RunConfig, tp: int, micro_batches: int) -> list[Item
     at_once = 1 if config.train.activation_checkpointing else layers
     shapes = [(p.shard(tp), _is_merged(config, p, tp, micro_batches)) for p in projections(config.model)]
     merged = [size * m * n for (m, n), is_merged in shapes if is_merged]
-    split = [size * m * n for (m, n), is_merged in shapes if not is_merged and size != FP32]
+    split = [size * m * n for (m, n), is_merged in shapes if not is_merged and size != FP32 and method.base == "fp32"]
     held = {
         "micro_batch": at_once * sum(merged),
         "accumulation": layers * sum(merged),

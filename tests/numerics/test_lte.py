@@ -172,7 +172,7 @@ def assert_heads_compute(linear: Any, mean: Tensor, exact: bool) -> None:
         if exact:
             assert float((y.t() - mean).abs().max()) < 1e-5
         else:
-            assert float((y.t() - linear.base(torch.float32)).abs().max()) < 1e-5
+            assert float((y.t() - linear.quantised.dequantised(torch.float32)).abs().max()) < 1e-5
             error = float((y.t() - mean).norm() / mean.norm())
             assert 0.01 < error < 0.12  # of 4 bits
 
@@ -287,3 +287,42 @@ def test_lora_plus_gives_B_of_local_heads_its_rate() -> None:
     rates = {param: group["base_lr"] for group in run.optimizer.param_groups for param in group["params"]}
     for linear in run.method.linears.values():
         assert [rates[B] / rates[A] for A, B in zip(linear.lora_A, linear.lora_B, strict=True)] == [16.0, 16.0]
+
+
+
+
+
+def test_a_bad_gradient_of_local_heads_is_named() -> None:
+    """Their losses are several, and finite here."""
+    run = PlainRun(lte_config(method__local_heads=2))
+    tokens = make_batches(run.config, 1)[0][:2]
+    assert find_bad_layer(run.model, [tokens], torch.device("cpu")) is None
+    bad = run.model.model.layers[1].mlp.down_proj.lora_A[1]
+    bad.register_hook(lambda gradient: gradient * math.inf)
+    found = find_bad_layer(run.model, [tokens], torch.device("cpu"))
+    assert found == "the gradient of model.layers.1.mlp.down_proj.lora_A.1"
+
+
+def kept_bytes(config: RunConfig) -> int:
+    """What autograd keeps for the backward pass beside parameters and buffers."""
+    run = PlainRun(config)
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    tokens = make_batches(config, 1)[0][:2]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = run.model(tokens[:, :-1], tokens[:, 1:]).sum()
+    for tensor in [*run.model.parameters(), *run.model.buffers()]:
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    loss.backward()
+    return sum(kept.values())
+
+
+def test_a_base_in_4_bits_is_not_kept_dequantised() -> None:
+    config = lte_config(method__local_heads=2)
+    wanted = kept_bytes(config)
+    config.method.base = "nf4"
+    assert kept_bytes(config) <= wanted
