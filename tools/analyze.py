@@ -153,7 +153,9 @@ def switching(run: Path, weights: list[Weights]) -> dict[str, Any]:
     records = [record for record in records if record["step"] > before]
     total_steps = method.switch_total_steps or train["steps"] - before
     start = 2 * len(candidates) * method.rank / method.interval0  # both sides of every layer that switches
-    expected = [start * switch_rate(record["step"] - before - 1, method.switch_ratio, total_steps) for record in records]
+    expected = [
+        start * switch_rate(record["step"] - before - 1, method.switch_ratio, total_steps) for record in records
+    ]
     seen: dict[str, list[set[int]]] = {side: [set() for _ in candidates] for side in "AB"}
     used = []
     for checkpoint in (each for each in weights if each.state["step"] > before):

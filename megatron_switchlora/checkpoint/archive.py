@@ -2,7 +2,7 @@
 
 Every rank writes one file of boxes; the file's header says of each box which tensor it belongs to, that
 tensor's full shape, and where in it the box lies. A reader asks for any box of a tensor and gets it put
-together from the files, only the needed slices being read. Tensors of LTE heads will be named
+together from the files, only the needed slices being read. Tensors of LTE heads are named
 head_NN/NAME. torch.distributed.checkpoint was considered: its metadata is a pickle, its safetensors files
 cannot hold two boxes of one tensor (ZeRO's partitions cut rows), and its plans travel as pickles.
 """
