@@ -11,7 +11,7 @@ shape of the model must fulfil stands here (`check_model`) and not in rules.py, 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Optional, Union
 
 from megatron_switchlora.method_config import LoraGaConfig as LoraGaConfig
@@ -235,6 +235,19 @@ class RunConfig:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+def full_rank_config(config: RunConfig) -> RunConfig:
+    """What the full-rank phase before a method trains with (`method.full_rank_steps`)."""
+    optim = replace(config.optim, lr=config.method.full_rank_lr, dense_lr=config.dense_lr, lora_plus_ratio=1.0)
+    parallel = replace(config.parallel, lte_heads=1)
+    return replace(config, method=MethodConfig(name="full"), optim=optim, parallel=parallel)
+
+
+def method_config(config: RunConfig) -> RunConfig:
+    """What the method trains with after it."""
+    steps = config.train.steps - config.method.full_rank_steps
+    return replace(config, train=replace(config.train, steps=steps))
 
 
 def require(condition: bool, message: str) -> None:

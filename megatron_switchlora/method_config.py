@@ -45,7 +45,7 @@ class MethodConfig:
     """Rank r of every adapter; with galore, of every projected gradient."""
     alpha: Optional[float] = None
     """Scaling s = alpha / rank; by default 1 (SwitchLoRA, eq. 4 and 14), and 4096 with lte and mhlora, whose s is large
-    (LTE, appendix A); lte over switchlora has 1."""
+    (LTE, appendix A), but for initial values whose B is not zero."""
     full_rank_steps: int = 0
     """Steps of full-rank training before the method begins, from the weights that these reach."""
     full_rank_lr: float = 0.001
@@ -137,7 +137,7 @@ class MethodConfig:
         """s in W x + s B A x; of mhlora divided by its heads."""
         alpha = self.alpha
         if alpha is None:
-            alpha = 4096.0 if self.of_lte and self.inner == "lora" else 1.0
+            alpha = 4096.0 if self.of_lte and self.initial in ("semi_orthogonal", "classic") else 1.0
         by = math.sqrt(self.rank) if self.rslora else self.rank
         return alpha / by / (self.local_heads if self.name == "mhlora" else 1)
 

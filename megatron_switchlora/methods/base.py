@@ -25,7 +25,7 @@ from megatron_switchlora.parallel.shard import is_split
 
 @dataclass(frozen=True)
 class Replica:
-    """A tensor that must be equal on all ranks of a line: "dp", or "head" (dp x tp)."""
+    """A tensor that must be equal on all ranks of a line: "dp", "head" (dp x tp), or "data" (lte x dp)."""
 
     name: str
     tensor: Tensor
@@ -86,8 +86,8 @@ class Method:
         """How a checkpoint calls the model's parameter."""
         return name
 
-    def evaluated(self) -> LlamaForCausalLM:
-        """The model whose loss is the method's, and which is exported. Collective."""
+    def evaluated(self, exported: bool = False) -> LlamaForCausalLM:
+        """The model whose loss is the method's, or the one that is exported. Collective."""
         return self.model
 
     def parts(self) -> Iterator[Part]:

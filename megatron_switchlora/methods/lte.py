@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from megatron_switchlora.config import RunConfig
 from megatron_switchlora.lowrank.heads import HeadsLinear
-from megatron_switchlora.methods.base import Method
+from megatron_switchlora.methods.base import Method, Replica
 from megatron_switchlora.methods.lora import Lora, draw_factor, part_sides
-from megatron_switchlora.methods.merging import mean_dense, mean_matrices, mean_products
+from megatron_switchlora.methods.merging import high, mean_dense, mean_matrices, mean_products
 from megatron_switchlora.methods.switchlora import SwitchLora
 from megatron_switchlora.model.heads import split_dense_tensors
 from megatron_switchlora.model.llama import LlamaForCausalLM, decoder_linears
@@ -132,16 +132,19 @@ class Merging(Method):
         return mean_dense(self.dense(), self.optimizer, self.config.heads, lte, data)
 
     @torch.no_grad()
-    def evaluated(self) -> LlamaForCausalLM:
-        """The mean effective model, with plain linears, in the precision of compute; of one head its own model."""
+    def evaluated(self, exported: bool = False) -> LlamaForCausalLM:
+        """The mean effective model, with plain linears, in the precision of compute; of one head its own model. To be
+        exported it is fp32: matrices as they are folded, dense tensors rounded as the forward pass sees them."""
         if self.config.heads == 1 and not self.config.method.shares_base:
             return self.model
         some = next(self.model.parameters())
         with torch.device(some.device):
-            model = LlamaForCausalLM(self.config.model, self.model.vocab_size, self.mesh.axis("tp")).to(some.dtype)
+            model = LlamaForCausalLM(self.config.model, self.model.vocab_size, self.mesh.axis("tp"))
+        model.to(high(some.dtype) if exported else some.dtype)
         own = dict(model.named_parameters())
         matrices = zip((f"{name}.weight" for name in self.linears), self.mean_weights(), strict=True)
-        for name, mean in chain(matrices, self._mean_dense()):
+        dense = ((name, mean.to(some.dtype)) for name, mean in self._mean_dense())
+        for name, mean in chain(matrices, dense):
             own[name].copy_(mean)
         return model
 
@@ -192,6 +195,13 @@ class HeadOnRanks(Merging):
             else:
                 yield replace(part, name=self.stored_name(part.name))
         yield from self._origin_parts()
+
+    def replicas(self) -> Iterator[Replica]:
+        """Also W over all heads, where it is the same."""
+        yield from super().replicas()
+        if self.resets:
+            for name, linear in self.linears.items():
+                yield Replica(f"{name}.weight", linear.weight, "data")
 
 
 class Lte(HeadOnRanks, Lora):
@@ -270,6 +280,13 @@ class LocalLte(Merging):
     def stored_name(self, name: str) -> str:
         base, head = name.rsplit(".", 1)
         return f"head_{self.first_head + int(head):02d}/{base}"
+
+    def replicas(self) -> Iterator[Replica]:
+        """Also what holds the base, over all heads."""
+        yield from super().replicas()
+        for name, linear in self.linears.items():
+            for short, tensor in linear.base_tensors().items():
+                yield Replica(f"{name}.{short}", tensor, "data")
 
     def parts(self) -> Iterator[Part]:
         """NAME.weight or its codes and scales, what the last merge left of each head, head_NN/NAME.merged_A and

@@ -26,7 +26,7 @@ from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.parallel.shard import Axis
 
 T = TypeVar("T")
-BUCKET_BYTES = 64 << 20  # of what a rank gives in one collective, unless one tensor is larger
+BUCKET_BYTES = 64 << 20  # of what a rank holds of one collective, unless one tensor is larger
 
 
 class Adapted(Protocol):
@@ -74,12 +74,16 @@ def mean_products(layers: Sequence[Adapted], config: RunConfig, lte: Axis) -> It
         runs[-1][1].append(layer)
     for gathers, run in runs:
         if gathers:
-            for bucket in in_buckets(run, lambda layer: sum(f.numel() * f.element_size() for f in layer.factors())):
+            for bucket in in_buckets(run, lambda layer: _factor_bytes(layer) * lte.size):
                 yield from _products_of_factors(bucket, config.heads, lte)
         else:
             for bucket in in_buckets(run, lambda layer: 4 * layer.factors()[0].size(1) * layer.factors()[1].size(1)):
                 products = [product(*layer.factors(), layer.scaling / config.heads) for layer in bucket]
                 yield from _summed(products, lte)
+
+
+def _factor_bytes(layer: Adapted) -> int:
+    return sum(factor.numel() * factor.element_size() for factor in layer.factors())
 
 
 def _products_of_factors(bucket: list[Adapted], heads: int, lte: Axis) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_switchlora.config import RunConfig, UserError, accumulation_steps, require_shard
+from megatron_switchlora.config import RunConfig, UserError, accumulation_steps, full_rank_config, require_shard
 from megatron_switchlora.model.counts import count_parameters, count_shard
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.train.ds_config import resolve_ds_config
@@ -38,13 +38,22 @@ def plan(config: RunConfig, given_ds_config: dict[str, Any], world_size: int) ->
     zero = zero_settings(resolve_ds_config(given_ds_config, config, mesh["dp"]))
     vocab_size, source = planned_vocabulary(config)
     items = memory_items(config, vocab_size, mesh["tp"], mesh["dp"], zero)
+    before = _full_rank_phase(config, vocab_size, world_size, zero) if config.method.full_rank_steps else []
     sections = [
         _setting(config, mesh, zero, f"{vocab_size:,} ({source})"),
         _parameters(config, vocab_size, mesh["tp"]),
-        _memory(items),
+        _memory(items) + before,
         _gradients(config, vocab_size, mesh, zero),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def _full_rank_phase(config: RunConfig, vocab_size: int, world_size: int, zero: Zero) -> list[str]:
+    first = full_rank_config(config)
+    mesh = mesh_sizes(first.parallel, world_size)
+    peak = peak_bytes(memory_items(first, vocab_size, mesh["tp"], mesh["dp"], zero))
+    unit, scale = ("GB", 1e9) if peak >= 1e9 else ("MB", 1e6)
+    return [f"  the {config.method.full_rank_steps} full-rank steps before it peak at {peak / scale:.3f} {unit}"]
 
 
 def planned_vocabulary(config: RunConfig) -> tuple[int, str]:

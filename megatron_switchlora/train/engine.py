@@ -126,7 +126,7 @@ class Engine:
         over the world."""
         replicas = list(self.method.replicas())
         found = []
-        for line in ("dp", "head"):
+        for line in ("dp", "head", "data"):
             named = [(replica.name, replica.tensor) for replica in replicas if replica.line == line]
             found += differing(named, self.mesh.group(line), self.device)
         texts = gather_texts("\n".join(found), self.device)
@@ -196,7 +196,7 @@ class Engine:
             lr=lr,
             switched=switched,
             dp_bytes=self.recorder.total("gradient", self.mesh.group("dp")),
-            merge_bytes=sum(self._across_heads(phase) for phase in ("gradient", "switch", "step", "merge")),
+            merge_bytes=self._across_heads(None) - self._across_heads("control"),
             control_bytes=self._across_heads("control"),
             healthy=bad_ranks == 0 and math.isfinite(mean),
             votes=counts,
@@ -217,8 +217,8 @@ class Engine:
             return tuple(self.optimizer.head_clip.norms.tolist())
         return (float(norm if norm is not None else self.ds.get_global_grad_norm()),)
 
-    def _across_heads(self, phase: str) -> int:
-        """Bytes that this rank gave in a phase to collectives with ranks of other heads."""
+    def _across_heads(self, phase: Optional[str]) -> int:
+        """Bytes that this rank gave in a phase, or in all, to collectives with ranks of other heads."""
         if self.mesh.size("lte") == 1:
             return 0
         return sum(self.recorder.total(phase, self.mesh.group(line)) for line in ("lte", "data", "world")) + (

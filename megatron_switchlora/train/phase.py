@@ -9,12 +9,12 @@ the data goes on through both. A checkpoint at the border holds the end of the f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megatron_switchlora.config import MethodConfig, RunConfig
+from megatron_switchlora.config import RunConfig, full_rank_config, method_config
 from megatron_switchlora.data.loader import BatchOrder, Reader, Samples, TrainLoader
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.llama import LlamaForCausalLM
@@ -33,19 +33,6 @@ class Phase:
     mesh: Mesh
     ds_config: dict[str, Any]
     loader: TrainLoader
-
-
-def full_rank_config(config: RunConfig) -> RunConfig:
-    """What the full-rank phase trains with."""
-    optim = replace(config.optim, lr=config.method.full_rank_lr, dense_lr=config.dense_lr, lora_plus_ratio=1.0)
-    parallel = replace(config.parallel, lte_heads=1)
-    return replace(config, method=MethodConfig(name="full"), optim=optim, parallel=parallel)
-
-
-def method_config(config: RunConfig) -> RunConfig:
-    """What the method trains with after it."""
-    steps = config.train.steps - config.method.full_rank_steps
-    return replace(config, train=replace(config.train, steps=steps))
 
 
 def build_phases(config: RunConfig, given_ds_config: dict[str, Any], samples: Samples) -> list[Phase]:

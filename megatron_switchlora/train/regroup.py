@@ -38,7 +38,8 @@ def regroups(config: RunConfig, state: dict[str, Any]) -> bool:
     if method.name != "lte" or stored["method"]["name"] != "lte":
         return False
     local, groups = stored["method"]["local_heads"], stored["parallel"]["lte_heads"]
-    if (local * groups, local > 1) == (config.heads, method.local_heads > 1):
+    shared = local > 1 or stored["method"]["base"] == "nf4"
+    if (local * groups, shared) == (config.heads, method.shares_base):
         return False
     interval = method.merge_interval
     require(

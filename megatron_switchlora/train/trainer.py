@@ -396,5 +396,5 @@ class Trainer:
     def _finish(self, val_loss: float) -> None:
         """Write the last checkpoint, the final model, the plot and the outcome."""
         self.saver.finish()
-        model = self.method.evaluated()
+        model = self.method.evaluated(exported=True)
         on_all_ranks(partial(write_results, self, val_loss, model), self.device)

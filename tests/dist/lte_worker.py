@@ -48,7 +48,7 @@ def against_one_process(config: RunConfig, steps: int, mesh: Mesh) -> dict[str, 
     for linear, other in zip(mine.linears.values(), theirs.linears.values(), strict=True):
         pairs = zip(mine._pairs(linear), theirs._pairs(other)[mine.first_head :], strict=False)
         gaps += [float((a - b).detach().abs().max()) for here, there in pairs for a, b in zip(here, there, strict=True)]
-        gaps.append(float((linear.base(torch.float64) - other.base(torch.float64)).abs().max()))
+        gaps.append(float((linear.quantised.dequantised(torch.float64) - other.quantised.dequantised(torch.float64)).abs().max()))
     return {"gap": max(gaps)}
 
 

@@ -289,9 +289,6 @@ def test_lora_plus_gives_B_of_local_heads_its_rate() -> None:
         assert [rates[B] / rates[A] for A, B in zip(linear.lora_A, linear.lora_B, strict=True)] == [16.0, 16.0]
 
 
-
-
-
 def test_a_bad_gradient_of_local_heads_is_named() -> None:
     """Their losses are several, and finite here."""
     run = PlainRun(lte_config(method__local_heads=2))
