@@ -156,6 +156,7 @@ def test_lte_resumed_on_larger_heads_to_the_bit(tmp_path: Path, dp: int, tp: int
     check_lte(tmp_path, dp, tp, [*forms, ("0", "fp32", {"method__merge_form": "reset", "method__local_heads": 2})])
 
 
+@pytest.mark.full
 def test_heads_change_after_a_merge(tmp_path: Path) -> None:
     """Two heads on ranks, saved after a merge, go on as four in a process and as one: the mean model stays, and so do
     the factors of the heads that stay."""

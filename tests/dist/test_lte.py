@@ -41,7 +41,7 @@ def check_deepspeed(results: list[dict[str, Any]], merges: int) -> None:
 @pytest.mark.timeout(320)
 def test_two_heads_on_two_ranks() -> None:
     cases = [
-        {"changes": {}, "steps": 40},
+        {"changes": {}, "steps": 12},
         {"changes": SWITCHES, "steps": 12},
         {"changes": {"method__local_heads": 2, "method__merge_form": "reset", "method__merge_traffic": "delta"}, "steps": 12},
         {"changes": {"method__base": "nf4"}, "steps": 9, "twin": True},
@@ -56,6 +56,7 @@ def test_two_heads_on_two_ranks() -> None:
         check_deepspeed(results, merges=3)
 
 
+@full
 @pytest.mark.timeout(320)
 def test_two_heads_of_two_tensor_parallel_ranks_under_zero_1() -> None:
     (found,) = run(4, 2, 2, [{"changes": {}, "steps": 10, "stage": "1"}])
@@ -83,6 +84,7 @@ def test_every_form_under_every_stage(tp: int) -> None:
 @pytest.mark.timeout(320)
 def test_every_form_equals_the_reference_for_40_steps() -> None:
     forms: list[dict[str, Any]] = [
+        {},
         {"method__merge_form": "reset"},
         {"method__merge_traffic": "delta"},
         SWITCHES,

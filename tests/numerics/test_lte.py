@@ -27,7 +27,8 @@ full = pytest.mark.full
 @pytest.mark.parametrize(
     ("steps", "changes"),
     [
-        (40, {}),
+        (12, {}),
+        pytest.param(40, {}, marks=full),
         pytest.param(40, {"method__merge_form": "reset"}, marks=full),
         pytest.param(
             40,
