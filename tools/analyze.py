@@ -37,7 +37,7 @@ from megatron_switchlora.model.analysis import effective_rank, head_alignment, n
 from megatron_switchlora.model.counts import projections
 from megatron_switchlora.model.llama import initial_matrix
 from megatron_switchlora.model.weights import Weights, find_folder
-from megatron_switchlora.train.run_folder import read_records, replace_text
+from megatron_switchlora.train.records import read_records, replace_text
 
 MATRIX = re.compile(r"(?:head_\d+/)?(model\.layers\.(\d+)\.\w+\.(\w+)\.weight)")
 Base = Callable[[str], Tensor]

@@ -22,7 +22,7 @@ from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.train.dry_run import zero_settings
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
 from megatron_switchlora.train.memory import gradient_bytes
-from megatron_switchlora.train.run_folder import replace_text
+from megatron_switchlora.train.records import replace_text
 
 Run = dict[str, Any]
 HEAD = (

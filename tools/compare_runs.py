@@ -31,7 +31,8 @@ from typing import Any, Optional
 from compare_setting import ROOT, Point, Setting, run_key
 
 from megatron_switchlora.config import UserError, require
-from megatron_switchlora.train.run_folder import lock_folder, read_meta, read_records, replace_text
+from megatron_switchlora.train.records import read_records, replace_text
+from megatron_switchlora.train.run_folder import lock_folder, read_meta
 from megatron_switchlora.train.stop import REQUEUE
 
 SCRIPT = ROOT / "launch" / "pretrain.py"

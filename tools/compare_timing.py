@@ -16,7 +16,7 @@ from compare_runs import Runner, step_seconds
 from compare_setting import Setting
 
 from megatron_switchlora.config import require
-from megatron_switchlora.train.run_folder import read_records
+from megatron_switchlora.train.records import read_records
 
 
 def time_methods(setting: Setting, runner: Runner) -> None:

@@ -24,10 +24,11 @@ from megatron_switchlora.config import RunConfig
 from megatron_switchlora.lowrank.heads import HeadsLinear
 from megatron_switchlora.methods.base import Method, Replica
 from megatron_switchlora.methods.lora import Lora, draw_factor, part_sides
-from megatron_switchlora.methods.merging import high, mean_dense, mean_matrices, mean_products
+from megatron_switchlora.methods.merging import mean_dense, mean_matrices, mean_products
 from megatron_switchlora.methods.switchlora import SwitchLora
 from megatron_switchlora.model.heads import split_dense_tensors
 from megatron_switchlora.model.llama import LlamaForCausalLM, decoder_linears
+from megatron_switchlora.optim.layout import at_least_fp32
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.parallel.parts import Part, shard_part
@@ -80,14 +81,14 @@ class Merging(Method):
             self._adopt(name, linear, mean)
             if self.resets:
                 self._restart(name, linear, step)
-        for name, mean in self._mean_dense():
-            for param in self.dense()[name]:
+        dense = self.dense()
+        for name, mean in self._mean_dense(dense):
+            for param in dense[name]:
                 self.optimizer.set_values(param, mean)
 
     def mean_weights(self) -> Iterator[Tensor]:
         """The mean effective weight of each of `linears`, this rank's shard, fp32 at least. Collective."""
-        products = mean_products(list(self.linears.values()), self.config, self.mesh.axis("lte"))
-        for (name, linear), mean in zip(self.linears.items(), products, strict=True):
+        for name, linear, mean in self._mean_products():
             yield self.origins[name].plus(mean) if name in self.origins else mean.add_(linear.weight)
 
     def _keep_origins(self) -> None:
@@ -95,12 +96,12 @@ class Merging(Method):
         keeps = not self.resets or self.config.method.base == "nf4"
         self.origins = {}
         if keeps:
-            products = mean_products(list(self.linears.values()), self.config, self.mesh.axis("lte"))
-            for (name, linear), mean in zip(self.linears.items(), products, strict=True):
-                self.origins[name] = Origin(linear.weight - mean, self.mesh.axis("dp"))
+            for name, linear, product in self._mean_products():
+                self.origins[name] = Origin(linear.weight - product, self.mesh.axis("dp"))
 
     def _adopt(self, name: str, linear: Any, mean: Tensor) -> None:
-        raise NotImplementedError
+        """Make a layer's heads compute the mean."""
+        raise TypeError("a kind of heads says how it takes over the mean")
 
     def _restart(self, name: str, linear: Any, step: int) -> None:
         """B <- 0, in parameter and master; A is redrawn if asked for."""
@@ -127,9 +128,15 @@ class Merging(Method):
                 found.setdefault(self.stored_name(name).split("/", 1)[1], []).append(param)
         return found
 
-    def _mean_dense(self) -> Iterator[tuple[str, Tensor]]:
+    def _mean_dense(self, dense: dict[str, list[nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
         lte, data = self.mesh.axis("lte"), self.mesh.axis("data")
-        return mean_dense(self.dense(), self.optimizer, self.config.heads, lte, data)
+        return mean_dense(dense, self.optimizer, self.config.heads, lte, data)
+
+    def _mean_products(self) -> Iterator[tuple[str, Any, Tensor]]:
+        """(name, layer, (s/N) sum_n B_n A_n) of each of `linears`. Collective."""
+        products = mean_products(list(self.linears.values()), self.config, self.mesh.axis("lte"))
+        for (name, linear), product in zip(self.linears.items(), products, strict=True):
+            yield name, linear, product
 
     @torch.no_grad()
     def evaluated(self, exported: bool = False) -> LlamaForCausalLM:
@@ -140,10 +147,10 @@ class Merging(Method):
         some = next(self.model.parameters())
         with torch.device(some.device):
             model = LlamaForCausalLM(self.config.model, self.model.vocab_size, self.mesh.axis("tp"))
-        model.to(high(some.dtype) if exported else some.dtype)
+        model.to(at_least_fp32(some.dtype) if exported else some.dtype)
         own = dict(model.named_parameters())
         matrices = zip((f"{name}.weight" for name in self.linears), self.mean_weights(), strict=True)
-        dense = ((name, mean.to(some.dtype)) for name, mean in self._mean_dense())
+        dense = ((name, mean.to(some.dtype)) for name, mean in self._mean_dense(self.dense()))
         for name, mean in chain(matrices, dense):
             own[name].copy_(mean)
         return model
@@ -158,8 +165,7 @@ class Merging(Method):
     @torch.no_grad()
     def regrouped(self) -> None:
         """The heads here are others than those whose mean was laid down: form origins and each W anew. Collective."""
-        products = mean_products(list(self.linears.values()), self.config, self.mesh.axis("lte"))
-        for (name, linear), product in zip(self.linears.items(), products, strict=True):
+        for name, linear, product in self._mean_products():
             in_origin = self.config.method.base == "nf4"
             mean = self.origins[name].plus(torch.zeros_like(product)) if in_origin else linear.weight.clone()
             self._adopt(name, linear, mean)

@@ -12,20 +12,21 @@ Under tensor parallelism everything is a rank's own shard. Nothing is changed he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_switchlora.checkpoint.archive import grouped
 from megatron_switchlora.config import RunConfig
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.model.counts import merge_sends_factors
+from megatron_switchlora.optim.layout import at_least_fp32
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.parallel.shard import Axis
 
-T = TypeVar("T")
 BUCKET_BYTES = 64 << 20  # of what a rank holds of one collective, unless one tensor is larger
 
 
@@ -37,28 +38,9 @@ class Adapted(Protocol):
     def factors(self) -> tuple[Tensor, Tensor]: ...
 
 
-def in_buckets(items: Iterable[T], size: Callable[[T], int], limit: int = BUCKET_BYTES) -> Iterator[list[T]]:
-    """Consecutive items whose bytes stay within the limit together, or one that does not alone."""
-    bucket: list[T] = []
-    held = 0
-    for item in items:
-        if bucket and held + size(item) > limit:
-            yield bucket
-            bucket, held = [], 0
-        bucket.append(item)
-        held += size(item)
-    if bucket:
-        yield bucket
-
-
-def high(dtype: torch.dtype) -> torch.dtype:
-    """The precision of merges: fp32, or the factors' if that is finer."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def product(A: Tensor, B: Tensor, scale: float) -> Tensor:
     """scale B A [out, in] of A [R, in] and B [R, out], in fp32 at least."""
-    return (B.to(high(B.dtype)).t() @ A.to(high(A.dtype))).mul_(scale)
+    return (B.to(at_least_fp32(B.dtype)).t() @ A.to(at_least_fp32(A.dtype))).mul_(scale)
 
 
 @torch.no_grad()
@@ -74,16 +56,21 @@ def mean_products(layers: Sequence[Adapted], config: RunConfig, lte: Axis) -> It
         runs[-1][1].append(layer)
     for gathers, run in runs:
         if gathers:
-            for bucket in in_buckets(run, lambda layer: _factor_bytes(layer) * lte.size):
+            for bucket in grouped(run, lambda layer: _factor_bytes(layer) * lte.size, BUCKET_BYTES):
                 yield from _products_of_factors(bucket, config.heads, lte)
         else:
-            for bucket in in_buckets(run, lambda layer: 4 * layer.factors()[0].size(1) * layer.factors()[1].size(1)):
+            for bucket in grouped(run, _product_bytes, BUCKET_BYTES):
                 products = [product(*layer.factors(), layer.scaling / config.heads) for layer in bucket]
                 yield from _summed(products, lte)
 
 
 def _factor_bytes(layer: Adapted) -> int:
-    return sum(factor.numel() * factor.element_size() for factor in layer.factors())
+    return sum(factor.nbytes for factor in layer.factors())
+
+
+def _product_bytes(layer: Adapted) -> int:
+    A, B = layer.factors()
+    return 4 * A.size(1) * B.size(1)
 
 
 def _products_of_factors(bucket: list[Adapted], heads: int, lte: Axis) -> Iterator[Tensor]:
@@ -115,7 +102,7 @@ def _summed(tensors: list[Tensor], axis: Axis) -> Iterator[Tensor]:
 @torch.no_grad()
 def mean_matrices(layers: Sequence[LowRankLinear], heads: int, lte: Axis) -> Iterator[Tensor]:
     """mean_n (W_n + s B_n A_n) [out, in] of each layer in turn. Collective over `lte`."""
-    for bucket in in_buckets(layers, lambda layer: layer.weight.numel() * layer.weight.element_size()):
+    for bucket in grouped(layers, lambda layer: layer.weight.nbytes, BUCKET_BYTES):
         yield from _summed([layer.effective_weight().div_(heads) for layer in bucket], lte)
 
 
@@ -126,6 +113,6 @@ def mean_dense(
     """Each name with the mean over all heads of its parameters, given those of the K heads here, from the masters.
     Collective over `data` where ZeRO partitions the masters, else over `lte`."""
     axis = data if optimizer.partitioned else lte
-    for bucket in in_buckets(params.items(), lambda item: 4 * item[1][0].numel()):
+    for bucket in grouped(params.items(), lambda item: 4 * item[1][0].numel(), BUCKET_BYTES):
         sums = [optimizer.sum_of_masters(same).div_(heads) for _, same in bucket]
         yield from zip((name for name, _ in bucket), _summed(sums, axis), strict=True)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_switchlora.optim.layout import Piece
+from megatron_switchlora.optim.layout import Piece, at_least_fp32
 from megatron_switchlora.parallel.shard import Axis, is_split
 
 
@@ -33,7 +33,7 @@ class HeadClip:
         squares = torch.zeros_like(self.norms)
         for param, grad in gradients:
             if is_split(param) or self.tp.rank == 0:
-                squares[param.head] += torch.linalg.vector_norm(grad, dtype=high(grad)).double() ** 2  # type: ignore[attr-defined]
+                squares[param.head] += torch.linalg.vector_norm(grad, dtype=at_least_fp32(grad.dtype)).double() ** 2  # type: ignore[attr-defined]
         for axis in (self.dp, self.tp):
             if axis.size > 1:
                 dist.all_reduce(squares, group=axis.group)
@@ -46,10 +46,6 @@ class HeadClip:
             factors = (self.limit / (self.norms + 1e-6)).clamp(max=1.0)
             for piece in pieces:
                 gradient(piece).mul_(factors[piece.param.head])  # type: ignore[attr-defined]
-
-
-def high(grad: Tensor) -> torch.dtype:
-    return torch.promote_types(grad.dtype, torch.float32)
 
 
 def gradient(piece: Piece) -> Tensor:

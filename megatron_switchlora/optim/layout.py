@@ -22,6 +22,11 @@ from megatron_switchlora.parallel.parts import row_blocks
 from megatron_switchlora.parallel.shard import has_rows
 
 
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """The precision of masters, and of what is computed from them: fp32, or the parameters' if that is finer."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 @dataclass(frozen=True)
 class Piece:
     """Rows [first_row, first_row + rows) of `param`, columns [column, column + width), at element `offset` of
@@ -61,13 +66,13 @@ class Piece:
 
 class RowLayout:
     """The pieces of all parameters on this rank, by master tensor and by parameter; `partitioned` where data-parallel
-    ranks hold different ones."""
+    ranks hold different elements."""
 
     def __init__(self) -> None:
         self.by_master: dict[Tensor, list[Piece]] = {}
         self.by_param: dict[nn.Parameter, list[Piece]] = {}
         self.step_counts: dict[Tensor, int] = {}
-        self.partitioned = False  # whether data-parallel ranks hold different elements
+        self.partitioned = False
 
     def add(self, param: nn.Parameter, master: Tensor, offset: int, start: int, numel: int) -> None:
         """Elements [start, start + numel) of the flattened `param` are at `offset` of the flattened `master`."""

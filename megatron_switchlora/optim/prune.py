@@ -45,11 +45,8 @@ def _blocks(optimizer: RowAdamW, param: nn.Parameter, key: str) -> list[Tensor]:
 
 def _offer(optimizer: RowAdamW, param: nn.Parameter, key: str, count: int, mesh: Mesh) -> Tensor:
     """The `count` largest magnitudes here, -1 where there are fewer or another rank offers the same."""
-    assert optimizer.layout is not None, "attach() first"
     offer = torch.full((count,), -1.0, device=param.device)
-    first_of_copies = (is_split(param) or mesh.rank("tp") == 0) and (
-        optimizer.layout.partitioned or mesh.rank("dp") == 0
-    )
+    first_of_copies = (is_split(param) or mesh.rank("tp") == 0) and (optimizer.partitioned or mesh.rank("dp") == 0)
     blocks = _blocks(optimizer, param, key) if first_of_copies else []
     if blocks:
         held = torch.cat([block.abs().flatten() for block in blocks])

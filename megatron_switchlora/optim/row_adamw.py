@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_switchlora.optim.head_clip import HeadClip, gradient
-from megatron_switchlora.optim.layout import Piece, RowLayout
+from megatron_switchlora.optim.layout import Piece, RowLayout, at_least_fp32
 from megatron_switchlora.parallel.parts import Part, flat_parts
 from megatron_switchlora.parallel.shard import has_rows
 
@@ -158,7 +158,7 @@ class RowAdamW(torch.optim.Optimizer):
     def sum_of_masters(self, params: list[nn.Parameter]) -> Tensor:
         """The sum of the masters of parameters of one shape, in fp32 at least; zero where other ranks have them."""
         some = params[0]
-        total = torch.zeros(some.shape, dtype=torch.promote_types(some.dtype, torch.float32), device=some.device)
+        total = torch.zeros(some.shape, dtype=at_least_fp32(some.dtype), device=some.device)
         for param in params:
             for piece in self.pieces(param):
                 piece.source(total).add_(piece.block(piece.master.data))
@@ -203,7 +203,7 @@ class RowAdamW(torch.optim.Optimizer):
     def read_rows(self, param: nn.Parameter) -> dict[str, Tensor]:
         """This rank's share of the same four tensors, zero where another rank owns the elements."""
         rows = param.size(0) if has_rows(param) else 1
-        dtype = torch.promote_types(param.dtype, torch.float32)
+        dtype = at_least_fp32(param.dtype)
         full = {key: torch.zeros(param.shape, dtype=dtype) for key in ("master", "exp_avg", "exp_avg_sq")}
         full["row_step"] = torch.zeros(rows)
         for piece in self.pieces(param):
