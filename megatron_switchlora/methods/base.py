@@ -43,6 +43,10 @@ class Method:
         factors: Optional[dict[str, tuple[Tensor, Tensor]]] = None,
     ) -> None:
         self.config, self.model, self.mesh = config, model, mesh
+        self.adapt(factors)
+
+    def adapt(self, factors: Optional[dict[str, tuple[Tensor, Tensor]]]) -> None:
+        """Replace linears of the initialised model, on the CPU; `factors` are initial ones found from gradients."""
 
     def matrices(self) -> list[nn.Parameter]:
         """The trainable tensors of the decoder's linears."""

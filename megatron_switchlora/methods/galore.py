@@ -11,26 +11,16 @@ from typing import Optional
 
 from torch import Tensor
 
-from megatron_switchlora.config import RunConfig
 from megatron_switchlora.methods.full import Full
-from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.optim.galore import GaloreAdamW, load_projector
 from megatron_switchlora.optim.row_adamw import RowAdamW
-from megatron_switchlora.parallel.mesh import Mesh
 
 
 class Galore(Full):
     """Full-rank training whose matrices have a projector each."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        model: LlamaForCausalLM,
-        mesh: Mesh,
-        factors: Optional[dict[str, tuple[Tensor, Tensor]]] = None,
-    ) -> None:
-        self.projector_class = load_projector()
-        super().__init__(config, model, mesh)
+    def adapt(self, factors: Optional[dict[str, tuple[Tensor, Tensor]]]) -> None:
+        self.projector_class = load_projector()  # refused before any work where the package is missing
 
     def build_optimizer(self) -> RowAdamW:
         method, optim = self.config.method, self.config.optim

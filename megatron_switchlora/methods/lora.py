@@ -22,9 +22,8 @@ from megatron_switchlora.config import RunConfig, accumulation_steps
 from megatron_switchlora.lowrank.init import Side, draw_orthogonal, draw_vectors, factor_std, principal_factors
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.methods.base import Method, Replica
-from megatron_switchlora.model.llama import LlamaForCausalLM, decoder_linears
+from megatron_switchlora.model.llama import decoder_linears
 from megatron_switchlora.optim.row_adamw import RowAdamW
-from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.parallel.parts import Part, shard_part
 from megatron_switchlora.parallel.shard import is_split, named_generator, shard_of
 
@@ -61,23 +60,16 @@ class Lora(Method):
     """`linears` are the adapted layers by Hugging Face name, in layer order; `initial` the factors of the start, as the
     forward pass used them, where they are kept."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        model: LlamaForCausalLM,
-        mesh: Mesh,
-        factors: Optional[dict[str, tuple[Tensor, Tensor]]] = None,
-    ) -> None:
-        super().__init__(config, model, mesh)
+    def adapt(self, factors: Optional[dict[str, tuple[Tensor, Tensor]]]) -> None:
         self.initial: dict[nn.Parameter, Tensor] = {}
-        micro_batches = accumulation_steps(config, mesh.size("dp"))
+        micro_batches = accumulation_steps(self.config, self.mesh.size("dp"))
         self.linears: dict[str, LowRankLinear] = {}
-        for name, parent, attribute, base in list(decoder_linears(model)):
-            linear = LowRankLinear(base, config.method, micro_batches)
+        for name, parent, attribute, base in list(decoder_linears(self.model)):
+            linear = LowRankLinear(base, self.config.method, micro_batches)
             setattr(parent, attribute, linear)
             self.linears[name] = linear
         self._draw_factors()
-        if config.method.init == "lora_ga":
+        if self.config.method.init == "lora_ga":
             self._take_factors(factors or {})
 
     def _draw_vectors(self, side: Side, name: str, count: int) -> Tensor:

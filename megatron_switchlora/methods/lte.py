@@ -20,7 +20,6 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from megatron_switchlora.config import RunConfig
 from megatron_switchlora.lowrank.heads import HeadsLinear
 from megatron_switchlora.methods.base import Method, Replica
 from megatron_switchlora.methods.lora import Lora, draw_factor, part_sides
@@ -30,7 +29,6 @@ from megatron_switchlora.model.heads import split_dense_tensors
 from megatron_switchlora.model.llama import LlamaForCausalLM, decoder_linears
 from megatron_switchlora.optim.layout import at_least_fp32
 from megatron_switchlora.optim.row_adamw import RowAdamW
-from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.parallel.parts import Part, shard_part
 from megatron_switchlora.parallel.shard import Axis, Split, shard_of
 
@@ -228,24 +226,17 @@ class LteSwitchLora(HeadOnRanks, SwitchLora):
 class LocalLte(Merging):
     """K heads in one process, or heads over a quantised base."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        model: LlamaForCausalLM,
-        mesh: Mesh,
-        factors: Optional[dict[str, tuple[Tensor, Tensor]]] = None,
-    ) -> None:
-        super().__init__(config, model, mesh)
+    def adapt(self, factors: Optional[dict[str, tuple[Tensor, Tensor]]]) -> None:
         self.linears = {}
-        for name, parent, attribute, base in list(decoder_linears(model)):
-            linear = HeadsLinear(base, config.method)
+        for name, parent, attribute, base in list(decoder_linears(self.model)):
+            linear = HeadsLinear(base, self.config.method)
             setattr(parent, attribute, linear)
             self.linears[name] = linear
-            if config.method.init == "lora_ga":
+            if self.config.method.init == "lora_ga":
                 self._take_factors(linear, factors[name] if factors else None)
             else:
                 self._draw_factors(name, linear)
-        split_dense_tensors(model, config.method.local_heads)
+        split_dense_tensors(self.model, self.config.method.local_heads)
 
     def _draw_factors(self, name: str, linear: HeadsLinear) -> None:
         shape = (linear.out_features, linear.in_features)

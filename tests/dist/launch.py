@@ -116,3 +116,6 @@ def worker_main(act: Any) -> None:
     if dist.is_initialized():  # leave together: a rank that ends while others talk can make gloo abort
         dist.barrier()
         dist.destroy_process_group()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)  # as launch/pretrain.py does: threads of gloo may abort while the interpreter ends
