@@ -157,6 +157,17 @@ class MethodConfig:
         return self.name == "lte" and (self.local_heads > 1 or self.base == "nf4")
 
     @property
+    def resetless(self) -> bool:
+        """Whether merges of LTE heads zero nothing."""
+        return self.name == "lte" and self.merge_form == "resetless"
+
+    @property
+    def keeps_origins(self) -> bool:
+        """Whether LTE heads need their common origin at a merge: switches change W, so that there is none, and a base
+        in 4 bits holds too little."""
+        return (self.resetless and not self.switches) or (self.name == "lte" and self.base == "nf4")
+
+    @property
     def keeps_initial(self) -> bool:
         """Whether a run keeps A and B of its start: they make an adapter over the base it began from."""
         return self.name == "lora" and self.init == "lora_ga"

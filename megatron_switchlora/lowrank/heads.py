@@ -43,7 +43,7 @@ class HeadsLinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.tp, self.split, self.row_parallel = base.tp, base.split, base.split_dim == 1
         self.heads, self.rank, self.scaling = method.heads_here, method.rank, method.scaling
-        self.resetless = method.merge_form == "resetless"
+        self.resetless = method.resetless
         weight = base.weight.detach()
         self.register_buffer("weight", weight)
         self.quantised: Optional[Nf4Matrix] = None
@@ -85,9 +85,9 @@ class HeadsLinear(nn.Module):
             return self.split
         return Split(1, tensor.size(1) * self.tp.size, self.tp)
 
-    def quantise(self) -> None:
+    def quantise(self, kernels: bool) -> None:
         """From here on hold the shared matrix in 4 bits."""
-        self.quantised = Nf4Matrix(self.weight)
+        self.quantised = Nf4Matrix(self.weight, kernels)
         del self.weight
 
     @torch.no_grad()

@@ -46,12 +46,11 @@ def dequantise(codes: Tensor, scales: Tensor, columns: int) -> Tensor:
 
 
 class Nf4Matrix:
-    """A quantised matrix; `codes` and `scales` may be filled in place."""
+    """A quantised matrix; `codes` and `scales` may be filled in place. `kernels`: bitsandbytes' dequantise."""
 
-    def __init__(self, matrix: Tensor) -> None:
-        self.columns = matrix.size(1)
+    def __init__(self, matrix: Tensor, kernels: bool) -> None:
+        self.columns, self.kernels = matrix.size(1), kernels
         self.codes, self.scales = quantise(matrix)
-        self.kernels = bitsandbytes_works(matrix.device)
 
     @torch.no_grad()
     def store(self, matrix: Tensor) -> None:

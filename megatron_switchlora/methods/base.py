@@ -19,8 +19,7 @@ from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.parallel.mesh import Mesh
-from megatron_switchlora.parallel.parts import Part, shard_part
-from megatron_switchlora.parallel.shard import is_split
+from megatron_switchlora.parallel.parts import Part, replica_line, shard_part
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,6 @@ class Method:
         """Everything that several ranks hold alike: parameters, buffers (frozen weights, split like the matrices they
         are), and a method's own state."""
         for name, param in self.model.named_parameters():
-            yield Replica(name, param, "dp" if is_split(param) else "head")
+            yield Replica(name, param, replica_line(param))
         for name, buffer in self.model.named_buffers():
             yield Replica(name, buffer, "dp")

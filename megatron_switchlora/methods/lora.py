@@ -24,8 +24,8 @@ from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.methods.base import Method, Replica
 from megatron_switchlora.model.llama import decoder_linears
 from megatron_switchlora.optim.row_adamw import RowAdamW
-from megatron_switchlora.parallel.parts import Part, shard_part
-from megatron_switchlora.parallel.shard import is_split, named_generator, shard_of
+from megatron_switchlora.parallel.parts import Part, parameter_part, replica_line
+from megatron_switchlora.parallel.shard import named_generator, shard_of
 
 
 def head_seed(seed: int, head: int) -> int:
@@ -129,13 +129,12 @@ class Lora(Method):
         """Also A_0 [r, in] and B_0 [r, out], NAME.lora_A_0 and NAME.lora_B_0, where they are kept."""
         yield from super().parts()
         for name, factor, value in self._kept():
-            shard = filter(None, [factor.shard])  # type: ignore[attr-defined]
-            yield shard_part(name, value, shard, "dp" if is_split(factor) else "head")
+            yield parameter_part(name, factor, replica_line(factor), value)
 
     def replicas(self) -> Iterator[Replica]:
         yield from super().replicas()
         for name, factor, value in self._kept():
-            yield Replica(name, value, "dp" if is_split(factor) else "head")
+            yield Replica(name, value, replica_line(factor))
 
     def _take_principal_factors(self) -> None:
         """PiSSA's factors. A data-parallel rank decomposes its share of the layers, each gathered over tp and alike on
@@ -151,7 +150,7 @@ class Lora(Method):
             for factor in (linear.lora_A, linear.lora_B):
                 if dp.size > 1:
                     dist.broadcast(factor.data, group=dp.group, group_src=number % dp.size)
-                self.optimizer.rows_rewritten(factor, torch.arange(linear.rank))
+                self.optimizer.rows_rewritten(factor)
 
     def after_step(self, step: int) -> None:
         self._forget_merged()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_switchlora.lowrank.heads import HeadsLinear
+from megatron_switchlora.lowrank.nf4 import bitsandbytes_works
 from megatron_switchlora.methods.base import Method, Replica
 from megatron_switchlora.methods.lora import Lora, draw_factor, part_sides
 from megatron_switchlora.methods.merging import mean_dense, mean_matrices, mean_products
@@ -29,7 +30,7 @@ from megatron_switchlora.model.heads import split_dense_tensors
 from megatron_switchlora.model.llama import LlamaForCausalLM, decoder_linears
 from megatron_switchlora.optim.layout import at_least_fp32
 from megatron_switchlora.optim.row_adamw import RowAdamW
-from megatron_switchlora.parallel.parts import Part, shard_part
+from megatron_switchlora.parallel.parts import Part, parameter_part, replica_line, shard_part
 from megatron_switchlora.parallel.shard import Axis, Split, shard_of
 
 
@@ -55,12 +56,8 @@ class Merging(Method):
     origins: dict[str, Origin]
 
     @property
-    def resets(self) -> bool:
-        return self.config.method.merge_form == "reset"
-
-    @property
     def first_head(self) -> int:
-        return self.mesh.rank("lte") * self.config.method.local_heads
+        return self.mesh.heads(self.config.method.heads_here).start
 
     def merges_after(self, steps: int) -> bool:
         """Whether heads are merged after so many steps."""
@@ -77,7 +74,7 @@ class Merging(Method):
         """Merge all heads. Collective over the world."""
         for (name, linear), mean in zip(self.linears.items(), self.mean_weights(), strict=True):
             self._adopt(name, linear, mean)
-            if self.resets:
+            if not self.config.method.resetless:
                 self._restart(name, linear, step)
         dense = self.dense()
         for name, mean in self._mean_dense(dense):
@@ -91,9 +88,8 @@ class Merging(Method):
 
     def _keep_origins(self) -> None:
         """Before the adapters are taken out of W: M is W, so the origin is W - (s/N) sum_n B_n A_n."""
-        keeps = not self.resets or self.config.method.base == "nf4"
         self.origins = {}
-        if keeps:
+        if self.config.method.keeps_origins:
             for name, linear, product in self._mean_products():
                 self.origins[name] = Origin(linear.weight - product, self.mesh.axis("dp"))
 
@@ -105,13 +101,13 @@ class Merging(Method):
         """B <- 0, in parameter and master; A is redrawn if asked for."""
         for head, (A, B) in enumerate(self._pairs(linear)):
             B.data.zero_()
-            self.optimizer.rows_rewritten(B, torch.arange(B.size(0)))
+            self.optimizer.rows_rewritten(B)
             if self.config.method.redraw_A:
                 shape = (linear.out_features, linear.in_features)
                 drawn = f"{name}, merge after step {step + 1}"
                 full = draw_factor(self.config, "A", drawn, shape, A.size(0), self.first_head + head)
                 A.data.copy_(shard_of(A, full))
-                self.optimizer.rows_rewritten(A, torch.arange(A.size(0)))
+                self.optimizer.rows_rewritten(A)
 
     def _pairs(self, linear: Any) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """A and B of the heads here."""
@@ -187,14 +183,14 @@ class HeadOnRanks(Merging):
 
     def _adopt(self, name: str, linear: Any, mean: Tensor) -> None:
         linear.weight.copy_(mean)
-        if not self.resets:
+        if self.config.method.resetless:
             linear.add_product(-1.0)
         linear.forget_merged()
 
     def parts(self) -> Iterator[Part]:
         """A head's own tensors are named head_NN/NAME; W, if all heads have the same, and NAME.origin are not."""
         for part in super().parts():
-            if self.resets and part.name.endswith(".weight"):
+            if not self.config.method.resetless and part.name.endswith(".weight"):
                 yield replace(part, line="data")
             else:
                 yield replace(part, name=self.stored_name(part.name))
@@ -203,7 +199,7 @@ class HeadOnRanks(Merging):
     def replicas(self) -> Iterator[Replica]:
         """Also W over all heads, where it is the same."""
         yield from super().replicas()
-        if self.resets:
+        if not self.config.method.resetless:
             for name, linear in self.linears.items():
                 yield Replica(f"{name}.weight", linear.weight, "data")
 
@@ -215,9 +211,6 @@ class Lte(HeadOnRanks, Lora):
 class LteSwitchLora(HeadOnRanks, SwitchLora):
     """SwitchLoRA inside each head: every head has its bank and schedule, and the merge is the reset-less one of
     E_n = W_n + s B_n A_n. Switches change W_n and keep E_n, so there is no common origin: the E_n are averaged."""
-
-    def _keep_origins(self) -> None:
-        self.origins = {}
 
     def mean_weights(self) -> Iterator[Tensor]:
         return mean_matrices(list(self.linears.values()), self.config.heads, self.mesh.axis("lte"))
@@ -265,13 +258,15 @@ class LocalLte(Merging):
         self._keep_origins()
         for linear in self.linears.values():
             linear.remember_factors()
-            if self.config.method.base == "nf4":
-                linear.quantise()
+        if self.config.method.base == "nf4":
+            kernels = bitsandbytes_works(next(self.model.parameters()).device)
+            for linear in self.linears.values():
+                linear.quantise(kernels)
 
     def _adopt(self, name: str, linear: Any, mean: Tensor) -> None:
         linear.set_base(mean)
         linear.remember_factors()
-        if self.resets and name in self.origins:
+        if not self.config.method.resetless and name in self.origins:
             self.origins[name].store(mean)
 
     def stored_name(self, name: str) -> str:
@@ -293,8 +288,6 @@ class LocalLte(Merging):
                 yield shard_part(f"{name}.{short}", base, [linear.base_split(base)], "data")
             for head, (A, B) in enumerate(self._pairs(linear) if linear.resetless else []):
                 for side, factor, merged in (("A", A, linear.merged_A), ("B", B, linear.merged_B)):
-                    splits = [factor.shard] if factor.shard is not None else []  # type: ignore[attr-defined]
-                    line = "dp" if splits and splits[0].axis.size > 1 else "head"
                     stored = self.stored_name(f"{name}.merged_{side}.{head}")
-                    yield shard_part(stored, merged[head], splits, line)
+                    yield parameter_part(stored, factor, replica_line(factor), merged[head])
         yield from self._origin_parts()

@@ -36,19 +36,18 @@ class Relora(Lora):
 
     def _restart(self, number: int) -> None:
         """Restart `number`, counted from 1. Collective over the head where moments are pruned."""
-        every = torch.arange(self.config.method.rank)
         for name, linear in self.linears.items():
             linear.add_product(1.0)
             std = factor_std("A", "classic", linear.out_features, linear.in_features, linear.rank)
             generator = named_generator(self.config.train.seed, f"{name}.lora_A, restart {number}")
             self._fill_factor(linear.lora_A, draw_vectors(linear.rank, linear.in_features, std, generator))
             linear.lora_B.data.zero_()
-            self.optimizer.rows_rewritten(linear.lora_A, every)
-            self.optimizer.rows_rewritten(linear.lora_B, every)
+            self.optimizer.rows_rewritten(linear.lora_A)
+            self.optimizer.rows_rewritten(linear.lora_B)
         if self.config.method.restart_moments == "prune":
             prune_moments(self.optimizer, self.matrices(), self.config.method.restart_keep, self.mesh)
             for factor in self.matrices():
                 self.optimizer.reset_steps(factor)
         else:
             for factor in self.matrices():
-                self.optimizer.reset_rows(factor, every)
+                self.optimizer.reset_rows(factor, torch.arange(factor.size(0)))

@@ -131,8 +131,11 @@ class RowAdamW(torch.optim.Optimizer):
         clip.scale(held)
 
     @torch.no_grad()
-    def rows_rewritten(self, param: nn.Parameter, rows: Tensor) -> None:
-        """The parameter's rows were changed in place: copy them to the masters here."""
+    def rows_rewritten(self, param: nn.Parameter, rows: Optional[Tensor] = None) -> None:
+        """The parameter's rows (a CPU index tensor; without one all) were changed in place: copy them to the masters
+        here."""
+        if rows is None:
+            rows = torch.arange(param.size(0))
         for piece in self.pieces(param):
             local = piece.local_rows(rows).to(piece.master.device)
             if len(local) and piece.master is not param:

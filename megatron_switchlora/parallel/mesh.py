@@ -39,6 +39,10 @@ class Mesh:
     def group(self, axis: str) -> dist.ProcessGroup:
         return self.groups[axis]
 
+    def heads(self, local: int) -> range:
+        """The numbers of the LTE heads on this rank, of which each place on the axis has `local`."""
+        return range(self.rank("lte") * local, (self.rank("lte") + 1) * local)
+
     def axis(self, name: str) -> Axis:
         """This rank's line along "lte", "dp" or "tp", or its plane "head", "data" or "world"."""
         size, rank = 1, 0

@@ -14,7 +14,7 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from megatron_switchlora.parallel.shard import Split, full_shape
+from megatron_switchlora.parallel.shard import Split, full_shape, is_split
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,15 @@ def shard_part(name: str, local: Tensor, splits: Iterable[Split], line: Optional
     return Part(name, tuple(shape), tuple(offset), local, line)
 
 
-def parameter_part(name: str, param: nn.Parameter, line: Optional[str]) -> Part:
-    """All that this rank holds of a parameter."""
+def parameter_part(name: str, param: nn.Parameter, line: Optional[str], value: Optional[Tensor] = None) -> Part:
+    """All that this rank holds of a parameter, or of another `value` shaped and split like it."""
     shard: Optional[Split] = param.shard  # type: ignore[attr-defined]
-    return shard_part(name, param.data, filter(None, [shard]), line)
+    return shard_part(name, param.data if value is None else value, filter(None, [shard]), line)
+
+
+def replica_line(param: nn.Parameter) -> str:
+    """The mesh line of one head's ranks that hold the same of a parameter."""
+    return "dp" if is_split(param) else "head"
 
 
 def row_blocks(length: int, start: int, numel: int) -> Iterator[tuple[int, int, int, int]]:

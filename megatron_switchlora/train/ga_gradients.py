@@ -43,8 +43,7 @@ def find_factors(
     method = config.method
     if method.init != "lora_ga":
         return None
-    local = method.heads_here
-    heads = range(mesh.rank("lte") * local, (mesh.rank("lte") + 1) * local)
+    heads = mesh.heads(method.heads_here)
     each = [_factors_of_head(config, model, mesh, samples, device, head) for head in heads]
     return {name: tuple(torch.cat([found[name][side] for found in each]) for side in (0, 1)) for name in each[0]}  # type: ignore[misc]
 

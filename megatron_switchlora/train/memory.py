@@ -152,11 +152,10 @@ def _stored_bases(config: RunConfig, shapes: list[tuple[int, int]], counts: Para
     method = config.method
     if method.name != "lte":
         return FP32 * counts.frozen
-    resetless = method.merge_form == "resetless"
-    total = FP32 * counts.frozen * ((resetless and not method.switches) or method.base == "nf4")  # origins
+    total = FP32 * counts.frozen * method.keeps_origins
     if not method.shares_base:
-        return total + FP32 * counts.frozen * (config.heads if resetless else 1)
-    total += config.heads * counts.adapters * compute_bytes(config) * resetless
+        return total + FP32 * counts.frozen * (config.heads if method.resetless else 1)
+    total += config.heads * counts.adapters * compute_bytes(config) * method.resetless
     return total + (sum(nf4_bytes(m, n) for m, n in shapes) if method.base == "nf4" else FP32 * counts.frozen)
 
 
@@ -169,18 +168,17 @@ def _weights(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[Item]
     counts, method = count_here(config, vocab_size, tp), config.method
     shapes = [p.shard(tp) for p in projections(config.model)]
     in_4_bits = config.model.num_layers * sum(nf4_bytes(m, n) for m, n in shapes)
-    resetless = method.name == "lte" and method.merge_form == "resetless"
-    origins = (resetless and not method.switches) or method.base == "nf4"
+    origins = shard_size(counts.frozen, dp) * method.keeps_origins
     return [
         Item(f"trainable parameters, {config.train.precision}", counts.trainable * compute_bytes(config), "always"),
         Item("frozen W, fp32", counts.frozen * FP32 * (method.base == "fp32"), "always"),
         Item("frozen W, 4 bit", in_4_bits * (method.base == "nf4"), "always"),
         Item(
             "factors of the last merge",
-            counts.adapters * compute_bytes(config) * (resetless and method.shares_base),
+            counts.adapters * compute_bytes(config) * (method.resetless and method.shares_base),
             "always",
         ),
-        Item("origins of the LTE heads, in host memory", shard_size(counts.frozen, dp) * FP32 * origins, "host"),
+        Item("origins of the LTE heads, in host memory", origins * FP32, "host"),
         *_compute_copies(config, tp, accumulation_steps(config, dp)),
     ]
 
@@ -334,7 +332,7 @@ def layer_activation_bytes(config: RunConfig, tp: int, micro_batches: int = 1) -
     lowrank = 0
     if config.method.adapts:
         split = [p for p in projections(model) if not _is_merged(config, p, tp, micro_batches)]
-        times = 2 if config.method.shares_base and config.method.merge_form == "resetless" else 1
+        times = 2 if config.method.shares_base and config.method.resetless else 1
         lowrank = size * config.method.adapter_rank * times * len(split)
     return norms + inputs + attention + mlp + lowrank
 

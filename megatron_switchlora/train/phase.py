@@ -35,14 +35,15 @@ class Phase:
     loader: TrainLoader
 
 
-def build_phases(config: RunConfig, given_ds_config: dict[str, Any], samples: Samples) -> list[Phase]:
+def build_phases(
+    config: RunConfig, given_ds_config: dict[str, Any], samples: Samples, order: BatchOrder
+) -> list[Phase]:
     """All phases, in order. Collective over the world."""
     border = config.method.full_rank_steps
-    order = BatchOrder(len(samples), config.train.global_batch_size, config.train.seed)
     phases = []
     for first, own in [(0, full_rank_config(config))] * (border > 0) + [(border, method_config(config))]:
         mesh, local = build_mesh(own.parallel), own.method.heads_here
-        reader = Reader(mesh.rank("dp"), mesh.size("dp"), mesh.rank("lte") * local, own.heads, local)
+        reader = Reader(mesh.rank("dp"), mesh.size("dp"), mesh.heads(local).start, own.heads, local)
         loader = TrainLoader(samples, order, own.train.micro_batch_size, reader)
         phases.append(Phase(first, own, mesh, resolve_ds_config(given_ds_config, own, mesh.size("dp")), loader))
     return phases

@@ -19,8 +19,8 @@ from megatron_switchlora.checkpoint.files import Checkpoint
 from megatron_switchlora.config import RunConfig, require
 from megatron_switchlora.methods.lte import Merging
 from megatron_switchlora.model.weights import Weights
-from megatron_switchlora.parallel.parts import Part, parameter_part, shard_part
-from megatron_switchlora.train.state import state_parts
+from megatron_switchlora.parallel.parts import Part, shard_part
+from megatron_switchlora.train.state import fill_parts
 
 if TYPE_CHECKING:  # importing it imports deepspeed, which is left to those who train
     from megatron_switchlora.train.engine import Engine
@@ -74,10 +74,7 @@ def load_regrouped(engine: Engine, checkpoint: Checkpoint) -> None:
         if name in dense or (part.name in archive and not of_base):
             archive.fill(part)
 
-    for part in state_parts(engine):
-        fill(part)
-    for name, param in engine.model.named_parameters():
-        fill(parameter_part(method.stored_name(name), param, None))
+    fill_parts(engine, fill, checkpoint.step)
     for name, linear in method.linears.items():
         A, B = linear.factors()
         mean = torch.zeros(B.size(1), A.size(1), device=A.device)
@@ -85,5 +82,3 @@ def load_regrouped(engine: Engine, checkpoint: Checkpoint) -> None:
         if box.tensor.numel():
             box.tensor.copy_(weights.read(box.name, box.offset, box.tensor.shape))
         method.set_mean(name, mean)
-    engine.ds.global_steps = checkpoint.step
-    engine.ds.global_samples = checkpoint.step * engine.config.train.global_batch_size

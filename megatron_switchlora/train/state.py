@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
@@ -54,18 +54,23 @@ def own_share(parts: Iterable[Part], mesh: Mesh) -> Iterator[Part]:
             yield part
 
 
-@torch.no_grad()
 def load_state(engine: Engine, archive: Archive, step: int) -> None:
     """Bring a fresh engine to where the checkpoint's run was after `step` steps; `method.loaded()` comes after it.
 
     Raises:
         UserError: tensors are missing or have other shapes.
     """
+    fill_parts(engine, archive.fill, step)
+
+
+@torch.no_grad()
+def fill_parts(engine: Engine, fill: Callable[[Part], None], step: int) -> None:
+    """Call `fill` for all that a fresh engine holds, which has then `step` steps behind it."""
     for part in state_parts(engine):
-        archive.fill(part)
+        fill(part)
     for name, param in engine.model.named_parameters():
         # from the masters: ZeRO gathers only what it has stepped
-        archive.fill(parameter_part(engine.method.stored_name(name), param, None))
+        fill(parameter_part(engine.method.stored_name(name), param, None))
     engine.ds.global_steps = step
     engine.ds.global_samples = step * engine.config.train.global_batch_size
 

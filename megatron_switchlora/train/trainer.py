@@ -156,7 +156,7 @@ class Trainer:
         self.train_store = self.data.train.samples(train.seq_len)
         self.val_store = self.data.val.samples(train.seq_len)
         order = BatchOrder(len(self.train_store), train.global_batch_size, train.seed)
-        self.phases = build_phases(self.config, given_ds_config, self.train_store)
+        self.phases = build_phases(self.config, given_ds_config, self.train_store, order)
         over = self.start.checkpoint is not None and self.start.checkpoint.step >= self.phases[-1].first
         self.phase = self.phases[-1 if over else 0]
         self._validation_batches()  # refuses a validation set without a sample
@@ -190,10 +190,9 @@ class Trainer:
 
     def _heads_written(self) -> list[int]:
         """The LTE heads whose records this rank writes."""
-        local, mesh = self.config.method.heads_here, self.phases[-1].mesh
-        first = mesh.rank("lte") * local
+        mesh = self.phases[-1].mesh
         writes = self.config.heads > 1 and mesh.axis("head").rank == 0
-        return list(range(first, first + local)) if writes else []
+        return list(mesh.heads(self.config.method.heads_here)) if writes else []
 
     def _write_head(self) -> None:
         config, counts, checkpoint = self.config, self.counts, self.start.checkpoint

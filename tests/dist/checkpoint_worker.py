@@ -22,7 +22,6 @@ from megatron_switchlora.train.integrity import fingerprint
 from megatron_switchlora.train.regroup import load_regrouped, regroups
 from megatron_switchlora.train.state import load_state, state_parts
 from tests.dist.engines import build_engine, micro_batches, start
-from tests.dist.launch import worker_main
 from tests.plain import VOCAB, make_batches, small_config
 
 
@@ -115,7 +114,3 @@ def act(payload: dict[str, Any]) -> list[dict[str, Any]]:
     mesh = start(payload["tp"], payload.get("heads", 1))
     saver.write_parts = write_slowly  # type: ignore[attr-defined]
     return [run_case(case, mesh) for case in payload["cases"]]
-
-
-if __name__ == "__main__":
-    worker_main(act)

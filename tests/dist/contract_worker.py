@@ -15,7 +15,6 @@ from megatron_switchlora.train.diagnose import find_bad_layer
 from megatron_switchlora.train.ds_config import resolve_ds_config
 from megatron_switchlora.train.integrity import differing
 from tests.dist.engines import DS_JSON, build_engine, full_rows, micro_batches, start
-from tests.dist.launch import worker_main
 from tests.plain import VOCAB, make_batches, small_config
 
 CLASSES = [("fp32", "0"), ("fp32", "1"), ("fp32", "2"), ("bf16", "0"), ("bf16", "1"), ("bf16", "2"), ("bf16", "1f")]
@@ -136,7 +135,3 @@ def act(payload: dict[str, Any]) -> dict[str, Any]:
     results["corrupted"] = differing(named, mesh.group("dp"), engine.device)
     results["refused"] = refused_start(mesh)
     return results
-
-
-if __name__ == "__main__":
-    worker_main(act)

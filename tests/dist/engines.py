@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from megatron_switchlora.config import ParallelConfig, RunConfig
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.parallel.mesh import Mesh, build_mesh
-from megatron_switchlora.parallel.ranks import discover_ranks
-from megatron_switchlora.train.device import choose_device
 from megatron_switchlora.train.ds_config import resolve_ds_config
 from megatron_switchlora.train.ga_gradients import find_factors
 from tests.plain import VOCAB, by_heads, make_samples
@@ -29,7 +26,7 @@ DS_JSON: dict[str, dict[str, Any]] = {
 
 def start(tp: int = 1, heads: int = 1) -> Mesh:
     """Bring up communication on the CPU and build the mesh."""
-    device = choose_device("cpu", discover_ranks(os.environ), 1)
+    device = torch.device("cpu")
     from megatron_switchlora.train.engine import start_distributed
 
     start_distributed(device, timeout_s=60)

@@ -1,24 +1,26 @@
 """Start a few ranks of a test worker, each with one thread, on their own port, under a time-out.
 
-`run_ranks(world, "tests.dist.some_worker", payload)` runs `python -m` on every rank with the payload as
-JSON, waits, and returns what each rank wrote as JSON. Whatever happens, the processes it started are gone
-when it returns, ended by their ids.
+`run_ranks(world, "tests.dist.some_worker", payload)` calls the module's `act(payload)` on every rank, waits, and
+returns what each rank's `act` returned, by way of JSON. Whatever happens, the processes it started are gone when
+it returns, ended by their ids.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -72,50 +74,65 @@ def end(processes: list[subprocess.Popen]) -> None:
         process.wait()
 
 
+def end_ranks(ranks: list[Any]) -> None:
+    """Kill what is left of them, and what they started, and reap it."""
+    for rank in ranks:
+        if rank.is_alive():
+            for pid in [*descendants(rank.pid), rank.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        rank.join()
+
+
 def run_ranks(world: int, module: str, payload: dict[str, Any], timeout: float = 240) -> list[Any]:
-    """Run `module` on `world` ranks; returns their results in rank order.
+    """Call `module`'s `act(payload)` on `world` ranks; returns their results in rank order.
 
     Raises:
         AssertionError: a rank failed or the time ran out; the message has the end of the outputs.
     """
     with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        (scratch / "payload.json").write_text(json.dumps(payload))
-        env = clean_environment(scratch)
-        env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(world))
-        processes = []
+        scratch, address = Path(name), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        ranks = []
         try:
             for rank in range(world):
-                with open(scratch / f"out{rank}", "w") as out:
-                    processes.append(
-                        subprocess.Popen(
-                            [sys.executable, "-m", module, str(scratch)],
-                            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)},
-                            cwd=REPOSITORY, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-                        )  # fmt: skip
-                    )
+                places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+                env = {**clean_environment(scratch), **address, **{key: str(value) for key, value in places.items()}}
+                ranks.append(warm_interpreters().Process(target=rank_main, args=(module, payload, scratch, rank, env)))
+                ranks[-1].start()
             deadline = time.monotonic() + timeout
-            while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+            while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
                 if time.monotonic() > deadline:
                     break
                 time.sleep(0.1)
-            time.sleep(0.5 if any(p.poll() is None for p in processes) else 0)
-            codes = [p.poll() for p in processes]
+            time.sleep(0.5 if any(rank.is_alive() for rank in ranks) else 0)
+            codes = [rank.exitcode for rank in ranks]
         finally:
-            end(processes)
+            end_ranks(ranks)
         outputs = "\n".join(f"--- rank {r}\n" + (scratch / f"out{r}").read_text()[-4000:] for r in range(world))
         assert codes == [0] * world, f"{module} on {world} ranks ended with {codes} (None: time-out)\n{outputs}"
         return [json.loads((scratch / f"result{rank}.json").read_text()) for rank in range(world)]
 
 
-def worker_main(act: Any) -> None:
-    """Body of a worker module: `act(payload)` returns this rank's result."""
-    scratch = Path(sys.argv[1])
-    result = act(json.loads((scratch / "payload.json").read_text()))
-    (scratch / f"result{os.environ['RANK']}.json").write_text(json.dumps(result))
+def warm_interpreters() -> Any:
+    """Where ranks are forked from: a process of Python's own that has imported torch and deepspeed, which takes longer
+    than most cases."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.dist.preload"])
+    return context
+
+
+def rank_main(module: str, payload: dict[str, Any], scratch: Path, rank: int, env: dict[str, str]) -> None:
+    """A rank's process: its own environment, session and output file. It ends without the interpreter's end, in which
+    gloo's threads can abort."""
+    os.setsid()
+    out = os.open(scratch / f"out{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.environ.clear()
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    result = importlib.import_module(module).act(payload)
+    (scratch / f"result{rank}.json").write_text(json.dumps(result))
     if dist.is_initialized():  # leave together: a rank that ends while others talk can make gloo abort
         dist.barrier()
         dist.destroy_process_group()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(0)  # as launch/pretrain.py does: threads of gloo may abort while the interpreter ends

@@ -15,7 +15,6 @@ from megatron_switchlora.parallel.mesh import Mesh, build_mesh, lone_mesh
 from megatron_switchlora.parallel.shard import Split
 from megatron_switchlora.train.comm import CommRecorder
 from megatron_switchlora.train.ga_gradients import find_factors, mean_gradients
-from tests.dist.launch import worker_main
 from tests.plain import VOCAB, make_samples, small_config
 
 CPU = torch.device("cpu")
@@ -93,7 +92,3 @@ def act(payload: dict[str, Any]) -> dict[str, Any]:
             "traffic": traffic(configured(3), mesh),
         }
     return result
-
-
-if __name__ == "__main__":
-    worker_main(act)

@@ -15,7 +15,6 @@ from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.parallel.shard import shard_of
 from megatron_switchlora.train.memory import merge_bytes
 from tests.dist.engines import build_engine, full_rows, start
-from tests.dist.launch import worker_main
 from tests.numerics.lte_pairs import head_batches, lte_config, lte_differences, make_lte_reference
 from tests.numerics.lte_reference import LteReference
 from tests.plain import VOCAB, PlainRun, by_heads, make_batches
@@ -97,7 +96,3 @@ def act(payload: dict[str, Any]) -> list[dict[str, Any]]:
         else:
             found.append(against_reference(config, case["steps"], mesh))
     return found
-
-
-if __name__ == "__main__":
-    worker_main(act)

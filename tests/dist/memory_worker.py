@@ -12,7 +12,6 @@ from megatron_switchlora.train.memory import gradient_bytes, memory_items, phase
 from megatron_switchlora.train.dry_run import zero_settings
 from megatron_switchlora.train.ds_config import resolve_ds_config
 from tests.dist.engines import DS_JSON, build_engine, micro_batches, start
-from tests.dist.launch import worker_main
 from tests.plain import VOCAB, make_batches, small_config
 
 
@@ -62,7 +61,3 @@ def measure(precision: str, stage: str, mesh: Any) -> dict[str, float]:
 def act(payload: dict[str, Any]) -> dict[str, Any]:
     mesh = start(payload["tp"])
     return {f"{precision} {stage}": measure(precision, stage, mesh) for precision, stage in payload["classes"]}
-
-
-if __name__ == "__main__":
-    worker_main(act)

@@ -15,7 +15,6 @@ from megatron_switchlora.model.hf import merged_state_dict
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.optim.prune import kept_count
 from tests.dist.engines import build_engine, full_rows, micro_batches, start
-from tests.dist.launch import worker_main
 from tests.plain import VOCAB, make_batches, small_config
 
 
@@ -212,7 +211,3 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
 def act(payload: dict[str, Any]) -> list[dict[str, Any]]:
     mesh = start(payload.get("tp", 1))
     return [run_case(case, mesh) for case in payload["cases"]]
-
-
-if __name__ == "__main__":
-    worker_main(act)

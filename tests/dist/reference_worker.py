@@ -10,7 +10,6 @@ import torch
 from megatron_switchlora.methods import SwitchLora
 from megatron_switchlora.optim.lr import lr_factor
 from tests.dist.engines import build_engine, full_rows, micro_batches, start
-from tests.dist.launch import worker_main
 from tests.numerics.pairing import make_reference, parameter_states
 from tests.plain import make_batches, small_config
 
@@ -75,7 +74,3 @@ def act(payload: dict[str, Any]) -> list[dict[str, float]]:
             worst["switched"] += result.switched
         results.append(worst)
     return results
-
-
-if __name__ == "__main__":
-    worker_main(act)

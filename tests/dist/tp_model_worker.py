@@ -18,7 +18,6 @@ from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.parallel.mesh import Mesh, lone_mesh
 from megatron_switchlora.train.comm import CommRecorder
 from tests.dist.engines import start
-from tests.dist.launch import worker_main
 
 BATCH, LENGTH, SEED = 2, 24, 3
 
@@ -126,7 +125,3 @@ def act(payload: dict[str, Any]) -> dict[str, Any]:
         ],
         "traffic": [traffic(MethodConfig(**method), payload["heads"], mesh) for method in payload["methods"]],
     }
-
-
-if __name__ == "__main__":
-    worker_main(act)

@@ -12,26 +12,28 @@ import torch
 
 from megatron_switchlora.parallel.ranks import Ranks
 from megatron_switchlora.train.arguments import parse_arguments
-from megatron_switchlora.train.device import choose_device
-from tests.dist.launch import REPOSITORY, free_port, worker_main
+from tests.dist.launch import REPOSITORY, free_port
 
 
 def act(payload: dict[str, Any]) -> float:
     zeroed = os.environ["RANK"] == "1"
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_PORT=str(free_port()))
-    device = choose_device("cpu", Ranks(), 1)
     from megatron_switchlora.methods import build_method
-    from megatron_switchlora.train import trainer as trainer_module
+    from megatron_switchlora.train import phase
     from megatron_switchlora.train.engine import start_distributed
+    from megatron_switchlora.train.trainer import Trainer
 
-    def build(config: Any, model: Any, mesh: Any) -> Any:
-        method = build_method(config, model, mesh)
+    device = torch.device("cpu")
+
+    def build(config: Any, model: Any, mesh: Any, factors: Any) -> Any:
+        method = build_method(config, model, mesh, factors)
         if zeroed:
             for factor in method.matrices():
                 factor.register_hook(torch.zeros_like)
         return method
 
-    trainer_module.build_method = build
+    assert phase.build_method is build_method
+    phase.build_method = build
     start_distributed(device)
     with tempfile.TemporaryDirectory() as folder:
         options = {
@@ -40,10 +42,6 @@ def act(payload: dict[str, Any]) -> float:
             "output_dir": Path(folder) / "run", "data.cache_dir": Path(folder) / "cache",
         }  # fmt: skip
         words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        loss = trainer_module.Trainer(parse_arguments(words).config, {}, Ranks(), device).fit()
+        loss = Trainer(parse_arguments(words).config, {}, Ranks(), device).fit()
     os.environ["RANK"] = "1" if zeroed else "0"
     return math.exp(loss)
-
-
-if __name__ == "__main__":
-    worker_main(act)

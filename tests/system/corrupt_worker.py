@@ -6,19 +6,19 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_switchlora.config import UserError
 from megatron_switchlora.parallel.ranks import discover_ranks
 from megatron_switchlora.train.arguments import parse_arguments
-from megatron_switchlora.train.device import choose_device
-from tests.dist.launch import worker_main
 
 
 def act(payload: dict[str, Any]) -> dict[str, str]:
     ranks = discover_ranks(os.environ)
-    device = choose_device("cpu", ranks, 1)
     from megatron_switchlora.train.engine import start_distributed
     from megatron_switchlora.train.trainer import Trainer
 
+    device = torch.device("cpu")
     start_distributed(device)
     said = {}
     for number, target in enumerate(payload["targets"]):
@@ -41,7 +41,3 @@ def act(payload: dict[str, Any]) -> dict[str, str]:
         except UserError as error:
             said[target] = str(error)
     return said
-
-
-if __name__ == "__main__":
-    worker_main(act)
