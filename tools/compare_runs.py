@@ -82,7 +82,7 @@ class Results:
         before = self.content["data"]
         require(
             data is None or before in (None, data),
-            f"{key} read the token cache {data}, those before it in {self.path} read {before}: give the same --data, "
+            f"{key} read tokens of fingerprint {data}, those before it in {self.path} {before}: give the same --data, "
             "or another --out.",
         )
         self.content["data"] = before or data

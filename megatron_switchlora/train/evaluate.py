@@ -18,11 +18,12 @@ from megatron_switchlora.config import ParallelConfig, RunConfig, require
 from megatron_switchlora.data.loader import eval_batches
 from megatron_switchlora.model.hf import load_merged
 from megatron_switchlora.model.llama import LlamaForCausalLM
+from megatron_switchlora.parallel.agree import on_one_rank
 from megatron_switchlora.parallel.mesh import build_mesh
 from megatron_switchlora.parallel.ranks import Ranks
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.engine import mean_loss, perplexity
-from megatron_switchlora.train.inputs import prepare_data, vocabulary_size
+from megatron_switchlora.train.inputs import data_identity, prepare_data, vocabulary_size
 
 
 def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float:
@@ -40,13 +41,15 @@ def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float
     tp = stored.parallel.tp if ranks.world_size % stored.parallel.tp == 0 else 1
     mesh = build_mesh(ParallelConfig(tp=tp))
     data = prepare_data(stored, ranks, device)
+    vocab_size = vocabulary_size(stored, data)
     trained_on = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["data"]
+    tokens = on_one_rank(ranks.rank == 0, lambda: str(data_identity(data, vocab_size)["data"]), device)
     require(
-        data.folder.name == trained_on,
-        f"The text that {folder} was trained on has changed since (its data is {data.folder.name} now and was "
-        f"{trained_on}), so its numbers cannot be repeated: restore the files that its config.yaml names.",
+        tokens == trained_on,
+        f"The text that {folder} was trained on has changed since (the fingerprint of its tokens is {tokens} now and "
+        f"was {trained_on}), so its numbers cannot be repeated: restore the files that its config.yaml names.",
     )
-    model = LlamaForCausalLM(stored.model, vocabulary_size(stored, data), mesh.axis("tp"))
+    model = LlamaForCausalLM(stored.model, vocab_size, mesh.axis("tp"))
     load_merged(model, folder / "final")
     train = stored.train
     batches = eval_batches(

@@ -213,7 +213,7 @@ class Trainer:
             device=str(self.device.type),
             resumed_at=[*self.run.meta.get("resumed_at", []), self.start.step] if checkpoint else [],
             finished=False,
-            data=self.data.folder.name,
+            data=self.identity["data"],
             vocab_size=self.vocab_size,
             parameters={"trainable": counts.trainable, "full_rank": counts.full_total},
             train_samples=len(self.train_store),

@@ -47,7 +47,9 @@ def kept_heads(engine: Any, checkpoint: Checkpoint) -> int:
     archive, first = checkpoint.archive(), engine.method.first_head
     stored = [f"head_{first + head:02d}/{name}.lora_B" for head in range(engine.config.method.heads_here)]
     pairs = engine.method._pairs(linear)
-    return sum(s in archive and torch.equal(archive.read(s), B.data.float()) for s, (_, B) in zip(stored, pairs, strict=True))
+    return sum(
+        s in archive and torch.equal(archive.read(s), B.data.float()) for s, (_, B) in zip(stored, pairs, strict=True)
+    )
 
 
 @torch.no_grad()

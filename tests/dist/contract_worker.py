@@ -33,7 +33,11 @@ def internals(engine: Any, stage: str) -> dict[str, Any]:
     }
     kind = type(optimizer).__name__
     if kind == "FP16_UnfusedOptimizer":
-        pairs = [p for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True) for p in zip(low, high, strict=True)]
+        pairs = [
+            p
+            for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+            for p in zip(low, high, strict=True)
+        ]
         facts["fp32_copies"] = all(high.dtype == torch.float32 and high.shape == low.shape for low, high in pairs)
         facts["groups_hold_masters"] = groups[0]["params"][0] is optimizer.fp32_groups[0][0]
     if kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
@@ -55,9 +59,12 @@ def internals(engine: Any, stage: str) -> dict[str, Any]:
         dist.all_reduce(counted, group=engine.mesh.group("dp"))
         facts["mapping_is_exact"] = exact
         facts["every_element_owned_once"] = int(counted) == sum(param.numel() for param in engine.params)
-        facts["low_precision_is_a_view"] = engine.params[0].data_ptr() == (
-            optimizer.bit16_groups_flat if kind == "DeepSpeedZeroOptimizer" else optimizer.bf16_groups_flat
-        )[0].data_ptr()
+        facts["low_precision_is_a_view"] = (
+            engine.params[0].data_ptr()
+            == (optimizer.bit16_groups_flat if kind == "DeepSpeedZeroOptimizer" else optimizer.bf16_groups_flat)[
+                0
+            ].data_ptr()
+        )
     return facts
 
 

@@ -56,8 +56,8 @@ def full_rows(engine: Any, param: torch.nn.Parameter) -> dict[str, Tensor]:
     mine = engine.optimizer.read_rows(param)
     if type(engine.ds.optimizer).__name__ in ("RowAdamW", "GaloreAdamW", "FP16_UnfusedOptimizer"):
         return mine  # every rank has all of it
-    group = engine.mesh.group("dp")
-    for key, tensor in mine.items():
-        # A row cut by a partition boundary has its counter on both ranks, equal: take the larger.
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX if key == "row_step" else dist.ReduceOp.SUM, group=group)
-    return mine
+    group, (counters, values) = engine.mesh.group("dp"), (mine.pop("row_step"), torch.stack(list(mine.values())))
+    dist.all_reduce(values, group=group)
+    # A row cut by a partition boundary has its counter on both ranks, equal: take the larger.
+    dist.all_reduce(counters, op=dist.ReduceOp.MAX, group=group)
+    return {**dict(zip(mine, values, strict=True)), "row_step": counters}

@@ -27,7 +27,9 @@ def against_reference(config: RunConfig, steps: int, mesh: Mesh) -> dict[str, An
     loss_gap = 0.0
     for step, batch in enumerate(make_batches(config, steps)):
         factor = lr_factor(step, config.train.warmup_steps, config.train.steps)
-        losses, _ = reference.step(step, head_batches(config, batch), config.optim.lr * factor, config.dense_lr * factor)
+        losses, _ = reference.step(
+            step, head_batches(config, batch), config.optim.lr * factor, config.dense_lr * factor
+        )
         loss, *_ = run.step(step, batch)
         loss_gap = max(loss_gap, abs(loss - sum(losses[here])))
     return {"loss": loss_gap, **lte_differences(reference, run.method, run.optimizer)}  # type: ignore[arg-type]
@@ -47,7 +49,11 @@ def against_one_process(config: RunConfig, steps: int, mesh: Mesh) -> dict[str, 
     for linear, other in zip(mine.linears.values(), theirs.linears.values(), strict=True):
         pairs = zip(mine._pairs(linear), theirs._pairs(other)[mine.first_head :], strict=False)
         gaps += [float((a - b).detach().abs().max()) for here, there in pairs for a, b in zip(here, there, strict=True)]
-        gaps.append(float((linear.quantised.dequantised(torch.float64) - other.quantised.dequantised(torch.float64)).abs().max()))
+        gaps.append(
+            float(
+                (linear.quantised.dequantised(torch.float64) - other.quantised.dequantised(torch.float64)).abs().max()
+            )
+        )
     return {"gap": max(gaps)}
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-
-from pathlib import Path
-
 from safetensors.torch import save_file
 
 from megatron_switchlora.methods import Relora, SwitchLora
@@ -89,7 +87,8 @@ def watch_restarts(engine: Any, seen: dict[str, float]) -> None:
     def whole(factor: Any) -> dict[str, torch.Tensor]:
         rows = full_rows(engine, factor)
         return {
-            key: rows[key] if factor.shard is None else factor.shard.gather(rows[key]) for key in ("exp_avg", "exp_avg_sq")
+            key: rows[key] if factor.shard is None else factor.shard.gather(rows[key])
+            for key in ("exp_avg", "exp_avg_sq")
         }
 
     def restart(number: int) -> None:
@@ -104,7 +103,9 @@ def watch_restarts(engine: Any, seen: dict[str, float]) -> None:
             seen["master_gap"] = max(seen["master_gap"], float((rows["master"] - factor.detach().float()).abs().max()))
             seen["reset_left"] = max(seen["reset_left"], float(rows["row_step"].max()))
             for key, values in before.items():
-                threshold = values.abs().flatten().topk(kept_count(factor, method.config.method.restart_keep)).values[-1]
+                threshold = (
+                    values.abs().flatten().topk(kept_count(factor, method.config.method.restart_keep)).values[-1]
+                )
                 if method.config.method.restart_moments == "zero":
                     threshold = torch.inf
                 seen["wrongly_pruned"] += int((after[key] != values.masked_fill(values.abs() < threshold, 0.0)).sum())
@@ -150,8 +151,18 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
     config = small_config(case["method"], train__precision=case["precision"], train__seed=1, **case.get("changes", {}))
     engine = build_engine(config, case["stage"], mesh)
     seen = dict.fromkeys(
-        ("function_change", "master_gap", "reset_left", "frozen_rows", "frozen_moved", "free_stuck", "start_gap",
-         "wrongly_pruned", "restarts"), 0.0
+        (
+            "function_change",
+            "master_gap",
+            "reset_left",
+            "frozen_rows",
+            "frozen_moved",
+            "free_stuck",
+            "start_gap",
+            "wrongly_pruned",
+            "restarts",
+        ),
+        0.0,
     )
     if isinstance(engine.method, SwitchLora) and case.get("watch"):
         seen["start_gap"] = start_gap(engine)

@@ -4,7 +4,7 @@ import os
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")
 
-import datasets  # noqa: E402, F401
-import deepspeed  # noqa: E402, F401
-import torch._inductor.compile_fx  # noqa: E402, F401  # DeepSpeed's first engine imports it
-import transformers  # noqa: E402, F401
+import datasets  # noqa: F401
+import deepspeed  # noqa: F401
+import torch._inductor.compile_fx  # noqa: F401  # DeepSpeed's first engine imports it
+import transformers  # noqa: F401

@@ -56,7 +56,9 @@ def act(payload: dict[str, Any]) -> list[dict[str, float]]:
     mesh = start()
     results = []
     for case in payload["cases"]:
-        config = small_config(method__selection=case["selection"], optim__weight_decay=case["weight_decay"], optim__dense_lr=0.005)
+        config = small_config(
+            method__selection=case["selection"], optim__weight_decay=case["weight_decay"], optim__dense_lr=0.005
+        )
         engine = build_engine(config, case["stage"], mesh)
         reference = make_reference(config, engine.method)
         worst: dict[str, float] = {"switched": 0.0}
@@ -70,7 +72,10 @@ def act(payload: dict[str, Any]) -> list[dict[str, float]]:
             found = compare(engine, reference)
             found["loss"] = abs(result.loss / theirs["loss"] - 1)
             found["grad_norm"] = abs(result.grad_norm / theirs["grad_norm"] - 1)
-            worst = {**{key: max(worst.get(key, 0.0), value) for key, value in found.items()}, "switched": worst["switched"]}
+            worst = {
+                **{key: max(worst.get(key, 0.0), value) for key, value in found.items()},
+                "switched": worst["switched"],
+            }
             worst["switched"] += result.switched
         results.append(worst)
     return results

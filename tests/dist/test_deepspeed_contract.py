@@ -23,6 +23,7 @@ def split_ranks() -> list[dict[str, Any]]:
     return run_ranks(2, "tests.dist.contract_worker", {"tp": 2}, timeout=200)
 
 
+@pytest.mark.full
 def test_a_bad_step_on_one_tensor_parallel_rank_is_refused_on_all(split_ranks: list) -> None:
     for rank in split_ranks:
         assert len(rank["poison"]) == 15

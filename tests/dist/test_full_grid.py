@@ -1,4 +1,4 @@
-"""The wider grid of `make test-full`: selections, weight decay, checkpointing, host bank, classic init, all in bf16 too;
+"""The wider grid of `make test-full`: selections, weight decay, checkpointing, host bank, classic init, in bf16 too;
 tensor-parallel meshes up to eight ranks."""
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "decay": {"method": "switchlora", "changes": {"optim__weight_decay": 0.1, "method__freeze_steps": 0}},
     "tied": {"method": "switchlora", "changes": {"model__tie_embeddings": True, "method__bank_device": "host"}},
     "checkpointing": {"method": "switchlora", "changes": {"train__activation_checkpointing": True}},
-    "accumulation": {"method": "switchlora", "changes": {"method__merged_cache": "accumulation", "method__compute": "merged"}},
+    "accumulation": {
+        "method": "switchlora",
+        "changes": {"method__merged_cache": "accumulation", "method__compute": "merged"},
+    },
     "recompute": {"method": "lora", "changes": {"method__merged_cache": "recompute", "method__compute": "merged"}},
     "split": {"method": "switchlora", "changes": {"method__compute": "split"}},
     "no clip": {"method": "switchlora", "changes": {"optim__clip": 0.0, "optim__dense_lr": 0.0005}},
@@ -71,7 +74,15 @@ def test_every_mesh_and_stage_agrees(results: dict, name: str) -> None:
 
 SIX_HEADS = {**PADDED, "model__num_heads": 6, "model__num_kv_heads": 3}  # heads of 8
 TWELVE = {**PADDED, "train__global_batch_size": 12}
-TP_MESHES = {(2, 1): PADDED, (1, 2): PADDED, (2, 2): PADDED, (1, 4): PADDED, (2, 4): PADDED, (1, 3): SIX_HEADS, (3, 2): TWELVE}
+TP_MESHES = {
+    (2, 1): PADDED,
+    (1, 2): PADDED,
+    (2, 2): PADDED,
+    (1, 4): PADDED,
+    (2, 4): PADDED,
+    (1, 3): SIX_HEADS,
+    (3, 2): TWELVE,
+}
 
 
 @pytest.fixture(scope="module")

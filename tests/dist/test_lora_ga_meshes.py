@@ -1,4 +1,4 @@
-"""LoRA-GA on dp 4, dp 2 x tp 2 and tp 4 equals one process: gradients, factors, zero padding, and no gradient gathered."""
+"""LoRA-GA on dp 4, dp 2 x tp 2 and tp 4 equals one process: gradients, factors, zero padding, none gathered."""
 
 from __future__ import annotations
 

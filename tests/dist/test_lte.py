@@ -43,7 +43,10 @@ def test_two_heads_on_two_ranks() -> None:
     cases = [
         {"changes": {}, "steps": 12},
         {"changes": SWITCHES, "steps": 12},
-        {"changes": {"method__local_heads": 2, "method__merge_form": "reset", "method__merge_traffic": "delta"}, "steps": 12},
+        {
+            "changes": {"method__local_heads": 2, "method__merge_form": "reset", "method__merge_traffic": "delta"},
+            "steps": 12,
+        },
         {"changes": {"method__base": "nf4"}, "steps": 9, "twin": True},
         {"changes": {}, "steps": 9, "stage": "0"},
         {"changes": {"method__local_heads": 2}, "steps": 9, "stage": "2"},

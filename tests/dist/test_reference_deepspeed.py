@@ -23,5 +23,9 @@ def test_one_step_at_a_time(dp: int) -> None:
         assert worst["integers"] == worst["row_step"] == 0.0
         for key in ("loss", "grad_norm", "W"):
             assert worst[key] < 1e-6, key
-        for key in ("exp_avg", "exp_avg_sq", "master"):  # gradients cancel: their rounding is larger than fp32's epsilon
+        for key in (
+            "exp_avg",
+            "exp_avg_sq",
+            "master",
+        ):  # gradients cancel: their rounding is larger than fp32's epsilon
             assert worst[key] < 1e-5, key

@@ -1,4 +1,4 @@
-"""The tensor-parallel model equals transformers on 2, 3 and 4 ranks, padded or not, with Megatron's collectives only."""
+"""The tensor-parallel model equals transformers on 2, 3 and 4 ranks, padded or not, by Megatron's collectives."""
 
 from __future__ import annotations
 

@@ -10,25 +10,44 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.dist.tp_grid import PADDED, RESTARTS, STAGES, gaps, grid, run_mesh, worst
+from tests.dist.tp_grid import PADDED, RESTARTS, SHORT, STAGES, STEPS, gaps, grid, run_mesh, worst
 
 pytestmark = pytest.mark.timeout(900)
 MESHES = [pytest.param((1, 2), marks=pytest.mark.full), (2, 2)]
-SMALL = [
-    *grid(methods=("switchlora",)),
-    *({"method": method, "stage": "1", "precision": "fp32", "steps": 20, "changes": PADDED} for method in ("full", "lora")),
-    {"method": "relora", "stage": "1", "precision": "fp32", "steps": 11, "changes": PADDED | RESTARTS},
-    {"method": "lora", "stage": "1", "precision": "fp32", "steps": 6,
-     "changes": {**PADDED, "method__init": "pissa", "optim__lora_plus_ratio": 4.0}},
-]
+
+
+def small(steps: int) -> list[dict[str, Any]]:
+    return [
+        *grid(methods=("switchlora",), steps=steps),
+        *(
+            {"method": method, "stage": "1", "precision": "fp32", "steps": steps, "changes": PADDED}
+            for method in ("full", "lora")
+        ),
+        {"method": "relora", "stage": "1", "precision": "fp32", "steps": 11, "changes": PADDED | RESTARTS},
+        {
+            "method": "lora",
+            "stage": "1",
+            "precision": "fp32",
+            "steps": 6,
+            "changes": {**PADDED, "method__init": "pissa", "optim__lora_plus_ratio": 4.0},
+        },
+    ]
+
+
 # the first of each selection is compared with one process, all of them with one another
 SPREAD = [
-    {"method": "switchlora", "stage": "1", "precision": "fp32", "steps": 12,
+    {"method": "switchlora", "stage": "1", "precision": "fp32", "steps": SHORT,
      "changes": {**PADDED, "method__selection": selection, **where}}
     for selection in ("ring", "random")
     for where in ({}, {"method__bank_spread": "dp"}, {"method__bank_device": "host"})
 ]  # fmt: skip
-LONG = {"method": "switchlora", "stage": "1", "precision": "fp32", "steps": 100, "changes": {**PADDED, "train__steps": 100}}
+LONG = {
+    "method": "switchlora",
+    "stage": "1",
+    "precision": "fp32",
+    "steps": 100,
+    "changes": {**PADDED, "train__steps": 100},
+}
 
 
 def identity(case: dict[str, Any]) -> str:
@@ -39,12 +58,12 @@ def identity(case: dict[str, Any]) -> str:
 class Results(dict):
     """(cases, their results) by (dp, tp), each mesh run when it is first asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, steps: int) -> None:
+        self.folder, self.small = folder, small(steps)
 
     def __missing__(self, mesh: tuple[int, int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         dp, tp = mesh
-        cases = [*SMALL, *(SPREAD if mesh == (2, 2) else SPREAD[::3])]
+        cases = [*self.small, *(SPREAD if mesh == (2, 2) else SPREAD[::3])]
         for index, case in enumerate(cases):
             if case["method"] == "switchlora" and (case["stage"], case["precision"]) == ("1", "fp32"):
                 cases[index] = {**case, "export": str(self.folder / f"{dp}-{tp}-{index}.safetensors")}
@@ -52,9 +71,9 @@ class Results(dict):
         return self[mesh]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return Results(tmp_path_factory.mktemp("exports"))
+@pytest.fixture(scope="module", params=[SHORT, pytest.param(STEPS, marks=pytest.mark.full)])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return Results(tmp_path_factory.mktemp("exports"), request.param)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -65,22 +84,22 @@ def test_every_mesh_equals_one_process(results: dict, mesh: tuple[int, int]) -> 
     print(f"\ndp {mesh[0]} x tp {mesh[1]}: " + ", ".join(f"{key} {value:.1e}" for key, value in worst_gaps.items()))
     assert worst_gaps["fp32 losses"] < 1e-5 and worst_gaps["fp32 norms"] < 1e-5
     assert worst_gaps["bf16 losses"] < 5e-3 and worst_gaps["bf16 norms"] < 5e-2
-    assert base[0]["switched"] > 300
+    assert base[0]["switched"] > 15 * len(base[0]["losses"])
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_stages_agree_on_a_mesh(results: dict, mesh: tuple[int, int]) -> None:
     runs = results[mesh][1][: len(STAGES)]
-    assert [case["stage"] for case in SMALL[: len(STAGES)]] == list(STAGES)
+    assert [case["stage"] for case in results[mesh][0][: len(STAGES)]] == list(STAGES)
     largest = max(worst(run[key], runs[0][key]) for run in runs[1:] for key in ("losses", "norms"))
     print(f"\ndp {mesh[0]} x tp {mesh[1]}: losses and norms across stages within {largest:.1e}")
     assert largest < 1e-6
 
 
-def test_where_the_bank_lies_changes_nothing(results: dict) -> None:
+def test_where_the_bank_lies_changes_nothing(results: Results) -> None:
     """On the same mesh, dp 2 x tp 2: bit for bit."""
     cases, found = results[2, 2]
-    first = len(SMALL)
+    first = len(results.small)
     for start in (first, first + 3):
         for offset in (1, 2):
             assert found[start + offset]["losses"] == found[start]["losses"], cases[start + offset]
@@ -90,7 +109,7 @@ def test_where_the_bank_lies_changes_nothing(results: dict) -> None:
 
 @pytest.mark.parametrize("mesh", [(1, 1), *MESHES])
 def test_one_fetch_a_step_for_all_layers(results: dict, mesh: tuple[int, int]) -> None:
-    """Nothing at TP 1; one all-reduce over tp; with candidates spread over dp too, one over dp and one over the head."""
+    """Nothing at TP 1; one all-reduce over tp; with candidates spread over dp, one over dp and one over the head."""
     cases, found = results[mesh]
     for case, run in zip(cases, found, strict=True):
         wanted = {(1, 1): 0, (1, 2): 1, (2, 2): 1}[mesh] * (case["method"] == "switchlora")

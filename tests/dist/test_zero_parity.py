@@ -8,24 +8,39 @@ from typing import Any
 import pytest
 
 from tests.dist.launch import run_ranks
-from tests.dist.tp_grid import BF16_STAGES, GALORE, METHODS, NEEDS_GALORE, RESTARTS, STAGES, STEPS, check_restarts, worst
+from tests.dist.tp_grid import (
+    BF16_STAGES,
+    GALORE,
+    METHODS,
+    NEEDS_GALORE,
+    RESTARTS,
+    SHORT,
+    STAGES,
+    STEPS,
+    check_restarts,
+    worst,
+)
 
 pytestmark = pytest.mark.timeout(620)  # two launches
 
-CASES = [
-    *({"method": m, "stage": s, "precision": "fp32", "steps": STEPS} for m in METHODS for s in STAGES),
-    *({"method": "switchlora", "stage": s, "precision": "bf16", "steps": STEPS} for s in BF16_STAGES),
-    # without accumulation stage 2 reduces as often as the others
-    *(
-        {"method": "switchlora", "stage": s, "precision": "fp32", "steps": 6, "watch": True,
-         "changes": {"train__micro_batch_size": 4}, "name": "watched"} for s in STAGES
-    ),
-    *({"method": "switchlora", "stage": s, "precision": "bf16", "steps": 6, "watch": True, "name": "watched"}
-      for s in BF16_STAGES),
-    *({"method": "relora", "stage": s, "precision": p, "steps": 6, "changes": RESTARTS}
-      for s, p in (("0", "fp32"), ("2", "fp32"), ("1f", "bf16"))),
-    *([{**GALORE, "steps": 8}] if find_spec("galore_torch") else []),
-]  # fmt: skip
+
+def cases(steps: int) -> list[dict[str, Any]]:
+    return [
+        *({"method": m, "stage": s, "precision": "fp32", "steps": steps} for m in METHODS for s in STAGES),
+        *({"method": "switchlora", "stage": s, "precision": "bf16", "steps": steps} for s in BF16_STAGES),
+        # without accumulation stage 2 reduces as often as the others
+        *(
+            {"method": "switchlora", "stage": s, "precision": "fp32", "steps": 5, "watch": True,
+             "changes": {"train__micro_batch_size": 4}, "name": "watched"} for s in STAGES
+        ),
+        *({"method": "switchlora", "stage": s, "precision": "bf16", "steps": 5, "watch": True, "name": "watched"}
+          for s in BF16_STAGES),
+        *({"method": "relora", "stage": s, "precision": p, "steps": 6, "changes": RESTARTS}
+          for s, p in (("0", "fp32"), ("2", "fp32"), ("1f", "bf16"))),
+        *([{**GALORE, "steps": 8}] if find_spec("galore_torch") else []),
+    ]  # fmt: skip
+
+
 # the drift at the published rate is a number to report, not a bar
 DRIFT = [
     {"method": "switchlora", "stage": s, "precision": "fp32", "steps": STEPS, "changes": {"optim__lr": 0.02}}
@@ -37,16 +52,16 @@ def label(case: dict[str, Any]) -> tuple[str, str, str, str]:
     return case["method"], case["stage"], case["precision"], case.get("name", "")
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[int, dict[tuple, dict[str, Any]]]:
-    found = {}
+@pytest.fixture(scope="module", params=[SHORT, pytest.param(STEPS, marks=pytest.mark.full)])
+def results(request: pytest.FixtureRequest) -> dict[int, dict[tuple, dict[str, Any]]]:
+    found, chosen = {}, cases(request.param)
     for dp in (1, 2):
-        ranks = run_ranks(dp, "tests.dist.parity_worker", {"cases": CASES}, timeout=280)
+        ranks = run_ranks(dp, "tests.dist.parity_worker", {"cases": chosen}, timeout=280)
         for other in ranks[1:]:
             for mine, theirs in zip(ranks[0], other, strict=True):
                 assert mine["losses"] == theirs["losses"]
                 assert mine["norms"] == theirs["norms"]
-        found[dp] = {label(case): result for case, result in zip(CASES, ranks[0], strict=True)}
+        found[dp] = {label(case): result for case, result in zip(chosen, ranks[0], strict=True)}
     return found
 
 
@@ -57,13 +72,16 @@ def test_stages_and_data_ranks_agree(results: dict, method: str) -> None:
     for dp in (1, 2):
         for stage in STAGES:
             run = results[dp][method, stage, "fp32", ""]
-            losses, norms = max(losses, worst(run["losses"], base["losses"])), max(norms, worst(run["norms"], base["norms"]))
+            losses, norms = (
+                max(losses, worst(run["losses"], base["losses"])),
+                max(norms, worst(run["norms"], base["norms"])),
+            )
             assert run["switched"] == base["switched"]
     print(f"\n{method}: over stages 0, 1, 2 and dp 1, 2 losses within {losses:.1e}, norms within {norms:.1e} relative")
     assert losses < 1e-6
     assert norms < 1e-6
     if method == "switchlora":
-        assert base["switched"] > 300
+        assert base["switched"] > 15 * len(base["losses"])
 
 
 def test_restarts_are_the_same_everywhere(results: dict) -> None:
@@ -133,7 +151,9 @@ def test_a_switch_keeps_the_function(results: dict) -> None:
             assert run["frozen_rows"] > 100, name
             assert run["frozen_moved"] == run["free_stuck"] == 0.0, name
             assert run["start_gap"] < 1e-6, name
-        print("\nlargest relative change of W + sBA in a switch:", max(run["function_change"] for run in watched.values()))
+        print(
+            "\nlargest relative change of W + sBA in a switch:", max(run["function_change"] for run in watched.values())
+        )
 
 
 def test_a_partition_boundary_cuts_rows(results: dict) -> None:
@@ -144,7 +164,7 @@ def test_a_partition_boundary_cuts_rows(results: dict) -> None:
 def test_recorded_gradient_bytes(results: dict) -> None:
     """dp 1 hands over nothing; dp 2 the trainable tensors once a step, stage 2 once a micro-batch (two here)."""
     for (method, stage, precision, name), run in results[2].items():
-        times = 2 if stage == "2" and name != "watched" or (stage, precision) == ("2", "bf16") else 1
+        times = 2 if (stage == "2" and name != "watched") or (stage, precision) == ("2", "bf16") else 1
         width = {"fp32": 4, "bf16": 2}[precision]  # DeepSpeed sends bf16 also where it accumulates in fp32
         expected = run["trainable"] * width * times
         assert len(set(run["dp_bytes"])) == 1
@@ -156,5 +176,8 @@ def test_optimizer_state_is_eight_bytes_a_parameter(results: dict) -> None:
     """Two fp32 moments, and one fp32 counter a row: 4 / row length more."""
     run = results[1]["switchlora", "0", "fp32", ""]
     remainder = run["state_bytes"] / run["trainable"] - 8
-    print(f"\noptimizer state: {run['state_bytes']} bytes for {run['trainable']} parameters, 8 + {remainder:.3f} a parameter")
+    print(
+        f"\noptimizer state: {run['state_bytes']} bytes for {run['trainable']} parameters, "
+        f"8 + {remainder:.3f} a parameter"
+    )
     assert 0 < remainder < 4 / 16

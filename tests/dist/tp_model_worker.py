@@ -121,7 +121,8 @@ def act(payload: dict[str, Any]) -> dict[str, Any]:
         },
         "adapters": [
             adapter_gradients(MethodConfig(**method), payload["heads"], mesh)
-            for method in payload["methods"] if method["name"] != "full"
+            for method in payload["methods"]
+            if method["name"] != "full"
         ],
         "traffic": [traffic(MethodConfig(**method), payload["heads"], mesh) for method in payload["methods"]],
     }

@@ -233,6 +233,7 @@ def test_a_run_that_blows_up_names_step_and_layer(place: Place) -> None:
     assert "Step 2 gave loss" in output and "first bad on rank 0: the output of model.layers.0" in output, output
 
 
+@pytest.mark.full
 def test_a_run_whose_last_update_destroys_the_model_fails(place: Place) -> None:
     more = ["--train.steps", "1", "--train.warmup_steps", "0", "--optim.lr", "1e30", "--optim.clip", "0"]
     status, output = place.run("alone", place.options("destroyed", *more))
@@ -262,6 +263,7 @@ def test_print_config_and_help_appear_once(place: Place) -> None:
     assert place.run("alone", ["--help"])[1].count("--optim.dense_lr") == 2  # usage line and help
 
 
+@pytest.mark.full
 def test_monitor_and_end_of_data(place: Place) -> None:
     """TensorBoard files appear when the JSON asks; train.epochs ends the run in plain words."""
     events = place.folder / "events"

@@ -51,6 +51,7 @@ def test_every_head_writes_its_records(place: Place) -> None:
     assert [record["dp_bytes"] > 0 for record in whole] == [True] * 4 + [False] * 8  # a head has one data rank
 
 
+@pytest.mark.full
 def test_stopped_before_the_method_begins_it_goes_on_to_the_bit(place: Place) -> None:
     options = place.options("stopped", *HEADS)
     for steps, ends in (("3", 75), (None, 0)):
@@ -103,6 +104,7 @@ def test_other_heads_only_after_a_merge(place: Place) -> None:
     assert len(of_heads(place, "local_10")) == 2
 
 
+@pytest.mark.full
 def test_tied_embeddings_in_bf16_with_local_heads(place: Place, tmp_path: Path) -> None:
     """The head is the embedding in the full-rank phase, in every LTE head, in the mean model and in its export."""
     more = ["--parallel.lte_heads", "1", "--method.local_heads", "2", "--model.tie_embeddings", "true"]

@@ -174,6 +174,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.full
 def test_a_full_disk_keeps_the_run_and_the_last_checkpoint(place: Place, small_disk: Path) -> None:
     options = [*place.options("unused")[:-2], "--output_dir", str(small_disk / "run"), *SAVING]
     process = place.start("alone", [*options, "--checkpoint.keep_last", "9", "--train.stop_after_steps", "30"])

@@ -151,7 +151,7 @@ def test_another_text_and_missing_data_are_refused(tool: ModuleType, tmp_path: P
     start(tool, tmp_path, sweep="none")
     content = json.loads((tmp_path / "out.json").read_text())
     (tmp_path / "out.json").write_text(json.dumps({**content, "data": "other", "runs": {}}))
-    with pytest.raises(UserError, match=r"read the token cache cache, those before it in .* read other"):
+    with pytest.raises(UserError, match=r"read tokens of fingerprint cache, those before it in .* other"):
         start(tool, tmp_path, sweep="none")
     with pytest.raises(UserError, match="say with --data"):
         tool.act(tool.make_parser().parse_args([str(tmp_path / "short.yaml"), "--dry_run"]))
