@@ -22,7 +22,9 @@ from megatron_switchlora.config import UserError, require
 from megatron_switchlora.parallel.agree import PeerError
 from megatron_switchlora.parallel.launchers import is_first
 from megatron_switchlora.parallel.ranks import RankError, Ranks, complete_environment, discover_ranks
+from megatron_switchlora.parallel.rollcall import Verdict, meet, report
 from megatron_switchlora.train.arguments import Arguments, parse_arguments
+from megatron_switchlora.train.compatible import what_must_agree
 from megatron_switchlora.train.device import choose_device
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
 from megatron_switchlora.train.stop import REQUEUE, Stopped, StopRequest
@@ -45,6 +47,8 @@ def told_once(first: bool) -> Iterator[None]:
         # Every rank raises it: what one rank alone finds goes through agree.on_one_rank, or is a RankError.
         if first or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
+        elif not isinstance(error, Verdict) and not torch.distributed.is_initialized():
+            report_alone(str(error))
         leave(2)
     except PeerError:
         leave(2)
@@ -53,6 +57,14 @@ def told_once(first: bool) -> Iterator[None]:
             text = f"stopped by {stop}: all ranks end; what was saved and recorded so far is in the run folder"
             print(f"\n{text}", file=sys.stderr, flush=True)
         leave(130 if str(stop) == "SIGINT" else REQUEUE)
+
+
+def report_alone(problem: str) -> None:
+    """Before the ranks have met a rank may see what rank 0 does not: a file that its host lacks."""
+    with contextlib.suppress(UserError):
+        ranks = discover_ranks(os.environ)
+        complete_environment(os.environ)
+        report(os.environ, ranks, problem)
 
 
 def check_early(arguments: Arguments, ranks: Ranks) -> None:
@@ -82,9 +94,12 @@ def show_plan(arguments: Arguments, first: bool) -> None:
 def run(arguments: Arguments, ranks: Ranks, stop: StopRequest) -> int:
     """Train or evaluate; returns the exit status."""
     device = choose_device(arguments.config.train.device, ranks, arguments.config.train.threads)
+    same = what_must_agree(arguments.config, read_ds_config(arguments.ds_config), device)
+    timeout = arguments.config.parallel.start_timeout
+    store = meet(os.environ, ranks, same, timeout) if ranks.world_size > 1 else None
     from megatron_switchlora.train.engine import start_distributed, stop_distributed
 
-    start_distributed(device)
+    start_distributed(device, store=store)
     if arguments.evaluate_only:
         from megatron_switchlora.train.evaluate import evaluate_run
 

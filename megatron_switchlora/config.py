@@ -203,6 +203,8 @@ class ParallelConfig:
     """Groups of ranks that train LTE heads of their own, the outermost axis; each has method.local_heads heads."""
     tp: int = 1
     """Tensor-parallel ranks, the innermost axis. Heads and key/value heads must divide; other sizes are padded."""
+    start_timeout: float = 300.0
+    """Seconds that ranks wait for one another at the start."""
 
 
 @dataclass

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,21 +24,50 @@ from megatron_switchlora.config import UserError
 RESERVED_STEPS = [str(2**32 - below) for below in range(1, 7)]
 
 
-def first_host(nodelist: str) -> str:
-    """First name of Slurm's compressed list of hosts: gpu001 of "gpu[001-003,7],login"."""
-    first = re.match(r"(?:[^,\[\]\s]|\[\d[\d,-]*\])+(?=,|$)", nodelist)
-    if not first:
+def host_names(nodelist: str) -> list[str]:
+    """Slurm's compressed list of hosts in full: gpu001, gpu002, login of "gpu[001-002],login"."""
+    name = r"(?:[^,\[\]\s]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\])+"
+    if not re.fullmatch(f"{name}(?:,{name})*", nodelist):
         raise UserError(
             f"Slurm's list of hosts must read like n1,gpu[001-003], but it is {nodelist!r}: set MASTER_ADDR to the "
             "host of rank 0."
         )
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
+    return [host for each in re.findall(name, nodelist) for host in _expanded(each)]
+
+
+def _expanded(name: str) -> list[str]:
+    """Every host that a name with brackets stands for."""
+    before, bracket, rest = name.partition("[")
+    if not bracket:
+        return [name]
+    inside, _, after = rest.partition("]")
+    numbers = []
+    for span in inside.split(","):
+        first, _, last = span.partition("-")
+        numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1)]
+    return [f"{before}{number}{tail}" for number in numbers for tail in _expanded(after)]
+
+
+def slurm_hosts(env: Mapping[str, str]) -> list[str]:
+    """The hosts of the step, else of the job."""
+    nodelist = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+    return host_names(nodelist) if nodelist else []
 
 
 def slurm_host(env: Mapping[str, str]) -> Optional[str]:
     """The first host of the step: srun puts rank 0 there."""
-    nodelist = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
-    return first_host(nodelist) if nodelist else None
+    return next(iter(slurm_hosts(env)), None)
+
+
+def expected_hosts(env: Mapping[str, str]) -> list[str]:
+    """All hosts of this start, as far as somebody tells: launch/mpi/pretrain.sh in LAUNCH_HOSTS, or Slurm."""
+    told = env.get("LAUNCH_HOSTS")
+    return told.split(",") if told else slurm_hosts(env)
+
+
+def own_host(env: Mapping[str, str]) -> str:
+    """This host's name; Slurm's, where that started the process."""
+    return (in_srun_step(env) and env.get("SLURMD_NODENAME")) or socket.gethostname()
 
 
 def slurm_key(env: Mapping[str, str]) -> Optional[str]:

@@ -6,10 +6,15 @@ The configuration must be the checkpoint's, but for what changes no result beyon
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from fnmatch import fnmatch
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_switchlora.config import RunConfig, UserError
 from megatron_switchlora.rules import CHANGEABLE
@@ -35,6 +40,17 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
+
+
+def what_must_agree(config: RunConfig, ds_config: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What all ranks of a start must have alike: options, DeepSpeed's JSON, versions and code."""
+    code = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        code.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    same = {"device": device.type, "ds_config": ds_config, "the code's digest": code.hexdigest()[:12]}
+    same |= {f"version of {name}": version(name) for name in ("torch", "deepspeed", "numpy")}
+    return flatten(asdict(config)) | same
 
 
 def compare(config: RunConfig, stored: dict[str, Any], what: str) -> None:

@@ -63,18 +63,21 @@ class StepResult:
     """How many ranks voted yes, for each of the questions given to `train_step`."""
 
 
-def start_distributed(device: torch.device, timeout_s: float = 1800.0) -> None:
-    """Initialise DeepSpeed's and torch's communication from the launcher's environment."""
+def start_distributed(device: torch.device, timeout_s: float = 1800.0, store: Optional[dist.Store] = None) -> None:
+    """Initialise DeepSpeed's and torch's communication from the launcher's environment, through the store in which its
+    ranks have met, where they have."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     complete_environment(os.environ)
     if device.type == "cpu":
         # It would be compiled at the first start, for a minute, and a killed build blocks every later one.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(
-        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
-    )
+    backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
+    if store is not None:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        bound = device if device.type == "cuda" else None  # as DeepSpeed would
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=bound)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 
 def stop_distributed() -> None:

@@ -10,7 +10,7 @@ import pytest
 from megatron_switchlora.config import UserError
 from megatron_switchlora.parallel import launchers
 from megatron_switchlora.parallel.launchers import HYDRA as HYDRA_MPI
-from megatron_switchlora.parallel.launchers import LAUNCHERS, RESERVED_STEPS, first_host, is_first
+from megatron_switchlora.parallel.launchers import LAUNCHERS, RESERVED_STEPS, host_names, is_first, slurm_host
 from megatron_switchlora.parallel.ranks import (
     RankError,
     Ranks,
@@ -209,25 +209,26 @@ def test_ports_are_the_same_for_a_start_and_differ_between_starts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("nodelist", "first"),
+    ("nodelist", "names"),
     [
         ("n1", "n1"),
-        ("n[1-3,7]", "n1"),
-        ("gpu[001-003]", "gpu001"),
-        ("a1,b[2-3]", "a1"),
-        ("b[2,9-11],a1", "b2"),
-        ("node-[09-10]-ib.example.org,x", "node-09-ib.example.org"),
-        ("r[1-2]n[03-04]", "r1n03"),
+        ("n[1-3,7]", "n1 n2 n3 n7"),
+        ("gpu[001-003]", "gpu001 gpu002 gpu003"),
+        ("a1,b[2-3]", "a1 b2 b3"),
+        ("b[2,9-11],a1", "b2 b9 b10 b11 a1"),
+        ("node-[09-10]-ib.example.org,x", "node-09-ib.example.org node-10-ib.example.org x"),
+        ("r[1-2]n[03-04]", "r1n03 r1n04 r2n03 r2n04"),
     ],
 )
-def test_first_host(nodelist: str, first: str) -> None:
-    assert first_host(nodelist) == first
+def test_host_names(nodelist: str, names: str) -> None:
+    assert host_names(nodelist) == names.split()
+    assert slurm_host({"SLURM_JOB_NODELIST": nodelist}) == names.split()[0]
 
 
 @pytest.mark.parametrize("nodelist", ["", "n[", "n[1-3", "n[]", "n]1[", ",n1", "n1 n2", "n[a-b]"])
 def test_broken_list_of_hosts(nodelist: str) -> None:
     with pytest.raises(UserError, match="set MASTER_ADDR"):
-        first_host(nodelist)
+        host_names(nodelist)
 
 
 def test_tasks_on_each_node() -> None:

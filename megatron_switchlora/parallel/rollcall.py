@@ -1,0 +1,188 @@
+"""Before the first collective: is every rank there, and do all run the same?
+
+Ranks meet in torch's key-value store at MASTER_ADDR:MASTER_PORT, of which process groups are made afterwards. Each
+lays down what it is (host, position, device, configuration, digest of the code); rank 0 waits for all of them, compares
+and lays down a verdict. So a host that does not come, or runs other code or options, is named within a time-out,
+where a collective would hang or mix what does not belong together. A rank that cannot start at all (a file that
+its host lacks) can still tell why (`report`). Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from threading import Thread
+from typing import Any, Optional
+
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
+
+from megatron_switchlora.config import UserError
+from megatron_switchlora.parallel.agree import PeerError
+from megatron_switchlora.parallel.launchers import expected_hosts, own_host
+from megatron_switchlora.parallel.ranks import RankError, Ranks
+
+
+class Verdict(UserError):
+    """Why the ranks cannot go on together, known to all of them."""
+
+
+@dataclass
+class Presence:
+    """What a rank says of itself. `same` must be equal on all ranks; `problem` is why it cannot start."""
+
+    host: str
+    local_rank: int = 0
+    same: dict[str, Any] = field(default_factory=dict)
+    problem: Optional[str] = None
+
+
+def meet(env: Mapping[str, str], ranks: Ranks, same: dict[str, Any], timeout_s: float) -> Store:
+    """Wait for all ranks of a completed environment; returns the store for their process groups. Collective.
+
+    Raises:
+        Verdict: ranks have not come, cannot start, or differ; on every rank.
+        RankError: rank 0 cannot listen or be reached, where only this rank knows.
+        PeerError: on other ranks, if rank 0 has gone.
+    """
+    store = _open_store(env, ranks, timeout_s)
+    mine = Presence(own_host(env), ranks.local_rank, {"ranks on the host": ranks.local_size, **same})
+    try:
+        store.set(_key(ranks.rank), json.dumps(asdict(mine)))
+        if ranks.rank == 0:
+            store.set("verdict", _verdict(env, store, ranks.world_size, timeout_s) or "")
+        deadline = time.monotonic() + 2 * timeout_s
+        while not store.check(["verdict"]):  # not store.wait, in which signals would wait too
+            if time.monotonic() > deadline:
+                raise PeerError("rank 0 says nothing")
+            time.sleep(0.1)
+        verdict = store.get("verdict").decode()
+        if verdict and ranks.rank == 0:
+            time.sleep(1.0)  # rank 0 keeps the store: let the others read why, too
+    except DistError as error:
+        raise PeerError(f"rank 0 has gone: {error}") from None
+    if verdict:
+        raise Verdict(verdict)
+    return PrefixStore("groups", store)
+
+
+def report(env: Mapping[str, str], ranks: Ranks, problem: str, timeout_s: float = 5) -> None:
+    """Tell rank 0, which perhaps does not see it, why this rank cannot start."""
+    try:
+        store = _open_store(env, ranks, timeout_s)
+        store.set(_key(ranks.rank), json.dumps(asdict(Presence(own_host(env), ranks.local_rank, {}, problem))))
+    except (DistError, RankError, PeerError):
+        return  # rank 0 has gone, for the same reason or another
+
+
+def _key(rank: int) -> str:
+    return f"here/{rank}"
+
+
+def _open_store(env: Mapping[str, str], ranks: Ranks, timeout_s: float) -> Store:
+    """Rank 0 serves, but under torchrun, whose agent does."""
+    host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    by_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = ranks.rank == 0 and not by_agent
+    try:
+        store = _connect(host, port, ranks.world_size, serves, timeout_s)
+    except (DistError, RuntimeError) as error:
+        place, reason = f"{host}:{port}", str(error).strip().splitlines()[0]
+        if serves and "EADDRINUSE" in reason:
+            raise RankError(
+                f"Rank 0, on {own_host(env)}, must listen on port {port}, but another process there does: set "
+                "MASTER_PORT (torchrun, deepspeed: --master_port) to a free one."
+            ) from None
+        if ranks.local_rank:
+            raise PeerError(f"nobody at {place}") from None  # its host's first rank says it
+        raise RankError(
+            f"Rank {ranks.rank}, on {own_host(env)}, found nobody at {place} within {timeout_s:g} s ({reason}): rank 0 "
+            "must run on that host, and this host must reach it there: check the name, the network and firewalls, or "
+            "set MASTER_ADDR; parallel.start_timeout waits longer."
+        ) from None
+    return PrefixStore(f"roll call {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _connect(host: str, port: int, world: int, serves: bool, timeout_s: float) -> Store:
+    """In a thread: connecting hears no signals, and before a stranger's service it never returns."""
+    outcome: list[Any] = []
+
+    def connect() -> None:
+        try:
+            outcome.append(TCPStore(host, port, world, serves, timedelta(seconds=timeout_s), wait_for_workers=False))
+        except Exception as error:
+            outcome.append(error)
+
+    Thread(target=connect, daemon=True).start()
+    deadline = time.monotonic() + timeout_s + 5
+    while not outcome and time.monotonic() < deadline:
+        time.sleep(0.02)
+    found = outcome[0] if outcome else DistError("no answer")
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _verdict(env: Mapping[str, str], store: Store, world: int, timeout_s: float) -> Optional[str]:
+    """What is wrong with the ranks that come within the time-out, or with their number."""
+    deadline, missing = time.monotonic() + timeout_s, set(range(world))
+    found: dict[int, Presence] = {}
+    while missing:
+        for rank in [rank for rank in sorted(missing) if store.check([_key(rank)])]:
+            found[rank] = Presence(**json.loads(store.get(_key(rank))))
+            missing.discard(rank)
+            if found[rank].problem:
+                return f"rank {rank}, on {found[rank].host}, cannot start: {found[rank].problem}"
+        if missing and time.monotonic() > deadline:
+            return _absent(env, found, missing, timeout_s)
+        time.sleep(0.02 if missing else 0)
+    return _odd_ones(found)
+
+
+def _absent(env: Mapping[str, str], found: dict[int, Presence], missing: set[int], timeout_s: float) -> str:
+    present = {presence.host for presence in found.values()}
+    short = {host.split(".")[0] for host in present}
+    silent = [host for host in expected_hosts(env) if host.split(".")[0] not in short]
+    return (
+        f"Of {len(found) + len(missing)} ranks {spans(missing)} did not come within {timeout_s:g} s (parallel."
+        f"start_timeout). Here are ranks on {', '.join(sorted(present))}"
+        + (f"; nothing was heard of {', '.join(silent)}" if silent else "")
+        + ": look at the output of the missing ranks, and whether their hosts are up and reach "
+        f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}."
+    )
+
+
+def _odd_ones(found: dict[int, Presence]) -> Optional[str]:
+    """Who differs, and in what, from what most ranks say (from rank 0, where it is a draw)."""
+    names = sorted({name for presence in found.values() for name in presence.same})
+    differences = []
+    for name in names:
+        values = {rank: json.dumps(presence.same.get(name)) for rank, presence in sorted(found.items())}
+        counts = Counter(values.values())
+        if len(counts) == 1:
+            continue
+        usual = max(counts, key=lambda value: (counts[value], value == values[0]))
+        odd = [rank for rank, value in values.items() if value != usual]
+        hosts = ", ".join(sorted({found[rank].host for rank in odd}))
+        differences.append(f"{name} is {values[odd[0]]} on ranks {spans(odd)} ({hosts}) and {usual} on the others")
+    if not differences:
+        return None
+    more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return (
+        f"All ranks must run the same, but {'; '.join(differences[:3])}{more}: start every host with the same command "
+        "line, files and copy of the code."
+    )
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """0-3, 7"""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
