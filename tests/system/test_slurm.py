@@ -1,0 +1,165 @@
+"""The shipped sbatch script on a throw-away Slurm cluster of two hosts: the quick start's model, pre-empted, killed,
+requeued and resumed."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.dist.launch import REPOSITORY
+from tests.system.hosts import Hosts, missing_parts
+from tests.system.slurm import Slurm
+from tests.system.soak import comparable
+
+reason = missing_parts("munged", "slurmctld", "slurmd", "sbatch")
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(reason is not None, reason=str(reason)),
+]
+STEPS = 30
+QUICK_START = (
+    f"--config launch/configs/cpu_quickstart.yaml --ds_config ds_configs/zero1.json --train.steps {STEPS} "
+    "--train.warmup_steps 5 --train.eval_interval 10 --train.eval_samples 32 --train.threads 1 --checkpoint.interval 5"
+).split()
+
+
+class Jobs:
+    """Submits the shipped script."""
+
+    def __init__(self, slurm: Slurm) -> None:
+        self.slurm, self.folder = slurm, slurm.folder
+
+    def submit(self, run: str, *options: str, sbatch: tuple[str, ...] = ("--nodes=2",)) -> str:
+        """The number of a job that trains in the folder `run`."""
+        place = {"OUTPUT_DIR": str(self.folder / run), "PYTHON": sys.executable}
+        output = f"--output={self.folder / run}.out"
+        words = [*sbatch, output, f"--chdir={REPOSITORY}", "launch/slurm/pretrain.sbatch", *QUICK_START, *options]
+        return self.slurm.submit(*words, **place)
+
+    def records(self, run: str) -> list[dict[str, Any]]:
+        path = self.folder / run / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def wait_for_step(self, run: str, step: int, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not any(record["step"] >= step for record in self.records(run)):
+            assert time.monotonic() < deadline, self.output(run)
+            time.sleep(0.1)
+
+    def output(self, run: str) -> str:
+        path = self.folder / f"{run}.out"
+        return path.read_text() if path.exists() else "no output"
+
+    def finish(self, job: str, run: str) -> None:
+        assert self.slurm.wait_for(job, "COMPLETED", "FAILED", seconds=180) == "COMPLETED", self.output(run)
+
+    def meta(self, run: str) -> dict[str, Any]:
+        return json.loads((self.folder / run / "meta.json").read_text())
+
+    def ranks(self) -> list[int]:
+        """Processes of pretrain.py on the hosts, as the hosts number them."""
+        found = self.slurm.hosts.run("n1", ["pgrep", "-f", r"^\S*python\S* -u launch/pretrain.py"])
+        return [int(pid) for pid in found.split()]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    with Hosts(tmp_path_factory.mktemp("cluster")) as hosts, Slurm(hosts) as slurm:
+        yield Jobs(slurm)
+
+
+@pytest.fixture(scope="module")
+def whole(jobs: Jobs) -> list[dict[str, Any]]:
+    """Records of a run across both hosts that nothing interrupts."""
+    before = [jobs.slurm.hosts.sent_bytes(host) for host in ("n1", "n2")]
+    job = jobs.submit("whole")
+    jobs.finish(job, "whole")
+    records = jobs.records("whole")
+    handed_over = sum(record.get("dp_bytes", 0) for record in records)
+    sent = [jobs.slurm.hosts.sent_bytes(host) - start for host, start in zip(("n1", "n2"), before, strict=True)]
+    assert min(sent) > handed_over > STEPS * 1e6  # two ranks: each sends once what it hands over
+    return records
+
+
+def test_the_quick_start_trains_across_both_hosts(jobs: Jobs, whole: list[dict[str, Any]]) -> None:
+    meta = jobs.meta("whole")
+    assert meta["mesh"] == {"lte": 1, "dp": 2, "tp": 1} and meta["finished"]
+    assert [record["step"] for record in whole if "loss" in record] == list(range(1, STEPS + 1))
+    assert whole[-1]["val_loss"] < whole[0]["val_loss"] - 0.3
+    assert "start 1: 2 nodes (n[1-2]) x 1 ranks" in jobs.output("whole")
+
+
+def test_preempted_it_is_requeued_and_ends_with_the_same_losses(jobs: Jobs, whole: list[dict[str, Any]]) -> None:
+    job = jobs.submit("preempted")
+    jobs.wait_for_step("preempted", 7)
+    jobs.slurm.run("scancel", "--signal=USR1", "--batch", job)
+    jobs.slurm.requeue_now(job)
+    jobs.finish(job, "preempted")
+    (at,) = jobs.meta("preempted")["resumed_at"]
+    assert 7 <= at < STEPS
+    assert comparable(jobs.records("preempted")) == comparable(whole)
+    assert re.findall(r"start (\d):", jobs.output("preempted")) == ["1", "2"]
+    assert f"job {job} goes back into the queue" in jobs.output("preempted")
+
+
+def test_a_killed_rank_ends_the_job_and_a_requeue_goes_on(jobs: Jobs, whole: list[dict[str, Any]]) -> None:
+    job = jobs.submit("killed")
+    jobs.wait_for_step("killed", 7)
+    pids = jobs.ranks()
+    assert len(pids) == 2
+    began = time.monotonic()
+    jobs.slurm.hosts.run("n1", ["kill", "-9", str(pids[1])])
+    assert jobs.slurm.wait_for(job, "FAILED", "COMPLETED", seconds=30) == "FAILED"
+    print(f"\nthe job ended {time.monotonic() - began:.1f} s after its rank")
+    assert "goes back into the queue" not in jobs.output("killed")
+    jobs.slurm.run("scontrol", "requeue", job)
+    jobs.slurm.requeue_now(job)
+    jobs.finish(job, "killed")
+    assert jobs.meta("killed")["resumed_at"] == [5] and comparable(jobs.records("killed")) == comparable(whole)
+
+
+def test_under_a_time_limit_it_requeues_itself(jobs: Jobs) -> None:
+    """A job of a minute that is warned 45 s before: it needs several starts, and nobody does anything."""
+    more = ("--train.steps", "5000", "--train.eval_interval", "5000", "--checkpoint.interval", "0")
+    job = jobs.submit("limited", *more, sbatch=("--nodes=2", "--time=1", "--signal=B:USR1@45"))
+    jobs.slurm.requeue_now(job)
+    jobs.wait_for_step("limited", 1)
+    reached = max(record["step"] for record in jobs.records("limited"))
+    jobs.slurm.wait_for(job, "RUNNING")
+    jobs.wait_for_step("limited", reached + 1)
+    jobs.slurm.run("scancel", job)
+    jobs.slurm.wait_for(job, "CANCELLED")
+    steps = [record["step"] for record in jobs.records("limited") if "loss" in record]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_sweep_is_a_job_array(jobs: Jobs) -> None:
+    (jobs.folder / "rates.txt").write_text("--optim.lr 0.01\n--optim.lr 0.02 --method.rank 8\n")
+    options = ("--train.steps", "2", "--train.warmup_steps", "1", "--checkpoint.interval", "0")
+    place = {"PYTHON": sys.executable, "OUTPUT_DIR": str(jobs.folder / "sweep")}
+    lines = ["--array=0-2", "--nodes=1", f"--output={jobs.folder}/sweep-%a.out", f"--chdir={REPOSITORY}"]
+    script = ["launch/slurm/pretrain.sbatch", "--sweep", str(jobs.folder / "rates.txt"), *QUICK_START, *options]
+    array = jobs.slurm.submit(*lines, *script, **place)
+    for task, state in enumerate(("COMPLETED", "COMPLETED", "FAILED")):
+        assert jobs.slurm.wait_for(f"{array}_{task}", "COMPLETED", "FAILED") == state, jobs.output(f"sweep-{task}")
+    assert "line 3 of" in jobs.output("sweep-2") and "array task 2 has no options" in jobs.output("sweep-2")
+
+
+def test_what_is_missing_is_named(jobs: Jobs) -> None:
+    for change, told in (({"PYTHON": "/nowhere/python"}, "there is no /nowhere/python"), ({}, "no launch/pretrain.py")):
+        place = {"PYTHON": sys.executable, **change}
+        where = REPOSITORY if change else jobs.folder
+        job = jobs.slurm.submit(
+            "--nodes=1", f"--output={jobs.folder}/missing.out", f"--chdir={where}",
+            str(REPOSITORY / "launch/slurm/pretrain.sbatch"), **place,
+        )  # fmt: skip
+        assert jobs.slurm.wait_for(job, "COMPLETED", "FAILED") == "FAILED"
+        assert told in jobs.output("missing")
+        (jobs.folder / "missing.out").unlink()
