@@ -10,6 +10,7 @@ its host lacks) can still tell why (`report`). Nothing is pickled.
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -107,7 +108,8 @@ def _open_store(env: Mapping[str, str], ranks: Ranks, timeout_s: float) -> Store
 
 
 def _connect(host: str, port: int, world: int, serves: bool, timeout_s: float) -> Store:
-    """In a thread: connecting hears no signals, and before a stranger's service it never returns."""
+    """Once somebody listens. In a thread: before a stranger's service it never returns, and it hears no signals."""
+    deadline = time.monotonic() + timeout_s
     outcome: list[Any] = []
 
     def connect() -> None:
@@ -116,14 +118,26 @@ def _connect(host: str, port: int, world: int, serves: bool, timeout_s: float) -
         except Exception as error:
             outcome.append(error)
 
+    if not serves:
+        _wait_for_listener(host, port, deadline)
     Thread(target=connect, daemon=True).start()
-    deadline = time.monotonic() + timeout_s + 5
-    while not outcome and time.monotonic() < deadline:
+    while not outcome and time.monotonic() < deadline + 5:
         time.sleep(0.02)
-    found = outcome[0] if outcome else DistError("no answer")
+    found: Any = outcome[0] if outcome else DistError("no answer")
     if isinstance(found, Exception):
         raise found
     return found
+
+
+def _wait_for_listener(host: str, port: int, deadline: float) -> None:
+    """Raises: DistError, if there is none in time."""
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise DistError(str(error)) from None
+        time.sleep(0.1)
 
 
 def _verdict(env: Mapping[str, str], store: Store, world: int, timeout_s: float) -> Optional[str]:

@@ -35,6 +35,18 @@ touch "$3"
 sleep infinity &
 while :; do wait; done  # and reap what is left behind
 """
+SSH = """#!/bin/sh
+while true; do
+  case "$1" in
+    -[bcDEeFIiJLlmOopQRSWw]) shift 2 ;;
+    -*) shift ;;
+    *) break ;;
+  esac
+done
+host="${1#*@}"
+shift
+exec ip netns exec "$host" unshare --uts sh -c 'hostname "$0"; exec sh -c "$*"' "$host" "$@"
+"""
 ENTER_HOST = 'hostname "$0"; exec "$@"'
 
 
@@ -93,3 +105,12 @@ class Hosts:
     def sent_bytes(self, host: str) -> int:
         """What the host has sent to others, as its interface counts it."""
         return int(self.run(host, ["cat", "/sys/class/net/eth0/statistics/tx_bytes"]))
+
+    def ssh(self) -> Path:
+        """A folder for PATH inside the island, with an `ssh` that starts commands on other hosts."""
+        folder = self.folder / "bin"
+        folder.mkdir(exist_ok=True)
+        script = folder / "ssh"
+        script.write_text(SSH)
+        script.chmod(0o755)
+        return folder

@@ -65,8 +65,8 @@ class Jobs:
 
     def ranks(self) -> list[int]:
         """Processes of pretrain.py on the hosts, as the hosts number them."""
-        found = self.slurm.hosts.run("n1", ["pgrep", "-f", r"^\S*python\S* -u launch/pretrain.py"])
-        return [int(pid) for pid in found.split()]
+        words = ["sh", "-c", "pgrep -f '^[^ ]*python[^ ]* -u launch/pretrain.py' || true"]
+        return [int(pid) for pid in self.slurm.hosts.run("n1", words).split()]
 
 
 @pytest.fixture(scope="module")
@@ -126,18 +126,33 @@ def test_a_killed_rank_ends_the_job_and_a_requeue_goes_on(jobs: Jobs, whole: lis
 
 
 def test_under_a_time_limit_it_requeues_itself(jobs: Jobs) -> None:
-    """A job of a minute that is warned 45 s before: it needs several starts, and nobody does anything."""
+    """Two minutes at a time; Slurm, which looks each half minute, gives notice when 90 s or less are left."""
     more = ("--train.steps", "5000", "--train.eval_interval", "5000", "--checkpoint.interval", "0")
-    job = jobs.submit("limited", *more, sbatch=("--nodes=2", "--time=1", "--signal=B:USR1@45"))
-    jobs.slurm.requeue_now(job)
+    job = jobs.submit("limited", *more, sbatch=("--nodes=2", "--time=2", "--signal=B:USR1@60"))
     jobs.wait_for_step("limited", 1)
+    jobs.slurm.wait_for(job, "PENDING")
     reached = max(record["step"] for record in jobs.records("limited"))
-    jobs.slurm.wait_for(job, "RUNNING")
+    jobs.slurm.requeue_now(job)
     jobs.wait_for_step("limited", reached + 1)
     jobs.slurm.run("scancel", job)
     jobs.slurm.wait_for(job, "CANCELLED")
     steps = [record["step"] for record in jobs.records("limited") if "loss" in record]
-    assert steps == list(range(1, len(steps) + 1))
+    assert steps == list(range(1, len(steps) + 1)) and jobs.meta("limited")["resumed_at"] == [reached]
+
+
+def test_notice_before_a_rank_listens(jobs: Jobs) -> None:
+    """The ranks die of the signal; the job is requeued all the same."""
+    job = jobs.submit("early")
+    jobs.slurm.wait_for(job, "RUNNING")
+    deadline = time.monotonic() + 20
+    while len(jobs.ranks()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    jobs.slurm.run("scancel", "--signal=USR1", "--batch", job)
+    jobs.slurm.wait_for(job, "PENDING", seconds=30)
+    jobs.slurm.run("scancel", job)
+    assert not (jobs.folder / "early" / "metrics.jsonl").exists()
+    assert f"job {job} goes back into the queue" in jobs.output("early")
 
 
 def test_a_sweep_is_a_job_array(jobs: Jobs) -> None:

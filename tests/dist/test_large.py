@@ -1,0 +1,44 @@
+"""The shipped 1.3B configurations: whole models on the meta device at several degrees, one layer of them for real."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_switchlora.model.counts import count_shard
+from megatron_switchlora.model.llama import LlamaForCausalLM
+from megatron_switchlora.parallel.shard import Axis
+from megatron_switchlora.train.arguments import parse_arguments
+from tests.dist.launch import REPOSITORY, run_ranks
+
+CONFIGS = REPOSITORY / "launch" / "configs"
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+@pytest.mark.parametrize("rank", [0, -1])
+def test_the_whole_model_has_the_parameters_that_are_counted(tp: int, rank: int) -> None:
+    files = ("llama_1.3b", "methods/full")
+    config = parse_arguments([f"--config={CONFIGS}/{name}.yaml" for name in files]).config
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config.model, 32100, Axis(tp, rank % tp, None))
+    counts = count_shard(config.model, config.method, 32100, tp)
+    found = sum(param.numel() for param in model.parameters())
+    assert found == counts.trainable
+    if tp == 1:
+        assert found == 1_339_492_352
+
+
+@pytest.mark.full
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("method", "tp"), [("full", 1), ("switchlora_r512", 1), ("switchlora_r256", 2), ("lte_r64", 1)]
+)
+def test_one_layer_trains(method: str, tp: int) -> None:
+    options = ["--model.num_layers=1", "--train.global_batch_size=1", "--train.micro_batch_size=1",
+               "--train.seq_len=64", f"--parallel.tp={tp}", "--method.interval0=10", "--train.device=cpu"]  # fmt: skip
+    payload = {"tp": tp, "files": ["llama_1.3b", f"methods/{method}"], "options": options}
+    ranks = run_ranks(tp, "tests.dist.large_worker", payload, timeout=300)
+    for found in ranks:
+        assert found["healthy"] and found["losses"] == ranks[0]["losses"]
+        assert 10 < found["losses"][0] < 11 and found["losses"][1] < found["losses"][0]  # ln 32100 = 10.38
+        assert (found["switched"] > 0) == method.startswith("switchlora")

@@ -1,0 +1,179 @@
+"""mpirun and the deepspeed launcher across two hosts; hosts that are silent, or have other code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dist.launch import REPOSITORY, clean_environment, free_port
+from tests.system.commands import BIN, SMALL, write_corpus
+from tests.system.hosts import Hosts, missing_parts
+from tests.system.soak import comparable
+
+reason = missing_parts("pdsh")
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(reason is not None, reason=str(reason)),
+]
+
+
+class Cluster:
+    """Commands on two hosts that reach each other by ssh, with a corpus."""
+
+    def __init__(self, hosts: Hosts) -> None:
+        self.hosts, self.folder = hosts, hosts.folder
+        self.corpus = write_corpus(self.folder / "corpus")
+        path = f"{hosts.ssh()}:{BIN}:{os.environ['PATH']}"
+        self.env = {**clean_environment(self.folder), "XDG_CACHE_HOME": str(self.folder / "cache"), "PATH": path,
+                    "PYTHON": sys.executable, "PDSH_RCMD_TYPE": "ssh"}  # fmt: skip
+
+    def options(self, run: str, *more: str) -> list[str]:
+        return [*SMALL, "--data.files", f"{self.corpus}/*.txt", "--output_dir", str(self.folder / run), *more]
+
+    def start(self, host: str, words: list[str], **env: str) -> subprocess.Popen:
+        return self.hosts.start(
+            host, words, env=self.env | env, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    def rank(self, host: str, rank: int, run: str, *more: str, **env: str) -> subprocess.Popen:
+        """One of two ranks, started by hand."""
+        place = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "n1"}
+        words = [sys.executable, "launch/pretrain.py", *self.options(run, *more)]
+        return self.start(host, words, **{**place, "MASTER_PORT": str(free_port()), **env})
+
+    def finish(self, process: subprocess.Popen, timeout: float = 120) -> str:
+        output, _ = process.communicate(timeout=timeout)
+        assert process.returncode == 0, output
+        return output
+
+    def records(self, run: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
+
+    def pids(self, pattern: str = "launch/pretrain.py") -> list[int]:
+        words = ["sh", "-c", f"pgrep -f '^[^ ]*python.*[ /]{pattern}' || true"]
+        return [int(pid) for pid in self.hosts.run("n1", words).split()]
+
+    def wait_until_gone(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self.pids():
+            assert time.monotonic() < deadline, self.hosts.run("n1", ["ps", "axf"])
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Hosts(tmp_path_factory.mktemp("hosts")) as hosts:
+        yield Cluster(hosts)
+
+
+@pytest.fixture(scope="module")
+def on_one_host(cluster: Cluster) -> list[dict[str, Any]]:
+    """Records of the same run with both ranks on one host."""
+    words = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()), "launch/pretrain.py"]
+    cluster.finish(cluster.start("n1", [*words, *cluster.options("one_host")]))
+    return cluster.records("one_host")
+
+
+def crossed(cluster: Cluster, words: list[str], run: str) -> list[dict[str, Any]]:
+    """Records of a run on both hosts, which have sent each other what the ranks handed over."""
+    before = cluster.hosts.sent_bytes("n2")
+    cluster.finish(cluster.start("n1", words))
+    records = cluster.records(run)
+    handed_over = sum(record.get("dp_bytes", 0) for record in records)
+    assert cluster.hosts.sent_bytes("n2") - before > handed_over > 0
+    assert cluster.pids() == []
+    return records
+
+
+@pytest.mark.parametrize("given", ["names", "file"])
+def test_mpirun(cluster: Cluster, on_one_host: list[dict[str, Any]], given: str) -> None:
+    hosts = "n1,n2"
+    if given == "file":
+        (cluster.folder / "hosts.txt").write_text("# both\nn1 slots=1\nn1 slots=1\n\nn2\n")
+        hosts = str(cluster.folder / "hosts.txt")
+    words = ["launch/mpi/pretrain.sh", hosts, "1", *cluster.options(f"mpi_{given}")]
+    assert comparable(crossed(cluster, words, f"mpi_{given}")) == comparable(on_one_host)
+
+
+def test_deepspeed_with_a_hostfile(cluster: Cluster, on_one_host: list[dict[str, Any]]) -> None:
+    """It hands the words to a shell on each host, which would expand a pattern: that stands in a file."""
+    (cluster.folder / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
+    (cluster.folder / "data.yaml").write_text(f"data:\n  files: {cluster.corpus}/*.txt\n")
+    options = [word for word in cluster.options("deepspeed") if word != "--data.files" and "*" not in word]
+    words = [str(BIN / "deepspeed"), "--hostfile", str(cluster.folder / "hostfile"), "--master_port", str(free_port()),
+             "launch/pretrain.py", *options, "--config", str(cluster.folder / "data.yaml")]  # fmt: skip
+    assert comparable(crossed(cluster, words, "deepspeed")) == comparable(on_one_host)
+
+
+def test_torchrun(cluster: Cluster, on_one_host: list[dict[str, Any]]) -> None:
+    words = [str(BIN / "torchrun"), "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "n1", "--master_port",
+             str(free_port()), "launch/pretrain.py", *cluster.options("torchrun")]  # fmt: skip
+    second = cluster.start("n2", [*words[:5], "--node_rank", "1", *words[5:]])
+    assert comparable(crossed(cluster, words, "torchrun")) == comparable(on_one_host)
+    cluster.finish(second)
+
+
+def test_a_killed_rank_ends_mpirun_on_both_hosts(cluster: Cluster) -> None:
+    words = ["launch/mpi/pretrain.sh", "n1,n2", "1", *cluster.options("killed", "--train.steps", "100000")]
+    process = cluster.start("n1", words)
+    deadline = time.monotonic() + 60
+    while not (cluster.folder / "killed" / "metrics.jsonl").exists() or len(cluster.records("killed")) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    ranks = cluster.pids()
+    assert len(ranks) == 2
+    cluster.hosts.run("n1", ["kill", "-9", str(ranks[1])])
+    cluster.wait_until_gone(30)
+    process.communicate(timeout=10)
+    assert process.returncode != 0
+
+
+def test_a_silent_host_is_named(cluster: Cluster) -> None:
+    """Rank 0 waits in vain; of the other host rank 1 says that it found nobody."""
+    first = cluster.rank("n1", 0, "silent", "--parallel.start_timeout", "3", LAUNCH_HOSTS="n1,n2")
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 2 and "ranks 1 did not come within 3 s" in output, output
+    assert "nothing was heard of n2" in output
+    cluster.hosts.run("n2", ["ip", "link", "set", "eth0", "down"])
+    try:
+        second = cluster.rank("n2", 1, "silent", "--parallel.start_timeout", "3")
+        output, _ = second.communicate(timeout=60)
+    finally:
+        cluster.hosts.run("n2", ["ip", "link", "set", "eth0", "up"])
+    assert second.returncode == 2 and re.search(r"Rank 1, on n2, found nobody at n1:\d+ within 3 s", output), output
+    assert cluster.pids() == []
+
+
+def test_another_copy_of_the_code_is_refused(cluster: Cluster) -> None:
+    copy = cluster.folder / "copy"
+    shutil.copytree(REPOSITORY / "megatron_switchlora", copy / "megatron_switchlora")
+    with open(copy / "megatron_switchlora" / "methods" / "full.py", "a") as file:
+        file.write("# one more line\n")
+    port = str(free_port())
+    second = cluster.rank("n2", 1, "copies", MASTER_PORT=port, PYTHONPATH=str(copy))
+    first = cluster.rank("n1", 0, "copies", MASTER_PORT=port)
+    outputs = [process.communicate(timeout=60)[0] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert re.search(r"the code's digest is \"\w+\" on ranks 1 \(n2\) and \"\w+\" on the others", outputs[0]), outputs
+    assert "error:" not in outputs[1]
+    assert not Path(cluster.folder / "copies").exists()
+
+
+def test_a_file_that_one_host_lacks(cluster: Cluster) -> None:
+    port = str(free_port())
+    second = cluster.rank("n2", 1, "lacking", "--config", "nowhere.yaml", MASTER_PORT=port)
+    first = cluster.rank("n1", 0, "lacking", MASTER_PORT=port)
+    outputs = [process.communicate(timeout=60)[0] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert "rank 1, on n2, cannot start:" in outputs[0] and "nowhere.yaml" in outputs[0], outputs
