@@ -8,6 +8,7 @@ it returns, ended by their ids.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import json
 import multiprocessing
@@ -125,6 +126,7 @@ def rank_main(module: str, payload: dict[str, Any], scratch: Path, rank: int, en
     """A rank's process: its own environment, session and output file. It ends without the interpreter's end, in which
     gloo's threads can abort."""
     os.setsid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: killed tests take their ranks with them
     out = os.open(scratch / f"out{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(out, 1)
     os.dup2(out, 2)
