@@ -20,7 +20,7 @@ import torch
 
 from megatron_switchlora.config import UserError, require
 from megatron_switchlora.parallel.agree import PeerError
-from megatron_switchlora.parallel.launchers import is_first
+from megatron_switchlora.parallel.launchers import is_first, own_host
 from megatron_switchlora.parallel.ranks import RankError, Ranks, complete_environment, discover_ranks
 from megatron_switchlora.parallel.rollcall import Verdict, meet, report
 from megatron_switchlora.train.arguments import Arguments, parse_arguments
@@ -48,7 +48,7 @@ def told_once(first: bool) -> Iterator[None]:
         if first or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         elif not isinstance(error, Verdict) and not torch.distributed.is_initialized():
-            report_alone(str(error))
+            report_alone(error)
         leave(2)
     except PeerError:
         leave(2)
@@ -59,12 +59,15 @@ def told_once(first: bool) -> Iterator[None]:
         leave(130 if str(stop) == "SIGINT" else REQUEUE)
 
 
-def report_alone(problem: str) -> None:
+def report_alone(error: UserError) -> None:
     """Before the ranks have met a rank may see what rank 0 does not: a file that its host lacks."""
     with contextlib.suppress(UserError):
         ranks = discover_ranks(os.environ)
         complete_environment(os.environ)
-        report(os.environ, ranks, problem)
+        told = report(os.environ, ranks, str(error))
+        if not told and ranks.local_size < ranks.world_size and ranks.local_rank == 0:
+            # Rank 0 said the same, or is too far behind to be told: better twice than never.
+            print(f"error: rank {ranks.rank}, on {own_host(os.environ)}: {error}", file=sys.stderr, flush=True)
 
 
 def check_early(arguments: Arguments, ranks: Ranks) -> None:
@@ -95,6 +98,7 @@ def run(arguments: Arguments, ranks: Ranks, stop: StopRequest) -> int:
     """Train or evaluate; returns the exit status."""
     device = choose_device(arguments.config.train.device, ranks, arguments.config.train.threads)
     same = what_must_agree(arguments.config, read_ds_config(arguments.ds_config), device)
+    same["--evaluate_only"] = arguments.evaluate_only
     timeout = arguments.config.parallel.start_timeout
     store = meet(os.environ, ranks, same, timeout) if ranks.world_size > 1 else None
     from megatron_switchlora.train.engine import start_distributed, stop_distributed

@@ -2,7 +2,7 @@
 # Pre-train under mpirun, MPICH's, Intel's or Open MPI's, on one host or many:
 #
 #   launch/mpi/pretrain.sh n1,n2,n3,n4 8 --config launch/configs/llama_1.3b.yaml ...
-#   launch/mpi/pretrain.sh hosts.txt 8 --config ...      # a name a line; what follows a name ("slots=8") is ignored
+#   launch/mpi/pretrain.sh hosts.txt 8 --config ...      # a name a line; what follows (slots=8, :8) is ignored
 #
 # The hosts, the ranks on each, then the options of launch/pretrain.py. mpirun must reach the hosts (mostly by ssh),
 # and the repository must lie at the same place on all of them. Without Slurm nobody warns of a time limit: give
@@ -10,7 +10,7 @@
 #   MPIRUN        else mpirun
 #   MPI_OPTIONS   more options of mpirun, as the cluster needs them
 #   MASTER_PORT   a free port of the first host; else one drawn here
-#   PYTHON        else .venv/bin/python
+#   PYTHON        else the repository's .venv/bin/python
 # NCCL and gloo find the network by themselves. Where hosts have several and they choose wrongly, export
 # NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME (Open MPI: and add -x NCCL_SOCKET_IFNAME to MPI_OPTIONS).
 set -u
@@ -22,12 +22,13 @@ fi
 hosts=$1 each=$2
 shift 2
 if [ -f "$hosts" ]; then  # a scheduler's file may name a host once a slot
-  hosts="$(awk '!/^[[:space:]]*(#|$)/ && !seen[$1]++ { printf "%s%s", comma, $1; comma = "," }' "$hosts")"
+  hosts="$(sed 's/[#\r].*//; s/:.*//' "$hosts" | awk 'NF && !seen[$1]++ { printf "%s%s", comma, $1; comma = "," }')"
 fi
+[ -n "$hosts" ] || { echo "error: no hosts are named." >&2; exit 2; }
 IFS=, read -ra names <<<"$hosts"
-cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 
-mpirun="${MPIRUN:-mpirun}" python="${PYTHON:-$PWD/.venv/bin/python}"
+mpirun="${MPIRUN:-mpirun}" python="${PYTHON:-$root/.venv/bin/python}"
 for program in "$mpirun" "$python"; do
   command -v "$program" >/dev/null || { echo "error: there is no $program: set MPIRUN or PYTHON." >&2; exit 2; }
 done
@@ -39,9 +40,9 @@ count=$((${#names[@]} * each))
 case "$("$mpirun" --version 2>&1)" in
   *"Open MPI"* | *OpenRTE* | *PRRTE*)
     exec "$mpirun" --host "${hosts//,/:$each,}:$each" -np "$count" --map-by "ppr:$each:node" --bind-to none \
-      -x MASTER_ADDR -x MASTER_PORT -x LAUNCH_HOSTS ${MPI_OPTIONS:-} "$python" -u launch/pretrain.py "$@" ;;
+      -x MASTER_ADDR -x MASTER_PORT -x LAUNCH_HOSTS ${MPI_OPTIONS:-} "$python" -u "$root/launch/pretrain.py" "$@" ;;
   *)
     exec "$mpirun" -hosts "$hosts" -ppn "$each" -n "$count" -genv MASTER_ADDR "$MASTER_ADDR" \
       -genv MASTER_PORT "$MASTER_PORT" -genv LAUNCH_HOSTS "$hosts" ${MPI_OPTIONS:-} \
-      "$python" -u launch/pretrain.py "$@" ;;
+      "$python" -u "$root/launch/pretrain.py" "$@" ;;
 esac

@@ -36,7 +36,8 @@ class Presence:
     """What a rank says of itself. `same` must be equal on all ranks; `problem` is why it cannot start."""
 
     host: str
-    local_rank: int = 0
+    local_rank: int
+    local_size: int
     same: dict[str, Any] = field(default_factory=dict)
     problem: Optional[str] = None
 
@@ -46,37 +47,50 @@ def meet(env: Mapping[str, str], ranks: Ranks, same: dict[str, Any], timeout_s: 
 
     Raises:
         Verdict: ranks have not come, cannot start, or differ; on every rank.
-        RankError: rank 0 cannot listen or be reached, where only this rank knows.
+        RankError: rank 0 cannot listen or be reached, or counts other ranks, where only this rank knows.
         PeerError: on other ranks, if rank 0 has gone.
     """
+    if int(env.get("TORCHELASTIC_MAX_RESTARTS", 0)) and ranks.local_size < ranks.world_size:
+        raise Verdict(
+            f"torchrun --max-restarts must be 0 on several hosts, not {env['TORCHELASTIC_MAX_RESTARTS']}: its agents "
+            "count restarts apart. Start it again after a failure; it goes on from its newest checkpoint."
+        )
     store = _open_store(env, ranks, timeout_s)
-    mine = Presence(own_host(env), ranks.local_rank, {"ranks on the host": ranks.local_size, **same})
+    mine = Presence(own_host(env), ranks.local_rank, ranks.local_size, same)
     try:
         store.set(_key(ranks.rank), json.dumps(asdict(mine)))
         if ranks.rank == 0:
-            store.set("verdict", _verdict(env, store, ranks.world_size, timeout_s) or "")
+            text = _verdict(env, store, ranks.world_size, timeout_s) or ""
+            store.set("verdict", json.dumps({"text": text, "world_size": ranks.world_size}))
         deadline = time.monotonic() + 2 * timeout_s
         while not store.check(["verdict"]):  # not store.wait, in which signals would wait too
             if time.monotonic() > deadline:
                 raise PeerError("rank 0 says nothing")
             time.sleep(0.1)
-        verdict = store.get("verdict").decode()
-        if verdict and ranks.rank == 0:
+        verdict = json.loads(store.get("verdict"))
+        if verdict["text"] and ranks.rank == 0:
             time.sleep(1.0)  # rank 0 keeps the store: let the others read why, too
     except DistError as error:
         raise PeerError(f"rank 0 has gone: {error}") from None
-    if verdict:
-        raise Verdict(verdict)
+    if verdict["text"]:
+        raise Verdict(verdict["text"])
+    if verdict["world_size"] != ranks.world_size:
+        raise RankError(
+            f"Rank {ranks.rank}, on {own_host(env)}, was told of {ranks.world_size} ranks and rank 0 of "
+            f"{verdict['world_size']}: start all with one launcher and the same numbers."
+        )
     return PrefixStore("groups", store)
 
 
-def report(env: Mapping[str, str], ranks: Ranks, problem: str, timeout_s: float = 5) -> None:
-    """Tell rank 0, which perhaps does not see it, why this rank cannot start."""
+def report(env: Mapping[str, str], ranks: Ranks, problem: str, timeout_s: float = 5) -> bool:
+    """Tell rank 0, which perhaps does not see it, why this rank cannot start. Returns whether it can be told."""
     try:
         store = _open_store(env, ranks, timeout_s)
-        store.set(_key(ranks.rank), json.dumps(asdict(Presence(own_host(env), ranks.local_rank, {}, problem))))
+        mine = Presence(own_host(env), ranks.local_rank, ranks.local_size, {}, problem)
+        store.set(_key(ranks.rank), json.dumps(asdict(mine)))
     except (DistError, RankError, PeerError):
-        return  # rank 0 has gone, for the same reason or another
+        return False  # rank 0 has gone, for the same reason or another, or is far behind
+    return True
 
 
 def _key(rank: int) -> str:
@@ -158,8 +172,9 @@ def _verdict(env: Mapping[str, str], store: Store, world: int, timeout_s: float)
 
 def _absent(env: Mapping[str, str], found: dict[int, Presence], missing: set[int], timeout_s: float) -> str:
     present = {presence.host for presence in found.values()}
-    short = {host.split(".")[0] for host in present}
-    silent = [host for host in expected_hosts(env) if host.split(".")[0] not in short]
+    here, all_hosts = {_short(host) for host in present}, expected_hosts(env)
+    known = here <= {_short(host) for host in all_hosts}  # else they go by other names, or are a part
+    silent = [host for host in all_hosts if known and _short(host) not in here]
     return (
         f"Of {len(found) + len(missing)} ranks {spans(missing)} did not come within {timeout_s:g} s (parallel."
         f"start_timeout). Here are ranks on {', '.join(sorted(present))}"
@@ -169,8 +184,17 @@ def _absent(env: Mapping[str, str], found: dict[int, Presence], missing: set[int
     )
 
 
+def _short(host: str) -> str:
+    """A host's name without its domain; an address is one word."""
+    return host if host.replace(".", "").isdigit() else host.split(".")[0]
+
+
 def _odd_ones(found: dict[int, Presence]) -> Optional[str]:
     """Who differs, and in what, from what most ranks say (from rank 0, where it is a draw)."""
+    sizes = {presence.host: presence.local_size for presence in found.values()}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{host} {size}" for host, size in sorted(sizes.items()))
+        return f"Every host must run the same number of ranks, but there are {listed}: give each as many, or leave out."
     names = sorted({name for presence in found.values() for name in presence.same})
     differences = []
     for name in names:

@@ -46,7 +46,7 @@ def what_must_agree(config: RunConfig, ds_config: dict[str, Any], device: torch.
     """What all ranks of a start must have alike: options, DeepSpeed's JSON, versions and code."""
     code = hashlib.sha256()
     package = Path(__file__).parents[1]
-    for path in sorted(package.rglob("*.py")):
+    for path in sorted(path for path in package.rglob("*.py") if path.is_file()):
         code.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
     same = {"device": device.type, "ds_config": ds_config, "the code's digest": code.hexdigest()[:12]}
     same |= {f"version of {name}": version(name) for name in ("torch", "deepspeed", "numpy")}

@@ -76,6 +76,7 @@ def start_distributed(device: torch.device, timeout_s: float = 1800.0, store: Op
     if store is not None:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         bound = device if device.type == "cuda" else None  # as DeepSpeed would
+        store.set_timeout(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=bound)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 

@@ -75,6 +75,14 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
         yield Jobs(slurm)
 
 
+@pytest.fixture(autouse=True)
+def no_job_is_left(jobs: Jobs) -> Iterator[None]:
+    """A failed test must not keep the hosts from the next."""
+    yield
+    jobs.slurm.run("scancel", "--user=root", "--signal=KILL", "--full")
+    jobs.slurm.run("scancel", "--user=root")
+
+
 @pytest.fixture(scope="module")
 def whole(jobs: Jobs) -> list[dict[str, Any]]:
     """Records of a run across both hosts that nothing interrupts."""
@@ -122,7 +130,8 @@ def test_a_killed_rank_ends_the_job_and_a_requeue_goes_on(jobs: Jobs, whole: lis
     jobs.slurm.run("scontrol", "requeue", job)
     jobs.slurm.requeue_now(job)
     jobs.finish(job, "killed")
-    assert jobs.meta("killed")["resumed_at"] == [5] and comparable(jobs.records("killed")) == comparable(whole)
+    (at,) = jobs.meta("killed")["resumed_at"]
+    assert at % 5 == 0 and 0 < at < STEPS and comparable(jobs.records("killed")) == comparable(whole)
 
 
 def test_under_a_time_limit_it_requeues_itself(jobs: Jobs) -> None:
@@ -165,6 +174,32 @@ def test_a_sweep_is_a_job_array(jobs: Jobs) -> None:
     for task, state in enumerate(("COMPLETED", "COMPLETED", "FAILED")):
         assert jobs.slurm.wait_for(f"{array}_{task}", "COMPLETED", "FAILED") == state, jobs.output(f"sweep-{task}")
     assert "line 3 of" in jobs.output("sweep-2") and "array task 2 has no options" in jobs.output("sweep-2")
+
+
+def test_one_task_of_an_array_is_requeued_alone(jobs: Jobs) -> None:
+    """Also the one whose own number is the array's."""
+    (jobs.folder / "same.txt").write_text("--train.seed 0\n--train.seed 1\n")
+    place = {"PYTHON": sys.executable, "OUTPUT_DIR": str(jobs.folder / "tasks")}
+    lines = ["--array=0-1", "--nodes=1", f"--output={jobs.folder}/tasks-%a.out", f"--chdir={REPOSITORY}"]
+    script = ["launch/slurm/pretrain.sbatch", "--sweep", str(jobs.folder / "same.txt"), *QUICK_START]
+    array = jobs.slurm.submit(*lines, *script, "--train.steps", "5000", **place)
+    for task in (0, 1):
+        jobs.wait_for_step(f"tasks-{task}", 1)
+    for task in (1, 0):
+        jobs.slurm.run("scancel", "--signal=USR1", "--batch", f"{array}_{task}")
+        jobs.slurm.wait_for(f"{array}_{task}", "PENDING", seconds=60)
+        assert f"job {array}_{task} goes back into the queue" in jobs.output(f"tasks-{task}")
+        if task == 1:
+            assert jobs.slurm.state(f"{array}_0") == "RUNNING"
+    assert "start 2" not in jobs.output("tasks-0") + jobs.output("tasks-1")
+
+
+def test_ranks_per_node_overrule_sbatchs_tasks(jobs: Jobs) -> None:
+    place = {"PYTHON": "echo", "RANKS_PER_NODE": "2"}
+    lines = ["--nodes=2", "--ntasks-per-node=1", f"--output={jobs.folder}/echo.out", f"--chdir={REPOSITORY}"]
+    job = jobs.slurm.submit(*lines, "launch/slurm/pretrain.sbatch", **place)
+    assert jobs.slurm.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED"
+    assert jobs.output("echo").count("-u launch/pretrain.py --output_dir") == 4
 
 
 def test_what_is_missing_is_named(jobs: Jobs) -> None:

@@ -77,6 +77,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield Cluster(hosts)
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left(cluster: Cluster) -> Iterator[None]:
+    """A failed test must not disturb the next."""
+    yield
+    cluster.hosts.run("n1", ["sh", "-c", "pkill -KILL -f launch/pretrain.py || true"])
+
+
 @pytest.fixture(scope="module")
 def on_one_host(cluster: Cluster) -> list[dict[str, Any]]:
     """Records of the same run with both ranks on one host."""
@@ -100,7 +107,7 @@ def crossed(cluster: Cluster, words: list[str], run: str) -> list[dict[str, Any]
 def test_mpirun(cluster: Cluster, on_one_host: list[dict[str, Any]], given: str) -> None:
     hosts = "n1,n2"
     if given == "file":
-        (cluster.folder / "hosts.txt").write_text("# both\nn1 slots=1\nn1 slots=1\n\nn2\n")
+        (cluster.folder / "hosts.txt").write_text("# both\nn1 slots=1\nn1 slots=1\n\nn2:1\r\n")
         hosts = str(cluster.folder / "hosts.txt")
     words = ["launch/mpi/pretrain.sh", hosts, "1", *cluster.options(f"mpi_{given}")]
     assert comparable(crossed(cluster, words, f"mpi_{given}")) == comparable(on_one_host)

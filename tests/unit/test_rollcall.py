@@ -66,7 +66,24 @@ def test_hosts_with_other_numbers_of_ranks() -> None:
 
     with ThreadPoolExecutor() as pool:
         for text in pool.map(one, range(3)):
-            assert "ranks on the host is 1 on ranks 2 (n2) and 2 on the others" in text
+            assert "Every host must run the same number of ranks, but there are n1 2, n2 1:" in text
+
+
+def test_rank_0_knows_of_other_numbers() -> None:
+    port = free_port()
+    with ThreadPoolExecutor() as pool:
+        first, second = (
+            pool.submit(meet, on_host(f"n{rank}", port), Ranks(rank, 2, 0, 1), SAME, 20) for rank in (0, 1)
+        )
+        with pytest.raises(RankError, match="Rank 2, on n3, was told of 3 ranks and rank 0 of 2:"):
+            meet(on_host("n3", port), Ranks(2, 3, 0, 1), SAME, 20)
+        assert first.result() and second.result()
+
+
+def test_restarts_by_torchrun_on_several_hosts() -> None:
+    env = on_host("n1", free_port()) | {"TORCHELASTIC_MAX_RESTARTS": "3"}
+    with pytest.raises(Verdict, match="torchrun --max-restarts must be 0 on several hosts, not 3"):
+        meet(env, Ranks(0, 2, 0, 1), SAME, 1)
 
 
 def test_a_rank_that_does_not_come_is_named_with_its_host() -> None:
@@ -74,13 +91,15 @@ def test_a_rank_that_does_not_come_is_named_with_its_host() -> None:
     assert {type(error) for error in told} == {Verdict}
     assert "Of 3 ranks 2 did not come within 1 s" in str(told[0])
     assert "Here are ranks on n1, n2; nothing was heard of n3:" in str(told[0])
+    by_address = call("n1 n2 n3", [SAME, SAME], timeout=1, LAUNCH_HOSTS="10.0.0.1,10.0.0.2,10.0.0.3")
+    assert "nothing was heard" not in str(by_address[0])
 
 
 def test_a_rank_that_cannot_start_tells_why() -> None:
     port = free_port()
     with ThreadPoolExecutor() as pool:
         others = pool.submit(call, "n1 n2 n3", [SAME, SAME], 20, port)
-        report(on_host("n3", port), Ranks(2, 3, 0, 1), "data.files: there is no corpus.txt")
+        assert report(on_host("n3", port), Ranks(2, 3, 0, 1), "data.files: there is no corpus.txt")
         for error in others.result():
             assert isinstance(error, Verdict) and "rank 2, on n3, cannot start: data.files: there is no" in str(error)
 
@@ -91,7 +110,7 @@ def test_nobody_at_the_place() -> None:
         meet(on_host("n2", free_port()), Ranks(1, 2, 0, 1), SAME, 1)
     with pytest.raises(PeerError):  # its host's first rank has said it
         meet(on_host("n2", free_port()), Ranks(2, 3, 1, 2), SAME, 1)
-    report(on_host("n2", free_port()), Ranks(2, 3, 1, 2), "never heard", 1)
+    assert not report(on_host("n2", free_port()), Ranks(2, 3, 1, 2), "never heard", 1)
     assert time.monotonic() - began < 30
 
 
