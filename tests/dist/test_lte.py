@@ -24,11 +24,11 @@ def check_reference(results: list[dict[str, float]]) -> None:
     assert worst < 1e-9
 
 
-def check_deepspeed(results: list[dict[str, Any]], merges: int) -> None:
-    """Against the reference within 1e-5; nothing crosses heads but at merges, and there what the formula says."""
+def check_deepspeed(results: list[dict[str, Any]], merges: int, bar: float = 1e-5) -> None:
+    """Against the reference within the bar; nothing crosses heads but at merges, and there what the formula says."""
     print(f"\nmean model from the reference's: {max(r['gap'] for r in results):.1e} of its largest entry")
     for result in results:
-        assert result["gap"] < 1e-5
+        assert result["gap"] < bar
         assert result["differing"] == []
         assert result["cast_gap"] == 0.0
         assert result["losses"] == results[0]["losses"]
@@ -79,8 +79,9 @@ def test_every_form_under_every_stage(tp: int) -> None:
         {"method__local_heads": 2},
     ]
     cases = [{"changes": form, "steps": 7, "stage": stage} for form in forms for stage in "012"]
-    for results in run(4, 2, tp, cases, timeout=600):
-        check_deepspeed(results, merges=2)
+    for case, results in zip(cases, run(4, 2, tp, cases, timeout=600), strict=True):
+        # after a switch Adam's first steps of a row have the size of the rate, whatever the rounding they are made of
+        check_deepspeed(results, merges=2, bar=5e-5 if case["changes"] is SWITCHES else 1e-5)
 
 
 @full

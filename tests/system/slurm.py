@@ -117,7 +117,8 @@ class Slurm:
         self._wait(lambda: self.state(job) in states, seconds, f"{states} of job {job}")
         return self.state(job)
 
-    def requeue_now(self, job: str) -> None:
-        """Slurm lets a requeued job wait for two minutes; not here."""
-        self._wait(lambda: self.state(job) == "PENDING", 60, f"return of job {job} to the queue")
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    def wait_for_start(self, job: str, number: int, seconds: float = 60) -> None:
+        """Wait until a requeued job runs for the `number`th time. Slurm lets its credential of the time before expire
+        first: here in five seconds, else in two minutes."""
+        again = rf"JobState=(RUNNING|COMPLETED)[^$]*Restarts={number - 1}\b"
+        self._wait(lambda: re.search(again, self.run("scontrol", "show", "job", job)), seconds, f"restart of job {job}")

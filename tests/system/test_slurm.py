@@ -108,7 +108,7 @@ def test_preempted_it_is_requeued_and_ends_with_the_same_losses(jobs: Jobs, whol
     job = jobs.submit("preempted")
     jobs.wait_for_step("preempted", 7)
     jobs.slurm.run("scancel", "--signal=USR1", "--batch", job)
-    jobs.slurm.requeue_now(job)
+    jobs.slurm.wait_for_start(job, 2)
     jobs.finish(job, "preempted")
     (at,) = jobs.meta("preempted")["resumed_at"]
     assert 7 <= at < STEPS
@@ -128,7 +128,7 @@ def test_a_killed_rank_ends_the_job_and_a_requeue_goes_on(jobs: Jobs, whole: lis
     print(f"\nthe job ended {time.monotonic() - began:.1f} s after its rank")
     assert "goes back into the queue" not in jobs.output("killed")
     jobs.slurm.run("scontrol", "requeue", job)
-    jobs.slurm.requeue_now(job)
+    jobs.slurm.wait_for_start(job, 2)
     jobs.finish(job, "killed")
     (at,) = jobs.meta("killed")["resumed_at"]
     assert at % 5 == 0 and 0 < at < STEPS and comparable(jobs.records("killed")) == comparable(whole)
@@ -141,7 +141,7 @@ def test_under_a_time_limit_it_requeues_itself(jobs: Jobs) -> None:
     jobs.wait_for_step("limited", 1)
     jobs.slurm.wait_for(job, "PENDING")
     reached = max(record["step"] for record in jobs.records("limited"))
-    jobs.slurm.requeue_now(job)
+    jobs.slurm.wait_for_start(job, 2)
     jobs.wait_for_step("limited", reached + 1)
     jobs.slurm.run("scancel", job)
     jobs.slurm.wait_for(job, "CANCELLED")
