@@ -81,7 +81,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def nothing_is_left(cluster: Cluster) -> Iterator[None]:
     """A failed test must not disturb the next."""
     yield
-    cluster.hosts.run("n1", ["sh", "-c", "pkill -KILL -f launch/pretrain.py || true"])
+    cluster.hosts.run("n1", ["sh", "-c", "pkill -KILL -f '[l]aunch/pretrain.py' || true"])
 
 
 @pytest.fixture(scope="module")
