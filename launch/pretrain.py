@@ -94,13 +94,17 @@ def show_plan(arguments: Arguments, first: bool) -> None:
         print(text)
 
 
+def meet_others(arguments: Arguments, ranks: Ranks, device: torch.device) -> torch.distributed.Store:
+    """Compare with the other ranks what all must have alike; returns the store in which they have met."""
+    same = what_must_agree(arguments.config, read_ds_config(arguments.ds_config), device)
+    same["--evaluate_only"] = arguments.evaluate_only
+    return meet(os.environ, ranks, same, arguments.config.parallel.start_timeout)
+
+
 def run(arguments: Arguments, ranks: Ranks, stop: StopRequest) -> int:
     """Train or evaluate; returns the exit status."""
     device = choose_device(arguments.config.train.device, ranks, arguments.config.train.threads)
-    same = what_must_agree(arguments.config, read_ds_config(arguments.ds_config), device)
-    same["--evaluate_only"] = arguments.evaluate_only
-    timeout = arguments.config.parallel.start_timeout
-    store = meet(os.environ, ranks, same, timeout) if ranks.world_size > 1 else None
+    store = meet_others(arguments, ranks, device) if ranks.world_size > 1 else None
     from megatron_switchlora.train.engine import start_distributed, stop_distributed
 
     start_distributed(device, store=store)

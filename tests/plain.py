@@ -56,7 +56,7 @@ def by_heads(config: RunConfig, batch: Tensor, mesh: Mesh) -> list[Tensor]:
     """The micro-batches of this process: its heads' shares, of those its data rank's, head by head."""
     local, each = config.method.heads_here, config.train.micro_batch_size // config.method.heads_here
     shares = batch.unflatten(0, (config.heads, mesh.size("dp"), -1))
-    mine = shares[mesh.rank("lte") * local : (mesh.rank("lte") + 1) * local, mesh.rank("dp")]
+    mine = shares[mesh.heads(local), mesh.rank("dp")]
     return [piece.flatten(0, 1) for piece in mine.split(each, 1)]
 
 

@@ -12,8 +12,6 @@ Published code starts with A = B = 0, which trains nothing in the first cycle; t
 
 from __future__ import annotations
 
-import torch
-
 from megatron_switchlora.lowrank.init import draw_vectors, factor_std
 from megatron_switchlora.methods.lora import Lora
 from megatron_switchlora.optim.lr import jagged_factor
@@ -50,4 +48,4 @@ class Relora(Lora):
                 self.optimizer.reset_steps(factor)
         else:
             for factor in self.matrices():
-                self.optimizer.reset_rows(factor, torch.arange(factor.size(0)))
+                self.optimizer.reset_rows(factor)

@@ -58,8 +58,10 @@ class Piece:
     def row_count(self) -> int:
         return self.param.size(0) if has_rows(self.param) else 1
 
-    def local_rows(self, rows: Tensor) -> Tensor:
-        """Of the parameter's rows (a CPU tensor), those in this piece, counted from its first."""
+    def local_rows(self, rows: Optional[Tensor]) -> Tensor:
+        """Of the parameter's rows (a CPU tensor; None: all), those in this piece, counted from its first."""
+        if rows is None:
+            return torch.arange(self.rows)
         inside = (rows >= self.first_row) & (rows < self.first_row + self.rows)
         return rows[inside] - self.first_row
 

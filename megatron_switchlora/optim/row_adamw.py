@@ -134,8 +134,6 @@ class RowAdamW(torch.optim.Optimizer):
     def rows_rewritten(self, param: nn.Parameter, rows: Optional[Tensor] = None) -> None:
         """The parameter's rows (a CPU index tensor; without one all) were changed in place: copy them to the masters
         here."""
-        if rows is None:
-            rows = torch.arange(param.size(0))
         for piece in self.pieces(param):
             local = piece.local_rows(rows).to(piece.master.device)
             if len(local) and piece.master is not param:
@@ -143,8 +141,8 @@ class RowAdamW(torch.optim.Optimizer):
                 piece.block(piece.master.data).index_copy_(0, local, values)
 
     @torch.no_grad()
-    def reset_rows(self, param: nn.Parameter, rows: Tensor) -> None:
-        """Zero moments and step counters of rows (a CPU index tensor)."""
+    def reset_rows(self, param: nn.Parameter, rows: Optional[Tensor] = None) -> None:
+        """Zero moments and step counters of rows (a CPU index tensor; without one of all)."""
         for piece in self.pieces(param):
             local = piece.local_rows(rows).to(piece.master.device)
             if len(local):

@@ -1,4 +1,5 @@
-"""What takes long to import, for the process that the tests' ranks are forked from. Nothing here may start a thread."""
+"""What takes long to import, for the process that the tests' ranks are forked from. A fork takes no threads
+along, so what starts any must not need them: jemalloc, which pyarrow brings, does not."""
 
 import os
 

@@ -102,6 +102,10 @@ class Hosts:
         assert done.returncode == 0, f"{words} on {host} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
         return done.stdout
 
+    def pids(self, pattern: str) -> list[int]:
+        """Processes on the hosts whose command line matches."""
+        return [int(pid) for pid in self.run("n1", ["sh", "-c", f"pgrep -f '{pattern}' || true"]).split()]
+
     def sent_bytes(self, host: str) -> int:
         """What the host has sent to others, as its interface counts it."""
         return int(self.run(host, ["cat", "/sys/class/net/eth0/statistics/tx_bytes"]))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_switchlora.train.records import read_records
 from tests.dist.launch import REPOSITORY
 from tests.system.hosts import Hosts, missing_parts
 from tests.system.slurm import Slurm
@@ -44,8 +45,7 @@ class Jobs:
         return self.slurm.submit(*words, **place)
 
     def records(self, run: str) -> list[dict[str, Any]]:
-        path = self.folder / run / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return read_records(self.folder / run / "metrics.jsonl")
 
     def wait_for_step(self, run: str, step: int, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
@@ -65,8 +65,7 @@ class Jobs:
 
     def ranks(self) -> list[int]:
         """Processes of pretrain.py on the hosts, as the hosts number them."""
-        words = ["sh", "-c", "pgrep -f '^[^ ]*python[^ ]* -u launch/pretrain.py' || true"]
-        return [int(pid) for pid in self.slurm.hosts.run("n1", words).split()]
+        return self.slurm.hosts.pids("^[^ ]*python[^ ]* -u launch/pretrain.py")
 
 
 @pytest.fixture(scope="module")

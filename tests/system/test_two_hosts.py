@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from megatron_switchlora.train.records import read_records
 from tests.dist.launch import REPOSITORY, clean_environment, free_port
 from tests.system.commands import BIN, SMALL, write_corpus
 from tests.system.hosts import Hosts, missing_parts
@@ -58,11 +58,10 @@ class Cluster:
         return output
 
     def records(self, run: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
+        return read_records(self.folder / run / "metrics.jsonl")
 
-    def pids(self, pattern: str = "launch/pretrain.py") -> list[int]:
-        words = ["sh", "-c", f"pgrep -f '^[^ ]*python.*[ /]{pattern}' || true"]
-        return [int(pid) for pid in self.hosts.run("n1", words).split()]
+    def pids(self) -> list[int]:
+        return self.hosts.pids("^[^ ]*python.*[ /]launch/pretrain.py")
 
     def wait_until_gone(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -92,10 +91,12 @@ def on_one_host(cluster: Cluster) -> list[dict[str, Any]]:
     return cluster.records("one_host")
 
 
-def crossed(cluster: Cluster, words: list[str], run: str) -> list[dict[str, Any]]:
-    """Records of a run on both hosts, which have sent each other what the ranks handed over."""
+def crossed(cluster: Cluster, words: list[str], run: str, *others: subprocess.Popen) -> list[dict[str, Any]]:
+    """Records of a run on both hosts, which have sent each other what the ranks handed over. `others`: what was
+    started for it before."""
     before = cluster.hosts.sent_bytes("n2")
-    cluster.finish(cluster.start("n1", words))
+    for process in (cluster.start("n1", words), *others):
+        cluster.finish(process)
     records = cluster.records(run)
     handed_over = sum(record.get("dp_bytes", 0) for record in records)
     assert cluster.hosts.sent_bytes("n2") - before > handed_over > 0
@@ -127,15 +128,14 @@ def test_torchrun(cluster: Cluster, on_one_host: list[dict[str, Any]]) -> None:
     words = [str(BIN / "torchrun"), "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "n1", "--master_port",
              str(free_port()), "launch/pretrain.py", *cluster.options("torchrun")]  # fmt: skip
     second = cluster.start("n2", [*words[:5], "--node_rank", "1", *words[5:]])
-    assert comparable(crossed(cluster, words, "torchrun")) == comparable(on_one_host)
-    cluster.finish(second)
+    assert comparable(crossed(cluster, words, "torchrun", second)) == comparable(on_one_host)
 
 
 def test_a_killed_rank_ends_mpirun_on_both_hosts(cluster: Cluster) -> None:
     words = ["launch/mpi/pretrain.sh", "n1,n2", "1", *cluster.options("killed", "--train.steps", "100000")]
     process = cluster.start("n1", words)
     deadline = time.monotonic() + 60
-    while not (cluster.folder / "killed" / "metrics.jsonl").exists() or len(cluster.records("killed")) < 3:
+    while len(cluster.records("killed")) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     ranks = cluster.pids()
