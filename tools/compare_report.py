@@ -19,10 +19,9 @@ from compare_setting import ROOT, Point, Setting, run_key
 
 from megatron_switchlora.config import RunConfig
 from megatron_switchlora.parallel.mesh import mesh_sizes
-from megatron_switchlora.train.dry_run import zero_settings
-from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
-from megatron_switchlora.train.memory import gradient_bytes
+from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config, zero_settings
 from megatron_switchlora.train.records import replace_text
+from megatron_switchlora.train.traffic import gradient_bytes
 
 Run = dict[str, Any]
 HEAD = (

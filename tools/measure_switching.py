@@ -29,7 +29,7 @@ from megatron_switchlora.parallel.mesh import build_mesh
 from megatron_switchlora.parallel.ranks import discover_ranks
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.device import choose_device
-from megatron_switchlora.train.ds_config import resolve_ds_config
+from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
 from megatron_switchlora.train.run_folder import versions
 
 if TYPE_CHECKING:
@@ -38,15 +38,17 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def make_engine(config: RunConfig, vocab_size: Optional[int], device: torch.device) -> Engine:
-    """A fresh engine at ZeRO stage 1; without a vocabulary size, the configuration's."""
+def make_engine(
+    config: RunConfig, vocab_size: Optional[int], device: torch.device, ds_config: Optional[dict[str, Any]] = None
+) -> Engine:
+    """A fresh engine, by default at ZeRO stage 1; without a vocabulary size, the configuration's."""
     from megatron_switchlora.train.engine import Engine
 
     mesh = build_mesh(config.parallel)
     model = LlamaForCausalLM(config.model, vocab_size, mesh.axis("tp"))
     initialize_weights(model, config.train.seed)
-    ds_config = resolve_ds_config({"zero_optimization": {"stage": 1}}, config, mesh.size("dp"))
-    return Engine(model, build_method(config, model, mesh), config, ds_config, mesh, device)
+    resolved = resolve_ds_config(ds_config or read_ds_config(None), config, mesh.size("dp"))
+    return Engine(model, build_method(config, model, mesh), config, resolved, mesh, device)
 
 
 def watch(engine: Engine, spent: list[float]) -> None:

@@ -8,7 +8,7 @@ on the vocabulary; of an adapter the factor on the split side; norms and the oth
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megatron_switchlora.config import MethodConfig, ModelConfig, RunConfig, shard_size
@@ -89,6 +89,18 @@ def count_shard(config: ModelConfig, method: MethodConfig, vocab_size: int, tp: 
 def count_parameters(config: ModelConfig, method: MethodConfig, vocab_size: int) -> ParameterCounts:
     """Counts of a model under a method, unpadded, whatever the mesh."""
     return count_shard(config, method, vocab_size, tp=1)
+
+
+def compute_bytes(config: RunConfig) -> int:
+    """Bytes of a number in the precision of compute."""
+    return 2 if config.train.precision == "bf16" else 4
+
+
+def count_here(config: RunConfig, vocab_size: int, tp: int) -> ParameterCounts:
+    """What a rank holds; what trains as often as it has LTE heads."""
+    counts, heads = count_shard(config.model, config.method, vocab_size, tp), config.method.heads_here
+    each = {name: heads * getattr(counts, name) for name in ("embedding", "head", "norms", "adapters")}
+    return replace(counts, **each)
 
 
 def merge_sends_factors(config: RunConfig, out_features: int, in_features: int) -> bool:

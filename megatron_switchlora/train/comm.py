@@ -5,7 +5,8 @@ While installed, the recorder wraps the collective methods of torch's `ProcessGr
 input. Nothing is computed from sizes of the model. The trainer names the phase it is in ("gradient"
 around the backward pass), and a step's data-parallel gradient bytes are what the dp group was handed
 in that phase. Calls on a group of one rank move nothing and are not counted. Collectives issued from
-C++ (torch's own DDP) would not be seen; DeepSpeed issues its own from Python.
+C++ (torch's own DDP) would not be seen; DeepSpeed issues its own from Python. `watch`, where given, is
+shown every tensor that is counted.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class CommRecorder:
     """`bytes[Record]` and `calls[Record]` since the last `clear`. Use as a context manager."""
 
     def __init__(self) -> None:
+        self.watch: Optional[Callable[[Record, torch.Tensor], None]] = None
         self.bytes: Counter[Record] = Counter()
         self.calls: Counter[Record] = Counter()
         self._phase = "other"
@@ -94,6 +96,8 @@ class CommRecorder:
                     record = Record(self._phase, group.group_name, op, str(tensor.dtype).removeprefix("torch."))
                     self.bytes[record] += tensor.numel() * tensor.element_size()
                     self.calls[record] += position == 0
+                    if self.watch is not None:
+                        self.watch(record, tensor)
             return original(group, *args, **kwargs)
 
         return call

@@ -13,17 +13,9 @@ from typing import Any
 from megatron_switchlora.config import RunConfig, UserError, accumulation_steps, full_rank_config, require_shard
 from megatron_switchlora.model.counts import count_parameters, count_shard
 from megatron_switchlora.parallel.mesh import mesh_sizes
-from megatron_switchlora.train.ds_config import resolve_ds_config
-from megatron_switchlora.train.memory import (
-    Item,
-    Zero,
-    gradient_bytes,
-    memory_items,
-    merge_bytes,
-    peak_bytes,
-    phase_bytes,
-    saved_words,
-)
+from megatron_switchlora.train.ds_config import Zero, resolve_ds_config, zero_settings
+from megatron_switchlora.train.memory import Item, memory_items, peak_bytes, phase_bytes
+from megatron_switchlora.train.traffic import gradient_bytes, merge_bytes, saved_words
 
 PHASES = {"always": "throughout", "backward": "forward and backward", "step": "optimizer step"}
 
@@ -69,17 +61,6 @@ def planned_vocabulary(config: RunConfig) -> tuple[int, str]:
         )
     require_shard("The vocabulary", size, config.parallel.tp)
     return size, source
-
-
-def zero_settings(resolved: dict[str, Any]) -> Zero:
-    """What the resolved DeepSpeed JSON says about memory."""
-    section = resolved.get("zero_optimization", {})
-    bucket = int(section.get("reduce_bucket_size", Zero.bucket))
-    buckets = (2 if section.get("overlap_comm") else 1) if section.get("contiguous_gradients", True) else 0
-    fp32_accumulation = resolved["bf16"]["enabled"] and (
-        resolved.get("data_types", {}).get("grad_accum_dtype") == "fp32"
-    )
-    return Zero(section.get("stage", 0), fp32_accumulation, bucket * buckets)
 
 
 def _setting(config: RunConfig, mesh: dict[str, int], zero: Zero, vocabulary: str) -> list[str]:

@@ -9,6 +9,7 @@ are let through (`ALLOWED`): stage 3, stock optimizers, fp16, offload, bf16 mome
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -38,6 +39,16 @@ SCALARS = {
     *DERIVED, "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "prescale_gradients",
     "gradient_predivide_factor",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Zero:
+    """DeepSpeed's part: ZeRO stage, whether micro-batches accumulate in fp32 (BF16_Optimizer), and the elements of
+    the buckets in which stages 1 and 2 reduce."""
+
+    stage: int = 1
+    fp32_accumulation: bool = False
+    bucket: int = 500_000_000
 
 
 def read_ds_config(path: Optional[str]) -> dict[str, Any]:
@@ -163,3 +174,14 @@ def resolve_ds_config(given: dict[str, Any], config: RunConfig, dp: int) -> dict
     resolved["bf16"] = {"enabled": bf16}
     resolved.setdefault("steps_per_print", 10**9)
     return resolved
+
+
+def zero_settings(resolved: dict[str, Any]) -> Zero:
+    """What the resolved DeepSpeed JSON says about memory."""
+    section = resolved.get("zero_optimization", {})
+    bucket = int(section.get("reduce_bucket_size", Zero.bucket))
+    buckets = (2 if section.get("overlap_comm") else 1) if section.get("contiguous_gradients", True) else 0
+    fp32_accumulation = resolved["bf16"]["enabled"] and (
+        resolved.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    )
+    return Zero(section.get("stage", 0), fp32_accumulation, bucket * buckets)

@@ -1,4 +1,4 @@
-"""What a rank's memory holds, by kind, and the gradient bytes it communicates, from the configuration alone.
+"""What a rank's memory holds, by kind, from the configuration alone.
 
 The peak is what is always there plus the larger of two phases: forward and backward, where activations
 live, and the optimizer's step, where fp32 gradients do. Tensors are counted with their tensor-parallel
@@ -10,7 +10,7 @@ All sizes are bytes. tp and dp are the mesh's; a "token" is one of a micro-batch
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_switchlora.config import RunConfig, accumulation_steps, shard_size
@@ -18,27 +18,19 @@ from megatron_switchlora.lowrank.merged import uses_merged
 from megatron_switchlora.model.counts import (
     ParameterCounts,
     Projection,
+    compute_bytes,
+    count_here,
     count_parameters,
     count_shard,
     decoder_shapes,
-    merge_sends_factors,
     projections,
 )
+from megatron_switchlora.train.ds_config import Zero
 
 FP32 = 4
 FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed copies at once where ZeRO does not reduce: stage 0, fp32 sums
 
 Phase = Literal["always", "backward", "step", "host"]
-
-
-@dataclass(frozen=True)
-class Zero:
-    """DeepSpeed's part: ZeRO stage, whether micro-batches accumulate in fp32 (BF16_Optimizer), and the elements of
-    the buckets in which stages 1 and 2 reduce."""
-
-    stage: int = 1
-    fp32_accumulation: bool = False
-    bucket: int = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -48,11 +40,6 @@ class Item:
     kind: str
     bytes: int
     phase: Phase
-
-
-def compute_bytes(config: RunConfig) -> int:
-    """Bytes of a number in the precision of compute."""
-    return 2 if config.train.precision == "bf16" else FP32
 
 
 def peak_bytes(items: list[Item]) -> int:
@@ -76,53 +63,6 @@ def memory_items(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zer
     ]
     order = ("always", "backward", "step", "host")
     return sorted((item for item in items if item.bytes), key=lambda item: (order.index(item.phase), -item.bytes))
-
-
-def gradient_bytes(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero) -> tuple[int, int]:
-    """Bytes a rank hands to data-parallel collectives in a step: with this method, and with full-rank training.
-
-    Stage 2 reduces at every micro-batch, all others once a step; fp32 sums are cast to bf16 on their way.
-    """
-    if dp == 1:
-        return 0, 0
-    times = accumulation_steps(config, dp) if zero.stage == 2 else 1
-    full = count_shard(config.model, config.method, vocab_size, tp).full_total
-    each = times * compute_bytes(config)
-    return count_here(config, vocab_size, tp).trainable * each, full * each
-
-
-def merge_bytes(config: RunConfig, vocab_size: int, tp: int) -> int:
-    """Bytes a rank hands to collectives across LTE heads in one merge: of each layer the factors of its heads, or their
-    fp32 product, and the fp32 means of the dense tensors. All-gathered factors arrive from H - 1 groups of ranks; an
-    all-reduce moves 2 (H - 1) / H of what it is given."""
-    if config.parallel.lte_heads == 1:
-        return 0
-    method, counts = config.method, count_shard(config.model, config.method, vocab_size, tp)
-    total = FP32 * (counts.embedding + counts.head + counts.norms)
-    for m, n in (p.shard(tp) for p in projections(config.model)):
-        factors = method.local_heads * method.rank * (m + n) * compute_bytes(config)
-        each = factors if merge_sends_factors(config, m, n) else FP32 * m * n
-        total += config.model.num_layers * each
-    return total
-
-
-def full_rank_bytes(given: float, config: RunConfig, vocab_size: int, tp: int) -> float:
-    """Gradient bytes of full-rank training where this method's are `given`: it reduces the same way, over a rank's
-    part of all parameters."""
-    full = count_shard(config.model, config.method, vocab_size, tp).full_total
-    return given * full / count_here(config, vocab_size, tp).trainable
-
-
-def count_here(config: RunConfig, vocab_size: int, tp: int) -> ParameterCounts:
-    """What a rank holds; what trains as often as it has LTE heads."""
-    counts, heads = count_shard(config.model, config.method, vocab_size, tp), config.method.heads_here
-    each = {name: heads * getattr(counts, name) for name in ("embedding", "head", "norms", "adapters")}
-    return replace(counts, **each)
-
-
-def saved_words(given: float, full: float) -> str:
-    """How `given` compares with full-rank training's bytes."""
-    return f"{1 - given / full:.1%} saved" if given <= full else f"{given / full - 1:.1%} more"
 
 
 def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:

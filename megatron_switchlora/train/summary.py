@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_switchlora.parallel.mesh import AXES
 from megatron_switchlora.train.engine import perplexity
-from megatron_switchlora.train.memory import full_rank_bytes, saved_words
+from megatron_switchlora.train.traffic import full_rank_bytes, saved_words
 
 if TYPE_CHECKING:
     from megatron_switchlora.train.trainer import Trainer

@@ -13,7 +13,7 @@ from megatron_switchlora.methods.lte import Merging
 from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.parallel.shard import shard_of
-from megatron_switchlora.train.memory import merge_bytes
+from megatron_switchlora.train.traffic import merge_bytes
 from tests.dist.engines import build_engine, full_rows, start
 from tests.numerics.lte_pairs import head_batches, lte_config, lte_differences, make_lte_reference
 from tests.numerics.lte_reference import LteReference

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from megatron_switchlora.train.records import read_records
-from tests.dist.launch import REPOSITORY, clean_environment, free_port
-from tests.system.commands import BIN, SMALL, write_corpus
+from tests.dist.launch import REPOSITORY, free_port
+from tests.system.cluster import Cluster
+from tests.system.commands import BIN
 from tests.system.hosts import Hosts, missing_parts
 from tests.system.soak import comparable
 
@@ -26,48 +24,6 @@ pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.skipif(reason is not None, reason=str(reason)),
 ]
-
-
-class Cluster:
-    """Commands on two hosts that reach each other by ssh, with a corpus."""
-
-    def __init__(self, hosts: Hosts) -> None:
-        self.hosts, self.folder = hosts, hosts.folder
-        self.corpus = write_corpus(self.folder / "corpus")
-        path = f"{hosts.ssh()}:{BIN}:{os.environ['PATH']}"
-        self.env = {**clean_environment(self.folder), "XDG_CACHE_HOME": str(self.folder / "cache"), "PATH": path,
-                    "PYTHON": sys.executable, "PDSH_RCMD_TYPE": "ssh"}  # fmt: skip
-
-    def options(self, run: str, *more: str) -> list[str]:
-        return [*SMALL, "--data.files", f"{self.corpus}/*.txt", "--output_dir", str(self.folder / run), *more]
-
-    def start(self, host: str, words: list[str], **env: str) -> subprocess.Popen:
-        return self.hosts.start(
-            host, words, env=self.env | env, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-
-    def rank(self, host: str, rank: int, run: str, *more: str, **env: str) -> subprocess.Popen:
-        """One of two ranks, started by hand."""
-        place = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "n1"}
-        words = [sys.executable, "launch/pretrain.py", *self.options(run, *more)]
-        return self.start(host, words, **{**place, "MASTER_PORT": str(free_port()), **env})
-
-    def finish(self, process: subprocess.Popen, timeout: float = 120) -> str:
-        output, _ = process.communicate(timeout=timeout)
-        assert process.returncode == 0, output
-        return output
-
-    def records(self, run: str) -> list[dict[str, Any]]:
-        return read_records(self.folder / run / "metrics.jsonl")
-
-    def pids(self) -> list[int]:
-        return self.hosts.pids("^[^ ]*python.*[ /]launch/pretrain.py")
-
-    def wait_until_gone(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while self.pids():
-            assert time.monotonic() < deadline, self.hosts.run("n1", ["ps", "axf"])
-            time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")

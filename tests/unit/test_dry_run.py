@@ -20,9 +20,10 @@ from megatron_switchlora.model.counts import count_parameters, count_shard
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.train.arguments import parse_arguments
-from megatron_switchlora.train.dry_run import plan, zero_settings
-from megatron_switchlora.train.ds_config import read_ds_config
-from megatron_switchlora.train.memory import Zero, full_rank_bytes, gradient_bytes, memory_items, peak_bytes
+from megatron_switchlora.train.dry_run import plan
+from megatron_switchlora.train.ds_config import Zero, read_ds_config, zero_settings
+from megatron_switchlora.train.memory import memory_items, peak_bytes
+from megatron_switchlora.train.traffic import full_rank_bytes, gradient_bytes
 from tests.plain import VOCAB, PlainRun, make_batches, small_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,7 +18,8 @@ from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.model.weights import Weights
 from megatron_switchlora.optim.galore import GaloreAdamW, load_projector
 from megatron_switchlora.optim.layout import plain_layout
-from megatron_switchlora.train.memory import Zero, checkpoint_bytes, memory_items
+from megatron_switchlora.train.ds_config import Zero
+from megatron_switchlora.train.memory import checkpoint_bytes, memory_items
 from megatron_switchlora.train.state import state_parts
 from tests.plain import VOCAB, PlainRun, make_batches, small_config
 from tests.unit.test_convert import save

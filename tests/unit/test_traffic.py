@@ -1,0 +1,104 @@
+"""Predicted traffic: the published reductions, what a ring sends, and the tool's command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Optional
+
+import pytest
+
+from megatron_switchlora.config import RunConfig
+from megatron_switchlora.train.arguments import parse_arguments
+from megatron_switchlora.train.ds_config import Zero
+from megatron_switchlora.train.traffic import Flow, flows, on_the_wire
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "launch" / "configs"
+VOCAB = 32100
+
+
+def large(method: str, *more: str) -> RunConfig:
+    files = [CONFIGS / "llama_1.3b.yaml", CONFIGS / "methods" / f"{method}.yaml"]
+    return parse_arguments([*(f"--config={file}" for file in files), *more]).config
+
+
+def total(found: list[Flow], kind: str, op: Optional[str] = None) -> float:
+    return sum(flow.bytes for flow in found if flow.kind == kind and op in (None, flow.op))
+
+
+def test_what_rings_send() -> None:
+    assert on_the_wire("all_reduce", 100, 4) == 150
+    assert on_the_wire("all_gather", 100, 4) == 300
+    assert on_the_wire("all_reduce", 100, 1) == on_the_wire("all_gather", 100, 1) == 0
+
+
+@pytest.mark.parametrize(("method", "saved"), [("switchlora_r512", 0.545), ("switchlora_r256", 0.723)])
+def test_the_published_reduction(method: str, saved: float) -> None:
+    mesh = {"lte": 1, "dp": 128, "tp": 1}
+    full = total(flows(large("full"), VOCAB, mesh, Zero(1)), "gradients")
+    assert full == 2 * 1_339_492_352
+    assert 1 - total(flows(large(method), VOCAB, mesh, Zero(1)), "gradients") / full == pytest.approx(saved, abs=5e-4)
+
+
+def test_parameters_and_micro_batches() -> None:
+    """ZeRO 1 gathers what it has reduced, ZeRO 2 reduces at every micro-batch, ZeRO 0 gathers nothing."""
+    config, mesh = large("switchlora_r512", "--train.global_batch_size", "6144"), {"lte": 1, "dp": 128, "tp": 1}
+    once = flows(config, VOCAB, mesh, Zero(1))
+    assert total(once, "parameters", "all_gather") * 128 == total(once, "gradients", "all_reduce")
+    assert total(flows(config, VOCAB, mesh, Zero(2)), "gradients") == 4 * total(once, "gradients")
+    assert total(flows(config, VOCAB, mesh, Zero(0)), "parameters") == 0
+
+
+def test_one_rank_gives_nothing() -> None:
+    assert flows(large("switchlora_r512"), VOCAB, {"lte": 1, "dp": 1, "tp": 1}, Zero(1)) == []
+
+
+def test_heads_give_in_merges_only() -> None:
+    """8 heads of rank 64: the smaller of factors and delta, layer by layer, and the dense tensors in fp32."""
+    config = large("lte_r64", "--parallel.lte_heads", "8")
+    found = flows(config, VOCAB, {"lte": 8, "dp": 1, "tp": 1}, Zero(0))
+    assert {flow.kind for flow in found} == {"merges"} and {flow.axis for flow in found} == {"lte"}
+    h, f, r = 2048, 5461, 64
+    shapes = [(h, h)] * 4 + [(f, h)] * 3
+    factors = sum(2 * r * (m + n) for m, n in shapes if 7 * r * (m + n) <= 2 * m * n * 7 / 8)
+    products = sum(4 * m * n for m, n in shapes if 7 * r * (m + n) > 2 * m * n * 7 / 8)
+    assert total(found, "merges", "all_gather") * 10 == 24 * factors
+    assert total(found, "merges", "all_reduce") * 10 == 24 * products + 4 * (2 * VOCAB * h + 49 * h)
+
+
+def run_tool(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/gradient_volume.py", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_the_command_writes_table_and_chart(tmp_path: Path) -> None:
+    methods = sum((["--method", f"launch/configs/methods/{name}.yaml"] for name in ("full", "switchlora_r512")), [])
+    done = run_tool("--world", "128", "--config", "launch/configs/llama_1.3b.yaml", *methods, "--out",
+                    str(tmp_path / "volume.json"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "-54.5%" in done.stdout
+    assert (tmp_path / "volume.md").read_text() == done.stdout
+    assert (tmp_path / "volume.png").stat().st_size > 5_000
+    assert [result["name"] for result in json.loads((tmp_path / "volume.json").read_text())] == [
+        "full",
+        "switchlora_r512",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--world", "0"], "--world must be at least 1, not 0"),
+        (["--world", "6", "--parallel.tp", "4"], "The world of 6 ranks must be a multiple"),
+        (["--world", "4", "--accumulation", "0"], "--accumulation must be at least 1, not 0"),
+        (["--world", "4", "--method", "missing.yaml"], "--config missing.yaml cannot be read"),
+        (["--world", "4", "--ds_config", "missing.json"], "--ds_config missing.json cannot be read"),
+    ],
+)
+def test_mistakes(words: list[str], message: str) -> None:
+    done = run_tool("--config", "launch/configs/llama_1.3b.yaml", *words)
+    assert done.returncode == 2
+    assert f"error: {message}" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,141 @@
+#!/usr/bin/env python3
+"""Bytes that a step gives to collectives, by method and group of parameters: predicted, recorded, on the wire.
+
+    python tools/gradient_volume.py --world 128 --config launch/configs/llama_1.3b.yaml \\
+        --method launch/configs/methods/full.yaml --method launch/configs/methods/switchlora_r512.yaml
+    torchrun ... tools/gradient_volume.py --measure --interface eth0 --config ... --method ... --method ...
+
+With --world it predicts, from configurations alone, for so many ranks. With --measure every rank of a launcher runs it:
+steps of the real engine on random tokens are recorded at the process groups, DeepSpeed's own communication log and,
+with --interface, the bytes that rank 0's host sends are read beside them, and prediction and record stand in one table.
+--method is a YAML over --config, once a method; --ds_config may be repeated, --accumulation lists micro-batches of a
+step. Other options are those of launch/pretrain.py, for all methods. Bytes are a rank's in a step, and of those groups
+of which it holds a part its part; gradients are what low-rank training saves, all else is listed beside them:
+ZeRO's all-gather of updated parameters, the candidate bank, tensor parallelism, LTE's merges, scalars ("control").
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Optional
+
+from volume_report import chart, table
+
+from megatron_switchlora.config import RunConfig, UserError, full_rank_config, require
+from megatron_switchlora.parallel.mesh import mesh_sizes
+from megatron_switchlora.train.arguments import parse_arguments
+from megatron_switchlora.train.dry_run import planned_vocabulary
+from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config, zero_settings
+from megatron_switchlora.train.records import replace_text
+from megatron_switchlora.train.traffic import axis_size, flows, on_the_wire
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method under one DeepSpeed JSON. `config`'s batch is what its micro-batches make."""
+
+    name: str
+    config: RunConfig
+    ds_config: dict[str, Any]
+    micro_batches: int
+
+
+def make_cases(arguments: argparse.Namespace, options: list[str], world: int) -> list[Case]:
+    """Raises: UserError, for what a run of one of them would refuse."""
+    cases = []
+    for path in arguments.method or [None]:
+        files = [*arguments.config, *([] if path is None else [path])]
+        config = parse_arguments([*(f"--config={file}" for file in files), *options]).config
+        dp = mesh_sizes(config.parallel, world)["dp"]
+        per_pass = config.train.micro_batch_size * dp * config.parallel.lte_heads
+        for given in arguments.ds_config or [None]:
+            ds_config = read_ds_config(given)
+            for count in arguments.accumulation or [None]:
+                batch = config.train.global_batch_size if count is None else count * per_pass
+                sized = replace(config, train=replace(config.train, global_batch_size=batch))
+                resolve_ds_config(ds_config, sized, dp)
+                name = config.method.name if path is None else Path(path).stem
+                cases.append(Case(name, sized, ds_config, batch // per_pass))
+    return cases
+
+
+def predicted(case: Case, world: int) -> dict[str, Any]:
+    """The prediction of one case, and the same of full-rank training on the same ranks."""
+    mesh = mesh_sizes(case.config.parallel, world)
+    zero = zero_settings(resolve_ds_config(case.ds_config, case.config, mesh["dp"]))
+    vocab_size, _ = planned_vocabulary(case.config)
+    found = flows(case.config, vocab_size, mesh, zero)
+    full = full_rank_config(case.config)
+    full_dp = mesh_sizes(full.parallel, world)["dp"]
+    reference = flows(full, vocab_size, {"lte": 1, "dp": full_dp, "tp": mesh["tp"]}, zero)
+    return {
+        "name": case.name,
+        "zero": zero.stage,
+        "micro_batches": case.micro_batches,
+        "mesh": mesh,
+        "predicted": [asdict(flow) for flow in found],
+        "wire_predicted": sum(on_the_wire(f.op, f.bytes, axis_size(mesh, f.axis)) for f in found),
+        "full_rank_gradients": sum(flow.bytes for flow in reference if flow.kind == "gradients"),
+    }
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", action="append", default=[], help="YAML of a run; several, the last one wins")
+    parser.add_argument("--method", action="append", help="YAML over it, one a method; repeat it")
+    parser.add_argument("--ds_config", action="append", help="DeepSpeed JSON, by default ZeRO stage 1; repeat it")
+    parser.add_argument("--accumulation", type=int, nargs="+", help="micro-batches a step, instead of the global batch")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--world", type=int, help="predict for so many ranks")
+    mode.add_argument("--measure", action="store_true", help="run steps on the ranks of the launcher and record them")
+    parser.add_argument("--steps", type=int, default=4, help="steps to measure (default: 4), merges in them included")
+    parser.add_argument("--interface", help="network interface whose sent bytes are read, as eth0")
+    parser.add_argument("--out", type=Path, help="write the JSON here, the table beside it as .md, the chart as .png")
+    return parser
+
+
+def report(results: list[dict[str, Any]], out: Optional[Path]) -> None:
+    text = table(results)
+    print(text)
+    if out is not None:
+        replace_text(out, json.dumps(results, indent=1) + "\n")
+        replace_text(out.with_suffix(".md"), text + "\n")
+        chart(results, out.with_suffix(".png"))
+
+
+def main() -> None:
+    arguments, options = make_parser().parse_known_args()
+    try:
+        require(arguments.steps >= 1, f"--steps must be at least 1, not {arguments.steps}.")
+        for count in arguments.accumulation or []:
+            require(count >= 1, f"--accumulation must be at least 1, not {count}.")
+        if not arguments.measure:
+            require(arguments.world >= 1, f"--world must be at least 1, not {arguments.world}.")
+            report([predicted(case, arguments.world) for case in make_cases(arguments, options, arguments.world)],
+                   arguments.out)  # fmt: skip
+            return
+        from volume_ranks import measure, start
+
+        ranks, device = start(os.environ)
+        cases = make_cases(arguments, options, ranks.world_size)
+        results = [
+            predicted(case, ranks.world_size) | measure(case, device, arguments.steps, arguments.interface)
+            for case in cases
+        ]
+        if ranks.rank == 0:
+            report(results, arguments.out)
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The measuring half of tools/gradient_volume.py: what this rank gives to collectives in steps of the real engine.
+
+Which group of parameters a byte of a gradient belongs to is not to be seen at the process group, where DeepSpeed hands
+over flat buckets. So one more step is made at the end in which every gradient is replaced by a constant that stands for
+its group, spaced so far apart that sums over micro-batches and means over ranks do not mix them up, and the values
+given to the data-parallel group are counted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import MutableMapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+import torch.distributed as dist
+from measure_switching import make_engine
+
+from megatron_switchlora.config import UserError, require
+from megatron_switchlora.parallel.agree import gather_texts, on_all_ranks
+from megatron_switchlora.parallel.launchers import own_host
+from megatron_switchlora.parallel.mesh import AXES, Mesh
+from megatron_switchlora.parallel.ranks import Ranks, discover_ranks
+from megatron_switchlora.train.comm import Record
+from megatron_switchlora.train.device import choose_device
+from megatron_switchlora.train.dry_run import planned_vocabulary
+from megatron_switchlora.train.traffic import PARTS, axis_size, on_the_wire
+
+if TYPE_CHECKING:
+    from gradient_volume import Case
+
+    from megatron_switchlora.train.engine import Engine
+
+MARK_BITS = 20  # between the marks of two groups
+
+
+def start(environment: MutableMapping[str, str]) -> tuple[Ranks, torch.device]:
+    ranks = discover_ranks(environment)
+    device = choose_device("auto", ranks, 1)
+    from megatron_switchlora.train.engine import start_distributed
+
+    start_distributed(device)
+    return ranks, device
+
+
+def measure(case: Case, device: torch.device, steps: int, interface: Optional[str]) -> dict[str, Any]:
+    """Bytes of this rank in a step, in the mean over `steps` after a warm-up, and of its host on the wire."""
+    from megatron_switchlora.train.engine import communication_log
+
+    interval = case.config.method.merge_interval
+    merging = case.config.parallel.lte_heads > 1 and isinstance(interval, int)
+    require(
+        not merging or steps % int(interval) == 0,
+        f"--steps {steps} must be a multiple of method.merge_interval {interval}, so that it holds whole merges.",
+    )
+    vocab_size, _ = planned_vocabulary(case.config)
+    logged = case.ds_config | {"comms_logger": {"enabled": True, "prof_all": True, "verbose": False, "debug": False}}
+    engine = make_engine(case.config, vocab_size, device, logged)
+    tokens = random_tokens(case, vocab_size)
+    warm_up = int(interval) if merging else 1  # then as many merges lie in the steps
+    for step in range(warm_up):
+        engine.train_step(step, tokens)
+    communication_log()
+    recorded: Counter[Record] = Counter()
+    before = sent_bytes(interface, device)
+    for step in range(warm_up, warm_up + steps):
+        engine.train_step(step, tokens)
+        recorded.update(engine.recorder.bytes)
+    after = sent_bytes(interface, device)
+    log = {name: count / steps for name, count in communication_log().items()}
+    given = by_flow(recorded, engine.mesh, steps)
+    result: dict[str, Any] = {
+        "recorded": given,
+        "parts": marked_step(engine, tokens, warm_up + steps, case.micro_batches),
+        "deepspeed_log": log,
+    }
+    if interface is not None:
+        result["wire"] = (after - before) / steps
+        result["wire_of_recorded"] = wire_of(given, engine.mesh, outgoing(engine.mesh, device))
+    engine.ds.destroy()
+    return result
+
+
+def by_flow(recorded: Counter[Record], mesh: Mesh, steps: int) -> list[dict[str, Any]]:
+    """The records with what they were for, largest first; bytes a step."""
+    names: dict[str, str] = {str(mesh.group(axis).group_name): axis for axis in ("world", "data", "head", *AXES)}
+    return [
+        {
+            "kind": kind_of(record, names.get(record.group, "world")),
+            "axis": names.get(record.group, "world"),
+            "op": "all_gather" if "gather" in record.op else "all_reduce" if record.op == "allreduce" else record.op,
+            "dtype": record.dtype,
+            "bytes": count / steps,
+        }
+        for record, count in recorded.most_common()
+    ]
+
+
+def wire_of(given: list[dict[str, Any]], mesh: Mesh, edges: dict[str, int]) -> float:
+    """Bytes that this host would send in a step, in rings of the ranks in their order."""
+    sizes = mesh.sizes | {"world": dist.get_world_size()}
+    return sum(on_the_wire(flow["op"], flow["bytes"], axis_size(sizes, flow["axis"])) * edges[flow["axis"]]
+               for flow in given)  # fmt: skip
+
+
+def random_tokens(case: Case, vocab_size: int) -> list[torch.Tensor]:
+    train = case.config.train
+    shape = (case.micro_batches, train.micro_batch_size, train.seq_len + 1)
+    return list(torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(0)))
+
+
+def kind_of(record: Record, axis: str) -> str:
+    """What a recorded collective was for, by the phase of the step and the line of the mesh it went over."""
+    if record.phase == "switch":
+        return "bank"
+    if record.phase == "merge":
+        return "merges"
+    if record.phase == "gradient" and axis == "dp":
+        return "gradients"
+    if record.phase in ("gradient", "other") and axis == "tp":
+        return "tensor parallel"
+    if record.phase == "step" and "gather" in record.op:
+        return "parameters"
+    return "control"
+
+
+def marked_step(engine: Engine, tokens: list[torch.Tensor], step: int, micro_batches: int) -> dict[str, float]:
+    """Bytes of gradients given to the data-parallel group by group of parameters; "padding" is ZeRO's."""
+    found: Counter[str] = Counter()
+    dp_group = engine.mesh.group("dp").group_name
+
+    def look(record: Record, tensor: torch.Tensor) -> None:
+        if record.phase != "gradient" or record.group != dp_group:
+            return
+        size, values = tensor.element_size(), tensor.detach().double().abs()
+        found["padding"] += size * int((values == 0).sum())
+        exponents = torch.log2(values[values > 0])
+        for part in PARTS:
+            below = math.log2(mark(part)) + 1 - exponents  # 1 where nothing was averaged
+            found[part] += size * int(((below > 0) & (below <= MARK_BITS)).sum())
+
+    require(
+        micro_batches * engine.mesh.size("dp") < 2 ** (MARK_BITS - 2),
+        f"{micro_batches} micro-batches on {engine.mesh.size('dp')} data-parallel ranks are too many to tell groups "
+        "of parameters apart: measure fewer.",
+    )
+    hooks = [
+        param.register_hook(partial(torch.full_like, fill_value=mark(part) / micro_batches))
+        for param, part in part_of(engine).items()
+    ]
+    engine.recorder.watch = look
+    engine.train_step(step, tokens)
+    engine.recorder.watch = None
+    for hook in hooks:
+        hook.remove()
+    return {part: float(count) for part, count in found.items() if count}
+
+
+def mark(part: str) -> float:
+    return 2.0 ** (MARK_BITS * (PARTS.index(part) - 2))
+
+
+def part_of(engine: Engine) -> dict[torch.nn.Parameter, str]:
+    """The group of each trainable parameter."""
+    matrices = set(engine.method.matrices())
+    found = {}
+    for name, param in engine.model.named_parameters():
+        if param in matrices:
+            found[param] = "adapters" if "lora_" in name else "matrices"
+        elif "embed_tokens" in name:
+            found[param] = "embedding"
+        else:
+            found[param] = "head" if "lm_head" in name else "norms"
+    return found
+
+
+def sent_bytes(interface: Optional[str], device: torch.device) -> int:
+    """What rank 0's host has sent, once all ranks are here: as its interface counts it.
+
+    Raises:
+        UserError: no such interface.
+    """
+    if interface is None:
+        return 0
+    path = Path("/sys/class/net") / interface / "statistics" / "tx_bytes"
+
+    def read() -> int:
+        try:
+            return int(path.read_text())
+        except OSError as error:
+            there = ", ".join(sorted(os.listdir("/sys/class/net")))
+            raise UserError(
+                f"--interface {interface}: {error.strerror} on {own_host(os.environ)}; there are {there}."
+            ) from None
+
+    return on_all_ranks(read, device)
+
+
+def outgoing(mesh: Mesh, device: torch.device) -> dict[str, int]:
+    """Rings along each axis, each through its ranks in order, that leave this host: 1 where a host has one rank."""
+    lines = {axis: dist.get_process_group_ranks(group) for axis, group in mesh.groups.items()}
+    mine = {"host": own_host(os.environ), "lines": lines | {"world": list(range(dist.get_world_size()))}}
+    everyone = [json.loads(text) for text in gather_texts(json.dumps(mine), device)]
+    hosts = [entry["host"] for entry in everyone]
+    found = {}
+    for axis in mine["lines"]:
+        rings = {tuple(entry["lines"][axis]) for entry in everyone}
+        steps = [(a, b) for ring in rings for a, b in zip(ring, ring[1:] + ring[:1], strict=True)]
+        found[axis] = sum(hosts[a] == mine["host"] != hosts[b] for a, b in steps)
+    return found

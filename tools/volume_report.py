@@ -1,0 +1,98 @@
+"""Table and bar chart of tools/gradient_volume.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_switchlora.train.traffic import PARTS
+
+Result = dict[str, Any]
+OTHERS = ("parameters", "bank", "tensor parallel", "merges", "control")
+HEAD = ["method", "ZeRO", "micro-batches", "mesh", "", *PARTS, "gradients", "against full-rank", *OTHERS, "on the wire"]
+
+
+def table(results: list[Result]) -> str:
+    """Markdown. MB are 10^6 bytes that a rank gives to its collectives in a step; "on the wire" is what it sends."""
+    rows, notes = [], []
+    for result in results:
+        rows.append(_row(result, "predicted"))
+        if "recorded" in result:
+            rows.append(_row(result, "recorded"))
+            notes.append(_logged(result))
+    used = [column for column in range(len(HEAD)) if any(row[column] not in ("-", "") for row in rows)]
+    shown = [[row[column] for column in used] for row in (HEAD, ["---"] * len(HEAD), *rows)]
+    lines = [f"| {' | '.join(cells)} |" for cells in shown]
+    return "\n".join([*lines, "", "MB a rank and step (1 MB = 1,000,000 bytes).", *notes])
+
+
+def by_kind(result: Result, what: str) -> dict[str, float]:
+    """Bytes of each kind, as predicted or recorded."""
+    found: dict[str, float] = {}
+    for flow in result[what]:
+        found[flow["kind"]] = found.get(flow["kind"], 0.0) + flow["bytes"]
+    return found
+
+
+def by_part(result: Result, what: str) -> dict[str, float]:
+    """Bytes of gradients of each group of parameters."""
+    if what == "recorded":
+        return result["parts"]
+    return {flow["part"]: flow["bytes"] for flow in result[what] if flow["kind"] == "gradients"}
+
+
+def _row(result: Result, what: str) -> list[str]:
+    kinds, parts = by_kind(result, what), by_part(result, what)
+    given, full = kinds.get("gradients", 0.0), result["full_rank_gradients"]
+    wire = result["wire_predicted"] if what == "predicted" else result.get("wire")
+    mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
+    cells = [result["name"], str(result["zero"]), str(result["micro_batches"]), mesh, what]
+    cells += [_mb(parts.get(part, 0.0)) for part in PARTS]
+    cells += [_mb(given), f"{given / full - 1:+.1%}" if full else "-"]
+    cells += [_mb(kinds.get(kind, 0.0)) for kind in OTHERS]
+    cells.append("" if wire is None else _mb(wire))
+    return cells
+
+
+def _logged(result: Result) -> str:
+    """DeepSpeed's own log, which sees what DeepSpeed itself communicates: gradients, parameters, norms."""
+    log = result["deepspeed_log"]
+    words = ", ".join(f"{name} {_mb(count)}" for name, count in sorted(log.items()))
+    return f"- DeepSpeed's log of {result['name']}, ZeRO {result['zero']}: {words or 'nothing'}"
+
+
+def _mb(count: float) -> str:
+    return f"{count / 1e6:,.3f}" if count else "-"
+
+
+def chart(results: list[Result], path: Path) -> None:
+    """A bar a case: gradients by group, and above them everything else; predicted, and recorded beside it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.5 + 1.1 * len(results), 5))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    measured = any("recorded" in result for result in results)
+    width, seen = (0.38 if measured else 0.7), set()
+    for place, result in enumerate(results):
+        for shift, what in ((0, "predicted"), (1, "recorded")):
+            if what not in result:
+                continue
+            kinds, bottom = by_kind(result, what), 0.0
+            parts = [(part, f"C{i}", by_part(result, what).get(part, 0.0)) for i, part in enumerate(PARTS)]
+            others = [(kind, f"C{5 + i}", kinds.get(kind, 0.0)) for i, kind in enumerate(OTHERS)]
+            for label, color, count in [*parts, *others]:
+                if count:
+                    axes.bar(place + shift * 0.42, count / 1e6, width, bottom, color=color, edgecolor="white",
+                             hatch="//" if shift else None, label=None if label in seen else label)  # fmt: skip
+                    seen.add(label)
+                    bottom += count / 1e6
+    axes.set_xticks([place + 0.21 * measured for place in range(len(results))])
+    names = [f"{r['name']}\nZeRO {r['zero']}, {r['micro_batches']} x" for r in results]
+    axes.set_xticklabels(names, rotation=60, ha="right", fontsize=8)
+    axes.set_ylabel("MB a rank and step")
+    axes.set_title("given to collectives: predicted" + (" (plain) and recorded (hatched)" if measured else ""))
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
