@@ -75,17 +75,15 @@ def run_tool(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_writes_table_and_chart(tmp_path: Path) -> None:
-    methods = sum((["--method", f"launch/configs/methods/{name}.yaml"] for name in ("full", "switchlora_r512")), [])
+    names = ["full", "switchlora_r512"]
+    methods = [f"--method=launch/configs/methods/{name}.yaml" for name in names]
     done = run_tool("--world", "128", "--config", "launch/configs/llama_1.3b.yaml", *methods, "--out",
                     str(tmp_path / "volume.json"))  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "-54.5%" in done.stdout
     assert (tmp_path / "volume.md").read_text() == done.stdout
     assert (tmp_path / "volume.png").stat().st_size > 5_000
-    assert [result["name"] for result in json.loads((tmp_path / "volume.json").read_text())] == [
-        "full",
-        "switchlora_r512",
-    ]
+    assert [result["name"] for result in json.loads((tmp_path / "volume.json").read_text())] == names
 
 
 @pytest.mark.parametrize(
