@@ -34,7 +34,7 @@ def plan(config: RunConfig, given_ds_config: dict[str, Any], world_size: int) ->
     sections = [
         _setting(config, mesh, zero, f"{vocab_size:,} ({source})"),
         _parameters(config, vocab_size, mesh["tp"]),
-        _memory(items) + before,
+        memory_lines(items) + before,
         _gradients(config, vocab_size, mesh, zero),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections)
@@ -107,7 +107,8 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:,.1f} M {count:>15,}" if count else "-"
 
 
-def _memory(items: list[Item]) -> list[str]:
+def memory_lines(items: list[Item]) -> list[str]:
+    """A rank's memory by phase and kind."""
     peak = peak_bytes(items)
     unit, scale = ("GB", 1e9) if peak >= 1e9 else ("MB", 1e6)
     lines = [f"{'memory of a rank':<52}{unit:>9}"]

@@ -153,7 +153,18 @@ def _compute_copies(config: RunConfig, tp: int, micro_batches: int) -> list[Item
     return [
         Item(f"W + sBA, {config.train.precision}", held, until),
         Item("W for the split form, bf16", at_once * sum(split), "backward"),
+        Item("factors of the heads side by side", at_once * _stacked_factors(config, tp), "backward"),
     ]
+
+
+def _stacked_factors(config: RunConfig, tp: int) -> int:
+    """Bytes of a decoder layer's factors of several heads in one tensor each, with those of the last merge."""
+    method = config.method
+    if not method.shares_base or (method.local_heads == 1 and not method.resetless):
+        return 0
+    times = method.local_heads * (2 if method.resetless else 1)
+    shapes = [p.shard(tp) for p in projections(config.model)]
+    return times * method.rank * sum(m + n for m, n in shapes) * compute_bytes(config)
 
 
 def _bank(config: RunConfig, tp: int, dp: int) -> list[Item]:
@@ -231,7 +242,7 @@ def _gradients(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero)
         ]
     if zero.stage == 0:
         fp32_form = 0 if size == FP32 else count * FP32
-        copies = min(count, FALLBACK_BUCKET) * size
+        copies = min(count, FALLBACK_BUCKET) * size * (dp > 1)
         return [
             Item(name, count * size, "always"),
             Item(in_step, fp32_form, "step"),

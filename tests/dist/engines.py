@@ -21,6 +21,8 @@ DS_JSON: dict[str, dict[str, Any]] = {
     "1": {"zero_optimization": {"stage": 1}},
     "2": {"zero_optimization": {"stage": 2}},
     "1f": {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+    "1s": {"zero_optimization": {"stage": 1, "reduce_bucket_size": 500_000}},
+    "2s": {"zero_optimization": {"stage": 2, "reduce_bucket_size": 500_000}},
 }
 
 

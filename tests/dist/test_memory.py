@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.dist.launch import run_ranks
@@ -20,3 +22,37 @@ def test_memory_and_gradient_bytes_are_as_planned(tp: int, classes: list[tuple[s
             assert ratios["gradients"] == 1, key
             assert ratios["between steps"] == pytest.approx(1, abs=TOLERANCE), (key, ratios)
             assert ratios["in a step"] == pytest.approx(1, abs=TOLERANCE), (key, ratios)
+
+
+SOME = [
+    *({"method": method, "stage": "0", "changes": {}} for method in ("full", "lora")),
+    {"method": "switchlora", "stage": "1s", "changes": {"train__precision": "bf16"}},
+    {"method": "lte", "stage": "1s", "changes": {"method__local_heads": 2}},
+]
+PEAKS = [
+    *({"method": method, "stage": stage, "changes": changes}
+      for method in ("full", "lora", "switchlora") for stage in ("0", "1s", "2s")
+      for changes in ({}, {"train__activation_checkpointing": True}, {"train__precision": "bf16"})),
+    *({"method": "lora", "stage": "0", "changes": changes}
+      for changes in ({"method__compute": "split"}, {"method__merged_cache": "accumulation"},
+                      {"method__merged_cache": "recompute"})),
+    {"method": "mhlora", "stage": "0", "changes": {"method__local_heads": 4}},
+    *({"method": "lte", "stage": "1s", "changes": {"method__local_heads": heads, "method__merge_form": form}}
+      for heads in (1, 2, 4) for form in ("resetless", "reset")),
+    # last: what this class of DeepSpeed's leaves behind would be freed while the next case is measured
+    {"method": "lora", "stage": "1f", "changes": {"train__precision": "bf16"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "cases", [pytest.param(SOME, id="some"), pytest.param(PEAKS, id="all", marks=pytest.mark.full)]
+)
+def test_the_peak_of_a_step_is_as_planned(cases: list[dict[str, Any]]) -> None:
+    """What the allocator sees on one rank: there gloo's threads, whose frees the profiler misses, hold nothing."""
+    (found,) = run_ranks(1, "tests.dist.peak_worker", {"tp": 1, "cases": cases})
+    assert len(found) == len(cases)
+    for case, (measured, predicted) in zip(cases, found, strict=True):
+        error = predicted / measured - 1
+        print(f"{case['method']} {case['stage']} {case['changes']}: {error:+.1%}")
+        tolerance = 0.12 if case["stage"] == "2s" else 0.06 if case["method"] == "lte" else 0.03
+        assert abs(error) < tolerance, case

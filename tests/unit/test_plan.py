@@ -1,0 +1,79 @@
+"""tools/plan.py: what it chooses, what it refuses, what it prints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LARGE = ["--config", "launch/configs/llama_1.3b.yaml"]
+
+
+def run_tool(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/plan.py", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def planned(tmp_path: Path, *words: str) -> dict:
+    done = run_tool(*words, "--out", str(tmp_path / "plan.json"))
+    assert done.returncode == 0, done.stderr
+    return json.loads((tmp_path / "plan.json").read_text())
+
+
+def test_the_large_model_on_sixteen_nodes(tmp_path: Path) -> None:
+    cluster = ["--nodes", "16", "--gpus", "8", "--gpu", "h100", "--link", "400Gb"]
+    low = planned(tmp_path, *LARGE, *cluster)
+    full = planned(tmp_path, *LARGE, "--config", "launch/configs/methods/full.yaml", *cluster)
+    assert low["by_link"]["between nodes"] / full["by_link"]["between nodes"] == pytest.approx(1 - 0.545, abs=5e-4)
+    assert low["seconds"] < full["seconds"] and low["memory"] < 80e9
+    kinds = {item["kind"] for item in low["items"]}
+    assert {"frozen W, fp32", "candidate bank, bf16", "fp32 masters", "Adam moments, fp32"} <= kinds
+    assert low["seconds"] == pytest.approx(low["compute"] + sum(low["exposed"].values()))
+    assert low["checkpoint_seconds"] == low["checkpoint"] / 2e9
+
+
+def test_a_small_gpu_takes_smaller_micro_batches_and_more_stages(tmp_path: Path) -> None:
+    """What fits decides: on 24 GB the fastest plan of 80 GB is not among them."""
+    found = planned(tmp_path, *LARGE, "--nodes", "1", "--gpus", "8", "--gpu", "rtx4090")
+    assert found["memory"] <= 24e9
+    large = planned(tmp_path, *LARGE, "--nodes", "1", "--gpus", "8", "--gpu", "a100")
+    assert large["memory"] > 24e9 and large["seconds"] < found["seconds"]
+
+
+def test_the_configuration_itself(tmp_path: Path) -> None:
+    words = [*LARGE, "--nodes", "4", "--ds_config", "ds_configs/zero2.json", "--parallel.tp", "2", "--as_configured"]
+    found = planned(tmp_path, *words)
+    assert found["plan"] == "dp 16 x tp 2, ZeRO 2, 8 micro-batches of 12"
+    assert found["by_link"]["within nodes"] > 0
+
+
+def test_heads_need_no_link_between_merges(tmp_path: Path) -> None:
+    words = [*LARGE, "--config", "launch/configs/methods/lte_r64.yaml", "--parallel.lte_heads", "4", "--nodes", "4"]
+    often, seldom = (planned(tmp_path, *words, "--method.merge_interval", t) for t in ("10", "1000"))
+    assert often["by_link"]["between nodes"] == pytest.approx(100 * seldom["by_link"]["between nodes"], rel=1e-6)
+
+
+def test_a_row_of_a_table() -> None:
+    done = run_tool(*LARGE, "--nodes", "1", "--brief", "--name", "mine")
+    assert done.stdout.startswith("| mine | dp 8 x tp 1") and done.stdout.count("|") == 10
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nodes", "0"], "error: --nodes must be at least 1, not 0"),
+        (["--nodes", "1", "--efficiency", "2"], "error: --efficiency must be above 0"),
+        (["--nodes", "1", "--link", "fast"], "'fast' is no rate"),
+        (["--nodes", "1", "--gpu", "abacus"], "invalid choice: 'abacus'"),
+        (["--nodes", "1", "--model.num_layers", "4000"], "error: Nothing fits 80 GB"),
+        (["--nodes", "1", "--gpus", "3", "--parallel.lte_heads", "2"], "error: "),
+    ],
+)
+def test_mistakes(words: list[str], message: str) -> None:
+    done = run_tool(*LARGE, *words)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr

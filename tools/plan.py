@@ -1,0 +1,232 @@
+#!/usr/bin/env python3
+"""What a run needs on a cluster, before there is one: memory, traffic, step time, and the mesh to choose.
+
+    python tools/plan.py --config launch/configs/llama_1.3b.yaml --nodes 16 --gpus 8 --gpu h100 --link 400Gb
+    python tools/plan.py --config ... --config launch/configs/methods/full.yaml ... --brief
+
+Every tensor-parallel size within --max_tp, ZeRO stage 0 to 2, micro-batch and activation checkpointing that divides
+the batch and fits the GPUs is tried; the fastest is shown in full and the next ones in a line each. The formulas are
+those of --dry_run (`train/memory.py`, `train/traffic.py`) and `train/cost.py`, which says what is left out; no GPU is
+needed. --link is one adapter's, of which a node has --adapters. --efficiency, the share of the peak that products
+reach, is an assumption: take it from a run's MFU where you have one. Options of launch/pretrain.py may follow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_switchlora.config import RunConfig, UserError, require
+from megatron_switchlora.model.counts import model_flops_per_token
+from megatron_switchlora.parallel.mesh import mesh_sizes
+from megatron_switchlora.rules import validate
+from megatron_switchlora.train.arguments import parse_arguments
+from megatron_switchlora.train.cost import GPUS, Machine, StepTime, flops_per_token, step_time
+from megatron_switchlora.train.dry_run import memory_lines, planned_vocabulary
+from megatron_switchlora.train.ds_config import Zero, read_ds_config, resolve_ds_config, zero_settings
+from megatron_switchlora.train.memory import Item, checkpoint_bytes, memory_items, peak_bytes
+from megatron_switchlora.train.records import replace_text
+
+WORKSPACE = 2.5e9  # CUDA's context, cuBLAS, NCCL's buffers and the allocator's gaps: assumed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run it."""
+
+    config: RunConfig
+    mesh: dict[str, int]
+    zero: Zero
+    micro_batches: int
+    items: list[Item]
+    time: StepTime
+
+    @property
+    def peak(self) -> float:
+        return peak_bytes(self.items) + WORKSPACE
+
+    def words(self) -> str:
+        train, mesh = self.config.train, self.mesh
+        heads = f"lte {mesh['lte']} x " if mesh["lte"] > 1 else ""
+        again = ", activations computed again" if train.activation_checkpointing else ""
+        return (
+            f"{heads}dp {mesh['dp']} x tp {mesh['tp']}, ZeRO {self.zero.stage}, {self.micro_batches} micro-batches of "
+            f"{train.micro_batch_size}{again}"
+        )
+
+
+def make_plan(config: RunConfig, ds_config: dict[str, Any], machine: Machine, vocab_size: int) -> Plan:
+    """Raises: UserError, for what the run would refuse."""
+    validate(config)
+    mesh = mesh_sizes(config.parallel, machine.world)
+    resolved = resolve_ds_config(ds_config, config, mesh["dp"])
+    zero = zero_settings(resolved)
+    overlap = bool(resolved.get("zero_optimization", {}).get("overlap_comm"))
+    return Plan(
+        config, mesh, zero, resolved["gradient_accumulation_steps"],
+        memory_items(config, vocab_size, mesh["tp"], mesh["dp"], zero),
+        step_time(config, vocab_size, mesh, zero, machine, overlap),
+    )  # fmt: skip
+
+
+def variants(config: RunConfig, ds_config: dict[str, Any], machine: Machine, max_tp: int) -> Iterator[tuple]:
+    """(configuration, DeepSpeed JSON) of everything that may be tried."""
+    sizes = [2**power for power in range(20) if 2**power <= max_tp]
+    largest = config.train.global_batch_size // config.parallel.lte_heads
+    batches = [size for size in range(1, min(largest, 256) + 1) if largest % size == 0]
+    for tp in sizes:
+        for micro in batches:
+            for again in (False, True):
+                train = replace(config.train, micro_batch_size=micro, activation_checkpointing=again)
+                tried = replace(config, train=train, parallel=replace(config.parallel, tp=tp))
+                for stage in (0, 1, 2):
+                    section = {**ds_config.get("zero_optimization", {}), "stage": stage}
+                    yield tried, {**ds_config, "zero_optimization": section}
+
+
+def search(config: RunConfig, ds_config: dict[str, Any], machine: Machine, max_tp: int, vocab_size: int) -> list[Plan]:
+    """All that fit, fastest first; of those within a per cent the one with the largest micro-batches first, whose
+    products run best, then the one that needs less memory.
+
+    Raises:
+        UserError: nothing runs on these ranks, or nothing fits, with what comes nearest.
+    """
+    plans, refusals = [], []
+    for tried, json_ in variants(config, ds_config, machine, max_tp):
+        try:
+            plans.append(make_plan(tried, json_, machine, vocab_size))
+        except UserError as error:
+            refusals.append(error)
+    if not plans:
+        raise refusals[0]
+    fitting = [plan for plan in plans if plan.peak <= machine.gpu.memory]
+    if not fitting:
+        best = min(plans, key=lambda plan: plan.peak)
+        raise UserError(
+            f"Nothing fits {machine.gpu.memory / 1e9:.0f} GB: {best.words()} comes nearest and needs "
+            f"{best.peak / 1e9:.1f} GB, most of it {max(best.items, key=lambda item: item.bytes).kind}. Give more GPUs "
+            "a node with a larger --max_tp, or another GPU."
+        )
+    return sorted(fitting, key=lambda plan: (round(100 * math.log(plan.time.seconds)), plan.micro_batches, plan.peak))
+
+
+def facts(plan: Plan, vocab_size: int, machine: Machine, disk: float) -> dict[str, Any]:
+    """The numbers of a plan."""
+    train, time = plan.config.train, plan.time
+    tokens = train.global_batch_size * train.seq_len
+    useful = model_flops_per_token(plan.config.model, vocab_size, train.seq_len) * tokens
+    stored = checkpoint_bytes(plan.config, vocab_size)
+    return {
+        "plan": plan.words(),
+        "memory": plan.peak,
+        "seconds": time.seconds,
+        "compute": time.compute,
+        "exposed": time.exposed,
+        "hidden": time.hidden,
+        "by_link": time.by_link,
+        "flops_per_token": flops_per_token(plan.config, vocab_size, plan.mesh["tp"], plan.micro_batches),
+        "tokens_per_second": tokens / time.seconds,
+        "mfu": useful / time.seconds / machine.world / machine.gpu.flops,
+        "days": train.steps * time.seconds / 86400,
+        "checkpoint": stored,
+        "checkpoint_seconds": stored / disk,
+    }
+
+
+def show(plan: Plan, found: dict[str, Any], steps: int) -> str:
+    exposed = ", ".join(f"{kind} {seconds:.3f} s" for kind, seconds in found["exposed"].items()) or "none"
+    links = ", ".join(f"{count / 1e6:,.1f} MB {'of a GPU' if link == 'within nodes' else 'of a node'} {link}"
+                      for link, count in found["by_link"].items() if count)  # fmt: skip
+    return "\n".join([
+        f"Best: {found['plan']}.", "",
+        *memory_lines(plan.items),
+        f"  {'workspace: CUDA, NCCL (assumed)':<50}{WORKSPACE / 1e9:>9.3f}", "",
+        f"FLOPs a token        {found['flops_per_token'] / 1e9:,.3f} G",
+        f"sent a step          {links or 'nothing'}",
+        f"step                 {found['seconds']:.3f} s: compute {found['compute']:.3f} s; not hidden: {exposed}",
+        f"throughput           {found['tokens_per_second']:,.0f} tokens/s, MFU {found['mfu']:.1%}; {steps:,} steps "
+        f"take {found['days']:,.2f} days",
+        f"checkpoint           {found['checkpoint'] / 1e9:,.2f} GB, written in {found['checkpoint_seconds']:,.1f} s",
+    ])  # fmt: skip
+
+
+def brief(name: str, found: dict[str, Any]) -> str:
+    """A row of Markdown."""
+    communication = sum(found["exposed"].values())
+    cells = [name, found["plan"], f"{found['memory'] / 1e9:.1f} GB", f"{found['compute']:.3f} s",
+             f"{communication:.3f} s", f"{found['seconds']:.3f} s", f"{found['tokens_per_second']:,.0f}",
+             f"{found['by_link']['between nodes'] / 1e9:,.2f} GB", f"{found['checkpoint'] / 1e9:,.0f} GB"]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def rate(text: str) -> float:
+    """Bytes a second of a number with Gb, Mb, GB or MB."""
+    found = re.fullmatch(r"([\d.]+)\s*([MG])(b|B)(?:/s|it/s|ps)?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no rate: give for example 400Gb (bits) or 2GB (bytes) a second")
+    return float(found[1]) * {"M": 1e6, "G": 1e9}[found[2]] / (8 if found[3] == "b" else 1)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", action="append", default=[], help="YAML of a run; several, the last one wins")
+    parser.add_argument("--ds_config", help="DeepSpeed JSON; its stage is tried anew unless --as_configured")
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--gpus", type=int, default=8, help="a node (default: 8)")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100")
+    parser.add_argument("--link", type=rate, default="400Gb", help="one network adapter, as 400Gb (default)")
+    parser.add_argument("--adapters", type=int, default=1, help="network adapters of a node (default: 1)")
+    parser.add_argument("--disk", type=rate, default="2GB", help="storage, all ranks together, as 2GB (default)")
+    parser.add_argument("--efficiency", type=float, default=0.45, help="of the peak, in products (default: 0.45)")
+    parser.add_argument("--max_tp", type=int, help="largest tensor-parallel size tried (default: --gpus)")
+    parser.add_argument("--as_configured", action="store_true", help="plan the configuration itself, try nothing else")
+    parser.add_argument("--brief", action="store_true", help="only a row of a Markdown table")
+    parser.add_argument("--name", help="of that row (default: the method's name)")
+    parser.add_argument("--out", type=Path, help="write the best plan's numbers here, as JSON")
+    return parser
+
+
+def act(arguments: argparse.Namespace, options: list[str]) -> None:
+    for name in ("nodes", "gpus", "adapters"):
+        require(getattr(arguments, name) >= 1, f"--{name} must be at least 1, not {getattr(arguments, name)}.")
+    require(0 < arguments.efficiency <= 1, f"--efficiency must be above 0 and at most 1, not {arguments.efficiency}.")
+    config = parse_arguments([*(f"--config={file}" for file in arguments.config), *options]).config
+    ds_config = read_ds_config(arguments.ds_config)
+    link = arguments.link * arguments.adapters
+    machine = Machine(GPUS[arguments.gpu], arguments.nodes, arguments.gpus, link, arguments.efficiency)
+    vocab_size, _ = planned_vocabulary(config)
+    if arguments.as_configured:
+        plans = [make_plan(config, ds_config, machine, vocab_size)]
+    else:
+        plans = search(config, ds_config, machine, arguments.max_tp or arguments.gpus, vocab_size)
+    found = facts(plans[0], vocab_size, machine, arguments.disk)
+    label: str = arguments.name or config.method.name
+    print(brief(label, found) if arguments.brief else show(plans[0], found, config.train.steps))
+    if not arguments.brief:
+        for plan in plans[1:6]:
+            print(f"next: {plan.time.seconds:.3f} s, {plan.peak / 1e9:.1f} GB: {plan.words()}")
+    if arguments.out is not None:
+        content = found | {"items": [asdict(item) for item in plans[0].items], "name": label}
+        replace_text(arguments.out, json.dumps(content, indent=1) + "\n")
+
+
+def main() -> None:
+    arguments, options = make_parser().parse_known_args()
+    try:
+        act(arguments, options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
