@@ -13,7 +13,6 @@ all-reduce 2 (N - 1) / N of what a rank gave, of an all-gather N - 1 times: `on_
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from statistics import mean
 from typing import Literal
 
 from megatron_switchlora.config import RunConfig, accumulation_steps, shard_size
@@ -95,8 +94,9 @@ def _bank(config: RunConfig, mesh: dict[str, int]) -> list[Flow]:
     method = config.method
     if not method.switches:
         return []
-    total = method.switch_total_steps or config.train.steps
-    rate = mean(switch_rate(step, method.switch_ratio, total) for step in range(config.train.steps))
+    steps = config.train.steps
+    rates = (switch_rate(step, method.switch_ratio, method.switch_total_steps or steps) for step in range(steps))
+    rate = sum(rates) / steps
     axis = {"split": "dp", "replicated": "head"} if method.bank_spread == "dp" else {"replicated": "tp"}
     values = dict.fromkeys(("split", "replicated"), 0)
     for p in projections(config.model):

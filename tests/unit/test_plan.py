@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,21 +14,35 @@ ROOT = Path(__file__).resolve().parents[2]
 LARGE = ["--config", "launch/configs/llama_1.3b.yaml"]
 
 
-def run_tool(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/plan.py", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The command in this process."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.chdir(ROOT)
+    import plan  # type: ignore[import-not-found]
+
+    def run(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["plan.py", *words])
+        plan.main()
+
+    return run
 
 
-def planned(tmp_path: Path, *words: str) -> dict:
-    done = run_tool(*words, "--out", str(tmp_path / "plan.json"))
-    assert done.returncode == 0, done.stderr
-    return json.loads((tmp_path / "plan.json").read_text())
+@pytest.fixture
+def planned(main: Callable[..., None], tmp_path: Path) -> Callable[..., dict]:
+    """The numbers of the best plan."""
+
+    def run(*words: str) -> dict:
+        main(*words, "--out", str(tmp_path / "plan.json"))
+        return json.loads((tmp_path / "plan.json").read_text())
+
+    return run
 
 
-def test_the_large_model_on_sixteen_nodes(tmp_path: Path) -> None:
+def test_the_large_model_on_sixteen_nodes(planned: Callable[..., dict]) -> None:
     cluster = ["--nodes", "16", "--gpus", "8", "--gpu", "h100", "--link", "400Gb"]
-    low = planned(tmp_path, *LARGE, *cluster)
-    full = planned(tmp_path, *LARGE, "--config", "launch/configs/methods/full.yaml", *cluster)
+    low = planned(*LARGE, *cluster)
+    full = planned(*LARGE, "--config", "launch/configs/methods/full.yaml", *cluster)
     assert low["by_link"]["between nodes"] / full["by_link"]["between nodes"] == pytest.approx(1 - 0.545, abs=5e-4)
     assert low["seconds"] < full["seconds"] and low["memory"] < 80e9
     kinds = {item["kind"] for item in low["items"]}
@@ -36,30 +51,39 @@ def test_the_large_model_on_sixteen_nodes(tmp_path: Path) -> None:
     assert low["checkpoint_seconds"] == low["checkpoint"] / 2e9
 
 
-def test_a_small_gpu_takes_smaller_micro_batches_and_more_stages(tmp_path: Path) -> None:
+def test_a_small_gpu_takes_smaller_micro_batches_and_more_stages(planned: Callable[..., dict]) -> None:
     """What fits decides: on 24 GB the fastest plan of 80 GB is not among them."""
-    found = planned(tmp_path, *LARGE, "--nodes", "1", "--gpus", "8", "--gpu", "rtx4090")
+    found = planned(*LARGE, "--nodes", "1", "--gpus", "8", "--gpu", "rtx4090")
     assert found["memory"] <= 24e9
-    large = planned(tmp_path, *LARGE, "--nodes", "1", "--gpus", "8", "--gpu", "a100")
+    large = planned(*LARGE, "--nodes", "1", "--gpus", "8", "--gpu", "a100")
     assert large["memory"] > 24e9 and large["seconds"] < found["seconds"]
 
 
-def test_the_configuration_itself(tmp_path: Path) -> None:
+def test_the_configuration_itself(planned: Callable[..., dict]) -> None:
     words = [*LARGE, "--nodes", "4", "--ds_config", "ds_configs/zero2.json", "--parallel.tp", "2", "--as_configured"]
-    found = planned(tmp_path, *words)
+    found = planned(*words)
     assert found["plan"] == "dp 16 x tp 2, ZeRO 2, 8 micro-batches of 12"
     assert found["by_link"]["within nodes"] > 0
 
 
-def test_heads_need_no_link_between_merges(tmp_path: Path) -> None:
+def test_heads_need_no_link_between_merges(planned: Callable[..., dict]) -> None:
     words = [*LARGE, "--config", "launch/configs/methods/lte_r64.yaml", "--parallel.lte_heads", "4", "--nodes", "4"]
-    often, seldom = (planned(tmp_path, *words, "--method.merge_interval", t) for t in ("10", "1000"))
+    often, seldom = (planned(*words, "--method.merge_interval", t) for t in ("10", "1000"))
     assert often["by_link"]["between nodes"] == pytest.approx(100 * seldom["by_link"]["between nodes"], rel=1e-6)
 
 
-def test_a_row_of_a_table() -> None:
-    done = run_tool(*LARGE, "--nodes", "1", "--brief", "--name", "mine")
-    assert done.stdout.startswith("| mine | dp 8 x tp 1") and done.stdout.count("|") == 10
+def test_a_row_of_a_table(main: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    main(*LARGE, "--nodes", "1", "--brief", "--name", "mine")
+    row = capsys.readouterr().out
+    assert row.startswith("| mine | dp 8 x tp 1") and row.count("|") == 10
+
+
+def test_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/plan.py", *LARGE, "--nodes", "16"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Best: dp 128 x tp 1" in done.stdout and "next: " in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -73,7 +97,10 @@ def test_a_row_of_a_table() -> None:
         (["--nodes", "1", "--gpus", "3", "--parallel.lte_heads", "2"], "error: "),
     ],
 )
-def test_mistakes(words: list[str], message: str) -> None:
-    done = run_tool(*LARGE, *words)
-    assert done.returncode == 2
-    assert message in done.stderr and "Traceback" not in done.stderr
+def test_mistakes(
+    main: Callable[..., None], capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(*LARGE, *words)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

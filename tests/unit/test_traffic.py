@@ -96,7 +96,15 @@ def test_the_command_writes_table_and_chart(tmp_path: Path) -> None:
         (["--world", "4", "--ds_config", "missing.json"], "--ds_config missing.json cannot be read"),
     ],
 )
-def test_mistakes(words: list[str], message: str) -> None:
-    done = run_tool("--config", "launch/configs/llama_1.3b.yaml", *words)
-    assert done.returncode == 2
-    assert f"error: {message}" in done.stderr and "Traceback" not in done.stderr
+def test_mistakes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.chdir(ROOT)
+    import gradient_volume  # type: ignore[import-not-found]
+
+    monkeypatch.setattr(sys, "argv", ["gradient_volume.py", "--config", "launch/configs/llama_1.3b.yaml", *words])
+    with pytest.raises(SystemExit) as end:
+        gradient_volume.main()
+    assert end.value.code == 2
+    assert f"error: {message}" in capsys.readouterr().err
