@@ -68,7 +68,7 @@ def make_plan(config: RunConfig, ds_config: dict[str, Any], machine: Machine, vo
     mesh = mesh_sizes(config.parallel, machine.world)
     resolved = resolve_ds_config(ds_config, config, mesh["dp"])
     zero = zero_settings(resolved)
-    overlap = bool(resolved.get("zero_optimization", {}).get("overlap_comm"))
+    overlap = zero.stage > 0 and bool(resolved["zero_optimization"].get("overlap_comm"))
     return Plan(
         config, mesh, zero, resolved["gradient_accumulation_steps"],
         memory_items(config, vocab_size, mesh["tp"], mesh["dp"], zero),
