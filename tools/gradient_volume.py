@@ -8,10 +8,11 @@
 With --world it predicts, from configurations alone, for so many ranks. With --measure every rank of a launcher runs it:
 steps of the real engine on random tokens are recorded at the process groups, DeepSpeed's own communication log and,
 with --interface, the bytes that rank 0's host sends are read beside them, and prediction and record stand in one table.
---method is a YAML over --config, once a method; --ds_config may be repeated, --accumulation lists micro-batches of a
-step. Other options are those of launch/pretrain.py, for all methods. Bytes are a rank's in a step, and of those groups
-of which it holds a part its part; gradients are what low-rank training saves, all else is listed beside them:
-ZeRO's all-gather of updated parameters, the candidate bank, tensor parallelism, LTE's merges, scalars ("control").
+--method is a YAML over --config, once a method, and may have options behind it in the same quotes, as "lte_r64.yaml
+--parallel.lte_heads 16"; --ds_config may be repeated, --accumulation lists micro-batches of a step. Other options are
+those of launch/pretrain.py, for all methods. Bytes are a rank's in a step, of tensors of which it holds a part those
+of its part; gradients are what low-rank training saves, all else is listed beside them: ZeRO's all-gather of updated
+parameters, the candidate bank, tensor parallelism, LTE's merges, scalars ("control").
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -48,9 +50,10 @@ class Case:
 def make_cases(arguments: argparse.Namespace, options: list[str], world: int) -> list[Case]:
     """Raises: UserError, for what a run of one of them would refuse."""
     cases = []
-    for path in arguments.method or [None]:
-        files = [*arguments.config, *([] if path is None else [path])]
-        config = parse_arguments([*(f"--config={file}" for file in files), *options]).config
+    for method in arguments.method or [""]:
+        path, *more = shlex.split(method) or [""]
+        files = [*arguments.config, *([path] if path else [])]
+        config = parse_arguments([*(f"--config={file}" for file in files), *options, *more]).config
         dp = mesh_sizes(config.parallel, world)["dp"]
         per_pass = config.train.micro_batch_size * dp * config.parallel.lte_heads
         for given in arguments.ds_config or [None]:
@@ -59,7 +62,7 @@ def make_cases(arguments: argparse.Namespace, options: list[str], world: int) ->
                 batch = config.train.global_batch_size if count is None else count * per_pass
                 sized = replace(config, train=replace(config.train, global_batch_size=batch))
                 resolve_ds_config(ds_config, sized, dp)
-                name = config.method.name if path is None else Path(path).stem
+                name = " ".join([Path(path).stem or config.method.name, *(word.split(".")[-1] for word in more)])
                 cases.append(Case(name, sized, ds_config, batch // per_pass))
     return cases
 
@@ -89,7 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", action="append", default=[], help="YAML of a run; several, the last one wins")
-    parser.add_argument("--method", action="append", help="YAML over it, one a method; repeat it")
+    parser.add_argument("--method", action="append", help="YAML over it, one a method, with options; repeat it")
     parser.add_argument("--ds_config", action="append", help="DeepSpeed JSON, by default ZeRO stage 1; repeat it")
     parser.add_argument("--accumulation", type=int, nargs="+", help="micro-batches a step, instead of the global batch")
     mode = parser.add_mutually_exclusive_group(required=True)

@@ -70,29 +70,32 @@ def chart(results: list[Result], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.5 + 1.1 * len(results), 5))
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
     measured = any("recorded" in result for result in results)
-    width, seen = (0.38 if measured else 0.7), set()
+    figure = Figure(figsize=(10, 1.2 + 0.45 * len(results) * (1 + measured)))
+    FigureCanvasAgg(figure)
+    axes, seen = figure.subplots(), set()
     for place, result in enumerate(results):
         for shift, what in ((0, "predicted"), (1, "recorded")):
             if what not in result:
                 continue
-            kinds, bottom = by_kind(result, what), 0.0
+            kinds, left = by_kind(result, what), 0.0
             parts = [(part, f"C{i}", by_part(result, what).get(part, 0.0)) for i, part in enumerate(PARTS)]
             others = [(kind, f"C{5 + i}", kinds.get(kind, 0.0)) for i, kind in enumerate(OTHERS)]
             for label, color, count in [*parts, *others]:
                 if count:
-                    axes.bar(place + shift * 0.42, count / 1e6, width, bottom, color=color, edgecolor="white",
-                             hatch="//" if shift else None, label=None if label in seen else label)  # fmt: skip
+                    axes.barh(place + shift * 0.42, count / 1e6, 0.38 if measured else 0.7, left, color=color,
+                              edgecolor="white", hatch="//" if shift else None,
+                              label=None if label in seen else label)  # fmt: skip
                     seen.add(label)
-                    bottom += count / 1e6
-    axes.set_xticks([place + 0.21 * measured for place in range(len(results))])
-    names = [f"{r['name']}\nZeRO {r['zero']}, {r['micro_batches']} x" for r in results]
-    axes.set_xticklabels(names, rotation=60, ha="right", fontsize=8)
-    axes.set_ylabel("MB a rank and step")
-    axes.set_title("given to collectives: predicted" + (" (plain) and recorded (hatched)" if measured else ""))
-    axes.legend(fontsize=8)
+                    left += count / 1e6
+    axes.set_yticks([place + 0.21 * measured for place in range(len(results))])
+    many = len({(result["zero"], result["micro_batches"]) for result in results}) > 1
+    axes.set_yticklabels([
+        r["name"] + (f"\nZeRO {r['zero']}, {r['micro_batches']} micro-batches" if many else "") for r in results
+    ], fontsize=8)  # fmt: skip
+    axes.invert_yaxis()
+    axes.set_xlabel("MB that a rank gives to collectives in a step")
+    axes.set_title("predicted" + (" (plain) and recorded (hatched)" if measured else ""))
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
