@@ -116,6 +116,36 @@ def test_preempted_it_is_requeued_and_ends_with_the_same_losses(jobs: Jobs, whol
     assert f"job {job} goes back into the queue" in jobs.output("preempted")
 
 
+def test_a_job_of_higher_priority_takes_its_place(jobs: Jobs, whole: list[dict[str, Any]]) -> None:
+    """What PreemptMode=REQUEUE does, with a time of grace."""
+    job = jobs.submit("displaced")
+    jobs.wait_for_step("displaced", 7)
+    sleeper = ("--partition=urgent", "--nodes=2", "--exclusive", f"--output={jobs.folder}/urgent.out", "--wrap=sleep 3")
+    urgent = jobs.slurm.submit(*sleeper)
+    jobs.slurm.wait_for(urgent, "RUNNING", "COMPLETED", seconds=60)
+    assert jobs.slurm.state(job) == "PENDING", jobs.output("displaced")
+    jobs.finish(urgent, "urgent")
+    jobs.slurm.wait_for_start(job, 2)
+    jobs.finish(job, "displaced")
+    (at,) = jobs.meta("displaced")["resumed_at"]
+    assert 7 <= at < STEPS, jobs.output("displaced")
+    assert comparable(jobs.records("displaced")) == comparable(whole)
+
+
+def test_scancel_leaves_a_checkpoint_to_go_on_from(jobs: Jobs, whole: list[dict[str, Any]]) -> None:
+    """Slurm sends SIGTERM and waits for KillWait; the job does not come back by itself, the same command goes on."""
+    more = ("--checkpoint.interval", "0")
+    job = jobs.submit("cancelled", *more)
+    jobs.wait_for_step("cancelled", 7)
+    jobs.slurm.run("scancel", job)
+    jobs.slurm.wait_for(job, "CANCELLED", seconds=30)
+    again = jobs.submit("cancelled", *more)
+    jobs.finish(again, "cancelled")
+    (at,) = jobs.meta("cancelled")["resumed_at"]
+    assert 7 <= at < STEPS and comparable(jobs.records("cancelled")) == comparable(whole)
+    assert "goes back into the queue" not in jobs.output("cancelled")
+
+
 def test_a_killed_rank_ends_the_job_and_a_requeue_goes_on(jobs: Jobs, whole: list[dict[str, Any]]) -> None:
     job = jobs.submit("killed")
     jobs.wait_for_step("killed", 7)
