@@ -121,7 +121,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU for every local rank if there are enough, else the CPU."""
+    """auto: a GPU for every local rank; the CPU where none is seen."""
     threads: int = 0
     """CPU threads of a rank; 0 divides the cores by the local ranks."""
     check_interval: int = 100

@@ -12,7 +12,7 @@ from typing import Optional
 
 import torch
 
-from megatron_switchlora.config import UserError
+from megatron_switchlora.config import require
 from megatron_switchlora.parallel.ranks import Ranks, cpu_threads
 
 BF16_PEAK = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12}
@@ -22,17 +22,19 @@ def choose_device(requested: str, ranks: Ranks, threads: int) -> torch.device:
     """Set threads, the accelerator and the current device; must run before deepspeed is imported.
 
     Raises:
-        UserError: train.device cuda with fewer GPUs than local ranks.
+        UserError: fewer GPUs than local ranks, unless the CPU is asked for or there are none to be had.
     """
     assert "deepspeed" not in sys.modules, "deepspeed was imported before the device was chosen"
     torch.set_num_threads(cpu_threads(threads, ranks.local_size))
     gpus = torch.cuda.device_count()
-    if requested == "cuda" and gpus < ranks.local_size:
-        raise UserError(
-            f"train.device cuda needs a GPU for each of the {ranks.local_size} local ranks, but there are {gpus}: "
-            "start fewer ranks or set train.device auto."
+    if requested == "cuda" or (requested == "auto" and gpus):
+        require(
+            gpus >= ranks.local_size,
+            f"train.device {requested} needs a GPU for each of the {ranks.local_size} ranks of a host, but a rank sees "
+            f"{gpus}: start fewer ranks, let each see all of the host's GPUs (under Slurm --gpus-per-node, not "
+            "--gpus-per-task), or set train.device cpu.",
         )
-    if requested == "cpu" or gpus < ranks.local_size:
+    if requested == "cpu" or not gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu")
     torch.cuda.set_device(ranks.local_rank)

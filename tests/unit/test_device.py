@@ -1,0 +1,48 @@
+"""Where a rank computes, by the GPUs that it sees."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_switchlora.config import UserError
+from megatron_switchlora.parallel.ranks import Ranks
+from megatron_switchlora.train.device import choose_device
+
+
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """choose_device for local rank 1 of some, where so many GPUs are seen."""
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "unset")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+    def run(requested: str, gpus: int, local_ranks: int) -> torch.device:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        ranks = Ranks(rank=1, world_size=local_ranks, local_rank=1, local_size=local_ranks)
+        return choose_device(requested, ranks, 1)
+
+    return run
+
+
+def test_without_gpus_the_cpu(choose: Any) -> None:
+    assert choose("auto", 0, 4) == torch.device("cpu")
+
+
+def test_a_gpu_each(choose: Any) -> None:
+    assert choose("auto", 4, 4) == choose("cuda", 8, 4) == torch.device("cuda", 1)
+
+
+def test_the_cpu_when_asked_for(choose: Any) -> None:
+    assert choose("cpu", 8, 4) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("requested", "gpus"), [("auto", 1), ("auto", 3), ("cuda", 3), ("cuda", 0)])
+def test_too_few_gpus_are_refused(choose: Any, requested: str, gpus: int) -> None:
+    """Also by auto: four ranks that Slurm shows one GPU each would quietly train on the CPU."""
+    with pytest.raises(UserError, match=f"train.device {requested} needs a GPU for each of the 4 ranks .* sees {gpus}"):
+        choose(requested, gpus, 4)
