@@ -81,7 +81,11 @@ class Slurm:
         for name in self.hosts.names:
             self._serve(name, ["slurmd", "-D", "-N", name])
         count = len(self.hosts.names)
-        self._wait(lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * count, 30, "idle nodes")
+        self._wait(
+            lambda: self.run("sinfo", "-h", "-N", "-p", "debug", "-o", "%T").split() == ["idle"] * count,
+            30,
+            "idle nodes",
+        )
         return self
 
     def __exit__(self, *exc: object) -> None:
