@@ -51,9 +51,14 @@ def make_cases(arguments: argparse.Namespace, options: list[str], world: int) ->
     """Raises: UserError, for what a run of one of them would refuse."""
     cases = []
     for method in arguments.method or [""]:
-        path, *more = shlex.split(method) or [""]
+        path, *more = split_words(method)
         files = [*arguments.config, *([path] if path else [])]
         config = parse_arguments([*(f"--config={file}" for file in files), *options, *more]).config
+        require(
+            not config.method.full_rank_steps,
+            "method.full_rank_steps are another run as far as traffic goes: give full.yaml as a --method of its own, "
+            "and this one without them.",
+        )
         dp = mesh_sizes(config.parallel, world)["dp"]
         per_pass = config.train.micro_batch_size * dp * config.parallel.lte_heads
         for given in arguments.ds_config or [None]:
@@ -65,6 +70,32 @@ def make_cases(arguments: argparse.Namespace, options: list[str], world: int) ->
                 name = " ".join([Path(path).stem or config.method.name, *(word.split(".")[-1] for word in more)])
                 cases.append(Case(name, sized, ds_config, batch // per_pass))
     return cases
+
+
+def split_words(method: str) -> list[str]:
+    """The file of a --method and the options behind it."""
+    try:
+        words = shlex.split(method) or [""]
+    except ValueError as error:
+        raise UserError(f"--method {method!r}: {error}.") from None
+    require(not words[0].startswith("-"), f"--method {method!r}: a YAML must come first, options may follow it.")
+    return words
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises: UserError, for what needs no configuration to be wrong."""
+    require(arguments.steps is None or arguments.steps >= 1, f"--steps must be at least 1, not {arguments.steps}.")
+    for count in arguments.accumulation or []:
+        require(count >= 1, f"--accumulation must be at least 1, not {count}.")
+    out = arguments.out
+    require(
+        out is None or (out.parent.is_dir() and out.suffix == ".json"),
+        f"--out {out} must be a .json in a folder that is there.",
+    )
+    if not arguments.measure:
+        require(arguments.world >= 1, f"--world must be at least 1, not {arguments.world}.")
+        for name in ("steps", "interface"):
+            require(getattr(arguments, name) is None, f"--{name} goes with --measure; --world only predicts.")
 
 
 def predicted(case: Case, world: int) -> dict[str, Any]:
@@ -98,7 +129,7 @@ def make_parser() -> argparse.ArgumentParser:
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--world", type=int, help="predict for so many ranks")
     mode.add_argument("--measure", action="store_true", help="run steps on the ranks of the launcher and record them")
-    parser.add_argument("--steps", type=int, default=4, help="steps to measure (default: 4), merges in them included")
+    parser.add_argument("--steps", type=int, help="steps to measure (default: 4), merges in them included")
     parser.add_argument("--interface", help="network interface whose sent bytes are read, as eth0")
     parser.add_argument("--out", type=Path, help="write the JSON here, the table beside it as .md, the chart as .png")
     return parser
@@ -116,24 +147,14 @@ def report(results: list[dict[str, Any]], out: Optional[Path]) -> None:
 def main() -> None:
     arguments, options = make_parser().parse_known_args()
     try:
-        require(arguments.steps >= 1, f"--steps must be at least 1, not {arguments.steps}.")
-        for count in arguments.accumulation or []:
-            require(count >= 1, f"--accumulation must be at least 1, not {count}.")
+        check(arguments)
         if not arguments.measure:
-            require(arguments.world >= 1, f"--world must be at least 1, not {arguments.world}.")
-            report([predicted(case, arguments.world) for case in make_cases(arguments, options, arguments.world)],
-                   arguments.out)  # fmt: skip
+            cases = make_cases(arguments, options, arguments.world)
+            report([predicted(case, arguments.world) for case in cases], arguments.out)
             return
-        from volume_ranks import measure, start
+        from volume_ranks import measure_all
 
-        ranks, device = start(os.environ)
-        cases = make_cases(arguments, options, ranks.world_size)
-        results = [
-            predicted(case, ranks.world_size) | measure(case, device, arguments.steps, arguments.interface)
-            for case in cases
-        ]
-        if ranks.rank == 0:
-            report(results, arguments.out)
+        measure_all(arguments, lambda world: make_cases(arguments, options, world), predicted, report)
     except UserError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -4,11 +4,11 @@
     python tools/plan.py --config launch/configs/llama_1.3b.yaml --nodes 16 --gpus 8 --gpu h100 --link 400Gb
     python tools/plan.py --config ... --config launch/configs/methods/full.yaml ... --brief
 
-Every tensor-parallel size within --max_tp, ZeRO stage 0 to 2, micro-batch and activation checkpointing that divides
-the batch and fits the GPUs is tried; the fastest is shown in full and the next ones in a line each. The formulas are
-those of --dry_run (`train/memory.py`, `train/traffic.py`) and `train/cost.py`, which says what is left out; no GPU is
-needed. --link is one adapter's, of which a node has --adapters. --efficiency, the share of the peak that products
-reach, is an assumption: take it from a run's MFU where you have one. Options of launch/pretrain.py may follow.
+Tensor-parallel sizes 1, 2, 4, ... up to --max_tp, ZeRO stages 0 to 2, micro-batches that divide the batch, activation
+checkpointing and the bank's spread are tried; the fastest that fits is shown in full, the next in a line each. The
+formulas are those of --dry_run (`train/memory.py`, `train/traffic.py`) and `train/cost.py`, which says what is left
+out; no GPU is needed. --link is one adapter's, of which a node has --adapters. --efficiency, the share of the peak that
+products reach, is an assumption: take it from a run's MFU where you have one. Options of launch/pretrain.py may follow.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,9 @@ class Plan:
         train, mesh = self.config.train, self.mesh
         heads = f"lte {mesh['lte']} x " if mesh["lte"] > 1 else ""
         again = ", activations computed again" if train.activation_checkpointing else ""
+        again += (
+            ", bank spread over dp" if self.config.method.switches and self.config.method.bank_spread == "dp" else ""
+        )
         return (
             f"{heads}dp {mesh['dp']} x tp {mesh['tp']}, ZeRO {self.zero.stage}, {self.micro_batches} micro-batches of "
             f"{train.micro_batch_size}{again}"
@@ -83,17 +87,18 @@ def variants(config: RunConfig, ds_config: dict[str, Any], machine: Machine, max
     batches = [size for size in range(1, min(largest, 256) + 1) if largest % size == 0]
     for tp in sizes:
         for micro in batches:
-            for again in (False, True):
+            for again, spread in product((False, True), ("tp", "dp") if config.method.switches else ("tp",)):
                 train = replace(config.train, micro_batch_size=micro, activation_checkpointing=again)
-                tried = replace(config, train=train, parallel=replace(config.parallel, tp=tp))
+                method = replace(config.method, bank_spread=spread)  # type: ignore[arg-type]
+                tried = replace(config, method=method, train=train, parallel=replace(config.parallel, tp=tp))
                 for stage in (0, 1, 2):
                     section = {**ds_config.get("zero_optimization", {}), "stage": stage}
                     yield tried, {**ds_config, "zero_optimization": section}
 
 
 def search(config: RunConfig, ds_config: dict[str, Any], machine: Machine, max_tp: int, vocab_size: int) -> list[Plan]:
-    """All that fit, fastest first; of those within a per cent the one with the largest micro-batches first, whose
-    products run best, then the one that needs less memory.
+    """All that fit, in classes of a per cent of time, fastest first; within one by fewest micro-batches, whose larger
+    products run best, then by memory.
 
     Raises:
         UserError: nothing runs on these ranks, or nothing fits, with what comes nearest.
@@ -133,7 +138,7 @@ def facts(plan: Plan, vocab_size: int, machine: Machine, disk: float) -> dict[st
         "by_link": time.by_link,
         "flops_per_token": flops_per_token(plan.config, vocab_size, plan.mesh["tp"], plan.micro_batches),
         "tokens_per_second": tokens / time.seconds,
-        "mfu": useful / time.seconds / machine.world / machine.gpu.flops,
+        "mfu": useful / time.seconds / machine.world / machine.gpu.peak(train.precision),
         "days": train.steps * time.seconds / 86400,
         "checkpoint": stored,
         "checkpoint_seconds": stored / disk,
@@ -145,7 +150,7 @@ def show(plan: Plan, found: dict[str, Any], steps: int) -> str:
     links = ", ".join(f"{count / 1e6:,.1f} MB {'of a GPU' if link == 'within nodes' else 'of a node'} {link}"
                       for link, count in found["by_link"].items() if count)  # fmt: skip
     return "\n".join([
-        f"Best: {found['plan']}.", "",
+        f"{found['plan']}.", "",
         *memory_lines(plan.items),
         f"  {'workspace: CUDA, NCCL (assumed)':<50}{WORKSPACE / 1e9:>9.3f}", "",
         f"FLOPs a token        {found['flops_per_token'] / 1e9:,.3f} G",
@@ -168,10 +173,22 @@ def brief(name: str, found: dict[str, Any]) -> str:
 
 def rate(text: str) -> float:
     """Bytes a second of a number with Gb, Mb, GB or MB."""
-    found = re.fullmatch(r"([\d.]+)\s*([MG])(b|B)(?:/s|it/s|ps)?", text)
+    found = re.fullmatch(r"(\d+\.?\d*)\s*([MG])(b|B)(?:/s|it/s|ps)?", text)
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no rate: give for example 400Gb (bits) or 2GB (bytes) a second")
     return float(found[1]) * {"M": 1e6, "G": 1e9}[found[2]] / (8 if found[3] == "b" else 1)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises: UserError, for numbers that make no plan."""
+    for name in ("nodes", "gpus", "adapters", "max_tp"):
+        value = getattr(arguments, name)
+        require(value is None or value >= 1, f"--{name} must be at least 1, not {value}.")
+    for name in ("link", "disk"):
+        require(getattr(arguments, name) > 0, f"--{name} must be above 0.")
+    require(0 < arguments.efficiency <= 1, f"--efficiency must be above 0 and at most 1, not {arguments.efficiency}.")
+    out = arguments.out
+    require(out is None or out.parent.is_dir(), f"--out {out}: there is no folder {out and out.parent}: make it first.")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -196,10 +213,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def act(arguments: argparse.Namespace, options: list[str]) -> None:
-    for name in ("nodes", "gpus", "adapters"):
-        require(getattr(arguments, name) >= 1, f"--{name} must be at least 1, not {getattr(arguments, name)}.")
-    require(0 < arguments.efficiency <= 1, f"--efficiency must be above 0 and at most 1, not {arguments.efficiency}.")
+    check(arguments)
     config = parse_arguments([*(f"--config={file}" for file in arguments.config), *options]).config
+    require(
+        not config.method.full_rank_steps,
+        "method.full_rank_steps are another run as far as memory and traffic go: plan --method.name full, and this "
+        "method without them.",
+    )
     ds_config = read_ds_config(arguments.ds_config)
     link = arguments.link * arguments.adapters
     machine = Machine(GPUS[arguments.gpu], arguments.nodes, arguments.gpus, link, arguments.efficiency)
@@ -217,6 +237,12 @@ def act(arguments: argparse.Namespace, options: list[str]) -> None:
     if arguments.out is not None:
         content = found | {"items": [asdict(item) for item in plans[0].items], "name": label}
         replace_text(arguments.out, json.dumps(content, indent=1) + "\n")
+    needed, there = plans[0].peak / 1e9, machine.gpu.memory / 1e9
+    require(
+        needed <= there,
+        f"This does not fit: a rank needs {needed:.1f} GB, and {arguments.gpu} has {there:.0f}. Without --as_configured "
+        "what fits is looked for.",
+    )
 
 
 def main() -> None:

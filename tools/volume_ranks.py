@@ -8,11 +8,12 @@ given to the data-parallel group are counted.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import MutableMapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -25,10 +26,11 @@ from megatron_switchlora.config import UserError, require
 from megatron_switchlora.parallel.agree import gather_texts, on_all_ranks
 from megatron_switchlora.parallel.launchers import own_host
 from megatron_switchlora.parallel.mesh import AXES, Mesh
-from megatron_switchlora.parallel.ranks import Ranks, discover_ranks
+from megatron_switchlora.parallel.ranks import discover_ranks
 from megatron_switchlora.train.comm import Record
 from megatron_switchlora.train.device import choose_device
 from megatron_switchlora.train.dry_run import planned_vocabulary
+from megatron_switchlora.train.records import replace_text
 from megatron_switchlora.train.traffic import PARTS, axis_size, on_the_wire
 
 if TYPE_CHECKING:
@@ -39,30 +41,59 @@ if TYPE_CHECKING:
 MARK_BITS = 20  # between the marks of two groups
 
 
-def start(environment: MutableMapping[str, str]) -> tuple[Ranks, torch.device]:
-    ranks = discover_ranks(environment)
+def measure_all(
+    arguments: argparse.Namespace,
+    make_cases: Callable[[int], list[Case]],
+    predicted: Callable[[Case, int], dict[str, Any]],
+    report: Callable[[list[dict[str, Any]], Optional[Path]], None],
+) -> None:
+    """On every rank of the launcher; rank 0 reports what is measured so far after each case.
+
+    Raises:
+        UserError: on every rank, what one of them may not do; before anything is measured, if it can be known then.
+    """
+    ranks, steps = discover_ranks(os.environ), arguments.steps or 4
     device = choose_device("auto", ranks, 1)
     from megatron_switchlora.train.engine import start_distributed
 
     start_distributed(device)
-    return ranks, device
+    cases = on_all_ranks(lambda: make_cases(ranks.world_size), device)
+    sent_bytes(arguments.interface, device)
+    for case in cases:
+        check_steps(case, steps)
+    results: list[dict[str, Any]] = []
+    for case in cases:
+        results.append(predicted(case, ranks.world_size) | measure(case, device, steps, arguments.interface))
+        if ranks.rank == 0 and arguments.out is not None:
+            replace_text(arguments.out, json.dumps(results, indent=1) + "\n")
+    if ranks.rank == 0:
+        report(results, arguments.out)
+
+
+def merges(case: Case) -> int:
+    """The steps from merge to merge, 0 without any."""
+    interval = case.config.method.merge_interval
+    return interval if case.config.method.name == "lte" and isinstance(interval, int) else 0
+
+
+def check_steps(case: Case, steps: int) -> None:
+    """Raises: UserError, if the steps do not hold whole merges."""
+    require(
+        not merges(case) or steps % merges(case) == 0,
+        f"--steps {steps} must be a multiple of method.merge_interval {merges(case)} of {case.name}, so that it holds "
+        "whole merges.",
+    )
 
 
 def measure(case: Case, device: torch.device, steps: int, interface: Optional[str]) -> dict[str, Any]:
     """Bytes of this rank in a step, in the mean over `steps` after a warm-up, and of its host on the wire."""
     from megatron_switchlora.train.engine import communication_log
 
-    interval = case.config.method.merge_interval
-    merging = case.config.parallel.lte_heads > 1 and isinstance(interval, int)
-    require(
-        not merging or steps % int(interval) == 0,
-        f"--steps {steps} must be a multiple of method.merge_interval {interval}, so that it holds whole merges.",
-    )
     vocab_size, _ = planned_vocabulary(case.config)
     logged = case.ds_config | {"comms_logger": {"enabled": True, "prof_all": True, "verbose": False, "debug": False}}
     engine = make_engine(case.config, vocab_size, device, logged)
     tokens = random_tokens(case, vocab_size)
-    warm_up = int(interval) if merging else 1  # then as many merges lie in the steps
+    warm_up = merges(case) or 1  # then as many merges lie in the steps
     for step in range(warm_up):
         engine.train_step(step, tokens)
     communication_log()

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Prints the tables of docs/scaling.md. Needs no GPU: sh docs/scaling/tables.sh, in the environment of `make`.
+# Prints the tables of docs/scaling.md, after `make`: sh docs/scaling/tables.sh. Needs no GPU. PYTHON: not .venv's.
 cd "$(dirname "$0")/../.." || exit 1
 export PYTHONPATH="$PWD"
-PLAN="python tools/plan.py --brief --gpus 8 --adapters 8"
+PLAN="${PYTHON:-.venv/bin/python} tools/plan.py --brief --gpus 8 --adapters 8"
 SMALL="--config launch/configs/llama_1.3b.yaml --nodes 16 --gpu h100"
-overlap=$(mktemp)
+overlap=$(mktemp) problem=$(mktemp)
 echo '{"zero_optimization": {"stage": 1, "overlap_comm": true}}' > "$overlap"
 
 table() {
@@ -15,7 +15,9 @@ table() {
 plan() {  # name, then options; what does not fit is a row too
     name=$1
     shift
-    $PLAN "$@" --name "$name" 2> /tmp/plan.$$ || echo "| $name | $(sed 's/^error: //; s/ Give more.*//' /tmp/plan.$$) |||||||"
+    $PLAN "$@" --name "$name" 2> "$problem" && return
+    grep -q '^error: Nothing fits' "$problem" || { cat "$problem" >&2; exit 1; }
+    echo "| $name | $(sed 's/^error: //; s/ Give more.*//' "$problem") |||||||"
 }
 low() { echo "--method.name switchlora --method.rank $1"; }
 
@@ -34,6 +36,7 @@ for place in "8 400Gb" "8 25Gb" "128 100Gb"; do
     plan "full-rank, gradients hidden" $SEVEN --nodes $1 --link $2 --method.name full --ds_config "$overlap"
     plan "SwitchLoRA r 1024" $SEVEN --nodes $1 --link $2 $(low 1024)
     plan "SwitchLoRA r 512" $SEVEN --nodes $1 --link $2 $(low 512)
+    plan "SwitchLoRA r 512, gradients hidden" $SEVEN --nodes $1 --link $2 $(low 512) --ds_config "$overlap"
     plan "LTE, 8 heads of r 64, T 10" $SEVEN --nodes $1 --link $2 --method.name lte --method.rank 64 --parallel.lte_heads 8
 done
 SEVENTY="--config docs/scaling/llama_70b.yaml --link 400Gb"
@@ -54,4 +57,4 @@ for tp in 8 32; do
     plan "LTE, 6 heads of r 64, T 10, W in 4 bits" $TRILLION --max_tp $tp --method.name lte --method.rank 64 \
         --parallel.lte_heads 6 --method.base nf4
 done
-rm -f "$overlap" /tmp/plan.$$
+rm -f "$overlap" "$problem"

@@ -5,8 +5,9 @@
     communication   each flow of `train/traffic.py` as a ring over the ranks of its axis: within a node by the links
                     between its GPUs, else by what joins nodes, which all rings that leave a node share
 Ranks lie lte x dp x tp, tp innermost, nodes one after the other. DeepSpeed's stages reduce after the backward pass
-unless `overlap_comm` is set; then as much of the gradients as backward lasts is hidden. The bank's rows travel while
-the next step computes. Not modelled: latency, stragglers, what kernels lose at small sizes, data, evaluation. The
+unless `overlap_comm` is set; then stage 1 hides as much as the last micro-batch's backward pass lasts, stage 2 as all
+last. The bank's rows travel while the next step computes. Not modelled: latency, stragglers, what kernels lose at small
+sizes, what goes to host memory and back (bank, LTE's origins), decompositions, quantising, data, evaluation. The
 efficiency is an assumption; what a run reports as MFU says what it is on a machine.
 """
 
@@ -14,33 +15,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_switchlora.config import RunConfig, accumulation_steps
 from megatron_switchlora.lowrank.merged import uses_merged
-from megatron_switchlora.model.counts import Projection, compute_bytes, count_here, count_shard, projections
+from megatron_switchlora.model.counts import Projection, compute_bytes, count_here, projections
+from megatron_switchlora.parallel.mesh import AXES, PLANES
 from megatron_switchlora.train.ds_config import Zero
+from megatron_switchlora.train.memory import nf4_bytes
 from megatron_switchlora.train.traffic import Flow, axis_size, flows, on_the_wire
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense bf16 FLOPs a second, bytes of memory, its bytes a second, and those of its links to the GPUs of its node,
-    one way."""
+    """Dense FLOPs a second in bf16 and in fp32 (no TF32), bytes of memory, its bytes a second, and those of its links
+    to the GPUs of its node, one way."""
 
-    flops: float
+    bf16: float
+    fp32: float
     memory: float
     bandwidth: float
     peers: float
 
+    def peak(self, precision: str) -> float:
+        return self.bf16 if precision == "bf16" else self.fp32
 
-# Vendors' data sheets: dense bf16, memory, its bandwidth, NVLink (or PCIe) one way.
+
+# Vendors' data sheets: dense bf16 and fp32, memory, its bandwidth, NVLink (or PCIe) one way.
 GPUS = {
-    "a100-40gb": Gpu(312e12, 40e9, 1.555e12, 300e9),
-    "a100": Gpu(312e12, 80e9, 2.039e12, 300e9),
-    "l40s": Gpu(362e12, 48e9, 0.864e12, 32e9),
-    "h100": Gpu(989e12, 80e9, 3.35e12, 450e9),
-    "h200": Gpu(989e12, 141e9, 4.8e12, 450e9),
-    "b200": Gpu(2250e12, 180e9, 7.7e12, 900e9),
-    "rtx4090": Gpu(165e12, 24e9, 1.008e12, 32e9),
+    "a100-40gb": Gpu(312e12, 19.5e12, 40e9, 1.555e12, 300e9),
+    "a100": Gpu(312e12, 19.5e12, 80e9, 2.039e12, 300e9),
+    "l40s": Gpu(362e12, 91.6e12, 48e9, 0.864e12, 32e9),
+    "h100": Gpu(989e12, 67e12, 80e9, 3.35e12, 450e9),
+    "h200": Gpu(989e12, 67e12, 141e9, 4.8e12, 450e9),
+    "b200": Gpu(2250e12, 80e12, 180e9, 7.7e12, 900e9),
+    "rtx4090": Gpu(165e12, 82.6e12, 24e9, 1.008e12, 32e9),
 }
 
 
@@ -110,13 +119,24 @@ def _matrix_flops(
 def memory_traffic(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Zero) -> float:
     """Bytes that pass through a rank's memory in a step beside matrix products: the fp32 W read and W + sBA written of
     each micro-batch, and the optimizer's state: gradient, master and two moments read, three of them written."""
-    method, counts = config.method, count_shard(config.model, config.method, vocab_size, mesh["tp"])
+    method = config.method
     share = 1 if zero.stage == 0 else mesh["dp"]
     state = 28 * count_here(config, vocab_size, mesh["tp"]).trainable / share
     if not method.adapts:
         return state
-    times = 1 if method.merged_cache == "accumulation" else accumulation_steps(config, mesh["dp"])
-    return state + times * counts.matrices * (4 + compute_bytes(config))
+    micro_batches = accumulation_steps(config, mesh["dp"])
+    tokens = config.train.micro_batch_size * config.train.seq_len
+    again = config.train.activation_checkpointing
+    total = 0.0
+    for m, n in (p.shard(mesh["tp"]) for p in projections(config.model)):
+        if not method.shares_base and uses_merged(method, tokens, (m, n), micro_batches, trains=True):
+            formed = {"accumulation": 1 / micro_batches, "recompute": 2 + again}.get(method.merged_cache, 1 + again)
+            total += formed * m * n * (4 + compute_bytes(config))
+        elif method.base == "nf4":
+            total += (2 + again) * (nf4_bytes(m, n) + m * n * compute_bytes(config))
+        elif compute_bytes(config) != 4:  # W in bf16
+            total += (1 + again) * m * n * (4 + compute_bytes(config))
+    return state + micro_batches * config.model.num_layers * total
 
 
 def step_time(
@@ -127,8 +147,10 @@ def step_time(
     train = config.train
     flops = flops_per_token(config, vocab_size, mesh["tp"], accumulation_steps(config, mesh["dp"]))
     products = flops * train.global_batch_size * train.seq_len / machine.world
-    compute = products / (machine.gpu.flops * machine.efficiency)
-    backward = compute * 2 / 3
+    compute = products / (machine.gpu.peak(train.precision) * machine.efficiency)
+    backward = compute * (3 / 4 if train.activation_checkpointing else 2 / 3)
+    if zero.stage < 2:  # only the last micro-batch's gradients are reduced while it is under way
+        backward /= accumulation_steps(config, mesh["dp"])
     compute += memory_traffic(config, vocab_size, mesh, zero) / machine.gpu.bandwidth
     exposed: dict[str, float] = {}
     by_link = {"within nodes": 0.0, "between nodes": 0.0}
@@ -145,11 +167,17 @@ def step_time(
 
 def flow_time(flow: Flow, mesh: dict[str, int], machine: Machine) -> tuple[str, float, float]:
     """(link, bytes on it, seconds) of one flow: of a GPU's links in its node, or of a node's to others."""
-    size = axis_size(mesh, flow.axis)
-    sent = on_the_wire(flow.op, flow.bytes, size)
-    stride = {"tp": 1, "dp": mesh["tp"], "head": 1, "lte": mesh["dp"] * mesh["tp"], "data": mesh["tp"]}[flow.axis]
-    inside = max(1, min(size, machine.gpus // stride))  # of a ring's ranks, those on one node
-    if inside == size:
+    sent = on_the_wire(flow.op, flow.bytes, axis_size(mesh, flow.axis))
+    rings = rings_out_of_a_node(flow.axis, mesh, machine.gpus)
+    if rings == 0:
         return "within nodes", sent, sent / machine.gpu.peers
-    leaving = machine.gpus / inside * sent
-    return "between nodes", leaving, leaving / machine.link
+    return "between nodes", rings * sent, rings * sent / machine.link
+
+
+def rings_out_of_a_node(axis: str, mesh: dict[str, int], gpus: int) -> int:
+    """Of the rings along an axis or plane, each through its ranks in order, those that leave the node which most do."""
+    grid = np.arange(mesh["lte"] * mesh["dp"] * mesh["tp"]).reshape([mesh[name] for name in AXES])
+    along = [AXES.index(name) for name in PLANES.get(axis, (axis,))]
+    lines = np.moveaxis(grid, along, range(-len(along), 0)).reshape(-1, axis_size(mesh, axis))
+    nodes, following = lines // gpus, np.roll(lines, -1, axis=1) // gpus
+    return int(np.bincount(nodes[nodes != following], minlength=1).max())

@@ -113,6 +113,8 @@ def main() -> None:
     parser.add_argument("--rates", type=Path, default=REPOSITORY / "benchmarks" / "compare_tiny_shakespeare.json")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "slow_link.json")
     arguments = parser.parse_args()
+    if arguments.steps < 10:
+        parser.error("--steps must be at least 10")
     missing = missing_parts("tc")
     if missing:
         parser.error(missing)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_switchlora.config import RunConfig
@@ -11,7 +10,7 @@ from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.counts import model_flops_per_token
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.parallel.mesh import lone_mesh
-from megatron_switchlora.train.cost import GPUS, Machine, flops_per_token, flow_time, step_time
+from megatron_switchlora.train.cost import GPUS, Machine, flops_per_token, flow_time, rings_out_of_a_node, step_time
 from megatron_switchlora.train.ds_config import Zero
 from megatron_switchlora.train.traffic import Flow
 from tests.plain import VOCAB, make_batches, small_config
@@ -73,11 +72,13 @@ def test_links() -> None:
 
 
 def test_overlap_hides_gradients_behind_the_backward_pass() -> None:
-    config, mesh = small_config("full", train__global_batch_size=32), {"lte": 1, "dp": 16, "tp": 1}
+    config, mesh = small_config("full", train__global_batch_size=128), {"lte": 1, "dp": 16, "tp": 1}  # 4 micro-batches
     slow = Machine(GPUS["h100"], 2, 8, 1e6)
     plain, overlapped = (step_time(config, VOCAB, mesh, Zero(1), slow, overlap) for overlap in (False, True))
     assert plain.hidden == 0
-    assert 0 < overlapped.hidden <= plain.compute * 2 / 3
+    assert 0 < overlapped.hidden <= plain.compute * 2 / 3 / 4
+    every = step_time(config, VOCAB, mesh, Zero(2), slow, True)  # reduces at each of them
+    assert every.hidden == pytest.approx(4 * overlapped.hidden)
     assert plain.seconds - overlapped.seconds == pytest.approx(overlapped.hidden)
     fast = step_time(config, VOCAB, mesh, Zero(1), Machine(GPUS["h100"], 2, 8, 1e15), True)
     assert fast.exposed["gradients"] == 0 and fast.exposed["parameters"] > 0
@@ -91,5 +92,37 @@ def test_nothing_is_sent_by_one_rank() -> None:
 
 def test_switching_traffic_is_hidden() -> None:
     config = small_config("switchlora", method__bank_spread="dp")
-    machine, mesh = Machine(GPUS["a100"], 1, 2, 1e9), {"lte": 1, "dp": 2, "tp": 1}
-    assert torch.tensor(step_time(config, VOCAB, mesh, Zero(1), machine, False).exposed["bank"]) >= 0
+    mesh = {"lte": 1, "dp": 2, "tp": 1}
+    fast = step_time(config, VOCAB, mesh, Zero(1), Machine(GPUS["a100"], 2, 1, 1e15), False)
+    assert fast.exposed["bank"] == 0 < fast.hidden
+    slow = step_time(config, VOCAB, mesh, Zero(1), Machine(GPUS["a100"], 2, 1, 1e3), False)
+    assert slow.exposed["bank"] > 0 and slow.hidden == pytest.approx(slow.compute)
+
+
+def test_precision_decides_the_peak() -> None:
+    mesh, machine = {"lte": 1, "dp": 1, "tp": 1}, Machine(GPUS["h100"], 1, 1, 1e9)
+    times = {}
+    for precision in ("bf16", "fp32"):
+        config = small_config("full", train__precision=precision, train__micro_batch_size=8)
+        config.model.hidden_size, config.model.intermediate_size = 4096, 11008  # products dominate
+        config.train.seq_len = 4096
+        times[precision] = step_time(config, VOCAB, mesh, Zero(0), machine, False).compute
+    assert times["fp32"] / times["bf16"] == pytest.approx(989 / 67, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("axis", "mesh", "gpus", "rings"),
+    [
+        ("tp", {"lte": 1, "dp": 3, "tp": 4}, 6, 1),  # ranks 4 to 7 are on two nodes
+        ("tp", {"lte": 1, "dp": 4, "tp": 6}, 8, 2),  # the middle node has parts of two
+        ("tp", {"lte": 1, "dp": 2, "tp": 12}, 8, 2),
+        ("dp", {"lte": 4, "dp": 3, "tp": 1}, 4, 2),
+        ("dp", {"lte": 1, "dp": 16, "tp": 1}, 8, 1),
+        ("dp", {"lte": 1, "dp": 4, "tp": 4}, 8, 4),
+        ("head", {"lte": 2, "dp": 4, "tp": 2}, 8, 0),
+        ("data", {"lte": 2, "dp": 4, "tp": 2}, 8, 2),
+        ("lte", {"lte": 2, "dp": 4, "tp": 2}, 8, 8),
+    ],
+)
+def test_rings_out_of_a_node(axis: str, mesh: dict[str, int], gpus: int, rings: int) -> None:
+    assert rings_out_of_a_node(axis, mesh, gpus) == rings

@@ -91,6 +91,10 @@ def test_the_command_writes_table_and_chart(tmp_path: Path) -> None:
     [
         (["--world", "0"], "--world must be at least 1, not 0"),
         (["--world", "6", "--parallel.tp", "4"], "The world of 6 ranks must be a multiple"),
+        (["--world", "4", "--steps", "3"], "--steps goes with --measure"),
+        (["--world", "4", "--out", "missing/volume.json"], "--out missing/volume.json must be a .json in a folder"),
+        (["--world", "4", "--method", "full.yaml 'x"], '--method "full.yaml \'x": No closing quotation'),
+        (["--world", "4", "--method=--method.rank 8"], "--method '--method.rank 8': a YAML must come first"),
         (["--world", "4", "--accumulation", "0"], "--accumulation must be at least 1, not 0"),
         (["--world", "4", "--method", "missing.yaml"], "--config missing.yaml cannot be read"),
         (["--world", "4", "--ds_config", "missing.json"], "--ds_config missing.json cannot be read"),
