@@ -240,8 +240,8 @@ def act(arguments: argparse.Namespace, options: list[str]) -> None:
     needed, there = plans[0].peak / 1e9, machine.gpu.memory / 1e9
     require(
         needed <= there,
-        f"This does not fit: a rank needs {needed:.1f} GB, and {arguments.gpu} has {there:.0f}. Leave out --as_configured "
-        "to look for what fits.",
+        f"This does not fit: a rank needs {needed:.1f} GB, and {arguments.gpu} has {there:.0f}. Leave out "
+        "--as_configured to look for what fits.",
     )
 
 
