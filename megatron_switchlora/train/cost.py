@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_switchlora.config import RunConfig, accumulation_steps
-from megatron_switchlora.lowrank.merged import uses_merged
 from megatron_switchlora.model.counts import Projection, compute_bytes, count_here, projections
 from megatron_switchlora.parallel.mesh import AXES, PLANES
+from megatron_switchlora.train.device import BF16_PEAK
 from megatron_switchlora.train.ds_config import Zero
-from megatron_switchlora.train.memory import nf4_bytes
+from megatron_switchlora.train.memory import is_merged, nf4_bytes
 from megatron_switchlora.train.traffic import Flow, axis_size, flows, on_the_wire
 
 
@@ -43,11 +43,11 @@ class Gpu:
 
 # Vendors' data sheets: dense bf16 and fp32, memory, its bandwidth, NVLink (or PCIe) one way.
 GPUS = {
-    "a100-40gb": Gpu(312e12, 19.5e12, 40e9, 1.555e12, 300e9),
-    "a100": Gpu(312e12, 19.5e12, 80e9, 2.039e12, 300e9),
-    "l40s": Gpu(362e12, 91.6e12, 48e9, 0.864e12, 32e9),
-    "h100": Gpu(989e12, 67e12, 80e9, 3.35e12, 450e9),
-    "h200": Gpu(989e12, 67e12, 141e9, 4.8e12, 450e9),
+    "a100-40gb": Gpu(BF16_PEAK["A100"], 19.5e12, 40e9, 1.555e12, 300e9),
+    "a100": Gpu(BF16_PEAK["A100"], 19.5e12, 80e9, 2.039e12, 300e9),
+    "l40s": Gpu(BF16_PEAK["L40S"], 91.6e12, 48e9, 0.864e12, 32e9),
+    "h100": Gpu(BF16_PEAK["H100"], 67e12, 80e9, 3.35e12, 450e9),
+    "h200": Gpu(BF16_PEAK["H200"], 67e12, 141e9, 4.8e12, 450e9),
     "b200": Gpu(2250e12, 80e12, 180e9, 7.7e12, 900e9),
     "rtx4090": Gpu(165e12, 82.6e12, 24e9, 1.008e12, 32e9),
 }
@@ -110,10 +110,16 @@ def _matrix_flops(
     if method.shares_base:
         factors = 2 if method.resetless else 1
         return (4 + 2 * again - 2 * last) * m * n + factors * (6 + 2 * again) * rank * (m + n)
-    if uses_merged(method, tokens, (m, n), micro_batches, trains=True):
-        formed = {"accumulation": 1 / micro_batches, "recompute": 2 + again}.get(method.merged_cache, 1 + again)
+    if is_merged(config, projection, tp, micro_batches):
+        formed = _times_formed(config, micro_batches)
         return (4 + 2 * again) * m * n + 4 * rank * (m + n) + formed * 2 * m * n * rank / tokens
     return (4 + 2 * again) * m * n + (6 + 2 * again) * rank * (m + n) - 2 * last * rank * m
+
+
+def _times_formed(config: RunConfig, micro_batches: int) -> float:
+    """How often a micro-batch forms the W + sBA of a merged layer."""
+    again = config.train.activation_checkpointing
+    return {"accumulation": 1 / micro_batches, "recompute": 2 + again}.get(config.method.merged_cache, 1 + again)
 
 
 def memory_traffic(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Zero) -> float:
@@ -125,13 +131,12 @@ def memory_traffic(config: RunConfig, vocab_size: int, mesh: dict[str, int], zer
     if not method.adapts:
         return state
     micro_batches = accumulation_steps(config, mesh["dp"])
-    tokens = config.train.micro_batch_size * config.train.seq_len
     again = config.train.activation_checkpointing
     total = 0.0
-    for m, n in (p.shard(mesh["tp"]) for p in projections(config.model)):
-        if not method.shares_base and uses_merged(method, tokens, (m, n), micro_batches, trains=True):
-            formed = {"accumulation": 1 / micro_batches, "recompute": 2 + again}.get(method.merged_cache, 1 + again)
-            total += formed * m * n * (4 + compute_bytes(config))
+    for p in projections(config.model):
+        m, n = p.shard(mesh["tp"])
+        if is_merged(config, p, mesh["tp"], micro_batches):
+            total += _times_formed(config, micro_batches) * m * n * (4 + compute_bytes(config))
         elif method.base == "nf4":
             total += (2 + again) * (nf4_bytes(m, n) + m * n * compute_bytes(config))
         elif compute_bytes(config) != 4:  # W in bf16

@@ -123,7 +123,7 @@ def _weights(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[Item]
     ]
 
 
-def _is_merged(config: RunConfig, projection: Projection, tp: int, micro_batches: int) -> bool:
+def is_merged(config: RunConfig, projection: Projection, tp: int, micro_batches: int) -> bool:
     """Whether a layer computes with W + sBA on a rank's shard."""
     if config.method.shares_base:
         return False
@@ -141,7 +141,7 @@ def _compute_copies(config: RunConfig, tp: int, micro_batches: int) -> list[Item
         return []
     method, layers, size = config.method, config.model.num_layers, compute_bytes(config)
     at_once = 1 if config.train.activation_checkpointing else layers
-    shapes = [(p.shard(tp), _is_merged(config, p, tp, micro_batches)) for p in projections(config.model)]
+    shapes = [(p.shard(tp), is_merged(config, p, tp, micro_batches)) for p in projections(config.model)]
     merged = [size * m * n for (m, n), is_merged in shapes if is_merged]
     split = [size * m * n for (m, n), is_merged in shapes if not is_merged and size != FP32 and method.base == "fp32"]
     held = {
@@ -282,7 +282,7 @@ def layer_activation_bytes(config: RunConfig, tp: int, micro_batches: int = 1) -
     mlp = 4 * size * shard_size(model.intermediate_size, tp)  # gate, silu(gate), up, their product
     lowrank = 0
     if config.method.adapts:
-        split = [p for p in projections(model) if not _is_merged(config, p, tp, micro_batches)]
+        split = [p for p in projections(model) if not is_merged(config, p, tp, micro_batches)]
         times = 2 if config.method.shares_base and config.method.resetless else 1
         lowrank = size * config.method.adapter_rank * times * len(split)
     return norms + inputs + attention + mlp + lowrank

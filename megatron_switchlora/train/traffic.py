@@ -12,6 +12,7 @@ all-reduce 2 (N - 1) / N of what a rank gave, of an all-gather N - 1 times: `on_
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,6 +26,7 @@ from megatron_switchlora.model.counts import (
     merge_sends_factors,
     projections,
 )
+from megatron_switchlora.parallel.mesh import PLANES
 from megatron_switchlora.train.ds_config import Zero
 
 FP32 = 4
@@ -114,8 +116,7 @@ def _bank(config: RunConfig, mesh: dict[str, int]) -> list[Flow]:
 
 def axis_size(mesh: dict[str, int], axis: str) -> int:
     """Ranks on a line of the mesh, or in a plane of it."""
-    sizes = {"head": mesh["dp"] * mesh["tp"], "data": mesh["lte"] * mesh["dp"], **mesh}
-    return sizes[axis]
+    return math.prod(mesh[name] for name in PLANES.get(axis, (axis,)))
 
 
 def _tensor_parallel(config: RunConfig, mesh: dict[str, int]) -> list[Flow]:
