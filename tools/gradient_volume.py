@@ -29,6 +29,7 @@ from typing import Any, Optional
 from volume_report import chart, table
 
 from megatron_switchlora.config import RunConfig, UserError, full_rank_config, require
+from megatron_switchlora.parallel.agree import on_all_ranks
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.dry_run import planned_vocabulary
@@ -144,6 +145,29 @@ def report(results: list[dict[str, Any]], out: Optional[Path]) -> None:
         chart(results, out.with_suffix(".png"))
 
 
+def measure_cases(arguments: argparse.Namespace, options: list[str]) -> None:
+    """On every rank of the launcher; rank 0 keeps what is measured so far after each case, and reports at the end.
+
+    Raises:
+        UserError: on every rank, what one of them may not do; before anything is measured, if it can be known then.
+    """
+    from volume_ranks import check_steps, measure, sent, start
+
+    ranks, device = start(os.environ)
+    world, steps = ranks.world_size, arguments.steps or 4
+    cases = on_all_ranks(lambda: make_cases(arguments, options, world), device)
+    sent(arguments.interface, device)
+    for case in cases:
+        check_steps(case, steps)
+    results: list[dict[str, Any]] = []
+    for case in cases:
+        results.append(predicted(case, world) | measure(case, device, steps, arguments.interface))
+        if ranks.rank == 0 and arguments.out is not None:
+            replace_text(arguments.out, json.dumps(results, indent=1) + "\n")
+    if ranks.rank == 0:
+        report(results, arguments.out)
+
+
 def main() -> None:
     arguments, options = make_parser().parse_known_args()
     try:
@@ -152,9 +176,7 @@ def main() -> None:
             cases = make_cases(arguments, options, arguments.world)
             report([predicted(case, arguments.world) for case in cases], arguments.out)
             return
-        from volume_ranks import measure_all
-
-        measure_all(arguments, lambda world: make_cases(arguments, options, world), predicted, report)
+        measure_cases(arguments, options)
     except UserError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -8,12 +8,11 @@ given to the data-parallel group are counted.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import MutableMapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -26,11 +25,10 @@ from megatron_switchlora.config import UserError, require
 from megatron_switchlora.parallel.agree import gather_texts, on_all_ranks
 from megatron_switchlora.parallel.launchers import own_host
 from megatron_switchlora.parallel.mesh import AXES, Mesh
-from megatron_switchlora.parallel.ranks import discover_ranks
+from megatron_switchlora.parallel.ranks import Ranks, discover_ranks
 from megatron_switchlora.train.comm import Record
 from megatron_switchlora.train.device import choose_device
 from megatron_switchlora.train.dry_run import planned_vocabulary
-from megatron_switchlora.train.records import replace_text
 from megatron_switchlora.train.traffic import PARTS, axis_size, on_the_wire
 
 if TYPE_CHECKING:
@@ -39,35 +37,17 @@ if TYPE_CHECKING:
     from megatron_switchlora.train.engine import Engine
 
 MARK_BITS = 20  # between the marks of two groups
+IP_HEADERS, ETHERNET = 20 + 32, 14  # of IPv4 and TCP with time stamps; in each packet that an interface counts
 
 
-def measure_all(
-    arguments: argparse.Namespace,
-    make_cases: Callable[[int], list[Case]],
-    predicted: Callable[[Case, int], dict[str, Any]],
-    report: Callable[[list[dict[str, Any]], Optional[Path]], None],
-) -> None:
-    """On every rank of the launcher; rank 0 reports what is measured so far after each case.
-
-    Raises:
-        UserError: on every rank, what one of them may not do; before anything is measured, if it can be known then.
-    """
-    ranks, steps = discover_ranks(os.environ), arguments.steps or 4
+def start(environment: MutableMapping[str, str]) -> tuple[Ranks, torch.device]:
+    """Join the launcher's ranks, on a GPU each where there are some."""
+    ranks = discover_ranks(environment)
     device = choose_device("auto", ranks, 1)
     from megatron_switchlora.train.engine import start_distributed
 
     start_distributed(device)
-    cases = on_all_ranks(lambda: make_cases(ranks.world_size), device)
-    sent_bytes(arguments.interface, device)
-    for case in cases:
-        check_steps(case, steps)
-    results: list[dict[str, Any]] = []
-    for case in cases:
-        results.append(predicted(case, ranks.world_size) | measure(case, device, steps, arguments.interface))
-        if ranks.rank == 0 and arguments.out is not None:
-            replace_text(arguments.out, json.dumps(results, indent=1) + "\n")
-    if ranks.rank == 0:
-        report(results, arguments.out)
+    return ranks, device
 
 
 def merges(case: Case) -> int:
@@ -98,11 +78,11 @@ def measure(case: Case, device: torch.device, steps: int, interface: Optional[st
         engine.train_step(step, tokens)
     communication_log()
     recorded: Counter[Record] = Counter()
-    before = sent_bytes(interface, device)
+    before = sent(interface, device)
     for step in range(warm_up, warm_up + steps):
         engine.train_step(step, tokens)
         recorded.update(engine.recorder.bytes)
-    after = sent_bytes(interface, device)
+    after = sent(interface, device)
     log = {name: count / steps for name, count in communication_log().items()}
     given = by_flow(recorded, engine.mesh, steps)
     result: dict[str, Any] = {
@@ -111,7 +91,7 @@ def measure(case: Case, device: torch.device, steps: int, interface: Optional[st
         "deepspeed_log": log,
     }
     if interface is not None:
-        result["wire"] = (after - before) / steps
+        result |= on_interface(before, after, steps)
         result["wire_of_recorded"] = wire_of(given, engine.mesh, outgoing(engine.mesh, device))
     engine.ds.destroy()
     return result
@@ -134,8 +114,7 @@ def by_flow(recorded: Counter[Record], mesh: Mesh, steps: int) -> list[dict[str,
 
 def wire_of(given: list[dict[str, Any]], mesh: Mesh, edges: dict[str, int]) -> float:
     """Bytes that this host would send in a step, in rings of the ranks in their order."""
-    sizes = mesh.sizes | {"world": dist.get_world_size()}
-    return sum(on_the_wire(flow["op"], flow["bytes"], axis_size(sizes, flow["axis"])) * edges[flow["axis"]]
+    return sum(on_the_wire(flow["op"], flow["bytes"], axis_size(mesh.sizes, flow["axis"])) * edges[flow["axis"]]
                for flow in given)  # fmt: skip
 
 
@@ -210,19 +189,26 @@ def part_of(engine: Engine) -> dict[torch.nn.Parameter, str]:
     return found
 
 
-def sent_bytes(interface: Optional[str], device: torch.device) -> int:
-    """What rank 0's host has sent, once all ranks are here: as its interface counts it.
+def sent(interface: Optional[str], device: torch.device) -> dict[str, int]:
+    """What rank 0's host has sent, once all ranks are here: bytes and packets, as its interface counts them, and TCP's
+    segments that were sent again.
 
     Raises:
         UserError: no such interface.
     """
     if interface is None:
-        return 0
-    path = Path("/sys/class/net") / interface / "statistics" / "tx_bytes"
+        return {}
+    folder = Path("/sys/class/net") / interface
 
-    def read() -> int:
+    def read() -> dict[str, int]:
         try:
-            return int(path.read_text())
+            names, values = (
+                line.split() for line in Path("/proc/net/snmp").read_text().splitlines() if line[:4] == "Tcp:"
+            )
+            found = {name: int((folder / "statistics" / f"tx_{name}").read_text()) for name in ("bytes", "packets")}
+            return found | {
+                "repeated": int(values[names.index("RetransSegs")]), "mtu": int((folder / "mtu").read_text())
+            }  # fmt: skip
         except OSError as error:
             there = ", ".join(sorted(os.listdir("/sys/class/net")))
             raise UserError(
@@ -230,6 +216,14 @@ def sent_bytes(interface: Optional[str], device: torch.device) -> int:
             ) from None
 
     return on_all_ranks(read, device)
+
+
+def on_interface(before: dict[str, int], after: dict[str, int], steps: int) -> dict[str, float]:
+    """Bytes sent in a step, and how much of them was new payload: headers, whose number is the kernel's affair (it
+    merges packets, and acknowledges in packets of headers alone), and what a busy host sent twice are neither."""
+    count, packets, repeated = ((after[name] - before[name]) / steps for name in ("bytes", "packets", "repeated"))
+    headers, again = packets * (ETHERNET + IP_HEADERS), repeated * (after["mtu"] - IP_HEADERS)
+    return {"wire": count, "wire_headers": headers, "wire_repeated": again, "wire_payload": count - headers - again}
 
 
 def outgoing(mesh: Mesh, device: torch.device) -> dict[str, int]:

@@ -20,6 +20,8 @@ def table(results: list[Result]) -> str:
         if "recorded" in result:
             rows.append(_row(result, "recorded"))
             notes.append(_logged(result))
+            if "wire" in result:
+                notes.append(_sent(result))
     used = [column for column in range(len(HEAD)) if any(row[column] not in ("-", "") for row in rows)]
     shown = [[row[column] for column in used] for row in (HEAD, ["---"] * len(HEAD), *rows)]
     lines = [f"| {' | '.join(cells)} |" for cells in shown]
@@ -59,6 +61,15 @@ def _logged(result: Result) -> str:
     log = result["deepspeed_log"]
     words = ", ".join(f"{name} {_mb(count)}" for name, count in sorted(log.items()))
     return f"- DeepSpeed's log of {result['name']}, ZeRO {result['zero']}: {words or 'nothing'}"
+
+
+def _sent(result: Result) -> str:
+    """What rank 0's host has sent: what is comparable with the prediction, and the rest."""
+    payload, headers, again = (_mb(result[f"wire_{name}"]) for name in ("payload", "headers", "repeated"))
+    return (
+        f"- Sent for {result['name']}, ZeRO {result['zero']}: {payload} of new payload, {headers} of headers, {again} "
+        "once more after losses or late answers"
+    )
 
 
 def _mb(count: float) -> str:

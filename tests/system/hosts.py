@@ -110,6 +110,12 @@ class Hosts:
         """What the host has sent to others, as its interface counts it."""
         return int(self.run(host, ["cat", "/sys/class/net/eth0/statistics/tx_bytes"]))
 
+    def lose_packets(self, host: str) -> None:
+        """From here on some of what is sent to the host fast does not reach it: the bridge's queue is short."""
+        shape = ["root", "tbf", "rate", "400mbit", "burst", "128kb", "latency", "1ms"]
+        bridge = ["nsenter", f"--target={self.first_pid}", "--net"]
+        subprocess.run([*bridge, "tc", "qdisc", "add", "dev", host.replace("n", "p"), *shape], check=True, timeout=60)
+
     def ssh(self) -> Path:
         """A folder for PATH inside the island, with an `ssh` that starts commands on other hosts."""
         folder = self.folder / "bin"
