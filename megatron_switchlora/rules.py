@@ -8,6 +8,7 @@ in config.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import fields
 from fnmatch import fnmatch
 
@@ -41,6 +42,9 @@ def _validate_warm_start(config: RunConfig) -> None:
 
 def _validate_method(config: RunConfig) -> None:
     method, m = config.method, config.model
+    for owner, prefix in (("relora", "restart_"), ("galore", "galore_")):
+        if method.name != owner:
+            _refuse_foreign(config, owner, [f.name for f in fields(method) if f.name.startswith(prefix)])
     if method.name == "full":
         return
     kv_size = m.kv_heads * m.head_dim
@@ -207,7 +211,7 @@ def _validate_train(config: RunConfig) -> None:
     require(
         ratio == 1 or config.method.adapts,
         f"optim.lora_plus_ratio {ratio:g} is B's learning rate over A's, and method.name {config.method.name} has no "
-        "adapters: leave it out, or use lora, relora or switchlora.",
+        "adapters: leave it out, or use lora, relora, switchlora, lte or mhlora.",
     )
     for name in ("beta1", "beta2"):
         value = getattr(o, name)
@@ -277,6 +281,16 @@ OF_LTE = (
 )  # fmt: skip
 
 
+def _refuse_foreign(config: RunConfig, owner: str, options: Iterable[str]) -> None:
+    """Raises: UserError, if options of another method are given."""
+    method = config.method
+    given = [f.name for f in fields(method) if f.name in options and getattr(method, f.name) != f.default]
+    require(
+        not given,
+        f"method.{', method.'.join(given)} belong to method.name {owner}, not {method.name}: leave them out.",
+    )
+
+
 def _validate_lte(config: RunConfig) -> None:
     method, train, groups = config.method, config.train, config.parallel.lte_heads
     require(groups >= 1, f"parallel.lte_heads must be at least 1, not {groups}.")
@@ -285,12 +299,7 @@ def _validate_lte(config: RunConfig) -> None:
         f"parallel.lte_heads {groups} needs method.name lte, which trains heads apart; it is {method.name}: set "
         "parallel.lte_heads to 1 or change the method.",
     )
-    foreign = OF_LTE[{"lte": len(OF_LTE), "mhlora": 2}.get(method.name, 0) :]
-    given = [f.name for f in fields(method) if f.name in foreign and getattr(method, f.name) != f.default]
-    require(
-        not given,
-        f"method.{', method.'.join(given)} belong to method.name lte, not {method.name}: leave them out.",
-    )
+    _refuse_foreign(config, "lte", OF_LTE[{"lte": len(OF_LTE), "mhlora": 2}.get(method.name, 0) :])
     require(method.local_heads >= 1, f"method.local_heads must be at least 1, not {method.local_heads}.")
     if method.name != "lte":
         return
@@ -328,8 +337,8 @@ def _validate_merges(config: RunConfig) -> None:
     )
     require(
         not method.shares_base or method.compute != "merged",
-        f"method.compute merged forms one weight for all samples, and {method.local_heads} heads over one base "
-        f"(method.base {method.base}) have several: use auto or split.",
+        f"method.compute merged forms W + sBA, and heads over a base that is shared (method.local_heads "
+        f"{method.local_heads}) or in 4 bits (method.base {method.base}) compute beside it: use auto or split.",
     )
     lengths = {"model.hidden_size": m.hidden_size, "model.intermediate_size": m.intermediate_size}
     wrong = [f"{name} {size}" for name, size in lengths.items() if method.base == "nf4" and size % (64 * tp)]

@@ -141,11 +141,13 @@ def _mean(values: list[Optional[float]]) -> Optional[float]:
 
 
 def switching(run: Path, weights: list[Weights]) -> dict[str, Any]:
-    """Vectors switched by each step, beside the schedule's expectation before its caps, and slots seen in use."""
+    """Vectors switched by each step, beside the schedule's expectation before its caps, and slots seen in use; of
+    several heads those of head 0, whose records these are."""
     last = weights[-1]
     method, train = last.method, last.config["train"]
-    if method.name != "switchlora":
+    if not method.switches:
         return {}
+    head = next((f"{name}/" for name in _head_prefixes(last)), "")
     smaller = [min(p.out_features, p.in_features) for p in projections(last.model)] * last.model.num_layers
     candidates = [count for count in smaller if count > method.rank]
     before = method.full_rank_steps  # without vectors to switch
@@ -161,7 +163,9 @@ def switching(run: Path, weights: list[Weights]) -> dict[str, Any]:
     for checkpoint in (each for each in weights if each.state["step"] > before):
         entry: dict[str, float] = {"step": checkpoint.state["step"]}
         for side in "AB":
-            for slots, row in zip(seen[side], checkpoint.archive.read(f"switch.slots_{side}").tolist(), strict=True):
+            for slots, row in zip(
+                seen[side], checkpoint.archive.read(f"{head}switch.slots_{side}").tolist(), strict=True
+            ):
                 slots.update(row)
             entry[side] = mean(len(slots) / count for slots, count in zip(seen[side], candidates, strict=True))
         used.append(entry)
@@ -202,6 +206,9 @@ def words_of(result: dict[str, Any], out: Path) -> str:
         lines.append(f"  {kind:<10}" + "".join(f"{number:>9.1f}" for number in numbers))
     for kind, entry in last["heads"].items():
         lines.append(f"  {kind:<10} heads: cosine {entry['cosine']}, Grassmann distance {entry['grassmann']}")
+    if any(entry["cosine"] is None for entry in last["heads"].values()):
+        lines.append("  no cosine where B is zero, as right after a merge of the reset form: let --checkpoint.interval "
+                     "be no multiple of its interval")  # fmt: skip
     if switched:
         lines.append(
             f"switched {sum(switched['switched']):,} vectors, expected {sum(switched['expected']):,.1f} before caps"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Optional
@@ -38,7 +39,7 @@ def write_report(setting: Setting, configs: dict[str, RunConfig], results: Resul
         point, runs = best_runs(setting, results, method)
         rows.append(_row(setting, results, method, config, point, runs, notes))
     text = "\n".join([
-        f"# {setting.name}", "", setting.about.strip(), "", HEAD, *rows, "", *sorted(notes), *_facts(results)
+        f"# {setting.name}", "", setting.about.strip(), "", HEAD, *rows, "", *sorted(notes), *_facts(setting, results)
     ])  # fmt: skip
     replace_text(results.path.with_suffix(".md"), text + "\n")
     if plot:
@@ -80,7 +81,8 @@ def _row(
     rank = "-" if config.method.name == "full" else str(config.method.rank)
     if point is None or not runs:
         return f"| {method} | {rank} |" + " |" * 8
-    rates = f"{point.lr:g}, {point.lr if point.dense_lr is None else point.dense_lr:g}"
+    optim = replace(config.optim, lr=point.lr, dense_lr=point.dense_lr)
+    rates = f"{point.lr:g}, {replace(config, optim=optim).dense_lr:g}"
     if results.chosen(method) is None:
         rates += " (sweep under way)"
     elif setting.sweep == "grid" and _at_edge(setting, method, point):
@@ -88,7 +90,8 @@ def _row(
         notes.add("(edge): the best rate is the first or last of its list, so a better one may lie beyond.")
     losses = [_loss(run) for run in runs]
     known = next((run for run in runs if run["trainable"]), None)
-    share = f"{known['trainable'] / known['full_rank']:.1%}" if known else ""
+    heads = f"{config.heads} x " if config.heads > 1 else ""  # each of LTE's heads trains so many
+    share = f"{heads}{known['trainable'] / known['full_rank']:.1%}" if known else ""
     memory = max((run["peak_memory_bytes"] or 0 for run in runs), default=0)
     cells = [
         method, rank, share, rates, str(len(runs)), _spread(losses, 3), _spread([math.exp(x) for x in losses], 2),
@@ -120,10 +123,16 @@ def _at_edge(setting: Setting, method: str, point: Point) -> bool:
 def _gradients(setting: Setting, method: str, config: RunConfig, run: Optional[Run], notes: set[str]) -> str:
     if run is None:
         return ""
+    if config.parallel.lte_heads > 1:
+        notes.add("Merges: bytes that a rank gives to other LTE heads, in the mean of a step.")
+        return f"{run['dp_bytes'] / 1e6:,.2f} MB, merges {run['merge_bytes'] / 1e6:,.2f} MB"
     if run["dp_bytes"]:
         return f"{run['dp_bytes'] / 1e6:,.2f} MB"
-    notes.add("Gradient bytes (formula): one data rank communicates nothing; these are --dry_run's for two data ranks.")
-    dp = mesh_sizes(config.parallel, setting.world)["dp"]
+    notes.add(
+        "Gradient bytes (formula): one data rank communicates nothing; these are of two that do each what it does."
+    )
+    dp = mesh_sizes(config.parallel, setting.launch(method)[1])["dp"]
+    config = replace(config, train=replace(config.train, global_batch_size=2 * config.train.global_batch_size))
     path = setting.methods[method].options.get("ds_config", setting.ds_config)
     zero = zero_settings(resolve_ds_config(read_ds_config(path and str(ROOT / path)), config, dp))
     given, _ = gradient_bytes(config, run["vocab_size"], config.parallel.tp, 2, zero)
@@ -138,13 +147,16 @@ def _time(setting: Setting, results: Results, method: str, notes: set[str]) -> s
     return f"{timing['ratio']:.2f} ({timing['lowest']:.2f} to {timing['highest']:.2f})"
 
 
-def _facts(results: Results) -> list[str]:
+def _facts(setting: Setting, results: Results) -> list[str]:
     runs = results.content["runs"].values()
     revisions = sorted({str(run["revision"])[:12] for run in runs})
     machine = results.content["machine"]
+    data = " --data DATA" if "{data}" in str(setting.options) else ""
     return [
+        f"Made by `tools/compare.py {setting.name}{data}`, step times with `--timing`.",
         f"{len(runs)} runs, of which {sum(run['diverged'] for run in runs)} diverged; revisions "
-        f"{', '.join(revisions) or 'none'}; {machine.get('cpus')} CPUs, {machine.get('system')}."
+        f"{', '.join(revisions) or 'none'}; {machine.get('cpus')} CPUs ({machine.get('processor')}), "
+        f"{machine.get('system')}.",
     ]
 
 

@@ -24,7 +24,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from types import TracebackType
 from typing import Any, Optional
 
@@ -61,8 +61,9 @@ class Results:
         """Set an entry and write the file, so that a kill leaves the old or the new one."""
         with self._lock:
             self.content[section][key] = value
-            self.content["machine"] = {"processor": platform.processor() or platform.machine(),
-                                       "cpus": os.cpu_count(), "system": platform.platform()}  # fmt: skip
+            self.content["machine"] = {
+                "processor": processor(), "cpus": os.cpu_count(), "system": platform.platform()
+            }  # fmt: skip
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(self.path, json.dumps(self.content, indent=1) + "\n")
             self.report()
@@ -148,7 +149,7 @@ class Runner:
         if key not in self.results.content["runs"]:
             with self._turns:
                 folder = self.work / re.sub(r"[^\w.+-]+", "_", key)
-                diverged = self.train(options, folder)
+                diverged = self.train(method, options, folder)
                 run = read_run(folder, diverged) | {
                     "method": method, "lr": point.lr, "dense_lr": point.dense_lr, "seed": seed, "sweep": sweep
                 }  # fmt: skip
@@ -162,21 +163,22 @@ class Runner:
 
     def command(self, method: str, point: Point, seed: int) -> list[str]:
         """The line that starts a run, but for its folder."""
-        return self._line(self.setting.run_options(method, point, seed, False))
+        return self._line(method, self.setting.run_options(method, point, seed, False))
 
-    def _line(self, options: dict[str, Any]) -> list[str]:
+    def _line(self, method: str, options: dict[str, Any]) -> list[str]:
+        launcher, _ = self.setting.launch(method)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             values = {"python": sys.executable, "script": str(SCRIPT), "port": probe.getsockname()[1]}
         try:
-            start = [word.format(**values) for word in shlex.split(self.setting.launcher)]
+            start = [word.format(**values) for word in shlex.split(launcher)]
         except (KeyError, IndexError, ValueError) as error:
             raise UserError(
-                f"The launcher {self.setting.launcher!r} may have {{python}}, {{script}} and {{port}}: {error}."
+                f"The launcher {launcher!r} may have {{python}}, {{script}} and {{port}}: {error}."
             ) from None
         return start + self.setting.words(options, self.data)
 
-    def train(self, options: dict[str, Any], folder: Path, may_stop: bool = False) -> bool:
+    def train(self, method: str, options: dict[str, Any], folder: Path, may_stop: bool = False) -> bool:
         """Start or continue a run and wait for its end; returns whether it diverged.
 
         Raises:
@@ -191,7 +193,7 @@ class Runner:
                 if self._stopping:
                     raise Stopped("no new run")
                 process = subprocess.Popen(
-                    [*self._line(options), "--output_dir", str(folder)], stdin=subprocess.DEVNULL, stdout=file,
+                    [*self._line(method, options), "--output_dir", str(folder)], stdin=subprocess.DEVNULL, stdout=file,
                     stderr=subprocess.STDOUT, start_new_session=True,
                 )  # fmt: skip
                 self._started.add(process)
@@ -206,6 +208,16 @@ class Runner:
             raise Stopped(f"{folder.name} has left a checkpoint")
         require(status == 0, f"A run failed with status {status}; the end of {log}:\n{said[-2000:]}")
         return False
+
+
+def processor() -> str:
+    """The processor's own name where the system tells, else its kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def wait_for_folder(folder: Path) -> None:
@@ -229,6 +241,7 @@ def read_run(folder: Path, diverged: bool) -> dict[str, Any]:
         "step_seconds": median(step_seconds(steps)) if steps else None,
         "peak_memory_bytes": max((record["peak_memory_bytes"] for record in steps), default=None),
         "dp_bytes": steps[-1]["dp_bytes"] if steps else None,
+        "merge_bytes": mean(record.get("merge_bytes", 0) for record in steps) if steps else None,
         "device": meta.get("device"),
         "trainable": meta.get("parameters", {}).get("trainable"),
         "full_rank": meta.get("parameters", {}).get("full_rank"),

@@ -3,9 +3,10 @@
 A setting is a YAML of `tools/settings/`. `configs` and `options` are the run that all methods share, each method adds
 its own, and options overrule files; `ds_config`, the DeepSpeed JSON, may be among a method's options. A method gives
 `lr` and `dense_lr`: where its sweep starts, or with `sweep: grid` the lists of which every pair is tried; without
-`dense_lr` it is tied to `lr`, as published. `{data}` in an option is the path given with --data. Every word that could
-be wrong is tried out before anything trains: a point becomes the words of a command line of launch/pretrain.py, and
-these are parsed and validated as that command would.
+`dense_lr` it is the method's default: mostly `lr`, as published. `{data}` in an option is the path given with --data.
+A method may have `launcher` and `world` of its own; --launcher overrules both. Every word that could be wrong is tried
+out before anything trains: a point becomes the words of a command line of launch/pretrain.py, and these are parsed and
+validated as that command would.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Optional
@@ -21,6 +22,7 @@ from typing import Any, Optional
 import yaml
 
 from megatron_switchlora.config import RunConfig, UserError, require
+from megatron_switchlora.methods import require_packages
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.compatible import flatten
@@ -38,7 +40,7 @@ NEUTRAL = (
 
 @dataclass(frozen=True)
 class Point:
-    """Learning rates of a run; with `dense_lr` None the dense tensors have `lr`."""
+    """Learning rates of a run; with `dense_lr` None that of the dense tensors is the method's default, mostly `lr`."""
 
     lr: float
     dense_lr: Optional[float] = None
@@ -61,6 +63,8 @@ class Contender:
     dense_lr: Any = None
     configs: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
+    launcher: Optional[str] = None  # instead of the setting's, with as many ranks as in `world`
+    world: Optional[int] = None
 
     def starts(self) -> list[Point]:
         """Every pair of the given rates."""
@@ -103,6 +107,11 @@ class Setting:
     ds_config: Optional[str] = None
     timing: Timing = Timing()
 
+    def launch(self, method: str) -> tuple[str, int]:
+        """The command that starts a method's runs, and its ranks."""
+        own = self.methods[method]
+        return own.launcher or self.launcher, own.world or self.world
+
     def run_options(self, method: str, point: Point, seed: int, sweep: bool) -> dict[str, Any]:
         """Everything that is given for a run but for its place, as dotted options; files first, so overruled."""
         chosen = self.methods[method]
@@ -134,14 +143,14 @@ class Setting:
             words.append(f"--{name}={text}")
         return words
 
-    def config(self, options: dict[str, Any], data: Optional[Path]) -> RunConfig:
+    def config(self, options: dict[str, Any], data: Optional[Path], world: int) -> RunConfig:
         """The configuration that a run would have.
 
         Raises:
             UserError: what launch/pretrain.py would refuse of it.
         """
         arguments = parse_arguments(self.words(options, data))
-        dp = mesh_sizes(arguments.config.parallel, self.world)["dp"]
+        dp = mesh_sizes(arguments.config.parallel, world)["dp"]
         resolve_ds_config(read_ds_config(arguments.ds_config), arguments.config, dp)
         return arguments.config
 
@@ -167,6 +176,8 @@ def read_setting(path: Path, methods: Optional[list[str]], overrides: dict[str, 
     unknown = [name for name in methods or [] if name not in given]
     require(not unknown, f"{path} has no method {', '.join(unknown)}: it has {', '.join(given)}.")
     chosen = {name: _make(Contender, given[name], f"{path}, method {name}") for name in methods or given}
+    if "launcher" in overrides:
+        chosen = {name: replace(contender, launcher=None, world=None) for name, contender in chosen.items()}
     content |= {"methods": chosen, "name": path.stem}
     for key, kind in (("best", Best), ("timing", Timing)):
         if key in content:
@@ -205,7 +216,9 @@ def validate_points(setting: Setting, data: Optional[Path]) -> dict[str, RunConf
     for name, method in setting.methods.items():
         for sweep in (False, True) if setting.sweep_options else (False,):
             try:
-                config = setting.config(setting.run_options(name, method.starts()[0], 0, sweep), data)
+                options = setting.run_options(name, method.starts()[0], 0, sweep)
+                config = setting.config(options, data, setting.launch(name)[1])
+                require_packages(config)
             except UserError as error:
                 raise UserError(f"Setting {setting.name}, method {name}: {error}") from None
             configs.setdefault(name, config)

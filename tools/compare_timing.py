@@ -51,11 +51,11 @@ def _one(setting: Setting, runner: Runner, method: str) -> float:
     )
     options |= {
         "train.stop_after_steps": timing.steps, "train.eval_interval": steps, "checkpoint.interval": 0,
-        "train.eval_samples": micro * setting.world, "resume": "none",
+        "train.eval_samples": micro * setting.launch(method)[1], "resume": "none",
     }  # fmt: skip
     folder = runner.work / f"timing_{method}"
     shutil.rmtree(folder, ignore_errors=True)
-    diverged = runner.train(options, folder, may_stop=True)
+    diverged = runner.train(method, options, folder, may_stop=True)
     records = [record for record in read_records(folder / "metrics.jsonl") if "loss" in record]
     require(
         not diverged and len(records) == timing.steps,

@@ -177,6 +177,38 @@ def test_heads_of_lte(call: Call, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "heads.png").exists() and not (tmp_path / "out" / "switching.png").exists()
 
 
+def test_switches_inside_a_head(call: Call, tmp_path: Path) -> None:
+    run = PlainRun(lte_config(method__inner="switchlora", method__alpha=1.0))
+    records = []
+    for step, batch in enumerate(make_batches(run.config, 4)):
+        loss, _, switched = run.step(step, batch)
+        records.append({"step": step + 1, "loss": loss, "switched": switched})
+    save(run, tmp_path / "checkpoints" / "step-00000006")
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    status, output = call(tmp_path, "--layers", "0")
+    assert status == 0, output
+    found = json.loads((tmp_path / "analysis" / "analysis.json").read_text())["switching"]
+    assert found["switched"] == [record["switched"] for record in records] and sum(found["switched"]) > 0
+    slots = run.method.state.slots["B"]  # type: ignore[attr-defined]
+    smaller = [48, 24, 24, 48, 48, 48, 48] * 3
+    wanted = np.mean([len(set(s)) / c for s, c in zip(slots, smaller, strict=True)])
+    assert found["slots_seen"][0]["B"] == pytest.approx(wanted)
+
+
+def test_a_reset_merge_leaves_no_cosine_and_says_so(call: Call, tmp_path: Path) -> None:
+    run = PlainRun(lte_config(method__local_heads=2, method__merge_form="reset", method__merge_interval=3))
+    for step, batch in enumerate(make_batches(run.config, 3)):
+        run.step(step, batch)
+    save(run, tmp_path / "checkpoints" / "step-00000006")
+    (tmp_path / "config.yaml").touch()
+    status, output = call(tmp_path, "--layers", "0")
+    assert status == 0 and "no cosine where B is zero" in output, output
+    assert json.loads((tmp_path / "analysis" / "analysis.json").read_text())["checkpoints"][0]["heads"]["q_proj"][
+        "grassmann"
+    ]
+
+
 @pytest.mark.parametrize("base", ["fp32", "nf4"])
 def test_the_mean_of_local_heads_is_what_a_merge_would_make(call: Call, tmp_path: Path, base: str) -> None:
     """Between merges, where their shared matrix is not the W of any head's adapter."""

@@ -33,7 +33,7 @@ with (folder / "metrics.jsonl").open("w") as file:
     for step in range(1, steps + 1):
         slow = 10 if step <= 2 else 1
         record = dict(step=step, loss=2.0, tokens=64 * step, seconds=1.0, tokens_per_second=64 / seconds / slow,
-                      peak_memory_bytes=10**9, dp_bytes=0)
+                      peak_memory_bytes=10**9, dp_bytes=0, merge_bytes=1_000_000 * (step % 10 == 0))
         file.write(json.dumps(record) + chr(10))
     if lr > 0.15:
         print("error: Step 9 gave loss nan, gradient norm nan: not finite, so the step was not applied"); sys.exit(2)
@@ -145,6 +145,35 @@ def test_mistakes_are_told_before_anything_runs(
     with pytest.raises(UserError, match=message):
         start(tool, tmp_path, **changes)
     assert not (tmp_path / "calls.txt").exists()
+
+
+def test_a_missing_package_is_told_before_anything_runs(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "galore_torch.galore_projector", None)
+    galore = {"options": {"method.name": "galore", "ds_config": "ds_configs/zero0.json"}, "lr": 0.01}
+    with pytest.raises(UserError, match=r"method galore: method\.name galore needs the package galore-torch"):
+        start(tool, tmp_path, "--dry_run", methods={**SETTING["methods"], "galore": galore})
+    start(tool, tmp_path, "--dry_run")
+
+
+def test_heads_on_ranks_have_their_own_launcher_and_their_merges(tool: ModuleType, tmp_path: Path) -> None:
+    options = {"method.name": "lte", "method.merge_interval": 10, "parallel.lte_heads": 2}
+    heads = {"options": options, "lr": 0.02, "launcher": f"{sys.executable} {tmp_path / 'trainer.py'}", "world": 2}
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({**SETTING, "sweep": "none", "methods": {"lte": heads}}))
+    words = [str(tmp_path / "own.yaml"), "--data", str(tmp_path), "--out", str(tmp_path / "out.json")]
+    parse = tool.make_parser().parse_args
+    tool.act(parse([*words, "--work", str(tmp_path / "work")]))  # not the setting's launcher, which would train
+    table = (tmp_path / "out.md").read_text()
+    assert "| lte | 4 | 2 x 50.0% | 0.02, 0.001 |" in table and "| 0.00 MB, merges 0.10 MB |" in table
+    with pytest.raises(UserError, match=r"world of 1 ranks .*lte_heads 2"):  # another launcher has ranks of its own
+        tool.act(parse([*words, "--launcher", "{python} {script}", "--dry_run"]))
+
+
+def test_a_table_of_one_data_rank_at_stage_2(tool: ModuleType, tmp_path: Path) -> None:
+    start(tool, tmp_path, sweep="none", ds_config="ds_configs/zero2.json")
+    assert "(formula)" in (tmp_path / "out.md").read_text()
 
 
 def test_another_text_and_missing_data_are_refused(tool: ModuleType, tmp_path: Path) -> None:
