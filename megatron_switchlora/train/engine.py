@@ -231,12 +231,12 @@ class Engine:
         return (float(norm if norm is not None else self.ds.get_global_grad_norm()),)
 
     def _across_heads(self, phase: Optional[str]) -> int:
-        """Bytes that this rank gave in a phase, or in all, to collectives with ranks of other heads."""
+        """Bytes that this rank gave in a phase, or in all, to collectives with ranks of other heads: to any group but
+        those within its own."""
         if self.mesh.size("lte") == 1:
             return 0
-        return sum(self.recorder.total(phase, self.mesh.group(line)) for line in ("lte", "data", "world")) + (
-            self.recorder.total(phase, dist.group.WORLD)
-        )
+        within = sum(self.recorder.total(phase, self.mesh.group(line)) for line in ("head", "dp", "tp"))
+        return self.recorder.total(phase) - within
 
     def _agree(
         self, losses: Tensor, norms: tuple[float, ...], votes: Sequence[bool]

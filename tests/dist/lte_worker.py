@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from megatron_switchlora.config import RunConfig
+from megatron_switchlora.config import ParallelConfig, RunConfig
 from megatron_switchlora.methods.lte import Merging
 from megatron_switchlora.optim.lr import lr_factor
-from megatron_switchlora.parallel.mesh import Mesh
+from megatron_switchlora.parallel.mesh import Mesh, build_mesh
 from megatron_switchlora.parallel.shard import shard_of
 from megatron_switchlora.train.traffic import merge_bytes
 from tests.dist.engines import build_engine, full_rows, start
@@ -62,12 +62,18 @@ def under_deepspeed(config: RunConfig, stage: str, steps: int, mesh: Mesh) -> di
     engine, reference = build_engine(config, stage, mesh), make_lte_reference(config)
     method: Any = engine.method
     found: dict[str, Any] = {"losses": [], "norms": [], "merge_bytes": [], "control_bytes": []}
+    here = slice(method.first_head, method.first_head + config.method.heads_here)
+    gaps = {"loss_gap": 0.0, "norm_gap": 0.0}
     for step, batch in enumerate(make_batches(config, steps)):
         result = engine.train_step(step, by_heads(config, batch, mesh), lambda: (False, True))
         assert result.healthy
         assert result.votes == (0, dist.get_world_size())
         factor = lr_factor(step, config.train.warmup_steps, config.train.steps)
-        reference.step(step, head_batches(config, batch), config.optim.lr * factor, config.dense_lr * factor)
+        losses, norms = reference.step(
+            step, head_batches(config, batch), config.optim.lr * factor, config.dense_lr * factor
+        )
+        for key, mine, theirs in (("loss_gap", result.head_losses, losses), ("norm_gap", result.head_norms, norms)):
+            gaps[key] = max(gaps[key], *(abs(a / b - 1) for a, b in zip(mine, theirs[here], strict=True)))
         found["losses"].append(result.loss)
         found["norms"].append(result.head_norms)
         found["merge_bytes"].append(result.merge_bytes)
@@ -82,7 +88,27 @@ def under_deepspeed(config: RunConfig, stage: str, steps: int, mesh: Mesh) -> di
         for name, param in method.evaluated().named_parameters()
     )
     found["sent"] = merge_bytes(config, VOCAB, mesh.size("tp"))
-    return found
+    return found | gaps
+
+
+def as_lora(config: RunConfig, stage: str, steps: int) -> dict[str, Any]:
+    """One head on all ranks, never merged, beside LoRA with the same compute path, initial values and scaling."""
+    mesh, losses, states = build_mesh(ParallelConfig(tp=config.parallel.tp)), [], []
+    for name in ("lte", "lora"):
+        mine = copy.deepcopy(config)
+        mine.parallel.lte_heads, mine.method.name = 1, name  # type: ignore[assignment]
+        mine.method.merge_interval = "never" if name == "lte" else 10
+        mine.optim.dense_lr = config.dense_lr
+        mine.method.init = config.method.initial  # type: ignore[assignment]
+        engine = build_engine(mine, stage, mesh)
+        results = [
+            engine.train_step(step, by_heads(mine, batch, mesh)) for step, batch in enumerate(make_batches(mine, steps))
+        ]
+        losses.append([(result.loss, result.grad_norm) for result in results])
+        states.append([full_rows(engine, p) for p in engine.params])
+        assert float(states[-1][0]["exp_avg_sq"].abs().max()) > 0
+    alike = all(torch.equal(a[key], b[key]) for a, b in zip(*states, strict=True) for key in a)
+    return {"alike": alike and losses[0] == losses[1]}
 
 
 def true_mean(reference: LteReference, name: str) -> torch.Tensor:
@@ -95,7 +121,9 @@ def act(payload: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     for case in payload["cases"]:
         config = lte_config(parallel__lte_heads=payload["heads"], parallel__tp=payload.get("tp", 1), **case["changes"])
-        if case.get("twin"):
+        if case.get("as_lora"):
+            found.append(as_lora(config, case["stage"], case["steps"]))
+        elif case.get("twin"):
             found.append(against_one_process(config, case["steps"], mesh))
         elif case.get("stage"):
             found.append(under_deepspeed(config, case["stage"], case["steps"], mesh))

@@ -26,9 +26,11 @@ def check_reference(results: list[dict[str, float]]) -> None:
 
 def check_deepspeed(results: list[dict[str, Any]], merges: int, bar: float = 1e-5) -> None:
     """Against the reference within the bar; nothing crosses heads but at merges, and there what the formula says."""
-    print(f"\nmean model from the reference's: {max(r['gap'] for r in results):.1e} of its largest entry")
+    gaps = {key: max(result[key] for result in results) for key in ("gap", "loss_gap", "norm_gap")}
+    print(f"\nfrom the reference: mean model {gaps['gap']:.1e} of its largest entry, losses {gaps['loss_gap']:.1e}, "
+          f"norms {gaps['norm_gap']:.1e} relative")  # fmt: skip
+    assert max(gaps.values()) < bar
     for result in results:
-        assert result["gap"] < bar
         assert result["differing"] == []
         assert result["cast_gap"] == 0.0
         assert result["losses"] == results[0]["losses"]
@@ -50,13 +52,16 @@ def test_two_heads_on_two_ranks() -> None:
         {"changes": {"method__base": "nf4"}, "steps": 9, "twin": True},
         {"changes": {}, "steps": 9, "stage": "0"},
         {"changes": {"method__local_heads": 2}, "steps": 9, "stage": "2"},
-    ]
+        *({"changes": {"train__precision": precision, "method__compute": "auto"}, "steps": 5, "stage": stage,
+           "as_lora": True} for precision, stage in (("fp32", "1"), ("bf16", "0"))),
+    ]  # fmt: skip
     found = run(2, 2, 1, cases)
     for results in found[:3]:
         check_reference(results)
     assert max(result["gap"] for result in found[3]) < 1e-9
-    for results in found[4:]:
+    for results in found[4:6]:
         check_deepspeed(results, merges=3)
+    assert all(result["alike"] for results in found[6:] for result in results)
 
 
 @full
