@@ -20,7 +20,7 @@ import torch
 
 from megatron_switchlora.config import UserError, require
 from megatron_switchlora.parallel.agree import PeerError
-from megatron_switchlora.parallel.launchers import is_first, own_host
+from megatron_switchlora.parallel.launchers import is_first, is_first_here, own_host
 from megatron_switchlora.parallel.ranks import RankError, Ranks, complete_environment, discover_ranks
 from megatron_switchlora.parallel.rollcall import Verdict, meet, report
 from megatron_switchlora.train.arguments import Arguments, parse_arguments
@@ -61,13 +61,17 @@ def told_once(first: bool) -> Iterator[None]:
 
 def report_alone(error: UserError) -> None:
     """Before the ranks have met a rank may see what rank 0 does not: a file that its host lacks."""
-    with contextlib.suppress(UserError):
+    try:
         ranks = discover_ranks(os.environ)
         complete_environment(os.environ)
-        told = report(os.environ, ranks, str(error))
-        if not told and ranks.local_size < ranks.world_size and ranks.local_rank == 0:
-            # Rank 0 said the same, or is too far behind to be told: better twice than never.
-            print(f"error: rank {ranks.rank}, on {own_host(os.environ)}: {error}", file=sys.stderr, flush=True)
+    except UserError:  # it cannot even find the others, who may see nothing wrong: once a host
+        if is_first_here(os.environ):
+            print(f"error: on {own_host(os.environ)}: {error}", file=sys.stderr, flush=True)
+        return
+    told = report(os.environ, ranks, str(error))
+    if not told and ranks.local_size < ranks.world_size and ranks.local_rank == 0:
+        # Rank 0 said the same, or is too far behind to be told: better twice than never.
+        print(f"error: rank {ranks.rank}, on {own_host(os.environ)}: {error}", file=sys.stderr, flush=True)
 
 
 def check_early(arguments: Arguments, ranks: Ranks) -> None:

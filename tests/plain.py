@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Optional
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from megatron_switchlora.config import MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from megatron_switchlora.data.loader import Samples
@@ -64,6 +66,19 @@ def make_samples(config: RunConfig, count: int = 100, seed: int = 2) -> Samples:
     """A training text of random tokens, skewed likewise."""
     size = count * config.train.seq_len + 1
     return Samples((np.random.default_rng(seed).random(size) ** 3 * VOCAB).astype(np.uint16), config.train.seq_len)
+
+
+def peak_of(act: Callable[[], None]) -> int:
+    """Most bytes of tensors alive at once while `act` runs, beyond those alive before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        act()
+    recorded = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = sorted((e.start_ns(), e.nbytes()) for e in recorded if e.name() == "[memory]")
+    held = most = 0
+    for _, change in events:
+        held += change
+        most = max(most, held)
+    return most
 
 
 class PlainRun:

@@ -22,13 +22,14 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
 from volume_report import chart, table
 
-from megatron_switchlora.config import RunConfig, UserError, full_rank_config, require
+from megatron_switchlora.config import RunConfig, UserError, full_rank_config, method_config, require
 from megatron_switchlora.parallel.agree import on_all_ranks
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.train.arguments import parse_arguments
@@ -50,27 +51,30 @@ class Case:
 
 def make_cases(arguments: argparse.Namespace, options: list[str], world: int) -> list[Case]:
     """Raises: UserError, for what a run of one of them would refuse."""
-    cases = []
+    cases: list[Case] = []
     for method in arguments.method or [""]:
         path, *more = split_words(method)
         files = [*arguments.config, *([path] if path else [])]
         config = parse_arguments([*(f"--config={file}" for file in files), *options, *more]).config
-        require(
-            not config.method.full_rank_steps,
-            "method.full_rank_steps are another run as far as traffic goes: give full.yaml as a --method of its own, "
-            "and this one without them.",
-        )
-        dp = mesh_sizes(config.parallel, world)["dp"]
-        per_pass = config.train.micro_batch_size * dp * config.parallel.lte_heads
-        for given in arguments.ds_config or [None]:
-            ds_config = read_ds_config(given)
-            for count in arguments.accumulation or [None]:
-                batch = config.train.global_batch_size if count is None else count * per_pass
-                sized = replace(config, train=replace(config.train, global_batch_size=batch))
-                resolve_ds_config(ds_config, sized, dp)
-                name = " ".join([Path(path).stem or config.method.name, *(word.split(".")[-1] for word in more)])
-                cases.append(Case(name, sized, ds_config, batch // per_pass))
+        name = " ".join([Path(path).stem or config.method.name, *(word.split(".")[-1] for word in more)])
+        if config.method.full_rank_steps:  # traffic of their own
+            cases += sized_cases(arguments, f"{name}: the full-rank steps", full_rank_config(config), world)
+        method = method_config(config)
+        cases += sized_cases(arguments, name, replace(method, method=replace(method.method, full_rank_steps=0)), world)
     return cases
+
+
+def sized_cases(arguments: argparse.Namespace, name: str, config: RunConfig, world: int) -> Iterator[Case]:
+    """One configuration under every DeepSpeed JSON and accumulation."""
+    dp = mesh_sizes(config.parallel, world)["dp"]
+    per_pass = config.train.micro_batch_size * dp * config.parallel.lte_heads
+    for given in arguments.ds_config or [None]:
+        ds_config = read_ds_config(given)
+        for count in arguments.accumulation or [None]:
+            batch = config.train.global_batch_size if count is None else count * per_pass
+            sized = replace(config, train=replace(config.train, global_batch_size=batch))
+            resolve_ds_config(ds_config, sized, dp)
+            yield Case(name, sized, ds_config, batch // per_pass)
 
 
 def split_words(method: str) -> list[str]:
@@ -107,7 +111,8 @@ def predicted(case: Case, world: int) -> dict[str, Any]:
     found = flows(case.config, vocab_size, mesh, zero)
     full = full_rank_config(case.config)
     full_dp = mesh_sizes(full.parallel, world)["dp"]
-    reference = flows(full, vocab_size, {"lte": 1, "dp": full_dp, "tp": mesh["tp"]}, zero)
+    full_mesh = {"lte": 1, "dp": full_dp, "tp": mesh["tp"]}
+    reference = flows(full, vocab_size, full_mesh, zero)
     return {
         "name": case.name,
         "zero": zero.stage,
@@ -116,6 +121,7 @@ def predicted(case: Case, world: int) -> dict[str, Any]:
         "predicted": [asdict(flow) for flow in found],
         "wire_predicted": sum(on_the_wire(f.op, f.bytes, axis_size(mesh, f.axis)) for f in found),
         "full_rank_gradients": sum(flow.bytes for flow in reference if flow.kind == "gradients"),
+        "full_rank_wire": sum(on_the_wire(f.op, f.bytes, axis_size(full_mesh, f.axis)) for f in reference),
     }
 
 

@@ -8,7 +8,8 @@ Tensor-parallel sizes 1, 2, 4, ... up to --max_tp, ZeRO stages 0 to 2, micro-bat
 checkpointing and the bank's spread are tried; the fastest that fits is shown in full, the next in a line each. The
 formulas are those of --dry_run (`train/memory.py`, `train/traffic.py`) and `train/cost.py`, which says what is left
 out; no GPU is needed. --link is one adapter's, of which a node has --adapters. --efficiency, the share of the peak that
-products reach, is an assumption: take it from a run's MFU where you have one. Options of launch/pretrain.py may follow.
+products reach, is an assumption: take it from a run's MFU where you have one. Options of launch/pretrain.py may follow;
+of those that are tried, parallel.tp and train.micro_batch_size stay as they are where they are among these.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
-from megatron_switchlora.config import RunConfig, UserError, require
+from megatron_switchlora.config import RunConfig, UserError, full_rank_config, method_config, require
 from megatron_switchlora.model.counts import model_flops_per_token
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.rules import validate
@@ -40,7 +41,7 @@ WORKSPACE = 2.5e9  # CUDA's context, cuBLAS, NCCL's buffers and the allocator's 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to run it."""
+    """One way to run it; `before` are the full-rank steps that it may begin with, on the same ranks."""
 
     config: RunConfig
     mesh: dict[str, int]
@@ -48,10 +49,16 @@ class Plan:
     micro_batches: int
     items: list[Item]
     time: StepTime
+    before: Optional[Plan] = None
 
     @property
     def peak(self) -> float:
-        return peak_bytes(self.items) + WORKSPACE
+        return max(peak_bytes(self.items) + WORKSPACE, self.before.peak if self.before else 0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps."""
+        return self.config.train.steps * self.time.seconds + (self.before.seconds if self.before else 0.0)
 
     def words(self) -> str:
         train, mesh = self.config.train, self.mesh
@@ -69,6 +76,16 @@ class Plan:
 def make_plan(config: RunConfig, ds_config: dict[str, Any], machine: Machine, vocab_size: int) -> Plan:
     """Raises: UserError, for what the run would refuse."""
     validate(config)
+    border = config.method.full_rank_steps
+    found = _plan_phase(method_config(config), ds_config, machine, vocab_size)
+    if not border:
+        return found
+    first = full_rank_config(config)
+    first = replace(first, train=replace(first.train, steps=border))
+    return replace(found, before=_plan_phase(first, ds_config, machine, vocab_size))
+
+
+def _plan_phase(config: RunConfig, ds_config: dict[str, Any], machine: Machine, vocab_size: int) -> Plan:
     mesh = mesh_sizes(config.parallel, machine.world)
     resolved = resolve_ds_config(ds_config, config, mesh["dp"])
     zero = zero_settings(resolved)
@@ -80,11 +97,15 @@ def make_plan(config: RunConfig, ds_config: dict[str, Any], machine: Machine, vo
     )  # fmt: skip
 
 
-def variants(config: RunConfig, ds_config: dict[str, Any], machine: Machine, max_tp: int) -> Iterator[tuple]:
-    """(configuration, DeepSpeed JSON) of everything that may be tried."""
+def variants(config: RunConfig, ds_config: dict[str, Any], max_tp: int, kept: Sequence[str]) -> Iterator[tuple]:
+    """(configuration, DeepSpeed JSON) of everything that may be tried; options that are `kept` are not."""
     sizes = [2**power for power in range(20) if 2**power <= max_tp]
+    if "parallel.tp" in kept:
+        sizes = [config.parallel.tp]
     largest = config.train.global_batch_size // config.parallel.lte_heads
     batches = [size for size in range(1, min(largest, 256) + 1) if largest % size == 0]
+    if "train.micro_batch_size" in kept:
+        batches = [config.train.micro_batch_size]
     for tp in sizes:
         for micro in batches:
             for again, spread in product((False, True), ("tp", "dp") if config.method.switches else ("tp",)):
@@ -96,7 +117,14 @@ def variants(config: RunConfig, ds_config: dict[str, Any], machine: Machine, max
                     yield tried, {**ds_config, "zero_optimization": section}
 
 
-def search(config: RunConfig, ds_config: dict[str, Any], machine: Machine, max_tp: int, vocab_size: int) -> list[Plan]:
+def search(
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    machine: Machine,
+    max_tp: int,
+    vocab_size: int,
+    kept: Sequence[str],
+) -> list[Plan]:
     """All that fit, in classes of a per cent of time, fastest first; within one by fewest micro-batches, whose larger
     products run best, then by memory.
 
@@ -104,7 +132,7 @@ def search(config: RunConfig, ds_config: dict[str, Any], machine: Machine, max_t
         UserError: nothing runs on these ranks, or nothing fits, with what comes nearest.
     """
     plans, refusals = [], []
-    for tried, json_ in variants(config, ds_config, machine, max_tp):
+    for tried, json_ in variants(config, ds_config, max_tp, kept):
         try:
             plans.append(make_plan(tried, json_, machine, vocab_size))
         except UserError as error:
@@ -119,7 +147,7 @@ def search(config: RunConfig, ds_config: dict[str, Any], machine: Machine, max_t
             f"{best.peak / 1e9:.1f} GB, most of it {max(best.items, key=lambda item: item.bytes).kind}. Give more GPUs "
             "a node with a larger --max_tp, or another GPU."
         )
-    return sorted(fitting, key=lambda plan: (round(100 * math.log(plan.time.seconds)), plan.micro_batches, plan.peak))
+    return sorted(fitting, key=lambda plan: (round(100 * math.log(plan.seconds)), plan.micro_batches, plan.peak))
 
 
 def facts(plan: Plan, vocab_size: int, machine: Machine, disk: float) -> dict[str, Any]:
@@ -139,22 +167,34 @@ def facts(plan: Plan, vocab_size: int, machine: Machine, disk: float) -> dict[st
         "flops_per_token": flops_per_token(plan.config, vocab_size, plan.mesh["tp"], plan.micro_batches),
         "tokens_per_second": tokens / time.seconds,
         "mfu": useful / time.seconds / machine.world / machine.gpu.peak(train.precision),
-        "days": train.steps * time.seconds / 86400,
+        "days": plan.seconds / 86400,
         "checkpoint": stored,
         "checkpoint_seconds": stored / disk,
+        "full_rank": facts(plan.before, vocab_size, machine, disk) if plan.before else None,
     }
 
 
-def show(plan: Plan, found: dict[str, Any], steps: int) -> str:
+def links(by_link: dict[str, float]) -> str:
+    found = [f"{count / 1e6:,.1f} MB {'of a GPU' if link == 'within nodes' else 'of a node'} {link}"
+             for link, count in by_link.items() if count]  # fmt: skip
+    return ", ".join(found) or "nothing"
+
+
+def show(plan: Plan, found: dict[str, Any]) -> str:
     exposed = ", ".join(f"{kind} {seconds:.3f} s" for kind, seconds in found["exposed"].items()) or "none"
-    links = ", ".join(f"{count / 1e6:,.1f} MB {'of a GPU' if link == 'within nodes' else 'of a node'} {link}"
-                      for link, count in found["by_link"].items() if count)  # fmt: skip
+    steps, first = plan.config.train.steps, []
+    if plan.before:
+        before, count = found["full_rank"], plan.before.config.train.steps
+        first = [f"before it            {count:,} full-rank steps of {before['seconds']:.3f} s in "
+                 f"{before['memory'] / 1e9:.1f} GB, sending {links(before['by_link'])}"]  # fmt: skip
+        steps += count
     return "\n".join([
         f"{found['plan']}.", "",
         *memory_lines(plan.items),
         f"  {'workspace: CUDA, NCCL (assumed)':<50}{WORKSPACE / 1e9:>9.3f}", "",
+        *first,
         f"FLOPs a token        {found['flops_per_token'] / 1e9:,.3f} G",
-        f"sent a step          {links or 'nothing'}",
+        f"sent a step          {links(found['by_link'])}",
         f"step                 {found['seconds']:.3f} s: compute {found['compute']:.3f} s; not hidden: {exposed}",
         f"throughput           {found['tokens_per_second']:,.0f} tokens/s, MFU {found['mfu']:.1%}; {steps:,} steps "
         f"take {found['days']:,.2f} days",
@@ -215,11 +255,6 @@ def make_parser() -> argparse.ArgumentParser:
 def act(arguments: argparse.Namespace, options: list[str]) -> None:
     check(arguments)
     config = parse_arguments([*(f"--config={file}" for file in arguments.config), *options]).config
-    require(
-        not config.method.full_rank_steps,
-        "method.full_rank_steps are another run as far as memory and traffic go: plan --method.name full, and this "
-        "method without them.",
-    )
     ds_config = read_ds_config(arguments.ds_config)
     link = arguments.link * arguments.adapters
     machine = Machine(GPUS[arguments.gpu], arguments.nodes, arguments.gpus, link, arguments.efficiency)
@@ -227,10 +262,11 @@ def act(arguments: argparse.Namespace, options: list[str]) -> None:
     if arguments.as_configured:
         plans = [make_plan(config, ds_config, machine, vocab_size)]
     else:
-        plans = search(config, ds_config, machine, arguments.max_tp or arguments.gpus, vocab_size)
+        kept = [option.split("=")[0].removeprefix("--") for option in options if option.startswith("--")]
+        plans = search(config, ds_config, machine, arguments.max_tp or arguments.gpus, vocab_size, kept)
     found = facts(plans[0], vocab_size, machine, arguments.disk)
     label: str = arguments.name or config.method.name
-    print(brief(label, found) if arguments.brief else show(plans[0], found, config.train.steps))
+    print(brief(label, found) if arguments.brief else show(plans[0], found))
     if not arguments.brief:
         for plan in plans[1:6]:
             print(f"next: {plan.time.seconds:.3f} s, {plan.peak / 1e9:.1f} GB: {plan.words()}")

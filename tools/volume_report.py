@@ -9,7 +9,8 @@ from megatron_switchlora.train.traffic import PARTS
 
 Result = dict[str, Any]
 OTHERS = ("parameters", "bank", "tensor parallel", "merges", "control")
-HEAD = ["method", "ZeRO", "micro-batches", "mesh", "", *PARTS, "gradients", "against full-rank", *OTHERS, "on the wire"]
+HEAD = ["method", "ZeRO", "micro-batches", "mesh", "", *PARTS, "gradients", "against full-rank", *OTHERS, "on the wire",
+        "sent, against full-rank"]  # fmt: skip
 
 
 def table(results: list[Result]) -> str:
@@ -53,6 +54,8 @@ def _row(result: Result, what: str) -> list[str]:
     cells += [_mb(given), f"{given / full - 1:+.1%}" if full else "-"]
     cells += [_mb(kinds.get(kind, 0.0)) for kind in OTHERS]
     cells.append("" if wire is None else _mb(wire))
+    sent, full_sent = result["wire_predicted"], result["full_rank_wire"]
+    cells.append(f"{sent / full_sent - 1:+.1%}" if what == "predicted" and full_sent else "")
     return cells
 
 

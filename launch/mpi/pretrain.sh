@@ -25,6 +25,7 @@ if [ -f "$hosts" ]; then  # a scheduler's file may name a host once a slot
   hosts="$(sed 's/[#\r].*//; s/:.*//' "$hosts" | awk 'NF && !seen[$1]++ { printf "%s%s", comma, $1; comma = "," }')"
 fi
 [ -n "$hosts" ] || { echo "error: no hosts are named." >&2; exit 2; }
+[[ "$hosts" != */* ]] || { echo "error: there is no file $hosts, and no host has such a name." >&2; exit 2; }
 IFS=, read -ra names <<<"$hosts"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 

@@ -174,5 +174,14 @@ def which_launcher(env: Mapping[str, str]) -> Optional[Launcher]:
 
 def is_first(env: Mapping[str, str]) -> bool:
     """Whether this process speaks for all: rank 0, or any one whose rank cannot be read. Raises nothing."""
-    rank = next((env[each.rank] for each in LAUNCHERS if each.rank in env), "0")
-    return not rank.isdecimal() or int(rank) == 0
+    return _is_zero(next((env[each.rank] for each in LAUNCHERS if each.rank in env), "0"))
+
+
+def is_first_here(env: Mapping[str, str]) -> bool:
+    """Whether this process speaks for its host, likewise."""
+    return _is_zero(next((env[each.local_rank] for each in LAUNCHERS if each.local_rank in env), "0"))
+
+
+def _is_zero(text: str) -> bool:
+    """Also what is no number."""
+    return not text.isdecimal() or int(text) == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict
 from fnmatch import fnmatch
 from importlib.metadata import version
@@ -48,6 +49,9 @@ def what_must_agree(config: RunConfig, ds_config: dict[str, Any], device: torch.
     package = Path(__file__).parents[1]
     for path in sorted(path for path in package.rglob("*.py") if path.is_file()):
         code.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    script = getattr(sys.modules["__main__"], "__file__", None)  # launch/pretrain.py
+    if script and Path(script).is_file():
+        code.update(Path(script).read_bytes())
     same = {"device": device.type, "ds_config": ds_config, "the code's digest": code.hexdigest()[:12]}
     same |= {f"version of {name}": version(name) for name in ("torch", "deepspeed", "numpy")}
     return flatten(asdict(config)) | same

@@ -161,8 +161,9 @@ def step_time(
     by_link = {"within nodes": 0.0, "between nodes": 0.0}
     hidden = 0.0
     for flow in flows(config, vocab_size, mesh, zero):
-        link, count, seconds = flow_time(flow, mesh, machine)
-        by_link[link] += count
+        links, seconds = flow_time(flow, mesh, machine)
+        for link, count in links.items():
+            by_link[link] += count
         behind = {"bank": compute, "gradients": backward if overlap else 0.0}.get(flow.kind, 0.0)
         covered = min(seconds, max(0.0, behind - hidden))
         hidden += covered
@@ -170,19 +171,21 @@ def step_time(
     return StepTime(compute, exposed, hidden, by_link)
 
 
-def flow_time(flow: Flow, mesh: dict[str, int], machine: Machine) -> tuple[str, float, float]:
-    """(link, bytes on it, seconds) of one flow: of a GPU's links in its node, or of a node's to others."""
+def flow_time(flow: Flow, mesh: dict[str, int], machine: Machine) -> tuple[dict[str, float], float]:
+    """(bytes by link, seconds) of one flow: on a GPU's links in its node, and on a node's to others. A ring that goes
+    over both is as fast as the slower."""
     sent = on_the_wire(flow.op, flow.bytes, axis_size(mesh, flow.axis))
-    rings = rings_out_of_a_node(flow.axis, mesh, machine.gpus)
-    if rings == 0:
-        return "within nodes", sent, sent / machine.gpu.peers
-    return "between nodes", rings * sent, rings * sent / machine.link
+    stays, leaves = rings_of_a_node(flow.axis, mesh, machine.gpus)
+    links = {"within nodes": sent if stays else 0.0, "between nodes": leaves * sent}
+    return links, max(links["within nodes"] / machine.gpu.peers, links["between nodes"] / machine.link)
 
 
-def rings_out_of_a_node(axis: str, mesh: dict[str, int], gpus: int) -> int:
-    """Of the rings along an axis or plane, each through its ranks in order, those that leave the node which most do."""
+def rings_of_a_node(axis: str, mesh: dict[str, int], gpus: int) -> tuple[bool, int]:
+    """Of the rings along an axis or plane, each through its ranks in order: whether any goes from one GPU to another of
+    its node, and how many leave the node which most do."""
     grid = np.arange(mesh["lte"] * mesh["dp"] * mesh["tp"]).reshape([mesh[name] for name in AXES])
     along = [AXES.index(name) for name in PLANES.get(axis, (axis,))]
     lines = np.moveaxis(grid, along, range(-len(along), 0)).reshape(-1, axis_size(mesh, axis))
-    nodes, following = lines // gpus, np.roll(lines, -1, axis=1) // gpus
-    return int(np.bincount(nodes[nodes != following], minlength=1).max())
+    following = np.roll(lines, -1, axis=1)
+    nodes, leaves = lines // gpus, lines // gpus != following // gpus
+    return bool(np.any(~leaves & (lines != following))), int(np.bincount(nodes[leaves], minlength=1).max())

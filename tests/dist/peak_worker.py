@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.profiler import ProfilerActivity, profile
-
 from megatron_switchlora.config import ModelConfig
 from megatron_switchlora.train.ds_config import resolve_ds_config, zero_settings
 from megatron_switchlora.train.memory import memory_items, peak_bytes, phase_bytes
 from tests.dist.engines import DS_JSON, build_engine, micro_batches, start
 from tests.dist.memory_worker import live_bytes
-from tests.plain import VOCAB, make_batches, small_config
+from tests.plain import VOCAB, make_batches, peak_of, small_config
 
 MODEL = ModelConfig(hidden_size=128, intermediate_size=344, num_layers=4, num_heads=4)
 
@@ -29,14 +27,8 @@ def measure(case: dict[str, Any], mesh: Any) -> tuple[int, int]:
     engine.train_step(0, micro_batches(config, batches[0], mesh))
     pieces = micro_batches(config, batches[1], mesh)
     held = live_bytes() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        engine.train_step(1, pieces)
+    highest = peak_of(lambda: engine.train_step(1, pieces))
     engine.ds.destroy()  # or its hooks keep it alive into the next case
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
     zero = zero_settings(resolve_ds_config(DS_JSON[case["stage"]], config, mesh.size("dp")))
     items = memory_items(config, VOCAB, mesh.size("tp"), mesh.size("dp"), zero)
     return held + highest, peak_bytes(items) + phase_bytes(items, "host")  # here all of it is host memory

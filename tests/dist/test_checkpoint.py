@@ -121,6 +121,7 @@ def test_another_mesh_continues_the_same_trajectory(
 
 
 LTE: dict[str, Any] = {"method__merge_interval": 3, "method__alpha": 14.0, **PADDED}
+WIDE = {"model__hidden_size": 128, "model__intermediate_size": 256}  # whole blocks of 4 bits on a rank
 LTE_FORMS: list[tuple[str, str, dict[str, Any]]] = [
     ("1", "fp32", {}),
     ("0", "bf16", {"method__local_heads": 2}),
@@ -167,23 +168,43 @@ def test_lte_over_switchlora_and_in_4_bits_resumed_to_the_bit(tmp_path: Path) ->
 @pytest.mark.full
 @pytest.mark.parametrize(("dp", "tp"), [(2, 1), (1, 2)])
 def test_lte_resumed_on_larger_heads_to_the_bit(tmp_path: Path, dp: int, tp: int) -> None:
-    forms = [form for form in LTE_FORMS if tp == 1 or "method__base" not in form[2]]
+    forms = [
+        (stage, precision, {**changes, **WIDE} if tp > 1 and "method__base" in changes else changes)
+        for stage, precision, changes in LTE_FORMS
+    ]
     check_lte(tmp_path, dp, tp, [*forms, ("0", "fp32", {"method__merge_form": "reset", "method__local_heads": 2})])
 
 
 @pytest.mark.full
 def test_heads_change_after_a_merge(tmp_path: Path) -> None:
-    """Two heads on ranks, saved after a merge, go on as four in a process and as one: the mean model stays, and so do
-    the factors of the heads that stay."""
+    """Two heads on ranks, saved after a merge, go on as four in a process (those that switch on ranks) and as one: the
+    mean model stays, and so do the factors of the heads that stay. Every form of merge and base."""
     shared: dict[str, Any] = {"method": "lte", "stage": "1", "precision": "fp32", "steps": 9}
-    run_mesh(1, 1, [{**shared, "changes": LTE, "folder": str(tmp_path / "2"), "first": 0, "save_at": 6}], heads=2)
-    cases = []
-    for heads in (4, 1):
-        folder = tmp_path / str(heads) / "checkpoints"
-        folder.mkdir(parents=True)
-        (folder / "step-00000006").symlink_to(tmp_path / "2" / "checkpoints" / "step-00000006")
-        changes = {**LTE, "method__local_heads": heads, "train__micro_batch_size": heads}
-        cases.append({**shared, "changes": changes, "folder": str(folder.parent), "first": 6})
-    for case, found in zip(cases, run_mesh(1, 1, cases)[0], strict=True):
-        assert found["export_gap"] < 1e-6, case
-        assert found["kept"] == min(2, case["changes"]["method__local_heads"])
+    forms: list[dict[str, Any]] = [
+        {},
+        {"method__merge_form": "reset"},
+        {"method__base": "nf4"},
+        {"method__inner": "switchlora", "method__alpha": 1.0},
+    ]
+    places = [tmp_path / str(number) for number in range(len(forms))]
+    begun = [
+        {**shared, "changes": {**LTE, **form}, "folder": str(place), "first": 0, "save_at": 6}
+        for form, place in zip(forms, places, strict=True)
+    ]
+    run_mesh(1, 1, begun, heads=2)
+    for ranks in (1, 4):
+        cases, wanted = [], []
+        for form, place in zip(forms, places, strict=True):
+            for heads in (4, 1) if ranks == 1 and "method__inner" not in form else (ranks,):
+                folder = place / f"{ranks} x {heads}" / "checkpoints"
+                folder.mkdir(parents=True)
+                (folder / "step-00000006").symlink_to(place / "checkpoints" / "step-00000006")
+                local = {"method__local_heads": heads, "train__micro_batch_size": heads} if ranks == 1 else {}
+                changes = {**LTE, **form, **local}
+                cases.append({**shared, "changes": changes, "folder": str(folder.parent), "first": 6})
+                wanted.append(min(2, heads))
+        results = run_mesh(1, 1, cases, heads=ranks)
+        for index, case in enumerate(cases):
+            found = [rank[index] for rank in results]
+            assert all(rank["export_gap"] < 1e-6 for rank in found), case
+            assert sum(rank["kept"] for rank in found) == wanted[index], case

@@ -16,6 +16,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "relora": {"method": "relora", "changes": RESTARTS},
     "relora zero": {"method": "relora", "changes": {**RESTARTS, "method__restart_moments": "zero"}},
     "pissa": {"method": "lora", "changes": {"method__init": "pissa"}},
+    "lora_ga": {
+        "method": "lora",
+        "changes": {"method__init": "lora_ga", "method__rslora": True, "method__alpha": 3.0},
+    },
+    "mhlora": {"method": "mhlora", "changes": {"method__local_heads": 2, "method__alpha": 14.0}},
     "lora+": {"method": "switchlora", "changes": {"optim__lora_plus_ratio": 4.0}},
     "random": {"method": "switchlora", "changes": {"method__selection": "random"}},
     "independent": {"method": "switchlora", "changes": {"method__selection": "independent"}},

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.counts import count_shard
 from megatron_switchlora.model.llama import LlamaForCausalLM
+from megatron_switchlora.parallel.mesh import Mesh
 from megatron_switchlora.parallel.shard import Axis
 from megatron_switchlora.train.arguments import parse_arguments
 from tests.dist.launch import REPOSITORY, run_ranks
@@ -26,6 +28,25 @@ def test_the_whole_model_has_the_parameters_that_are_counted(tp: int, rank: int)
     assert found == counts.trainable
     if tp == 1:
         assert found == 1_339_492_352
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+@pytest.mark.parametrize("method", ["switchlora_r512", "switchlora_r256", "lte_r64", "lora_r512"])
+def test_the_adapted_model_has_the_parameters_that_are_counted(tp: int, method: str) -> None:
+    """Adapters, frozen W and bank of a whole model, as the method makes them, without memory."""
+    files = ("llama_1.3b", f"methods/{method}")
+    options = [f"--config={CONFIGS}/{name}.yaml" for name in files] + [f"--parallel.tp={tp}"]
+    config = parse_arguments(options).config
+    mesh = Mesh({"lte": 1, "dp": 1, "tp": tp}, {"lte": 0, "dp": 0, "tp": tp - 1}, {})
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config.model, 32100, mesh.axis("tp"))
+        method_ = build_method(config, model, mesh)
+    counts = count_shard(config.model, config.method, 32100, tp)
+    assert sum(param.numel() for param in model.parameters()) == counts.trainable
+    assert sum(buffer.numel() for buffer in model.buffers()) == counts.frozen
+    if tp == 1 and method.startswith("switchlora"):
+        assert counts.trainable == {"switchlora_r512": 609_720_320, "switchlora_r256": 370_651_136}[method]
+    assert len(method_.matrices()) == 2 * 7 * 24
 
 
 @pytest.mark.full

@@ -47,6 +47,7 @@ host="${1#*@}"
 shift
 exec ip netns exec "$host" unshare --uts sh -c 'hostname "$0"; exec sh -c "$*"' "$host" "$@"
 """
+ISLAND = ["unshare", "--mount", "--net", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child=KILL"]
 ENTER_HOST = 'hostname "$0"; exec "$@"'
 
 
@@ -55,7 +56,13 @@ def missing_parts(*programs: str) -> Optional[str]:
     if os.geteuid() != 0:
         return "needs root for network namespaces"
     lacking = [name for name in ("ip", "unshare", "nsenter", "setpriv", *programs) if shutil.which(name) is None]
-    return f"needs {', '.join(lacking)} (Debian: iproute2, util-linux, slurmctld, slurmd, munge)" if lacking else None
+    if lacking:
+        return f"needs {', '.join(lacking)} (Debian: iproute2, util-linux, slurmctld, slurmd, munge)"
+    island = [*ISLAND, "ip", "link", "add", "probe", "type", "veth", "peer", "name", "other"]
+    tried = subprocess.run(island, capture_output=True, text=True, timeout=20)
+    return (
+        f"needs network namespaces, which root may not make here: {tried.stderr.strip()}" if tried.returncode else None
+    )
 
 
 class Hosts:
@@ -68,11 +75,10 @@ class Hosts:
         lines = [f"10.77.0.{i + 1} {name}" for i, name in enumerate(self.names)]
         (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines]) + "\n")
         ready = self.folder / "ready"
-        island = ["unshare", "--mount", "--net", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child=KILL"]
         words = ["sh", "-c", SETUP, "sh", str(self.folder / "hosts"), str(len(self.names)), str(ready)]
         with open(self.folder / "island.out", "w") as out:
             self.process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *island, *words], stdout=out, stderr=subprocess.STDOUT
+                ["setpriv", "--pdeathsig", "KILL", *ISLAND, *words], stdout=out, stderr=subprocess.STDOUT
             )
         deadline = time.monotonic() + 20
         while not ready.exists():

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Optional
 
 import pytest
 import torch
@@ -206,6 +207,26 @@ def test_a_rank_beyond_its_world_tells_it_itself(place: Place) -> None:
     statuses, output = place.run_each(place.options("beyond"), [variables], timeout=60)
     assert statuses == [2]
     assert output.count("error: Ranks must lie below their group's size, but srun says Ranks(rank=2") == 1, output
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"MASTER_PORT": None}, "must set all of .*; found RANK=1, .* but not MASTER_PORT"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT must lie between 1 and 65535, but it is 99999"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number, but it is 'two'"),
+    ],
+)
+def test_what_only_another_host_lacks_is_told_there(
+    place: Place, changes: dict[str, Optional[str]], message: str
+) -> None:
+    """Rank 0 sees nothing wrong; of the ranks of that host the first speaks."""
+    start = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+    given = {name: value for name, value in (start | changes).items() if value is not None}
+    ranks = [{**given, "RANK": str(1 + local), "LOCAL_RANK": str(local)} for local in (0, 1)]
+    statuses, output = place.run_each(place.options("elsewhere"), ranks, timeout=60)
+    assert statuses == [2, 2]
+    assert output.count("error: on ") == output.count("error: ") == 1 and re.search(message, output), output
 
 
 def test_ranks_of_mpirun_agree_on_a_port_below_a_shell(place: Place, tmp_path: Path) -> None:

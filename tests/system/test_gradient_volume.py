@@ -111,7 +111,7 @@ def test_on_the_wire(
         print(
             f"{result['name']} ZeRO {result['zero']}: {payload - 1:+.3%}, headers {headers:.3%}, again {repeated:.3%}"
         )
-        assert 1 < payload < 1.01, result
+        assert (0.99 if lossy else 1) < payload < 1.01, result  # segments sent again are counted as full ones
         assert result["wire"] == pytest.approx(
             sum(result[f"wire_{name}"] for name in ("payload", "headers", "repeated"))
         )

@@ -67,6 +67,19 @@ def test_a_resumed_run_is_the_same_to_the_bit_and_takes_no_gradient(tmp_path: Pa
 
 
 @pytest.mark.full
+def test_it_begins_from_another_runs_weights_and_keeps_their_function(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    status, output = place.run("alone", place.options("first", "--method.name", "full", "--optim.lr", "0.002"))
+    assert status == 0, output
+    start = ["--train.init_from", str(place.folder / "first")]
+    status, output = place.run("alone", place.options("second", *LORA_GA, *start))
+    assert status == 0, output
+    first, second = place.records("first"), place.records("second")
+    assert second[0]["step"] == 0 and second[0]["val_loss"] == pytest.approx(first[-1]["val_loss"], rel=1e-5)
+    assert second[-1]["val_loss"] < first[-1]["val_loss"] < first[0]["val_loss"] - 0.1
+
+
+@pytest.mark.full
 def test_new_lte_heads_begin_from_gradients_too(tmp_path: Path) -> None:
     """With A = B = 0 they would never train."""
     place = Place(tmp_path)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests.dist.launch import run_ranks
 from tests.system.commands import Place
+from tests.system.soak import comparable
 
 SPLIT = ["--parallel.tp", "2"]
 ODD = ["--model.intermediate_size", "49", "--optim.lr", "0.002", "--train.check_interval", "5"]
@@ -65,6 +66,24 @@ def test_meshes_that_do_not_divide_are_refused(place: Place, more: list[str], me
     assert statuses == [2, 2]
     assert output.count("error: ") == 1 and message in output and "Traceback" not in output, output
     assert not (place.folder / "refused").exists()
+
+
+@pytest.mark.full
+def test_a_warm_start_at_tp_2_is_that_of_one_process_and_resumes_at_its_border(place: Place) -> None:
+    warm = [*ODD, "--method.full_rank_steps", "5"]
+    for run, launcher, more in (("warm 1", "alone", []), ("warm 2", "torchrun", SPLIT)):
+        status, output = place.run(launcher, place.options(run, *warm, *more))
+        assert status == 0, output
+    halves = [*warm, *SPLIT]
+    status, output = place.run("torchrun", place.options("halves", *halves, "--train.stop_after_steps", "5"))
+    assert status != 0 and "stopped after step 5" in output, output
+    status, output = place.run("torchrun", place.options("halves", *halves))
+    assert status == 0 and "goes on after step 5 " in output, output
+    assert comparable(place.records("halves")) == comparable(place.records("warm 2"))
+    for mine, theirs in zip(place.records("warm 2"), place.records("warm 1"), strict=True):
+        for key in {"loss", "val_loss", "grad_norm"} & set(theirs):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-5), (key, theirs)
+        assert mine.get("switched") == theirs.get("switched")
 
 
 @pytest.mark.full

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.dist.launch import REPOSITORY, free_port
+from tests.dist.launch import REPOSITORY, descendants, free_port
 from tests.system.cluster import Cluster
 from tests.system.commands import BIN
 from tests.system.hosts import Hosts, missing_parts
@@ -68,6 +69,12 @@ def test_mpirun(cluster: Cluster, on_one_host: list[dict[str, Any]], given: str)
         hosts = str(cluster.folder / "hosts.txt")
     words = ["launch/mpi/pretrain.sh", hosts, "1", *cluster.options(f"mpi_{given}")]
     assert comparable(crossed(cluster, words, f"mpi_{given}")) == comparable(on_one_host)
+
+
+def test_a_mistyped_file_of_hosts_is_told(cluster: Cluster) -> None:
+    process = cluster.start("n1", ["launch/mpi/pretrain.sh", str(cluster.folder / "host.txt"), "1"])
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 2 and "there is no file" in output, output
 
 
 def test_deepspeed_with_a_hostfile(cluster: Cluster, on_one_host: list[dict[str, Any]]) -> None:
@@ -131,6 +138,44 @@ def test_another_copy_of_the_code_is_refused(cluster: Cluster) -> None:
     assert re.search(r"the code's digest is \"\w+\" on ranks 1 \(n2\) and \"\w+\" on the others", outputs[0]), outputs
     assert "error:" not in outputs[1]
     assert not Path(cluster.folder / "copies").exists()
+
+
+def test_a_rank_that_cannot_find_the_others_says_so_on_its_host(cluster: Cluster) -> None:
+    """Rank 0 waits for it in vain."""
+    port = str(free_port())
+    first = cluster.rank("n1", 0, "unset", "--parallel.start_timeout", "4", MASTER_PORT=port)
+    second = cluster.rank("n2", 1, "unset", MASTER_PORT="none")
+    outputs = [process.communicate(timeout=60)[0] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert "error: on n2: MASTER_PORT must be a whole number" in outputs[1], outputs
+    assert "ranks 1 did not come within 4 s" in outputs[0], outputs
+
+
+def test_what_was_started_goes_with_a_test_that_is_killed(tmp_path: Path) -> None:
+    """The island's processes, its mounts and interfaces, after kill -9 of who made it."""
+    code = (
+        "import sys, time; from pathlib import Path; from tests.system.hosts import Hosts\n"
+        "with Hosts(Path(sys.argv[1])) as hosts:\n"
+        "    hosts.start('n2', ['sleep', '4321']); time.sleep(0.5)\n"
+        "    print(hosts.first_pid, flush=True); time.sleep(60)"
+    )
+    maker = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert maker.stdout is not None
+        first = int(maker.stdout.readline())
+        inside = [pid for pid in descendants(maker.pid) if Path(f"/proc/{pid}/comm").read_text() == "sleep\n"]
+        assert Path(f"/proc/{first}").exists() and inside
+    finally:
+        maker.kill()
+        maker.wait()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in (first, *inside)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert "br0" not in Path("/proc/net/dev").read_text()
+    assert str(tmp_path) not in Path("/proc/mounts").read_text()
 
 
 def test_a_file_that_one_host_lacks(cluster: Cluster) -> None:

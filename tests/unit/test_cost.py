@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -10,7 +12,7 @@ from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.counts import model_flops_per_token
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.parallel.mesh import lone_mesh
-from megatron_switchlora.train.cost import GPUS, Machine, flops_per_token, flow_time, rings_out_of_a_node, step_time
+from megatron_switchlora.train.cost import GPUS, Machine, flops_per_token, flow_time, rings_of_a_node, step_time
 from megatron_switchlora.train.ds_config import Zero
 from megatron_switchlora.train.traffic import Flow
 from tests.plain import VOCAB, make_batches, small_config
@@ -61,14 +63,17 @@ def test_links() -> None:
     """Two nodes of 8 GPUs. At tp 4 a node has 4 lines of dp, each with 2 of its 4 ranks there."""
     machine, mesh = Machine(GPUS["h100"], 2, 8, 50e9), {"lte": 1, "dp": 4, "tp": 4}
     activations, gradients = (Flow("gradients", "", axis, "all_reduce", 1e9) for axis in ("tp", "dp"))
-    assert flow_time(activations, mesh, machine) == ("within nodes", 1.5e9, 1.5e9 / 450e9)
-    assert flow_time(gradients, mesh, machine) == ("between nodes", 6e9, 6e9 / 50e9)
+    assert flow_time(activations, mesh, machine) == ({"within nodes": 1.5e9, "between nodes": 0}, 1.5e9 / 450e9)
+    assert flow_time(gradients, mesh, machine) == ({"within nodes": 1.5e9, "between nodes": 6e9}, 6e9 / 50e9)
     alone = {"lte": 1, "dp": 16, "tp": 1}  # one ring through both nodes
-    assert flow_time(gradients, alone, machine) == ("between nodes", 1.875e9, 1.875e9 / 50e9)
+    both = {"within nodes": 1.875e9, "between nodes": 1.875e9}
+    assert flow_time(gradients, alone, machine) == (both, 1.875e9 / 50e9)
+    cards = Machine(GPUS["rtx4090"], 2, 8, 400e9)  # whose own links are slower than what joins the nodes
+    assert flow_time(gradients, alone, cards) == (both, 1.875e9 / 32e9)
     heads = {"lte": 2, "dp": 8, "tp": 1}  # a head a node: 8 lines across
-    assert flow_time(gradients, heads, machine)[0] == "within nodes"
+    assert flow_time(gradients, heads, machine)[0] == {"within nodes": 1.75e9, "between nodes": 0}
     merge = Flow("merges", "", "lte", "all_reduce", 1e9)
-    assert flow_time(merge, heads, machine) == ("between nodes", 8e9, 8e9 / 50e9)
+    assert flow_time(merge, heads, machine) == ({"within nodes": 0, "between nodes": 8e9}, 8e9 / 50e9)
 
 
 def test_overlap_hides_gradients_behind_the_backward_pass() -> None:
@@ -80,7 +85,8 @@ def test_overlap_hides_gradients_behind_the_backward_pass() -> None:
     every = step_time(config, VOCAB, mesh, Zero(2), slow, True)  # reduces at each of them
     assert every.hidden == pytest.approx(4 * overlapped.hidden)
     assert plain.seconds - overlapped.seconds == pytest.approx(overlapped.hidden)
-    fast = step_time(config, VOCAB, mesh, Zero(1), Machine(GPUS["h100"], 2, 8, 1e15), True)
+    near = replace(GPUS["h100"], peers=1e15)
+    fast = step_time(config, VOCAB, mesh, Zero(1), Machine(near, 2, 8, 1e15), True)
     assert fast.exposed["gradients"] == 0 and fast.exposed["parameters"] > 0
 
 
@@ -124,5 +130,6 @@ def test_precision_decides_the_peak() -> None:
         ("lte", {"lte": 2, "dp": 4, "tp": 2}, 8, 8),
     ],
 )
-def test_rings_out_of_a_node(axis: str, mesh: dict[str, int], gpus: int, rings: int) -> None:
-    assert rings_out_of_a_node(axis, mesh, gpus) == rings
+def test_rings_of_a_node(axis: str, mesh: dict[str, int], gpus: int, rings: int) -> None:
+    stays, leaves = rings_of_a_node(axis, mesh, gpus)
+    assert (stays, leaves) == (axis != "lte", rings)

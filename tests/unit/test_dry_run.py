@@ -6,13 +6,12 @@ import copy
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from megatron_switchlora.config import ModelConfig, RunConfig, UserError
 from megatron_switchlora.methods import SwitchLora, build_method
@@ -24,7 +23,7 @@ from megatron_switchlora.train.dry_run import plan
 from megatron_switchlora.train.ds_config import Zero, read_ds_config, zero_settings
 from megatron_switchlora.train.memory import memory_items, peak_bytes
 from megatron_switchlora.train.traffic import full_rank_bytes, gradient_bytes
-from tests.plain import VOCAB, PlainRun, make_batches, small_config
+from tests.plain import VOCAB, PlainRun, make_batches, peak_of, small_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "launch" / "configs"
@@ -53,10 +52,10 @@ def parsed(model: str, overlay: str, *options: str) -> RunConfig:
     return parse_arguments([*files, *options]).config
 
 
-def shipped(model: str, overlay: str, *options: str, tp: int = 1) -> RunConfig:
+def shipped(model: str, overlay: str, *options: str, tp: int = 1, heads: int = 1) -> RunConfig:
     """The same, parsed once, for the caller to change."""
     config = copy.deepcopy(parsed(model, overlay, *options))
-    config.parallel.tp = tp
+    config.parallel.tp, config.parallel.lte_heads = tp, heads
     return config
 
 
@@ -105,6 +104,15 @@ def test_every_shipped_combination(model: str) -> None:
             assert f"{mesh} x tp 1;" in text and "32,100" in text
             assert ("LTE heads: a rank hands" in text) == (heads and world > 1)
             assert row(text, "peak: throughout + the larger phase (estimate)")[0] < 70, "80 GB hold every one"
+
+
+@pytest.mark.parametrize("overlay", ["lte_r64", "lte_switchlora_r128"])
+def test_a_head_a_node(overlay: str) -> None:
+    """1, 4 and 16 nodes of 8 GPUs, each node a head."""
+    for nodes in (1, 4, 16):
+        text = plan(shipped("1.3b", overlay, heads=nodes), {}, 8 * nodes)
+        assert f"lte {nodes} x dp 8 x tp 1;" in text
+        assert (f"Merge of {nodes} LTE heads: a rank hands" in text) == (nodes > 1)
 
 
 def test_shipped_numbers_are_the_papers() -> None:
@@ -226,19 +234,6 @@ def test_what_zero_partitions() -> None:
     config.train.precision = "fp32"
     assert "fp32 masters" not in kinds(config, 1, 8, Zero(0), 32100)
     assert kinds(config, 1, 8, Zero(1), 32100)["fp32 masters"] * 8 == 4 * count
-
-
-def peak_of(act: Callable[[], None]) -> int:
-    """Most bytes of tensors alive at once while `act` runs, beyond those alive before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        act()
-    recorded = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
-    events = sorted((e.start_ns(), e.nbytes()) for e in recorded if e.name() == "[memory]")
-    held = most = 0
-    for _, change in events:
-        held += change
-        most = max(most, held)
-    return most
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,39 @@ def test_as_a_program() -> None:
     assert "dp 128 x tp 1" in done.stdout and "next: " in done.stdout
 
 
+def test_full_rank_steps_are_a_phase_of_their_own(
+    planned: Callable[..., dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Days and the peak are those of both; the phases are those of two plans."""
+    cluster = [
+        "--nodes",
+        "4",
+        "--gpu",
+        "a100-40gb",
+        "--as_configured",
+        "--parallel.tp",
+        "2",
+        "--train.activation_checkpointing",
+        "true",
+    ]
+    both = planned(*LARGE, *cluster, "--method.full_rank_steps", "1000")
+    assert "before it            1,000 full-rank steps of" in capsys.readouterr().out
+    low = planned(*LARGE, *cluster)
+    full = planned(*LARGE, "--config", "launch/configs/methods/full.yaml", *cluster)
+    assert both["seconds"] == pytest.approx(low["seconds"]) and both["by_link"] == pytest.approx(
+        low["by_link"], rel=1e-3
+    )
+    assert both["full_rank"]["seconds"] == pytest.approx(full["seconds"])
+    assert both["full_rank"]["by_link"] == full["by_link"]
+    assert both["days"] == pytest.approx((1000 * full["seconds"] + 39000 * low["seconds"]) / 86400)
+    assert both["memory"] == max(low["memory"], full["memory"])
+
+
+def test_what_is_given_is_not_tried(planned: Callable[..., dict]) -> None:
+    found = planned(*LARGE, "--nodes", "2", "--parallel.tp", "2", "--train.micro_batch_size=8")
+    assert "x tp 2," in found["plan"] and "micro-batches of 8" in found["plan"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -96,10 +129,12 @@ def test_as_a_program() -> None:
         (["--nodes", "1", "--max_tp", "0"], "error: --max_tp must be at least 1, not 0"),
         (["--nodes", "1", "--out", "missing/plan.json"], "error: --out missing/plan.json: there is no folder missing"),
         (["--nodes", "1", "--gpu", "rtx4090", "--as_configured"], "error: This does not fit: a rank needs"),
-        (["--nodes", "1", "--method.full_rank_steps", "10"], "error: method.full_rank_steps are another run"),
         (["--nodes", "1", "--gpu", "abacus"], "invalid choice: 'abacus'"),
         (["--nodes", "1", "--model.num_layers", "4000"], "error: Nothing fits 80 GB"),
-        (["--nodes", "1", "--gpus", "3", "--parallel.lte_heads", "2"], "error: "),
+        (
+            ["--nodes", "1", "--gpus", "3", "--method.name", "lte", "--parallel.lte_heads", "2"],
+            "error: The world of 3 ranks must be a multiple of parallel.lte_heads 2",
+        ),
     ],
 )
 def test_mistakes(
