@@ -46,7 +46,7 @@ def keep_records(path: Path, steps: int, dropped: Optional[Path] = None) -> None
     """Leave the records up to `steps`; later ones go to the end of `dropped`, if given."""
     records = read_records(path)
     kept = [record for record in records if steps and record["step"] <= steps]
-    if dropped is not None:
+    if dropped is not None and len(kept) < len(records):
         with dropped.open("a", encoding="utf-8") as file:
             file.writelines(map(as_line, records[len(kept) :]))
     replace_text(path, "".join(map(as_line, kept)))
