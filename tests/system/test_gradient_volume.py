@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.dist.launch import REPOSITORY, clean_environment, free_port
+from tests.system import slow_link
 from tests.system.cluster import Cluster
 from tests.system.hosts import Hosts, missing_parts
 
@@ -133,3 +135,24 @@ def test_tensor_parallel_bank_and_merges(tmp_path: Path) -> None:
         check_record(result)
     assert (tmp_path / "volume.png").stat().st_size > 10_000
     assert "| tp_spread |" in (tmp_path / "volume.md").read_text()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(missing_parts("tc") is not None, reason=str(missing_parts("tc")))
+def test_the_slow_links_command_in_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sent, not how fast: full-rank and SwitchLoRA their gradients, LTE its merges."""
+    (tmp_path / "input.txt").write_text(Path(str(argparse.__file__)).read_text())
+    words = ["--data", tmp_path / "input.txt", "--steps", "12", "--target", "9", "--out", tmp_path / "link.json"]
+    monkeypatch.setattr(sys, "argv", ["slow_link.py", *map(str, words)])
+    slow_link.main()
+    results = json.loads((tmp_path / "link.json").read_text())
+    for place, steps in (("fast", 10), ("slow", 12)):
+        found = results[place]
+        assert {name: entry["steps"] for name, entry in found.items()} == dict.fromkeys(slow_link.METHODS, steps)
+        full, low, heads = (found[name]["gradient_bytes_a_step"] for name in ("full", "switchlora", "lte"))
+        assert full > 3 * low > 0 == heads
+        assert found["full"]["sent_bytes_a_step"] > full > found["switchlora"]["sent_bytes_a_step"] > low
+        assert 0 < found["lte"]["sent_bytes_a_step"] < low
+        assert found["full"]["target_reached"]["step"] == 0
+    assert (tmp_path / "link.png").stat().st_size > 10_000
