@@ -34,11 +34,15 @@ def time_methods(setting: Setting, runner: Runner) -> None:
         for method in setting.methods:
             seconds[method].append(_one(setting, runner, method))
             print(f"round {number + 1}, {method}: {seconds[method][-1]:.4f} s a step", flush=True)
-    base = seconds[setting.reference]
-    for method, values in seconds.items():
-        ratios = [mine / theirs for mine, theirs in zip(values, base, strict=True)]
-        found = {"step_seconds": values, "ratio": median(ratios), "lowest": min(ratios), "highest": max(ratios)}
-        runner.results.change("timing", method, found)
+        for method, values in seconds.items():  # what a stop leaves are whole rounds
+            ratios = [mine / theirs for mine, theirs in zip(values, seconds[setting.reference], strict=True)]
+            found = {
+                "step_seconds": list(values),
+                "ratio": median(ratios),
+                "lowest": min(ratios),
+                "highest": max(ratios),
+            }
+            runner.results.change("timing", method, found)
 
 
 def _one(setting: Setting, runner: Runner, method: str) -> float:
