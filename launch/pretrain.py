@@ -98,6 +98,18 @@ def show_plan(arguments: Arguments, first: bool) -> None:
         print(text)
 
 
+def prepare_only(arguments: Arguments, first: bool) -> None:
+    """The token cache, made by rank 0 alone."""
+    from megatron_switchlora.data.packing import prepare
+
+    if first:
+        data = prepare(arguments.config.data, progress=True)
+        print(
+            f"{data.folder}: {data.train.num_tokens:,} tokens to train on, {data.val.num_tokens:,} to validate, a "
+            f"vocabulary of {data.vocab_size:,}. Runs with the same data options open it."
+        )
+
+
 def meet_others(arguments: Arguments, ranks: Ranks, device: torch.device) -> torch.distributed.Store:
     """Compare with the other ranks what all must have alike; returns the store in which they have met."""
     same = what_must_agree(arguments.config, read_ds_config(arguments.ds_config), device)
@@ -155,6 +167,9 @@ def main() -> None:
         arguments = parse_arguments(sys.argv[1:])  # --help works wherever it is typed
         if arguments.dry_run:
             show_plan(arguments, first)
+            leave(0)
+        if arguments.prepare_only:
+            prepare_only(arguments, first)
             leave(0)
         ranks = discover_ranks(os.environ)
         complete_environment(os.environ)

@@ -11,8 +11,9 @@ command of launch/pretrain.py in the work folder. `optim.lr` and `optim.dense_lr
 `sweep: grid` all listed pairs; the best point then runs at the other seeds, those of the best methods at more. A run
 that diverges is a result: its loss is infinite. Stop or kill the command at any time: finished runs are kept in one
 JSON, and the same command goes on, a run under way from its own checkpoint. An option that some run would refuse is
-told before anything trains. `--timing` measures step times apart, runs in turn and one at a time: what is read off runs
-that shared the machine is no comparison. `--report` writes table and plot of what is there; the table follows each run.
+told before anything trains. `--set` gives an option another value in every run. `--timing` measures step times apart,
+runs in turn and one at a time: what is read off runs that shared the machine is no comparison. `--report` writes table
+and plot of what is there; the table follows each run.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Optional
 
-from compare_report import write_report
+import yaml
+from compare_report import of_method, write_report
 from compare_runs import Results, Runner, Stopped
 from compare_setting import ROOT, Point, Setting, read_setting, validate_points
 from compare_timing import time_methods
 
-from megatron_switchlora.config import UserError
+from megatron_switchlora.config import UserError, require
 from megatron_switchlora.train.stop import REQUEUE
 
 
@@ -61,8 +63,8 @@ def compare(setting: Setting, runner: Runner) -> None:
         runner.results.choose(method, point)
         return point, mean(runner.seeds(method, point, range(setting.seeds)))
 
-    with ThreadPoolExecutor(len(setting.methods)) as pool:
-        settled = finish(runner, {method: pool.submit(settle, method) for method in setting.methods})
+    with ThreadPoolExecutor(len(setting.selected)) as pool:
+        settled = finish(runner, {method: pool.submit(settle, method) for method in setting.selected})
         ranked = sorted(settled, key=lambda method: settled[method][1])
         finish(runner, {
             method: pool.submit(runner.seeds, method, settled[method][0], range(setting.best.seeds))
@@ -87,7 +89,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting", type=Path, metavar="SETTING", help="a YAML, or a name of tools/settings")
     parser.add_argument("--data", type=Path, help="what {data} is in the setting's options")
-    parser.add_argument("--methods", help="only these of the setting's methods, with commas")
+    parser.add_argument("--methods", help="run only these of the setting's methods, with commas")
+    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", dest="changes",
+                        help="an option's value in every run, as train.steps=4800")  # fmt: skip
     parser.add_argument("--out", type=Path, help="results; by default benchmarks/compare_SETTING.json. "
                         "The table goes to .md and the plot to .png beside it")  # fmt: skip
     parser.add_argument("--work", type=Path, help="run folders and logs; by default runs/compare/SETTING")
@@ -102,10 +106,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_changes(given: list[str]) -> dict[str, Any]:
+    """Options of --set, their values read as YAML."""
+    for entry in given:
+        require("=" in entry, f"--set {entry}: give an option and its value, as --set train.steps=4800.")
+    return {name: yaml.safe_load(value) for name, value in (entry.split("=", 1) for entry in given)}
+
+
 def act(arguments: argparse.Namespace) -> None:
     overrides = {key: getattr(arguments, key) for key in ("launcher", "world") if getattr(arguments, key) is not None}
     names: Optional[list[str]] = arguments.methods.split(",") if arguments.methods else None
-    setting = read_setting(arguments.setting, names, overrides)
+    setting = read_setting(arguments.setting, names, overrides, read_changes(arguments.changes))
     configs = validate_points(setting, arguments.data or (Path("data") if arguments.report else None))
     out = arguments.out or ROOT / "benchmarks" / f"compare_{setting.name}.json"
     runner = Runner(
@@ -118,6 +129,9 @@ def act(arguments: argparse.Namespace) -> None:
             print(f"{method}: {config.train.steps:,} steps, {point}\n  {' '.join(runner.command(method, point, 0))}")
         return
     if not arguments.report:
+        there = sum(len(of_method(setting, runner.results, method)) for method in setting.selected)
+        if there and not arguments.timing:
+            print(f"{out} has {there} runs of these methods, which are not repeated: --out begins anew.", flush=True)
         runner.results.report = lambda: write_report(setting, configs, runner.results, plot=False)
         with runner:
             (time_methods if arguments.timing else compare)(setting, runner)

@@ -93,10 +93,12 @@ def _row(
     heads = f"{config.heads} x " if config.heads > 1 else ""  # each of LTE's heads trains so many
     share = f"{heads}{known['trainable'] / known['full_rank']:.1%}" if known else ""
     memory = max((run["peak_memory_bytes"] or 0 for run in runs), default=0)
+    ranks = setting.launch(method)[1]
+    several = f"{ranks} x " if ranks > 1 else ""  # rank 0's is measured
     cells = [
         method, rank, share, rates, str(len(runs)), _spread(losses, 3), _spread([math.exp(x) for x in losses], 2),
         _gradients(setting, method, config, known, notes), _time(setting, results, method, notes),
-        f"{memory / 1e6:,.0f} MB",
+        f"{several}{memory / 1e6:,.0f} MB",
     ]  # fmt: skip
     if known and known["device"] == "cpu":
         notes.add("Peak memory is that of the whole process on the CPU, libraries included.")
@@ -143,20 +145,25 @@ def _time(setting: Setting, results: Results, method: str, notes: set[str]) -> s
     timing = results.content["timing"].get(method)
     if timing is None:
         return ""
-    notes.add(f"Step time: ratio to {setting.reference}'s, median over rounds of --timing (lowest to highest), alone.")
-    return f"{timing['ratio']:.2f} ({timing['lowest']:.2f} to {timing['highest']:.2f})"
+    notes.add(
+        f"Step time: ratio to {setting.reference}'s, median over rounds of --timing (lowest to highest), alone; of the "
+        "median step, so without what few steps do: merges, restarts, decompositions."
+    )
+    ranks, reference = setting.launch(method)[1], setting.launch(setting.reference)[1]
+    other = f", {ranks} ranks against {reference}" if ranks != reference else ""
+    return f"{timing['ratio']:.2f} ({timing['lowest']:.2f} to {timing['highest']:.2f}{other})"
 
 
 def _facts(setting: Setting, results: Results) -> list[str]:
     runs = results.content["runs"].values()
     revisions = sorted({str(run["revision"])[:12] for run in runs})
-    machine = results.content["machine"]
+    places = [run["machine"] for run in runs] + [timing["machine"] for timing in results.content["timing"].values()]
+    machines = sorted({f"{m['cpus']} CPUs ({m['processor']}), {m['system']}" for m in places})
     data = " --data DATA" if "{data}" in str(setting.options) else ""
     return [
         f"Made by `tools/compare.py {setting.name}{data}`, step times with `--timing`.",
         f"{len(runs)} runs, of which {sum(run['diverged'] for run in runs)} diverged; revisions "
-        f"{', '.join(revisions) or 'none'}; {machine.get('cpus')} CPUs ({machine.get('processor')}), "
-        f"{machine.get('system')}.",
+        f"{', '.join(revisions) or 'none'}; {'; '.join(machines)}.",
     ]
 
 

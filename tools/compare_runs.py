@@ -50,7 +50,7 @@ class Results:
         self.path = path
         self.report: Callable[[], Any] = lambda: None  # called after every change, under the lock
         self._lock = threading.Lock()
-        self.content: dict[str, Any] = {"machine": {}, "data": None, "chosen": {}, "timing": {}, "runs": {}}
+        self.content: dict[str, Any] = {"data": None, "chosen": {}, "timing": {}, "runs": {}}
         if path.exists():
             try:
                 self.content |= json.loads(path.read_text(encoding="utf-8"))
@@ -61,9 +61,6 @@ class Results:
         """Set an entry and write the file, so that a kill leaves the old or the new one."""
         with self._lock:
             self.content[section][key] = value
-            self.content["machine"] = {
-                "processor": processor(), "cpus": os.cpu_count(), "system": platform.platform()
-            }  # fmt: skip
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(self.path, json.dumps(self.content, indent=1) + "\n")
             self.report()
@@ -210,6 +207,11 @@ class Runner:
         return False
 
 
+def machine() -> dict[str, Any]:
+    """Where a run was made; on a cluster the host that started it."""
+    return {"processor": processor(), "cpus": os.cpu_count(), "system": platform.platform()}
+
+
 def processor() -> str:
     """The processor's own name where the system tells, else its kind."""
     try:
@@ -249,6 +251,7 @@ def read_run(folder: Path, diverged: bool) -> dict[str, Any]:
         "revision": meta.get("versions", {}).get("git_revision"),
         "torch": meta.get("versions", {}).get("torch"),
         "data": meta.get("data"),
+        "machine": machine(),
     }
 
 

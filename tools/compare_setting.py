@@ -106,6 +106,7 @@ class Setting:
     world: int = 1  # ranks that the launcher starts
     ds_config: Optional[str] = None
     timing: Timing = Timing()
+    selected: tuple[str, ...] = ()  # the methods that --methods names: those run, the report has all
 
     def launch(self, method: str) -> tuple[str, int]:
         """The command that starts a method's runs, and its ranks."""
@@ -162,8 +163,10 @@ def run_key(method: str, point: Point, seed: int, options: dict[str, Any]) -> st
     return f"{method} {point} seed {seed} {mark}"
 
 
-def read_setting(path: Path, methods: Optional[list[str]], overrides: dict[str, Any]) -> Setting:
-    """The setting in a file, or of that name among the shipped ones, with some of its methods and changed fields.
+def read_setting(
+    path: Path, methods: Optional[list[str]], overrides: dict[str, Any], options: Optional[dict[str, Any]] = None
+) -> Setting:
+    """The setting in a file, or of that name among the shipped ones, with changed fields and options of all methods.
 
     Raises:
         UserError: no such file, or a field, type or method that it does not know.
@@ -175,10 +178,15 @@ def read_setting(path: Path, methods: Optional[list[str]], overrides: dict[str, 
     require(isinstance(given, dict) and bool(given), f"{path} must name its methods, a section each, under 'methods'.")
     unknown = [name for name in methods or [] if name not in given]
     require(not unknown, f"{path} has no method {', '.join(unknown)}: it has {', '.join(given)}.")
-    chosen = {name: _make(Contender, given[name], f"{path}, method {name}") for name in methods or given}
+    chosen = {name: _make(Contender, given[name], f"{path}, method {name}") for name in given}
     if "launcher" in overrides:
         chosen = {name: replace(contender, launcher=None, world=None) for name, contender in chosen.items()}
-    content |= {"methods": chosen, "name": path.stem}
+    if options:  # they overrule a method's own, and the sweep's
+        chosen = {name: replace(contender, options=contender.options | options) for name, contender in chosen.items()}
+        short = content.get("sweep_options") or {}
+        content["sweep_options"] = {name: value for name, value in short.items() if name not in options}
+    require("selected" not in content, f"{path}: unknown field selected.")
+    content |= {"methods": chosen, "name": path.stem, "selected": tuple(methods or given)}
     for key, kind in (("best", Best), ("timing", Timing)):
         if key in content:
             content[key] = _make(kind, content[key], f"{path}, {key}")
@@ -218,7 +226,8 @@ def validate_points(setting: Setting, data: Optional[Path]) -> dict[str, RunConf
             try:
                 options = setting.run_options(name, method.starts()[0], 0, sweep)
                 config = setting.config(options, data, setting.launch(name)[1])
-                require_packages(config)
+                if name in setting.selected:
+                    require_packages(config)
             except UserError as error:
                 raise UserError(f"Setting {setting.name}, method {name}: {error}") from None
             configs.setdefault(name, config)

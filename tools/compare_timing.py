@@ -3,7 +3,8 @@
 In each round every method runs a few steps in turn, one at a time, in a fresh folder: the real run's options, ended by
 train.stop_after_steps, so that schedules stand where the run begins. A method's step time in a round is the median of
 its steps after the first `skip`; it is divided by the reference's of the same round, and the median over rounds is
-reported. Rates do not matter to it, so each method's starting point serves.
+reported. Rates do not matter to it, so each method's starting point serves. What happens in few steps, as LTE's merges,
+ReLoRA's restarts and GaLore's decompositions do, is not in a median of steps; the table says so.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 from statistics import median
 from typing import Any
 
-from compare_runs import Runner, step_seconds
+from compare_runs import Runner, machine, step_seconds
 from compare_setting import Setting
 
 from megatron_switchlora.config import require
@@ -26,12 +27,12 @@ def time_methods(setting: Setting, runner: Runner) -> None:
         UserError: the reference is not among the methods, or a run ends before it has been timed.
     """
     require(
-        setting.reference in setting.methods,
+        setting.reference in setting.selected,
         f"Step times are ratios to {setting.reference!r}: put it among the methods, or change the setting's reference.",
     )
-    seconds: dict[str, list[float]] = {method: [] for method in setting.methods}
+    seconds: dict[str, list[float]] = {method: [] for method in setting.selected}
     for number in range(setting.timing.rounds):
-        for method in setting.methods:
+        for method in setting.selected:
             seconds[method].append(_one(setting, runner, method))
             print(f"round {number + 1}, {method}: {seconds[method][-1]:.4f} s a step", flush=True)
         for method, values in seconds.items():  # what a stop leaves are whole rounds
@@ -41,6 +42,7 @@ def time_methods(setting: Setting, runner: Runner) -> None:
                 "ratio": median(ratios),
                 "lowest": min(ratios),
                 "highest": max(ratios),
+                "machine": machine(),
             }
             runner.results.change("timing", method, found)
 

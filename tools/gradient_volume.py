@@ -31,6 +31,7 @@ from volume_report import chart, table
 
 from megatron_switchlora.config import RunConfig, UserError, full_rank_config, method_config, require
 from megatron_switchlora.parallel.agree import on_all_ranks
+from megatron_switchlora.parallel.launchers import is_first
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.dry_run import planned_vocabulary
@@ -184,7 +185,7 @@ def main() -> None:
             return
         measure_cases(arguments, options)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_first(os.environ):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -71,7 +71,8 @@ def _sent(result: Result) -> str:
     payload, headers, again = (_mb(result[f"wire_{name}"]) for name in ("payload", "headers", "repeated"))
     return (
         f"- Sent for {result['name']}, ZeRO {result['zero']}: {payload} of new payload, {headers} of headers, {again} "
-        "once more after losses or late answers"
+        f"once more after losses or late answers; rings of what was recorded: "
+        f"{_mb(result['wire_of_recorded'])}. (RDMA, as InfiniBand's, passes the interface's counter by.)"
     )
 
 

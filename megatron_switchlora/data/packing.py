@@ -2,12 +2,15 @@
 
 `prepare` tokenises into `<cache>/<key>/`: train.npy and val.npy (all documents one after the other, an end mark after
 each), tokenizer/ and meta.json. The key hashes what the content depends on, so another file, option or library
-version is another folder. The folder is built aside, made durable and renamed: it is there whole or not at all.
+version is another folder. The folder is built aside, made durable and renamed: it is there whole or not at all. Of
+several processes, on nodes that share the disk too, one builds and the others wait for it.
 meta.json also holds the size of every file; a folder that does not match is built anew.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -66,11 +69,14 @@ def prepare(data: DataConfig, *, progress: bool = False) -> PreparedData:
         return open_prepared(folder)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        prefix = f".{folder.name}-{os.getpid()}-"  # a killed build leaves such a folder, which nothing ever reads
-        with TemporaryDirectory(prefix=prefix, dir=cache, ignore_cleanup_errors=True) as name:
-            scratch = Path(name)
-            _build(data, scratch / "build", scratch / "documents", progress)
-            _publish(scratch / "build", folder, scratch)
+        with _alone(cache / f".{folder.name}.lock"):
+            if _fault(folder) is None:
+                return open_prepared(folder)
+            prefix = f".{folder.name}-{os.getpid()}-"  # a killed build leaves such a folder, which nothing ever reads
+            with TemporaryDirectory(prefix=prefix, dir=cache, ignore_cleanup_errors=True) as name:
+                scratch = Path(name)
+                _build(data, scratch / "build", scratch / "documents", progress)
+                _publish(scratch / "build", folder, scratch)
     except OSError as error:
         raise UserError(f"Cannot write the data cache {cache} ({error}): make room or set data.cache_dir.") from error
     return open_prepared(folder)
@@ -126,6 +132,18 @@ def _fault(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One builder at a time, also of several nodes that share the disk; who is killed lets go."""
+    with path.open("a") as file:
+        with contextlib.suppress(OSError):  # a file system without locks: each builds its own, one is published
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:  # who waits for the file that goes finds the cache; if there is none, two may build it
+            path.unlink(missing_ok=True)
 
 
 def _publish(build: Path, folder: Path, scratch: Path) -> None:

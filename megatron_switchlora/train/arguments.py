@@ -30,6 +30,7 @@ class Arguments:
     evaluate_only: bool
     dry_run: bool = False
     dry_run_world: Optional[int] = None
+    prepare_only: bool = False
 
 
 def build_parser() -> ArgumentParser:
@@ -49,6 +50,11 @@ def build_parser() -> ArgumentParser:
         "--evaluate_only",
         action="store_true",
         help="Evaluate the finished run in --output_dir and stop; all but the device comes from its config.yaml.",
+    )
+    parser.add_argument(
+        "--prepare_only",
+        action="store_true",
+        help="Tokenise the data into the cache, where runs find it, and stop: one process, no GPU.",
     )
     parser.add_argument(
         "--dry_run",
@@ -110,7 +116,10 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     config.method.init = config.method.initial  # type: ignore[assignment]  # a run's records say which it was
     validate(config)
     check_modes(namespace)
-    return Arguments(config, namespace.ds_config, namespace.evaluate_only, namespace.dry_run, namespace.dry_run_world)
+    return Arguments(
+        config, namespace.ds_config, namespace.evaluate_only, namespace.dry_run, namespace.dry_run_world,
+        namespace.prepare_only,
+    )  # fmt: skip
 
 
 def check_modes(namespace: Namespace) -> None:
@@ -122,8 +131,9 @@ def check_modes(namespace: Namespace) -> None:
         f"--dry_run_world {world} says for how many ranks --dry_run plans: give --dry_run too, or leave it out.",
     )
     require(
-        not (namespace.dry_run and namespace.evaluate_only),
-        "--dry_run plans a training run and --evaluate_only evaluates a finished one: give one of them.",
+        namespace.dry_run + namespace.evaluate_only + namespace.prepare_only <= 1,
+        "--dry_run plans a training run, --evaluate_only evaluates a finished one, and --prepare_only makes the data "
+        "ready: give one of them.",
     )
 
 

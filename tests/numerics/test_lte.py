@@ -169,6 +169,8 @@ def test_a_merge_keeps_the_mean(form: str, base: str) -> None:
             assert spread > 1e-3
             redrawn = not torch.equal(old_A, run.method.linears["model.layers.0.mlp.up_proj"].lora_A[1].detach())
             assert redrawn == (form == "reset")
+            now = run.method.linears["model.layers.0.mlp.up_proj"].lora_A
+            assert not torch.equal(now[0], now[1])  # heads draw each their own
     dense = run.method.dense()
     assert all(torch.equal(a, b) for a, b in dense.values())
 

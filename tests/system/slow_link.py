@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import tempfile
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, Optional
@@ -77,7 +77,10 @@ def summary(records: list[dict[str, Any]], target: float) -> dict[str, Any]:
     reached = next(((step, when) for step, when, loss in curve if loss <= target), None)
     return {
         "steps": len(steps),
-        "tokens_per_second": median(record["tokens_per_second"] for record in steps[5:]),
+        "tokens_per_second": steps[-1]["tokens"] / seconds[-1],  # with merges and slow steps
+        "median_step_seconds": median(
+            (now["tokens"] - before["tokens"]) / now["tokens_per_second"] for before, now in pairwise(steps[5:])
+        ),
         "mean_step_seconds": seconds[-1] / len(steps),
         "sent_bytes_a_step": records[-1]["sent"] / len(steps),
         "gradient_bytes_a_step": steps[-1]["dp_bytes"],

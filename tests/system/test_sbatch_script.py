@@ -74,6 +74,19 @@ def test_only_a_limit_that_is_all_notice_ends_a_job_that_is_stopped_at_once(
     assert ("raise --time" in output) == (not goes_on) and (status == 2) == (not goes_on)
 
 
+@pytest.mark.parametrize(("left", "saved"), [("+200 seconds", False), ("+200 seconds", True), ("+9 hours", False)])
+def test_a_limit_that_ends_before_the_first_checkpoint_ends_the_job(stand_ins: Path, left: str, saved: bool) -> None:
+    """In the fourth start; as data does that takes longer to prepare than the limit allows."""
+    folder = stand_ins.parent / "run"
+    (folder / "checkpoints" / ("step-00000003" if saved else "other")).mkdir(parents=True)
+    ends = subprocess.run(["date", "-d", left, "+%FT%T"], capture_output=True, text=True).stdout.strip()
+    more = {"SLURM_RESTART_COUNT": "3", "JOB_ENDS": ends, "OUTPUT_DIR": str(folder), "SECONDS": "3000"}
+    status, output, calls = start(stand_ins, notice=True, **more)
+    goes_on = saved or left == "+9 hours"
+    assert (calls / "scontrol").exists() == goes_on, output
+    assert ("--prepare_only" in output) == (not goes_on) and (status == 2) == (not goes_on), output
+
+
 def test_a_failed_run_is_not_requeued(stand_ins: Path) -> None:
     status, _, calls = start(stand_ins, SRUN_ENDS="3")
     assert status == 3 and not (calls / "scontrol").exists()

@@ -92,6 +92,33 @@ def test_a_coordinate_sweep_ends_at_the_best_point_and_its_seeds(tool: ModuleTyp
     assert start(tool, tmp_path) == found and (tmp_path / "calls.txt").read_text() == calls  # nothing is run twice
 
 
+def test_some_methods_run_and_the_table_keeps_all(tool: ModuleType, tmp_path: Path) -> None:
+    start(tool, tmp_path, sweep="none")
+    rows = (tmp_path / "out.md").read_text().splitlines()
+    start(tool, tmp_path, "--methods", "full", "--timing", sweep="none")
+    calls = (tmp_path / "calls.txt").read_text()
+    assert "timing_full" in calls and "timing_lora" not in calls
+    table = (tmp_path / "out.md").read_text()
+    (lora,) = (row for row in rows if row.startswith("| lora |"))
+    assert lora in table and "1.00 (1.00 to 1.00)" in table
+
+
+def test_an_option_set_for_every_run_makes_other_runs(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = start(tool, tmp_path, sweep="none", seeds=1, best={"methods": 0})
+    again = ["--set", "train.steps=30", "--set", "method.rank=3", "--dry_run"]
+    start(tool, tmp_path, *again, sweep="none", sweep_options={"train.steps": 10})
+    said = capsys.readouterr().out
+    assert "lora: 30 steps" in said and "--method.rank=3" in said and "--train.steps=10" not in said
+    found = start(tool, tmp_path, *again[:-1], sweep="none", seeds=1, best={"methods": 0})
+    assert len(first["runs"]) == 2 and len(found["runs"]) == 4
+    start(tool, tmp_path, *again[:-1], sweep="none", seeds=1, best={"methods": 0})
+    assert "has 2 runs of these methods, which are not repeated" in capsys.readouterr().out
+    with pytest.raises(UserError, match="give an option and its value"):
+        start(tool, tmp_path, "--set", "train.steps")
+
+
 def test_a_grid_with_a_diverging_point_and_a_shorter_sweep(tool: ModuleType, tmp_path: Path) -> None:
     methods = {"lora": {"options": {"method.name": "lora"}, "lr": [0.04, 0.16], "dense_lr": [0.04, 0.08]}}
     found = start(tool, tmp_path, sweep="grid", sweep_options={"train.steps": 10}, methods=methods, seeds=1)
@@ -167,6 +194,7 @@ def test_heads_on_ranks_have_their_own_launcher_and_their_merges(tool: ModuleTyp
     tool.act(parse([*words, "--work", str(tmp_path / "work")]))  # not the setting's launcher, which would train
     table = (tmp_path / "out.md").read_text()
     assert "| lte | 4 | 2 x 50.0% | 0.02, 0.001 |" in table and "| 0.00 MB, merges 0.10 MB |" in table
+    assert "| 2 x 1,000 MB |" in table
     with pytest.raises(UserError, match=r"world of 1 ranks .*lte_heads 2"):  # another launcher has ranks of its own
         tool.act(parse([*words, "--launcher", "{python} {script}", "--dry_run"]))
 

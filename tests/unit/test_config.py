@@ -182,6 +182,7 @@ def test_unknown_options_name_the_nearest() -> None:
         ("--dry_run_world 8", r"--dry_run_world 8 .* give --dry_run too"),
         ("--dry_run --dry_run_world 0", r"--dry_run_world must be at least 1, not 0"),
         ("--dry_run --evaluate_only", r"give one of them"),
+        ("--prepare_only --dry_run", r"give one of them"),
     ],
 )
 def test_refusals(arguments: str, message: str) -> None:
@@ -254,6 +255,9 @@ def test_world_that_does_not_fit_the_mesh() -> None:
     config.parallel.tp = 2
     with pytest.raises(UserError, match=r"world of 3 ranks must be a multiple"):
         mesh_sizes(config.parallel, 3)
+    config.parallel.lte_heads = 3
+    with pytest.raises(UserError, match=r"world of 8 ranks must be a multiple of .*lte_heads 3"):
+        mesh_sizes(config.parallel, 8)
 
 
 def test_used_output_folder_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from megatron_switchlora.config import DataConfig, UserError
 from megatron_switchlora.data import packing
 from megatron_switchlora.data.packing import PreparedData, open_prepared, prepare
+from tests.dist.launch import REPOSITORY
 
 from .test_data_packing import TRAIN, config, documents, tokens
 
@@ -44,6 +45,41 @@ def test_second_time_opens_the_cache(data: DataConfig, monkeypatch: pytest.Monke
     third = open_prepared(first.folder)
     assert np.array_equal(tokens(third.train), tokens(first.train))
     assert third.tokenizer_dir == first.tokenizer_dir
+
+
+def test_of_several_processes_one_builds(data: DataConfig, tmp_path: Path) -> None:
+    """Four at once, with the cache on a disk that they share; the build is slowed to make them meet."""
+    assert data.files and data.val_files
+    script = (
+        "import sys, time\nfrom megatron_switchlora.config import DataConfig\n"
+        "from megatron_switchlora.data import packing\n"
+        "build = packing._build\n"
+        "def slow(*given):\n    print('built', flush=True); time.sleep(2); build(*given)\n"
+        "packing._build = slow\n"
+        "print(packing.prepare(DataConfig(**eval(sys.argv[1]))).folder)"
+    )
+    words = [sys.executable, "-c", script, repr(vars(data))]
+    processes = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    said = [process.communicate(timeout=120)[0].split() for process in processes]
+    assert all(process.returncode == 0 for process in processes)
+    assert sorted(map(len, said)) == [1, 1, 1, 2] and len({words[-1] for words in said}) == 1, said
+
+
+def test_the_command_prepares_what_a_run_opens(
+    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """launch/pretrain.py --prepare_only, under a launcher of two ranks: rank 0 alone builds."""
+    options = [f"--data.{name}={value}" for name, value in vars(data).items() if value is not None]
+    command = [sys.executable, "launch/pretrain.py", "--prepare_only", *options]
+    said = []
+    for rank in "10":
+        env = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    monkeypatch.setattr(packing, "_build", no_build)
+    found = prepare(data)
+    assert said[0] == "" and f"{found.folder}: {found.train.num_tokens:,} tokens to train on" in said[1]
 
 
 def test_other_inputs_give_other_folders(data: DataConfig) -> None:
@@ -77,7 +113,7 @@ def test_leftovers_of_a_killed_build_are_no_cache(data: DataConfig, tmp_path: Pa
     )
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path / "config.json")], timeout=120)
     assert killed.returncode == -signal.SIGKILL
-    leftovers = list((tmp_path / "cache").iterdir())
+    leftovers = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]  # and the file of its lock
     assert len(leftovers) == 1 and leftovers[0].name.startswith(".")
     assert (leftovers[0] / "build/meta.json").exists()  # killed just before publication
     data.cache_dir = str(tmp_path / "cache")
@@ -117,6 +153,12 @@ def test_damaged_cache_is_rebuilt(data: DataConfig, damage: str) -> None:
 
 
 def test_a_cache_published_meanwhile_is_used(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system without locks, which two build on at once."""
+
+    def no_locks(*args: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(packing.fcntl, "flock", no_locks)
     original = packing._build
     theirs: list[PreparedData] = []
     before: dict[str, tuple[int, int]] = {}

@@ -32,6 +32,25 @@ def test_quantising_again_changes_nothing_and_zeros_stay() -> None:
     assert not first[3].any()
 
 
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_layer_and_its_gradient_are_those_of_the_levels(kernels: bool) -> None:
+    """Against torch's own linear over the levels as a dense matrix."""
+    if kernels and not bitsandbytes_works(torch.device("cpu")):
+        pytest.skip("bitsandbytes is not installed")
+    generator = torch.Generator().manual_seed(3)
+    made = Nf4Matrix(torch.randn(48, 100, generator=generator), kernels)
+    dense = dequantise(made.codes, made.scales, 100)
+    x = torch.randn(2, 7, 100, generator=generator)
+    dy = torch.randn(2, 7, 48, generator=generator)
+    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, wanted = made.linear(mine), torch.nn.functional.linear(theirs, dense)
+    y.backward(dy)
+    wanted.backward(dy)
+    assert mine.grad is not None and theirs.grad is not None
+    torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_bitsandbytes_gives_the_same() -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     matrix = torch.randn(64, 128, generator=torch.Generator().manual_seed(2))
