@@ -57,9 +57,9 @@ def closing_words(trainer: Trainer, val_loss: float, seconds: float) -> str:
             f"Gradient bytes a step and rank: {given / 1e6:.2f} MB recorded; full-rank training of this model: "
             f"{full / 1e6:.2f} MB (by its parameter count), so {saved_words(given, full)}."
         )
-    if trainer.mesh.size("lte") > 1:
-        merged = mean(record["merge_bytes"] for record in steps)
-        lines.append(f"Between heads: no gradients; merges, {merged / 1e6:.2f} MB a step and rank in the mean.")
+    apart = [record["merge_bytes"] for record in steps if "merge_bytes" in record]  # not those of a warm start
+    if apart:
+        lines.append(f"Between heads: no gradients; merges, {mean(apart) / 1e6:.3f} MB a step and rank in the mean.")
     lines += [
         f"Run folder: {run.path} (loss.png, metrics.jsonl, final/ for transformers).",
         f'Next: .venv/bin/python tools/generate.py {run.path} "def "',
