@@ -175,8 +175,10 @@ def _plot(setting: Setting, results: Results, path: Path) -> None:
     figure = Figure(figsize=(13, 5))
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
+    top = 0.0  # the best runs from their second evaluation on are in sight: the fall from the start hides all else
     for number, method in enumerate(setting.methods):
         _, best = best_runs(setting, results, method)
+        top = max([top, *(run["curve"][min(1, len(run["curve"]) - 1)][2] for run in best if run["curve"])])
         for run in of_method(setting, results, method):
             bold = run in best
             style: dict[str, Any] = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
@@ -189,6 +191,7 @@ def _plot(setting: Setting, results: Results, path: Path) -> None:
     right.set(xlabel="tokens", title="bold: best rates, a line a seed; pale: other rates")
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.set_ylim(top=1.02 * top if top else None)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
     figure.tight_layout()
