@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from megatron_switchlora.checkpoint.archive import write_parts
 from megatron_switchlora.checkpoint.files import Checkpoint, open_checkpoint, published, verified
 from megatron_switchlora.config import CheckpointConfig
 from megatron_switchlora.methods import SwitchLora
-from megatron_switchlora.methods.lte import Merging
 from megatron_switchlora.model.hf import merged_state_dict
 from megatron_switchlora.model.weights import Weights
 from megatron_switchlora.train import saver
@@ -40,16 +40,16 @@ def load(engine: Any, checkpoint: Checkpoint, step: int) -> None:
 
 
 def kept_heads(engine: Any, checkpoint: Checkpoint) -> int:
-    """LTE heads here whose B is the checkpoint's, in its last layer."""
-    if not isinstance(engine.method, Merging):
-        return 0
-    name, linear = list(engine.method.linears.items())[-1]
-    archive, first = checkpoint.archive(), engine.method.first_head
-    stored = [f"head_{first + head:02d}/{name}.lora_B" for head in range(engine.config.method.heads_here)]
-    pairs = engine.method._pairs(linear)
-    return sum(
-        s in archive and torch.equal(archive.read(s), B.data.float()) for s, (_, B) in zip(stored, pairs, strict=True)
-    )
+    """LTE heads here whose adapters are the checkpoint's, with masters, moments and row steps."""
+    archive, alike = checkpoint.archive(), {}
+    for part in state_parts(engine):
+        found = re.fullmatch(r"(head_\d+)/.*\.lora_[AB](:\w+)?", part.name)
+        if found:
+            same = part.name in archive and torch.equal(
+                archive.read(part.name, part.offset, part.tensor.shape).to(part.tensor.dtype), part.tensor
+            )
+            alike[found[1]] = alike.get(found[1], True) and same
+    return sum(alike.values())
 
 
 @torch.no_grad()
