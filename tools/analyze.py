@@ -29,6 +29,7 @@ from typing import Any, Optional
 import torch
 from analyze_plots import plot_all
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_switchlora.checkpoint.files import published, verified
 from megatron_switchlora.config import UserError, require
@@ -112,7 +113,7 @@ def describe(values: list[Tensor]) -> dict[str, Any]:
 def spectra(weights: list[Weights], base: Base, kinds: dict[str, str], device: str) -> list[dict[str, Any]]:
     """For each checkpoint and kind of matrix, the spectra of weights and of updates."""
     found: list[dict[str, dict[str, list[Tensor]]]] = [{} for _ in weights]
-    for name, kind in kinds.items():
+    for name, kind in tqdm(kinds.items(), desc="Singular values", unit=" matrices", disable=None):
         start = base(name).to(device)
         for checkpoint, entry in zip(weights, found, strict=True):
             now = checkpoint.read(name).to(device)
