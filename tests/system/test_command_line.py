@@ -110,7 +110,7 @@ def srun_variables(rank: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "launcher", ["alone", "mpirun", *(pytest.param(name, marks=pytest.mark.full) for name in ("torchrun", "srun"))]
+    "launcher", ["mpirun", *(pytest.param(name, marks=pytest.mark.full) for name in ("alone", "torchrun", "srun"))]
 )
 def test_other_launchers_train_the_same(place: Place, finished: str, launcher: str) -> None:
     """One process, and two under other launchers, see the same batches and switches as deepspeed's two."""
@@ -178,6 +178,7 @@ def test_mistakes_are_told_once_and_end_every_rank(place: Place, more: list[str]
     assert not (place.folder / run).exists()
 
 
+@pytest.mark.full
 def test_mpirun_tells_a_mistake_once(place: Place) -> None:
     status, output = place.run("mpirun", place.options("refused_mpi", "--train.global_batch_size", "6"), timeout=60)
     assert status == 2

@@ -53,6 +53,7 @@ def test_a_finished_run_is_left_alone(place: Place) -> None:
     assert steps_of(place, "whole") == [36, 40]
 
 
+@pytest.mark.full
 def test_stop_after_steps_and_seconds(place: Place) -> None:
     options = [*place.options("stopped", *SAVING), "--checkpoint.interval", "0"]
     status, output = place.run("alone", [*options, "--train.stop_after_steps", "7"])

@@ -37,6 +37,7 @@ def test_it_is_the_run_of_one_process(place: Place) -> None:
     assert all(record["dp_bytes"] == 0 for record in place.records("split") if "loss" in record)  # one data rank
 
 
+@pytest.mark.full
 def test_its_export_has_no_padding_and_evaluates_anywhere(place: Place) -> None:
     split, whole = (load_file(place.folder / run / "final" / "model.safetensors") for run in ("split", "whole"))
     assert split["model.layers.0.mlp.down_proj.weight"].shape == (32, 49)
@@ -54,10 +55,15 @@ def test_its_export_has_no_padding_and_evaluates_anywhere(place: Place) -> None:
     ("more", "message"),
     [
         (["--parallel.tp", "3"], "model.num_heads 2 must be a multiple of parallel.tp 3"),
-        (["--parallel.tp", "4", "--model.num_heads", "4"], "world of 2 ranks must be a multiple of"),
-        (
+        pytest.param(
+            ["--parallel.tp", "4", "--model.num_heads", "4"],
+            "world of 2 ranks must be a multiple of",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
             ["--parallel.tp", "2", "--model.num_kv_heads", "1"],
             "model.num_kv_heads 1 must be a multiple of parallel.tp 2",
+            marks=pytest.mark.full,
         ),
     ],
 )
