@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from megatron_switchlora.model.hf import merged_state_dict
 from megatron_switchlora.model.weights import Weights
 from megatron_switchlora.train import saver
 from megatron_switchlora.train.integrity import fingerprint
-from megatron_switchlora.train.regroup import load_regrouped, regroups
+from megatron_switchlora.train.regroup import OF_HEAD, load_regrouped, regroups
 from megatron_switchlora.train.state import load_state, state_parts
 from tests.dist.engines import build_engine, micro_batches, start
 from tests.plain import VOCAB, make_batches, small_config
@@ -43,8 +42,8 @@ def kept_heads(engine: Any, checkpoint: Checkpoint) -> int:
     """LTE heads here whose adapters are the checkpoint's, with masters, moments and row steps."""
     archive, alike = checkpoint.archive(), {}
     for part in state_parts(engine):
-        found = re.fullmatch(r"(head_\d+)/.*\.lora_[AB](:\w+)?", part.name)
-        if found:
+        found = OF_HEAD.fullmatch(part.name)
+        if found and ".lora_" in found[2]:
             same = part.name in archive and torch.equal(
                 archive.read(part.name, part.offset, part.tensor.shape).to(part.tensor.dtype), part.tensor
             )

@@ -95,7 +95,6 @@ def test_the_mean_model_is_evaluated_and_exported(place: Place, tmp_path: Path) 
     assert max(float((exported[name] - tensor).abs().max()) for name, tensor in final.items()) < 1e-6
 
 
-@pytest.mark.full
 def test_other_heads_only_after_a_merge(place: Place) -> None:
     """Step 10, six steps after the method's own start, follows a merge; step 5 does not."""
     more = ["--parallel.lte_heads", "1", "--method.local_heads", "2", "--train.micro_batch_size", "4", "--resume"]
