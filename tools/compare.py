@@ -124,9 +124,10 @@ def act(arguments: argparse.Namespace) -> None:
         data=arguments.data and arguments.data.absolute(), jobs=arguments.jobs, keep=arguments.keep,
     )  # fmt: skip
     if arguments.dry_run:
-        for method, config in configs.items():
+        for method in setting.selected:
             point = setting.methods[method].starts()[0]
-            print(f"{method}: {config.train.steps:,} steps, {point}\n  {' '.join(runner.command(method, point, 0))}")
+            command = " ".join(runner.command(method, point, 0))
+            print(f"{method}: {configs[method].train.steps:,} steps, {point}\n  {command}")
         return
     if not arguments.report:
         there = sum(len(of_method(setting, runner.results, method)) for method in setting.selected)

@@ -12,6 +12,7 @@ A frozen vector is never switched, A's and B's windows never overlap, no live sl
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -78,6 +79,12 @@ def raw_draws(seed: int, stream: int, step: int, layer: int, count: int) -> np.n
 def switch_rate(step: int, ratio: float, total_steps: int) -> float:
     """Share of the starting frequency left at `step` (counted from 0)."""
     return 0.3 ** ((step + 1) / (ratio * total_steps))
+
+
+def mean_switch_rate(steps: int, ratio: float, total_steps: int) -> float:
+    """Mean of `switch_rate` over the first `steps`: the sum of a geometric series."""
+    log = math.log(0.3) / (ratio * total_steps)
+    return math.exp(log) * math.expm1(steps * log) / math.expm1(log) / steps
 
 
 def initial_state(config: ScheduleConfig) -> SwitchState:

@@ -11,6 +11,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Optional
 
@@ -33,8 +34,10 @@ class Arguments:
     prepare_only: bool = False
 
 
+@cache
 def build_parser() -> ArgumentParser:
-    """The parser; `--print_config` and `--help` come with it."""
+    """The parser; `--print_config` and `--help` come with it. Kept: tools read many configurations, and reading the
+    fields' docstrings takes longer than all else."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="pretrain.py",

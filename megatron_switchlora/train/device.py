@@ -24,7 +24,8 @@ def choose_device(requested: str, ranks: Ranks, threads: int) -> torch.device:
     Raises:
         UserError: fewer GPUs than local ranks, unless the CPU is asked for or there are none to be had.
     """
-    assert "deepspeed" not in sys.modules, "deepspeed was imported before the device was chosen"
+    told = "DS_ACCELERATOR" in os.environ  # by whoever imported deepspeed early
+    assert told or "deepspeed" not in sys.modules, "deepspeed was imported before the device was chosen"
     torch.set_num_threads(cpu_threads(threads, ranks.local_size))
     gpus = torch.cuda.device_count()
     if requested == "cuda" or (requested == "auto" and gpus):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_switchlora.config import RunConfig, accumulation_steps, shard_size
-from megatron_switchlora.lowrank.schedule import switch_rate
+from megatron_switchlora.lowrank.schedule import mean_switch_rate
 from megatron_switchlora.model.counts import (
     ParameterCounts,
     compute_bytes,
@@ -97,8 +97,7 @@ def _bank(config: RunConfig, mesh: dict[str, int]) -> list[Flow]:
     if not method.switches:
         return []
     steps = config.train.steps
-    rates = (switch_rate(step, method.switch_ratio, method.switch_total_steps or steps) for step in range(steps))
-    rate = sum(rates) / steps
+    rate = mean_switch_rate(steps, method.switch_ratio, method.switch_total_steps or steps)
     axis = {"split": "dp", "replicated": "head"} if method.bank_spread == "dp" else {"replicated": "tp"}
     values = dict.fromkeys(("split", "replicated"), 0)
     for p in projections(config.model):

@@ -13,9 +13,11 @@ import importlib
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -114,6 +116,27 @@ def run_ranks(world: int, module: str, payload: dict[str, Any], timeout: float =
         return [json.loads((scratch / f"result{rank}.json").read_text()) for rank in range(world)]
 
 
+def run_scripts(script: Path, words: list[str], envs: list[dict[str, str]], folder: Path,
+                timeout: float) -> tuple[list[int | None], str]:  # fmt: skip
+    """`python script words` in `folder`, at once for every environment, without the seconds of its imports: exit
+    statuses (None: time-out) and all outputs."""
+    with tempfile.TemporaryDirectory() as name:
+        outputs = [Path(name) / str(number) for number in range(len(envs))]
+        started = []
+        try:
+            for output, env in zip(outputs, envs, strict=True):
+                given = (script, words, folder, output, {**env, "DS_ACCELERATOR": "cpu"})
+                started.append(warm_interpreters().Process(target=script_main, args=given))
+                started[-1].start()
+            deadline = time.monotonic() + timeout
+            for process in started:
+                process.join(max(0.0, deadline - time.monotonic()))
+            statuses = [process.exitcode for process in started]
+        finally:
+            end_ranks(started)
+        return statuses, "".join(output.read_text() for output in outputs)
+
+
 def warm_interpreters() -> Any:
     """Where ranks are forked from: a process of Python's own that has imported torch and deepspeed, which takes longer
     than most cases."""
@@ -122,17 +145,30 @@ def warm_interpreters() -> Any:
     return context
 
 
-def rank_main(module: str, payload: dict[str, Any], scratch: Path, rank: int, env: dict[str, str]) -> None:
-    """A rank's process: its own environment, session and output file. It ends without the interpreter's end, in which
-    gloo's threads can abort."""
+def stand_alone(output: Path, env: dict[str, str]) -> None:
+    """Make a forked process like one that was started: its own environment, session and output file."""
     os.setsid()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: killed tests take their ranks with them
-    out = os.open(scratch / f"out{rank}", os.O_WRONLY | os.O_CREAT)
+    out = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.environ.clear()
     os.environ.update(env)
     torch.set_num_threads(1)
+
+
+def script_main(script: Path, words: list[str], folder: Path, output: Path, env: dict[str, str]) -> None:
+    """A script's process."""
+    stand_alone(output, env)
+    os.chdir(folder)
+    sys.argv = [str(script), *words]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def rank_main(module: str, payload: dict[str, Any], scratch: Path, rank: int, env: dict[str, str]) -> None:
+    """A rank's process. It ends without the interpreter's end, in which gloo's threads can abort."""
+    stand_alone(scratch / f"out{rank}", env)
     result = importlib.import_module(module).act(payload)
     (scratch / f"result{rank}.json").write_text(json.dumps(result))
     if dist.is_initialized():  # leave together: a rank that ends while others talk can make gloo abort

@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from tests.dist.launch import REPOSITORY, clean_environment, end, free_port
+from tests.dist.launch import REPOSITORY, clean_environment, end, free_port, run_scripts
 
 BIN = Path(sys.executable).parent
 SMALL = (  # noqa: SIM905
@@ -64,6 +64,8 @@ class Place:
 
     def run(self, launcher: str, arguments: list[str], timeout: float = 120) -> tuple[int, str]:
         """Exit status and output; everything started is gone afterwards."""
+        if launcher == "alone":
+            return self.script("launch/pretrain.py", *arguments, timeout=timeout)
         process = self.start(launcher, arguments)
         try:
             output, _ = process.communicate(timeout=timeout)
@@ -83,17 +85,13 @@ class Place:
 
     def run_each(self, arguments: list[str], added: list[dict[str, str]], timeout: float) -> tuple[list[int], str]:
         """One process by hand for each environment that is added to the clean one: statuses and all outputs."""
-        processes = [
-            subprocess.Popen(
-                self.command("alone", arguments), env={**self.env, **variables}, cwd=self.folder, text=True,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            ) for variables in added
-        ]  # fmt: skip
-        try:
-            outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-        finally:
-            end(processes)
-        return [process.returncode for process in processes], "".join(outputs)
+        envs = [{**self.env, **variables} for variables in added]
+        return run_scripts(REPOSITORY / "launch" / "pretrain.py", arguments, envs, self.folder, timeout)
+
+    def script(self, name: str, *words: str, timeout: float = 120) -> tuple[int, str]:
+        """`python name words`: exit status and output."""
+        (status,), output = run_scripts(REPOSITORY / name, list(words), [self.env], self.folder, timeout)
+        return status, output
 
     def records(self, run: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]

@@ -133,13 +133,10 @@ def test_other_launchers_train_the_same(place: Place, finished: str, launcher: s
 
 
 def test_generate(place: Place, finished: str) -> None:
-    command = [sys.executable, str(REPOSITORY / "tools" / "generate.py"), str(place.folder / "run"), "def "]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=place.env, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("def ") and len(done.stdout) > 20
-    command[2] = str(place.folder)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=place.env, check=False)
-    assert done.returncode == 2 and "holds a model" in done.stderr
+    status, output = place.script("tools/generate.py", str(place.folder / "run"), "def ")
+    assert status == 0 and len(output.split("\ndef ")[1]) > 20, output
+    status, output = place.script("tools/generate.py", str(place.folder), "def ")
+    assert status == 2 and "holds a model" in output, output
 
 
 def test_a_used_folder_is_refused_and_untouched(place: Place, finished: str) -> None:

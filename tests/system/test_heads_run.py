@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.dist.launch import REPOSITORY, end
+from tests.dist.launch import end
 from tests.system.commands import Place
 from tests.system.soak import comparable
 from tests.system.test_signals import wait_for_steps, worker_pids
@@ -88,8 +86,9 @@ def test_the_mean_model_is_evaluated_and_exported(place: Place, tmp_path: Path) 
     assert float(output.split("validation loss ")[1].split(",")[0]) == pytest.approx(
         place.records("whole")[-1]["val_loss"], abs=2e-6
     )
-    tool = [sys.executable, str(REPOSITORY / "tools" / "convert_hf.py"), "export", str(run), str(tmp_path / "hf")]
-    subprocess.run([*tool, "--dtype", "fp32"], check=True, env=place.env, capture_output=True, timeout=120)
+    words = ["export", str(run), str(tmp_path / "hf"), "--dtype", "fp32"]
+    status, output = place.script("tools/convert_hf.py", *words)
+    assert status == 0, output
     exported, final = load_file(tmp_path / "hf" / "model.safetensors"), load_file(run / "final" / "model.safetensors")
     assert set(exported) == set(final)
     assert max(float((exported[name] - tensor).abs().max()) for name, tensor in final.items()) < 1e-6
@@ -114,8 +113,9 @@ def test_tied_embeddings_in_bf16_with_local_heads(place: Place, tmp_path: Path) 
     status, output = place.run("alone", place.options("tied", *HEADS, *more, "--train.precision", "bf16"))
     assert status == 0, output
     run = place.folder / "tied"
-    tool = [sys.executable, str(REPOSITORY / "tools" / "convert_hf.py"), "export", str(run), str(tmp_path / "hf")]
-    subprocess.run([*tool, "--dtype", "fp32"], check=True, env=place.env, capture_output=True, timeout=120)
+    words = ["export", str(run), str(tmp_path / "hf"), "--dtype", "fp32"]
+    status, output = place.script("tools/convert_hf.py", *words)
+    assert status == 0, output
     exported, final = load_file(tmp_path / "hf" / "model.safetensors"), load_file(run / "final" / "model.safetensors")
     assert set(exported) == set(final) and "lm_head.weight" not in final
     for name, tensor in final.items():  # the running mean is rounded to the precision of compute

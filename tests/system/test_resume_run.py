@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ import transformers
 from safetensors.torch import load_file
 
 from megatron_switchlora.checkpoint.files import published
-from tests.dist.launch import REPOSITORY, end
+from tests.dist.launch import end
 from tests.system.commands import Place
 from tests.system.soak import comparable, soak
 from tests.system.test_signals import wait_for_steps, wait_until_gone, worker_pids
@@ -207,11 +206,7 @@ def test_a_vanished_folder_ends_the_run(place: Place) -> None:
 
 
 def convert(place: Place, *words: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "tools" / "convert_hf.py"), *words], env=place.env, cwd=place.folder,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
+    return place.script("tools/convert_hf.py", *words)
 
 
 def test_an_export_of_a_checkpoint_is_the_final_model(place: Place) -> None:

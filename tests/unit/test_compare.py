@@ -92,7 +92,11 @@ def test_a_coordinate_sweep_ends_at_the_best_point_and_its_seeds(tool: ModuleTyp
     assert start(tool, tmp_path) == found and (tmp_path / "calls.txt").read_text() == calls  # nothing is run twice
 
 
-def test_some_methods_run_and_the_table_keeps_all(tool: ModuleType, tmp_path: Path) -> None:
+def test_some_methods_run_and_the_table_keeps_all(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(tool, tmp_path, "--methods", "lora", "--dry_run")
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[::2]] == ["lora"]
     start(tool, tmp_path, sweep="none")
     rows = (tmp_path / "out.md").read_text().splitlines()
     start(tool, tmp_path, "--methods", "full", "--timing", sweep="none")

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import pytest
 from megatron_switchlora.config import DataConfig, UserError
 from megatron_switchlora.data import packing
 from megatron_switchlora.data.packing import PreparedData, open_prepared, prepare
-from tests.dist.launch import REPOSITORY
+from tests.dist.launch import REPOSITORY, stand_alone, warm_interpreters
 
 from .test_data_packing import TRAIN, config, documents, tokens
 
@@ -47,21 +49,34 @@ def test_second_time_opens_the_cache(data: DataConfig, monkeypatch: pytest.Monke
     assert third.tokenizer_dir == first.tokenizer_dir
 
 
+def prepare_slowly(data: DataConfig, place: Path, env: dict[str, str]) -> None:
+    """In a process of its own: says that it builds, if it does, and where the cache is."""
+    stand_alone(place.with_suffix(".out"), env)
+    build = packing._build
+
+    def slow(*given: Any) -> None:
+        place.write_text("built\n")
+        time.sleep(2)
+        build(*given)
+
+    packing._build = slow
+    folder = prepare(data).folder
+    with place.open("a") as file:
+        file.write(str(folder))
+
+
 def test_of_several_processes_one_builds(data: DataConfig, tmp_path: Path) -> None:
     """Four at once, with the cache on a disk that they share; the build is slowed to make them meet."""
-    assert data.files and data.val_files
-    script = (
-        "import sys, time\nfrom megatron_switchlora.config import DataConfig\n"
-        "from megatron_switchlora.data import packing\n"
-        "build = packing._build\n"
-        "def slow(*given):\n    print('built', flush=True); time.sleep(2); build(*given)\n"
-        "packing._build = slow\n"
-        "print(packing.prepare(DataConfig(**eval(sys.argv[1]))).folder)"
-    )
-    words = [sys.executable, "-c", script, repr(vars(data))]
-    processes = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    said = [process.communicate(timeout=120)[0].split() for process in processes]
-    assert all(process.returncode == 0 for process in processes)
+    places = [tmp_path / f"said{number}" for number in range(4)]
+    processes = [
+        warm_interpreters().Process(target=prepare_slowly, args=(data, place, dict(os.environ))) for place in places
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert all(process.exitcode == 0 for process in processes)
+    said = [place.read_text().split() for place in places]
     assert sorted(map(len, said)) == [1, 1, 1, 2] and len({words[-1] for words in said}) == 1, said
 
 
