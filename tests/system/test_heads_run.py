@@ -25,7 +25,7 @@ HEADS = [
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """With a run left alone, `whole`: four full-rank steps, then two heads."""
     place = Place(tmp_path_factory.mktemp("heads"))
-    status, output = place.run("deepspeed", place.options("whole", *HEADS))
+    status, output = place.run("2 ranks", place.options("whole", *HEADS))
     assert status == 0, output
     assert "after 4 steps of full-rank training lte begins" in output
     merges = [record["merge_bytes"] for record in place.records("whole") if "merge_bytes" in record]
@@ -56,7 +56,7 @@ def test_every_head_writes_its_records(place: Place) -> None:
 def test_stopped_before_the_method_begins_it_goes_on_to_the_bit(place: Place) -> None:
     options = place.options("stopped", *HEADS)
     for steps, ends in (("3", 75), (None, 0)):
-        status, output = place.run("deepspeed", [*options, *(["--train.stop_after_steps", steps] if steps else [])])
+        status, output = place.run("2 ranks", [*options, *(["--train.stop_after_steps", steps] if steps else [])])
         assert status == ends, output
     assert comparable(place.records("stopped")) == comparable(place.records("whole"))
     assert of_heads(place, "stopped") == of_heads(place, "whole")
@@ -72,7 +72,7 @@ def test_killed_between_merges_it_goes_on_to_the_bit(place: Place) -> None:
         process.wait(timeout=60)
     finally:
         end([process])
-    status, output = place.run("deepspeed", place.options("killed", *HEADS))
+    status, output = place.run("2 ranks", place.options("killed", *HEADS))
     assert status == 0 and "goes on after step" in output, output
     assert comparable(place.records("killed")) == comparable(place.records("whole"))
     assert of_heads(place, "killed") == of_heads(place, "whole")

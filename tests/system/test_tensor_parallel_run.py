@@ -19,7 +19,7 @@ ODD = ["--model.intermediate_size", "49", "--optim.lr", "0.002", "--train.check_
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     place = Place(tmp_path_factory.mktemp("tensor_parallel"))
-    for run, launcher, more in (("split", "torchrun", SPLIT), ("whole", "alone", [])):
+    for run, launcher, more in (("split", "2 ranks", SPLIT), ("whole", "alone", [])):
         status, output = place.run(launcher, place.options(run, *ODD, *more))
         assert status == 0, output
         assert f"x tp {2 if more else 1} on cpu" in output
@@ -44,7 +44,7 @@ def test_its_export_has_no_padding_and_evaluates_anywhere(place: Place) -> None:
     for name, tensor in whole.items():
         assert float((split[name] - tensor).norm() / tensor.norm()) < 1e-5, name
     recorded = place.records("split")[-1]["val_loss"]
-    for launcher in ("alone", "torchrun", "torchrun 3"):
+    for launcher in ("alone", "2 ranks", "3 ranks"):
         status, output = place.run(launcher, ["--evaluate_only", "--output_dir", str(place.folder / "split")])
         assert status == 0, output
         (said,) = [line for line in output.splitlines() if "validation loss" in line]
@@ -77,13 +77,13 @@ def test_meshes_that_do_not_divide_are_refused(place: Place, more: list[str], me
 @pytest.mark.full
 def test_a_warm_start_at_tp_2_is_that_of_one_process_and_resumes_at_its_border(place: Place) -> None:
     warm = [*ODD, "--method.full_rank_steps", "5"]
-    for run, launcher, more in (("warm 1", "alone", []), ("warm 2", "torchrun", SPLIT)):
+    for run, launcher, more in (("warm 1", "alone", []), ("warm 2", "2 ranks", SPLIT)):
         status, output = place.run(launcher, place.options(run, *warm, *more))
         assert status == 0, output
     halves = [*warm, *SPLIT]
-    status, output = place.run("torchrun", place.options("halves", *halves, "--train.stop_after_steps", "5"))
+    status, output = place.run("2 ranks", place.options("halves", *halves, "--train.stop_after_steps", "5"))
     assert status != 0 and "stopped after step 5" in output, output
-    status, output = place.run("torchrun", place.options("halves", *halves))
+    status, output = place.run("2 ranks", place.options("halves", *halves))
     assert status == 0 and "goes on after step 5 " in output, output
     assert comparable(place.records("halves")) == comparable(place.records("warm 2"))
     for mine, theirs in zip(place.records("warm 2"), place.records("warm 1"), strict=True):
