@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +25,7 @@ from megatron_switchlora.parallel.shard import Axis, Split, named_generator
 from megatron_switchlora.rules import validate
 from megatron_switchlora.train import ga_gradients
 from megatron_switchlora.train.ga_gradients import find_factors, gradient_batches, mean_gradients, sum_gradients
-from tests.dist.launch import REPOSITORY, clean_environment
+from tests.dist.launch import REPOSITORY, clean_environment, run_scripts
 from tests.plain import VOCAB, PlainRun, make_samples, small_config
 from tests.system.commands import SMALL, write_corpus
 from tools import lora_ga_coverage
@@ -285,8 +283,9 @@ def test_memory_of_gradients_does_not_grow_with_the_layers() -> None:
 def test_coverage_tool(tmp_path: Path) -> None:
     environment = {**clean_environment(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     options = [*SMALL, "--data.files", f"{write_corpus(tmp_path / 'corpus')}/*.txt", "--data.tokenizer", "char"]
-    tool = [sys.executable, str(REPOSITORY / "tools" / "lora_ga_coverage.py"), "--out", str(tmp_path / "out" / "c")]
-    subprocess.run([*tool, *options], check=True, env=environment, timeout=120)
+    tool, words = REPOSITORY / "tools" / "lora_ga_coverage.py", ["--out", str(tmp_path / "out" / "c"), *options]
+    statuses, output = run_scripts(tool, words, [environment], tmp_path, timeout=120)
+    assert statuses == [0], output
     kinds = json.loads((tmp_path / "out" / "c.json").read_text())["kinds"]
     assert (tmp_path / "out" / "c.png").stat().st_size > 5000
     assert list(kinds) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

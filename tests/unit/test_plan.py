@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.dist.launch import clean_environment, run_scripts
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = ["--config", "launch/configs/llama_1.3b.yaml"]
@@ -78,12 +79,11 @@ def test_a_row_of_a_table(main: Callable[..., None], capsys: pytest.CaptureFixtu
     assert row.startswith("| mine | dp 8 x tp 1") and row.count("|") == 10
 
 
-def test_as_a_program() -> None:
-    done = subprocess.run(
-        [sys.executable, "tools/plan.py", *LARGE, "--nodes", "16"], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    assert "dp 128 x tp 1" in done.stdout and "next: " in done.stdout
+def test_as_a_program(tmp_path: Path) -> None:
+    env = [clean_environment(tmp_path)]
+    statuses, output = run_scripts(ROOT / "tools" / "plan.py", [*LARGE, "--nodes", "16"], env, ROOT, timeout=60)
+    assert statuses == [0], output
+    assert "dp 128 x tp 1" in output and "next: " in output
 
 
 def test_full_rank_steps_are_a_phase_of_their_own(
