@@ -84,6 +84,8 @@ def switch_rate(step: int, ratio: float, total_steps: int) -> float:
 def mean_switch_rate(steps: int, ratio: float, total_steps: int) -> float:
     """Mean of `switch_rate` over the first `steps`: the sum of a geometric series."""
     log = math.log(0.3) / (ratio * total_steps)
+    if log == 0:  # an infinite ratio: the rate stays
+        return 1.0
     return math.exp(log) * math.expm1(steps * log) / math.expm1(log) / steps
 
 

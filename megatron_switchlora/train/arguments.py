@@ -114,6 +114,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         namespace = parser.parse_args([f"--config={path}" for path in files] + others)
         made = parser.instantiate(namespace)
     except (ArgumentError, yaml.YAMLError, TypeError, ValueError, OSError) as error:
+        vars(parser).pop("print_config", None)  # a --print_config that the mistake has kept from printing
         raise _explain(parser, error) from None
     config = to_run_config(made)
     config.method.init = config.method.initial  # type: ignore[assignment]  # a run's records say which it was

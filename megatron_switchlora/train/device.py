@@ -24,8 +24,6 @@ def choose_device(requested: str, ranks: Ranks, threads: int) -> torch.device:
     Raises:
         UserError: fewer GPUs than local ranks, unless the CPU is asked for or there are none to be had.
     """
-    told = "DS_ACCELERATOR" in os.environ  # by whoever imported deepspeed early
-    assert told or "deepspeed" not in sys.modules, "deepspeed was imported before the device was chosen"
     torch.set_num_threads(cpu_threads(threads, ranks.local_size))
     gpus = torch.cuda.device_count()
     if requested == "cuda" or (requested == "auto" and gpus):
@@ -36,10 +34,18 @@ def choose_device(requested: str, ranks: Ranks, threads: int) -> torch.device:
             "--gpus-per-task), or set train.device cpu.",
         )
     if requested == "cpu" or not gpus:
+        check_deepspeed("cpu")
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu")
+    check_deepspeed("cuda")
     torch.cuda.set_device(ranks.local_rank)
     return torch.device("cuda", ranks.local_rank)
+
+
+def check_deepspeed(kind: str) -> None:
+    """It is not imported yet, or whoever did so has told it this accelerator."""
+    told = os.environ.get("DS_ACCELERATOR")
+    assert "deepspeed" not in sys.modules or told == kind, f"deepspeed was imported for {told}, the device is {kind}"
 
 
 def peak_flops(device: torch.device, precision: str) -> Optional[float]:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -116,25 +117,39 @@ def run_ranks(world: int, module: str, payload: dict[str, Any], timeout: float =
         return [json.loads((scratch / f"result{rank}.json").read_text()) for rank in range(world)]
 
 
-def run_scripts(script: Path, words: list[str], envs: list[dict[str, str]], folder: Path,
-                timeout: float) -> tuple[list[int | None], str]:  # fmt: skip
-    """`python script words` in `folder`, at once for every environment, without the seconds of its imports: exit
-    statuses (None: time-out) and all outputs."""
+def run_scripts(
+    script: Path, words: list[str], envs: list[dict[str, str]], folder: Path, timeout: float
+) -> tuple[list[int], str]:
+    """`python script words` in `folder` on the CPU, at once for every environment, without the seconds of its imports:
+    exit statuses and all outputs.
+
+    Raises:
+        AssertionError: the time ran out; the message has the outputs.
+    """
     with tempfile.TemporaryDirectory() as name:
         outputs = [Path(name) / str(number) for number in range(len(envs))]
-        started = []
+        started: list[Any] = []
         try:
             for output, env in zip(outputs, envs, strict=True):
-                given = (script, words, folder, output, {**env, "DS_ACCELERATOR": "cpu"})
-                started.append(warm_interpreters().Process(target=script_main, args=given))
-                started[-1].start()
-            deadline = time.monotonic() + timeout
-            for process in started:
-                process.join(max(0.0, deadline - time.monotonic()))
-            statuses = [process.exitcode for process in started]
+                output.touch()
+                given = (script, words, folder, output, {**env, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""})
+                process = warm_interpreters().Process(target=script_main, args=given)
+                process.start()
+                started.append(process)
+            statuses = join_all(started, timeout)
         finally:
             end_ranks(started)
-        return statuses, "".join(output.read_text() for output in outputs)
+        text = "".join(output.read_text(errors="replace") for output in outputs)
+        assert None not in statuses, f"{script.name} ran longer than {timeout} s: {statuses}\n{text}"
+        return statuses, text
+
+
+def join_all(started: list[Any], timeout: float) -> list[Any]:
+    """Exit codes when all have ended, or the time has run out (None)."""
+    deadline = time.monotonic() + timeout
+    for process in started:
+        process.join(max(0.0, deadline - time.monotonic()))
+    return [process.exitcode for process in started]
 
 
 def warm_interpreters() -> Any:
@@ -152,6 +167,9 @@ def stand_alone(output: Path, env: dict[str, str]) -> None:
     out = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    # else the server, which ends when nobody holds this, would outlive killed tests as long as this process runs
+    os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
     os.environ.clear()
     os.environ.update(env)
     torch.set_num_threads(1)

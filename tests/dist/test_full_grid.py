@@ -100,7 +100,7 @@ def alone() -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
 @pytest.mark.parametrize("mesh", TP_MESHES)
 def test_tensor_parallel_meshes_equal_one_process(alone: list, mesh: tuple[int, int]) -> None:
     (whole,) = [runs for shape, runs in alone if shape == TP_MESHES[mesh]]
-    methods = ("switchlora",) if mesh == LARGEST else METHODS
+    methods = ("full", "switchlora") if mesh == LARGEST else METHODS
     cases = zip(grid(TP_MESHES[mesh], steps=SHORT), whole, strict=True)
     chosen, base = map(list, zip(*((case, run) for case, run in cases if case["method"] in methods), strict=True))
     runs = run_mesh(*mesh, chosen, timeout=600)

@@ -52,6 +52,7 @@ class Place:
             "mpirun": [str(BIN / "mpirun"), "-n", "2", sys.executable, script],
             "torchrun 4": [str(BIN / "torchrun"), "--nproc_per_node", "4", "--master_port", port, script],
             "alone": [sys.executable, script],
+            "python": [sys.executable, script],
         }
         return lines[launcher] + arguments
 
@@ -61,14 +62,15 @@ class Place:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
-    def run(self, launcher: str, arguments: list[str], timeout: float = 120) -> tuple[int | None, str]:
-        """Exit status (None: time-out) and output; everything started is gone afterwards. Where the launcher is not the
-        matter, "alone" and "2 ranks" are quickest: they start without the seconds of their imports."""
+    def run(self, launcher: str, arguments: list[str], timeout: float = 120) -> tuple[int, str]:
+        """Exit status and output; everything started is gone afterwards. Where the start is not the matter, "alone" and
+        "2 ranks" are quickest: forked without the seconds of their imports. "python" starts one process as users do."""
         if launcher == "alone":
             return self.script("launch/pretrain.py", *arguments, timeout=timeout)
         if launcher.endswith(" ranks"):
             statuses, output = self.run_ranks(int(launcher.split()[0]), arguments, timeout)
-            return next((status for status in statuses if status != 0), 0), output
+            assert len(set(statuses)) == 1, (statuses, output)
+            return statuses[0], output
         process = self.start(launcher, arguments)
         try:
             output, _ = process.communicate(timeout=timeout)
@@ -76,25 +78,28 @@ class Place:
             end([process])
         return process.returncode, output
 
-    def run_pair(self, arguments: list[str], timeout: float = 60) -> tuple[list[int | None], str]:
+    def run_pair(self, arguments: list[str], timeout: float = 60) -> tuple[list[int], str]:
         """Two ranks without a launcher that would repeat their words: statuses and both outputs."""
         return self.run_ranks(2, arguments, timeout)
 
-    def run_ranks(self, count: int, arguments: list[str], timeout: float) -> tuple[list[int | None], str]:
+    def run_ranks(self, count: int, arguments: list[str], timeout: float) -> tuple[list[int], str]:
         size = str(count)
         world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": size}
         ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
         return self.run_each(arguments, [{**world, "LOCAL_WORLD_SIZE": size, **rank} for rank in ranks], timeout)
 
-    def run_each(
-        self, arguments: list[str], added: list[dict[str, str]], timeout: float
-    ) -> tuple[list[int | None], str]:
+    def run_each(self, arguments: list[str], added: list[dict[str, str]], timeout: float) -> tuple[list[int], str]:
         """One process by hand for each environment that is added to the clean one: statuses and all outputs."""
         envs = [{**self.env, **variables} for variables in added]
         return run_scripts(REPOSITORY / "launch" / "pretrain.py", arguments, envs, self.folder, timeout)
 
-    def script(self, name: str, *words: str, timeout: float = 120) -> tuple[int | None, str]:
-        """`python name words`: exit status and output."""
+    def typed(self, name: str, *words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """`python name words` as users start it."""
+        command = [sys.executable, str(REPOSITORY / name), *words]
+        return subprocess.run(command, env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=timeout)
+
+    def script(self, name: str, *words: str, timeout: float = 120) -> tuple[int, str]:
+        """The same, forked from a warm interpreter: exit status and output."""
         (status,), output = run_scripts(REPOSITORY / name, list(words), [self.env], self.folder, timeout)
         return status, output
 

@@ -210,8 +210,8 @@ def convert(place: Place, *words: str) -> tuple[int | None, str]:
 
 
 def test_an_export_of_a_checkpoint_is_the_final_model(place: Place) -> None:
-    status, output = convert(place, "export", "whole", "exported", "--dtype", "fp32")
-    assert status == 0, output
+    done = place.typed("tools/convert_hf.py", "export", "whole", "exported", "--dtype", "fp32")
+    assert done.returncode == 0, done.stderr
     ours, theirs = (load_file(place.folder / name / "model.safetensors") for name in ("exported", "whole/final"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     final = json.loads((place.folder / "whole" / "final" / "config.json").read_text())

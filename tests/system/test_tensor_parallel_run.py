@@ -19,7 +19,7 @@ ODD = ["--model.intermediate_size", "49", "--optim.lr", "0.002", "--train.check_
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     place = Place(tmp_path_factory.mktemp("tensor_parallel"))
-    for run, launcher, more in (("split", "2 ranks", SPLIT), ("whole", "alone", [])):
+    for run, launcher, more in (("split", "torchrun", SPLIT), ("whole", "alone", [])):
         status, output = place.run(launcher, place.options(run, *ODD, *more))
         assert status == 0, output
         assert f"x tp {2 if more else 1} on cpu" in output

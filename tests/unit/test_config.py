@@ -99,6 +99,13 @@ def test_unknown_options_name_the_nearest() -> None:
         parse_arguments(["--train.step", "3"])
 
 
+def test_a_mistake_after_print_config_leaves_nothing_behind() -> None:
+    """The parser is built once."""
+    with pytest.raises(UserError, match=r"'train.step'.*'train.steps'"):
+        parse_arguments(["--print_config", "--train.step", "3"])
+    assert parse_arguments([]).config == parse_arguments([]).config
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -17,7 +17,7 @@ import pytest
 from megatron_switchlora.config import DataConfig, UserError
 from megatron_switchlora.data import packing
 from megatron_switchlora.data.packing import PreparedData, open_prepared, prepare
-from tests.dist.launch import REPOSITORY, stand_alone, warm_interpreters
+from tests.dist.launch import REPOSITORY, end_ranks, join_all, stand_alone, warm_interpreters
 
 from .test_data_packing import TRAIN, config, documents, tokens
 
@@ -71,11 +71,13 @@ def test_of_several_processes_one_builds(data: DataConfig, tmp_path: Path) -> No
     processes = [
         warm_interpreters().Process(target=prepare_slowly, args=(data, place, dict(os.environ))) for place in places
     ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert all(process.exitcode == 0 for process in processes)
+    try:
+        for process in processes:
+            process.start()
+        statuses = join_all(processes, 60)
+    finally:
+        end_ranks([process for process in processes if process.pid is not None])
+    assert statuses == [0] * 4, [place.with_suffix(".out").read_text() for place in places]
     said = [place.read_text().split() for place in places]
     assert sorted(map(len, said)) == [1, 1, 1, 2] and len({words[-1] for words in said}) == 1, said
 

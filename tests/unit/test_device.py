@@ -46,3 +46,13 @@ def test_too_few_gpus_are_refused(choose: Any, requested: str, gpus: int) -> Non
     """Also by auto: four ranks that Slurm shows one GPU each would quietly train on the CPU."""
     with pytest.raises(UserError, match=f"train.device {requested} needs a GPU for each of the 4 ranks .* sees {gpus}"):
         choose(requested, gpus, 4)
+
+
+def test_deepspeed_imported_for_another_accelerator_is_a_bug(choose: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", sys)
+    with pytest.raises(AssertionError, match="imported for unset, the device is cpu"):
+        choose("cpu", 0, 2)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert choose("cpu", 0, 2) == torch.device("cpu")
+    with pytest.raises(AssertionError, match="imported for cpu, the device is cuda"):
+        choose("cuda", 2, 2)

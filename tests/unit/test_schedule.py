@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_resuming_from_the_integer_state_continues_the_same() -> None:
 def test_rate_and_mean_count() -> None:
     assert switch_rate(399, 0.1, 4000) == pytest.approx(0.3)
     assert switch_rate(0, 0.1, 4000) == pytest.approx(0.3 ** (1 / 400))
-    for steps, ratio in ((1, 0.1), (700, 0.1), (4000, 1e6)):
+    for steps, ratio in ((1, 0.1), (700, 0.1), (4000, 1e6), (4000, math.inf)):
         rates = [switch_rate(step, ratio, 4000) for step in range(steps)]
         assert mean_switch_rate(steps, ratio, 4000) == pytest.approx(sum(rates) / steps, rel=1e-12)
     config = dataclasses.replace(BASE, candidates=(64,) * 50, interval0=40, total_steps=100_000, freeze_steps=5)
