@@ -205,7 +205,7 @@ def test_a_vanished_folder_ends_the_run(place: Place) -> None:
     assert not (place.folder / "vanishing").exists()
 
 
-def convert(place: Place, *words: str) -> tuple[int | None, str]:
+def convert(place: Place, *words: str) -> tuple[int, str]:
     return place.script("tools/convert_hf.py", *words)
 
 
