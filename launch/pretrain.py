@@ -25,7 +25,7 @@ from megatron_switchlora.parallel.ranks import RankError, Ranks, complete_enviro
 from megatron_switchlora.parallel.rollcall import Verdict, meet, report
 from megatron_switchlora.train.arguments import Arguments, parse_arguments
 from megatron_switchlora.train.compatible import what_must_agree
-from megatron_switchlora.train.device import choose_device
+from megatron_switchlora.train.device import choose_device, precision_warning
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
 from megatron_switchlora.train.stop import REQUEUE, Stopped, StopRequest
 
@@ -148,6 +148,8 @@ def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRe
             print(f"The run in {arguments.config.output_dir} is finished: give another --output_dir for a new one.")
         stop_distributed()
         return 0
+    if ranks.rank == 0 and (slow := precision_warning(device, arguments.config.train.precision)):
+        print(f"warning: {slow}", flush=True)
     trainer = Trainer(arguments.config, read_ds_config(arguments.ds_config), ranks, device, start, stop)
     val_loss = trainer.fit()
     if val_loss is not None:

@@ -10,7 +10,7 @@ import torch
 
 from megatron_switchlora.config import UserError
 from megatron_switchlora.parallel.ranks import Ranks
-from megatron_switchlora.train.device import choose_device
+from megatron_switchlora.train.device import choose_device, precision_warning
 
 
 @pytest.fixture
@@ -56,3 +56,16 @@ def test_deepspeed_imported_for_another_accelerator_is_a_bug(choose: Any, monkey
     assert choose("cpu", 0, 2) == torch.device("cpu")
     with pytest.raises(AssertionError, match="imported for cpu, the device is cuda"):
         choose("cuda", 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "capability", "warned"),
+    [("cpu", "bf16", "AVX2", True), ("cpu", "bf16", "DEFAULT", True), ("cpu", "bf16", "AVX512", False),
+     ("cpu", "fp32", "AVX2", False), ("cuda", "bf16", "AVX2", False)],
+)  # fmt: skip
+def test_bf16_without_instructions_for_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, device: str, precision: str, capability: str, warned: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    told = precision_warning(torch.device(device), precision)
+    assert (told is not None and f"finds {capability}" in told) if warned else told is None
