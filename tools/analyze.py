@@ -229,6 +229,10 @@ def main() -> None:
     try:
         wrong = arguments.layers and not re.fullmatch(r"\d+(,\d+)*", arguments.layers)
         require(not wrong, f"--layers must be numbers with commas, as 0,11,23, not {arguments.layers!r}.")
+        try:
+            torch.zeros(1, device=arguments.device)
+        except (RuntimeError, AssertionError) as error:  # what torch raises without the device
+            raise UserError(f"--device {arguments.device} cannot be used here: {str(error).splitlines()[0]}") from None
         layers = set(map(int, arguments.layers.split(","))) if arguments.layers else None
         result = analyze(arguments.run, arguments.base, layers, arguments.device)
         try:

@@ -29,7 +29,7 @@ from typing import Any, Optional
 
 import yaml
 from compare_report import of_method, write_report
-from compare_runs import Results, Runner, Stopped
+from compare_runs import Results, Runner, Stopped, text_of
 from compare_setting import ROOT, Point, Setting, read_setting, validate_points
 from compare_timing import time_methods
 
@@ -110,7 +110,10 @@ def read_changes(given: list[str]) -> dict[str, Any]:
     """Options of --set, their values read as YAML."""
     for entry in given:
         require("=" in entry, f"--set {entry}: give an option and its value, as --set train.steps=4800.")
-    return {name: yaml.safe_load(value) for name, value in (entry.split("=", 1) for entry in given)}
+    try:
+        return {name: yaml.safe_load(value) for name, value in (entry.split("=", 1) for entry in given)}
+    except yaml.YAMLError as error:
+        raise UserError(f"A value of --set is not valid YAML: {' '.join(str(error).split())}.") from None
 
 
 def act(arguments: argparse.Namespace) -> None:
@@ -119,9 +122,13 @@ def act(arguments: argparse.Namespace) -> None:
     setting = read_setting(arguments.setting, names, overrides, read_changes(arguments.changes))
     configs = validate_points(setting, arguments.data or (Path("data") if arguments.report else None))
     out = arguments.out or ROOT / "benchmarks" / f"compare_{setting.name}.json"
+    results, text = Results(out), None
+    if not (arguments.report or arguments.dry_run or arguments.timing):
+        text = text_of(configs[setting.selected[0]])  # all methods read one text
+        results.require_text(text, str(arguments.data or "The data"))
     runner = Runner(
-        setting, Results(out), arguments.work or Path("runs") / "compare" / setting.name,
-        data=arguments.data and arguments.data.absolute(), jobs=arguments.jobs, keep=arguments.keep,
+        setting, results, arguments.work or Path("runs") / "compare" / setting.name,
+        data=arguments.data and arguments.data.absolute(), jobs=arguments.jobs, keep=arguments.keep, text=text,
     )  # fmt: skip
     if arguments.dry_run:
         for method in setting.selected:

@@ -70,6 +70,10 @@ def of_method(setting: Setting, results: Results, method: str) -> list[Run]:
     return found
 
 
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss
+
+
 def _loss(run: Run) -> float:
     return math.inf if run["val_loss"] is None else float(run["val_loss"])
 
@@ -96,7 +100,7 @@ def _row(
     ranks = setting.launch(method)[1]
     several = f"{ranks} x " if ranks > 1 else ""  # rank 0's is measured
     cells = [
-        method, rank, share, rates, str(len(runs)), _spread(losses, 3), _spread([math.exp(x) for x in losses], 2),
+        method, rank, share, rates, str(len(runs)), _spread(losses, 3), _spread([perplexity(x) for x in losses], 2),
         _gradients(setting, method, config, known, notes), _time(setting, results, method, notes),
         f"{several}{memory / 1e6:,.0f} MB",
     ]  # fmt: skip

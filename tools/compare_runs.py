@@ -1,8 +1,9 @@
 """The runs of tools/compare.py: what is finished, in one JSON file, and starting what is missing.
 
 A run is a command of launch/pretrain.py with its own folder, so that a second start of the same command goes on from
-its newest checkpoint, or finds it finished. Its numbers come from its metrics.jsonl and meta.json. `Results` is written
-by atomic renames after every run; a finished run's checkpoints and final model are then deleted (--keep keeps them).
+its newest checkpoint, or finds it finished. Its numbers come from its metrics.jsonl and meta.json. A folder's name ends
+with the text's fingerprint, so that a run of another text is never taken for it. `Results` is written by atomic renames
+after every run; a finished run's checkpoints and final model are then deleted (--keep keeps them).
 """
 
 from __future__ import annotations
@@ -30,12 +31,18 @@ from typing import Any, Optional
 
 from compare_setting import ROOT, Point, Setting, run_key
 
-from megatron_switchlora.config import UserError, require
+from megatron_switchlora.config import RunConfig, UserError, require
+from megatron_switchlora.data.packing import prepare
+from megatron_switchlora.train.inputs import data_identity
 from megatron_switchlora.train.records import read_records, replace_text
 from megatron_switchlora.train.run_folder import lock_folder, read_meta
 from megatron_switchlora.train.stop import REQUEUE
 
 SCRIPT = ROOT / "launch" / "pretrain.py"
+OF_A_RUN = {
+    "method", "lr", "dense_lr", "seed", "sweep", "val_loss", "diverged", "curve", "peak_memory_bytes", "dp_bytes",
+    "device", "trainable", "full_rank", "vocab_size", "revision", "machine",
+}  # fmt: skip
 DIVERGED = ("not finite, so the step was", "the last update has destroyed the model")  # what launch/pretrain.py says
 
 
@@ -53,9 +60,13 @@ class Results:
         self.content: dict[str, Any] = {"data": None, "chosen": {}, "timing": {}, "runs": {}}
         if path.exists():
             try:
-                self.content |= json.loads(path.read_text(encoding="utf-8"))
+                found = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise UserError(f"The results {path} cannot be read ({error}): move the file away.") from None
+            require(
+                are_results(found), f"{path} does not hold results of this tool: move it away, or give another --out."
+            )
+            self.content |= found
 
     def change(self, section: str, key: str, value: Any) -> None:
         """Set an entry and write the file, so that a kill leaves the old or the new one."""
@@ -74,16 +85,20 @@ class Results:
         found = self.content["chosen"].get(method)
         return found and Point(*found)
 
-    def add(self, key: str, run: dict[str, Any]) -> None:
-        """Raises: UserError, if the run read other tokens than those before it."""
-        data = run.pop("data")
+    def require_text(self, data: Optional[str], what: str) -> None:
+        """Raises: UserError, if tokens of this fingerprint are not those of the runs that are there."""
         before = self.content["data"]
         require(
             data is None or before in (None, data),
-            f"{key} read tokens of fingerprint {data}, those before it in {self.path} {before}: give the same --data, "
-            "or another --out.",
+            f"{what} has tokens of fingerprint {data}, the runs in {self.path} read {before}: give the same --data, or "
+            "another --out.",
         )
-        self.content["data"] = before or data
+
+    def add(self, key: str, run: dict[str, Any]) -> None:
+        """Raises: UserError, if the run read other tokens than those before it."""
+        data = run.pop("data")
+        self.require_text(data, key)
+        self.content["data"] = self.content["data"] or data
         self.change("runs", key, run)
 
 
@@ -98,9 +113,11 @@ class Runner:
         data: Optional[Path] = None,
         jobs: int = 1,
         keep: bool = False,
+        text: Optional[str] = None,
     ) -> None:
+        require(jobs >= 1, f"--jobs must be at least 1, not {jobs}.")
         self.setting, self.results, self.work = setting, results, work.absolute()
-        self.data, self.keep = data, keep
+        self.data, self.keep, self.text = data, keep, text
         self._turns = threading.Semaphore(jobs)
         self._starting = threading.Lock()
         self._stopping = False
@@ -145,7 +162,8 @@ class Runner:
         key = run_key(method, point, seed, options)
         if key not in self.results.content["runs"]:
             with self._turns:
-                folder = self.work / re.sub(r"[^\w.+-]+", "_", key)
+                name = f"{key} text {self.text[:8]}" if self.text else key
+                folder = self.work / re.sub(r"[^\w.+-]+", "_", name)
                 diverged = self.train(method, options, folder)
                 run = read_run(folder, diverged) | {
                     "method": method, "lr": point.lr, "dense_lr": point.dense_lr, "seed": seed, "sweep": sweep
@@ -205,6 +223,30 @@ class Runner:
             raise Stopped(f"{folder.name} has left a checkpoint")
         require(status == 0, f"A run failed with status {status}; the end of {log}:\n{said[-2000:]}")
         return False
+
+
+def text_of(config: RunConfig) -> Optional[str]:
+    """Fingerprint of the tokens that a run would read, prepared if they are not yet; None for the hub, whose dataset is
+    among a run's options."""
+    if config.data.source == "hf":
+        return None
+    data = prepare(config.data, progress=True)
+    return str(data_identity(data, data.vocab_size)["data"])
+
+
+def are_results(content: Any) -> bool:
+    """Whether a JSON has the shape of `Results.content`."""
+    if not isinstance(content, dict):
+        return False
+    sections = [content.get(name, {}) for name in ("chosen", "timing", "runs")]
+    if not all(isinstance(section, dict) for section in sections):
+        return False
+    chosen, timing, runs = (list(section.values()) for section in sections)
+    return (
+        all(point is None or (isinstance(point, list) and len(point) == 2) for point in chosen)
+        and all(isinstance(entry, dict) and {"ratio", "lowest", "highest", "machine"} <= set(entry) for entry in timing)
+        and all(isinstance(run, dict) and set(run) >= OF_A_RUN for run in runs)
+    )
 
 
 def machine() -> dict[str, Any]:

@@ -36,6 +36,13 @@ NEUTRAL = (
     "train.check_interval", "train.activation_checkpointing", "train.stop_after_*", "train.eval_interval", "data.files",
     "data.val_files", "data.cache_dir", "method.compute", "method.merged_cache", "method.bank_*",
 )  # fmt: skip
+# What the comparison itself gives to every run.
+RESERVED = ("optim.lr", "optim.dense_lr", "train.seed", "train.stop_after_*", "output_dir", "resume")
+KINDS: dict[str, tuple[str, tuple[type[Any], ...]]] = {  # of a YAML's fields, by their annotation
+    "str": ("a text", (str,)), "Optional[str]": ("a text", (str, type(None))), "int": ("a whole number", (int,)),
+    "Optional[int]": ("a whole number", (int, type(None))), "dict[str, Any]": ("a section of fields", (dict,)),
+    "list[str]": ("a list of texts", (list,)),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,8 @@ def read_setting(
         path = ROOT / "tools" / "settings" / f"{path}.yaml"
     content = _read_yaml(path) | overrides
     given: dict[str, Any] = content.get("methods") or {}
-    require(isinstance(given, dict) and bool(given), f"{path} must name its methods, a section each, under 'methods'.")
+    named = isinstance(given, dict) and bool(given) and all(isinstance(name, str) for name in given)
+    require(named, f"{path} must name its methods, a section each, under 'methods'.")
     unknown = [name for name in methods or [] if name not in given]
     require(not unknown, f"{path} has no method {', '.join(unknown)}: it has {', '.join(given)}.")
     chosen = {name: _make(Contender, given[name], f"{path}, method {name}") for name in given}
@@ -183,8 +191,9 @@ def read_setting(
         chosen = {name: replace(contender, launcher=None, world=None) for name, contender in chosen.items()}
     if options:  # they overrule a method's own, and the sweep's
         chosen = {name: replace(contender, options=contender.options | options) for name, contender in chosen.items()}
-        short = content.get("sweep_options") or {}
-        content["sweep_options"] = {name: value for name, value in short.items() if name not in options}
+        short = content.get("sweep_options", {})
+        if isinstance(short, dict):  # else refused below
+            content["sweep_options"] = {name: value for name, value in short.items() if name not in options}
     require("selected" not in content, f"{path}: unknown field selected.")
     content |= {"methods": chosen, "name": path.stem, "selected": tuple(methods or given)}
     for key, kind in (("best", Best), ("timing", Timing)):
@@ -200,7 +209,15 @@ def _check(setting: Setting, path: Path) -> None:
         setting.sweep in ("coordinate", "grid", "none"),
         f"{path}: sweep must be coordinate, grid or none, not {setting.sweep!r}.",
     )
+    given = {**setting.options, **setting.sweep_options}
     for name, method in setting.methods.items():
+        ours = sorted(o for o in {**given, **method.options} if any(fnmatch(o, pattern) for pattern in RESERVED))
+        require(
+            not ours,
+            f"{path}, method {name}: {', '.join(ours)} cannot be among the options or in --set, since the comparison "
+            "gives them to each run: rates are a method's lr and dense_lr, seeds are counted by 'seeds'.",
+        )
+        require(bool(method.starts()), f"{path}, method {name}: a list of rates is empty.")
         for point in method.starts():
             rates = [point.lr] if point.dense_lr is None else [point.lr, point.dense_lr]
             wrong = [
@@ -211,7 +228,15 @@ def _check(setting: Setting, path: Path) -> None:
             setting.sweep == "grid" or len(method.starts()) == 1,
             f"{path}, method {name}: lists of rates need 'sweep: grid'; with {setting.sweep!r} give one of each.",
         )
-    require(setting.seeds >= 1, f"{path}: seeds must be at least 1, not {setting.seeds}.")
+    counts = {"seeds": setting.seeds, "world": setting.world, "best.seeds": setting.best.seeds}
+    counts |= {"timing.rounds": setting.timing.rounds, "timing.steps": setting.timing.steps}
+    counts |= {f"world of method {name}": own.world for name, own in setting.methods.items() if own.world is not None}
+    for name, value in counts.items():
+        require(value >= 1, f"{path}: {name} must be at least 1, not {value}.")
+    for name, value in {"best.methods": setting.best.methods, "timing.skip": setting.timing.skip}.items():
+        require(value >= 0, f"{path}: {name} must not be negative, it is {value}.")
+    for launcher, _ in map(setting.launch, setting.methods):
+        require(bool(launcher.split()), f"{path}: a launcher must be a command, such as '{{python}} {{script}}'.")
 
 
 def validate_points(setting: Setting, data: Optional[Path]) -> dict[str, RunConfig]:
@@ -257,6 +282,12 @@ def _make(kind: type[Any], content: Any, where: str) -> Any:
     known = {entry.name for entry in fields(kind)}
     strange = sorted(set(content) - known)
     require(not strange, f"{where}: unknown field {', '.join(strange)}; it may have {', '.join(sorted(known))}.")
+    for entry in fields(kind):
+        words, allowed = KINDS.get(str(entry.type), ("", (object,)))
+        value = content.get(entry.name)
+        items = value if allowed == (list,) and isinstance(value, list) else [""]
+        fits = isinstance(value, allowed) and not isinstance(value, bool) and all(isinstance(i, str) for i in items)
+        require(entry.name not in content or fits, f"{where}: {entry.name} must be {words}, not {value!r}.")
     try:
         return kind(**content)
     except TypeError as error:

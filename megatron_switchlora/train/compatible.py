@@ -71,7 +71,9 @@ def compare(config: RunConfig, stored: dict[str, Any], what: str) -> None:
     listed = "; ".join(f"{name} is {theirs[name]!r} there and {mine[name]!r} here" for name in names[:5])
     more = f" (and {len(names) - 5} more)" if len(names) > 5 else ""
     changeable = [name for name in names if _matches(name, CHANGEABLE)]
-    advice = f" --checkpoint.allow_changes '{json.dumps(changeable)}' takes the new values." if changeable else ""
+    advice = (
+        f" --checkpoint.allow_changes '{json.dumps(changeable)}' takes the new values." if changeable == names else ""
+    )
     raise UserError(
         f"{what} has another configuration: {listed}{more}. Give its values, or another --output_dir for a new "
         f"run.{advice}"

@@ -1,7 +1,8 @@
 """Records of a run: one JSON object a line, appended without buffering, numbers in full precision.
 
 A line that cannot be written (a full disk) waits for the next one, so a file never holds a torn line but
-after a crash of the machine; readers stop there. A run that goes on keeps the records up to its checkpoint.
+after a crash of the machine, which may leave anything; readers stop there. A run that goes on keeps the
+records up to its checkpoint.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ def as_line(record: dict[str, Any]) -> str:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a file; what follows the first torn line is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []:
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
         try:
             record = json.loads(line)
-        except ValueError:
+        except ValueError:  # also bytes that are no text
             break
-        if not line.endswith("\n") or not isinstance(record, dict):
+        if not line.endswith(b"\n") or not isinstance(record, dict) or type(record.get("step")) is not int:
             break
         records.append(record)
     return records

@@ -116,9 +116,7 @@ def _own_run(config: RunConfig, output: Path, locks: list[TextIO]) -> dict[str, 
         refuse_folder(output)
     locks.append(lock_folder(output))
     meta, checkpoints = read_meta(output), published(output / "checkpoints")
-    stored = yaml.safe_load(stored_path.read_text(encoding="utf-8")) if stored_path.is_file() else None
-    if checkpoints:
-        stored = open_checkpoint(checkpoints[-1]).state()["config"]
+    stored = open_checkpoint(checkpoints[-1]).state()["config"] if checkpoints else _read_config(stored_path)
     if stored is not None:
         compare(config, stored, f"The run in {output}")
         same_length = all(stored["train"][name] == getattr(config.train, name) for name in ("steps", "epochs"))
@@ -130,6 +128,19 @@ def _own_run(config: RunConfig, output: Path, locks: list[TextIO]) -> dict[str, 
         refuse_folder(output)
     note = f"{output} holds no published checkpoint: the run begins anew, its earlier records are set aside"
     return {"keeps_records": True, "notes": [note]}
+
+
+def _read_config(path: Path) -> Optional[dict[str, Any]]:
+    """A run's configuration, if it has come to write one."""
+    if not path.is_file():
+        return None
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        stored = None
+    whole = isinstance(stored, dict) and isinstance(stored.get("train"), dict)
+    require(whole, f"{path} is damaged, and there is no checkpoint: move the folder away, or use another --output_dir.")
+    return stored
 
 
 def _just_claimed(output: Path) -> bool:

@@ -128,9 +128,10 @@ def lock_folder(folder: Path) -> TextIO:
 def read_meta(folder: Path) -> dict[str, Any]:
     """A run's meta.json; empty if there is none, or a crash of the machine has left it torn."""
     try:
-        return dict(json.loads((folder / "meta.json").read_text(encoding="utf-8")))
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return meta if isinstance(meta, dict) else {}
 
 
 @contextlib.contextmanager

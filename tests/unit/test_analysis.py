@@ -246,6 +246,7 @@ def test_odd_input_is_one_line_and_status_2(call: Call, tmp_path: Path) -> None:
         ([tmp_path / "nowhere"], "is not a run folder: it has no config.yaml"),
         ([tmp_path / "run"], "has no published checkpoint to analyse"),
         ([tmp_path / "run", "--layers", "x"], "--layers must be numbers with commas"),
+        ([tmp_path / "run", "--device", "nope"], "--device nope cannot be used here"),
     ):
         if message.startswith("has"):
             (tmp_path / "run" / "config.yaml").touch()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_switchlora.config import UserError
+from megatron_switchlora.config import DataConfig, RunConfig, UserError
 from tests.dist.launch import REPOSITORY
 
 # The least loss is at lr 0.02, dense_lr 0.04; lr 0.16 diverges; a run writes its command to calls.txt.
@@ -58,10 +58,11 @@ SETTING: dict[str, Any] = {
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """tools/compare.py as a module."""
+    """tools/compare.py as a module; the text, which nobody reads, has the trainer's fingerprint."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
     import compare  # type: ignore[import-not-found]
 
+    monkeypatch.setattr(compare, "text_of", lambda config: "cache")
     return compare
 
 
@@ -140,7 +141,7 @@ def test_a_stopped_comparison_goes_on(tool: ModuleType, tmp_path: Path) -> None:
         start(tool, tmp_path, sweep="none")
     (tmp_path / "stop_here").unlink()
     content = json.loads((tmp_path / "out.json").read_text())
-    finished = {key.replace(" ", "_") for key in content["runs"]}
+    finished = {f"{key} text cache".replace(" ", "_") for key in content["runs"]}
     before = (tmp_path / "calls.txt").read_text().split()
     found = start(tool, tmp_path, sweep="none")
     after = (tmp_path / "calls.txt").read_text().split()[len(before) :]
@@ -168,6 +169,19 @@ def test_timing_divides_by_full_rank_in_the_same_round(tool: ModuleType, tmp_pat
         ({"sweeps": "grid"}, "unknown field sweeps"),
         ({"world": 3}, "must be a multiple of train.micro_batch_size"),
         ({"methods": {}}, "must name its methods"),
+        ({"methods": {3: {"lr": 0.1}}}, "must name its methods"),
+        ({"methods": {"x": {"lr": [], "dense_lr": 1.0}}, "sweep": "grid"}, "a list of rates is empty"),
+        ({"methods": {"x": {"lr": 0.1, "options": {"optim.lr": 0.2}}}}, r"method x: optim\.lr cannot be among"),
+        ({"options": {"train.seed": 3, "resume": "none"}}, r"resume, train\.seed cannot be among"),
+        ({"seeds": "3"}, "seeds must be a whole number, not '3'"),
+        ({"seeds": 2.5}, "seeds must be a whole number"),
+        ({"options": None}, "options must be a section of fields, not None"),
+        ({"configs": "launch/configs/llama_130m.yaml"}, "configs must be a list of texts"),
+        ({"configs": [3]}, r"configs must be a list of texts, not \[3\]"),
+        ({"ds_config": 3}, "ds_config must be a text, not 3"),
+        ({"best": {"methods": -1}}, r"best\.methods must not be negative"),
+        ({"best": {"seeds": "3"}}, "best: seeds must be a whole number"),
+        ({"timing": {"rounds": 0}}, r"timing\.rounds must be at least 1, not 0"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(
@@ -176,6 +190,13 @@ def test_mistakes_are_told_before_anything_runs(
     with pytest.raises(UserError, match=message):
         start(tool, tmp_path, **changes)
     assert not (tmp_path / "calls.txt").exists()
+
+
+def test_a_methods_own_launcher_and_world_are_checked(tool: ModuleType, tmp_path: Path) -> None:
+    for own, message in (({"world": 0}, "world of method x must be at least 1"), ({"launcher": " "}, "be a command")):
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump({"methods": {"x": {"lr": 0.1, **own}}}))
+        with pytest.raises(UserError, match=message):
+            tool.read_setting(tmp_path / "own.yaml", None, {})
 
 
 def test_a_missing_package_is_told_before_anything_runs(
@@ -210,12 +231,70 @@ def test_a_table_of_one_data_rank_at_stage_2(tool: ModuleType, tmp_path: Path) -
 
 def test_another_text_and_missing_data_are_refused(tool: ModuleType, tmp_path: Path) -> None:
     start(tool, tmp_path, sweep="none")
+    calls = (tmp_path / "calls.txt").read_text()
     content = json.loads((tmp_path / "out.json").read_text())
     (tmp_path / "out.json").write_text(json.dumps({**content, "data": "other", "runs": {}}))
-    with pytest.raises(UserError, match=r"read tokens of fingerprint cache, those before it in .* other"):
+    with pytest.raises(UserError, match=r"has tokens of fingerprint cache, the runs in .* read other"):
         start(tool, tmp_path, sweep="none")
+    assert (tmp_path / "calls.txt").read_text() == calls
     with pytest.raises(UserError, match="say with --data"):
         tool.act(tool.make_parser().parse_args([str(tmp_path / "short.yaml"), "--dry_run"]))
+
+
+def test_runs_of_another_text_have_folders_of_their_own(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their options are the same, so what one text has trained would pass for the other's."""
+    for text in ("cache", "another"):
+        monkeypatch.setattr(tool, "text_of", lambda config, text=text: text)
+        start(tool, tmp_path, "--methods", "full", sweep="none", seeds=1, best={"methods": 0})
+        (tmp_path / "out.json").unlink()
+    made = {path.name.split("_text_")[1] for path in (tmp_path / "work").iterdir() if path.is_dir()}
+    assert made == {"cache", "another"}
+
+
+def test_the_text_is_known_by_its_tokens(tool: ModuleType, tmp_path: Path) -> None:
+    """The same files elsewhere are the same text; a changed one is another."""
+    from compare_runs import text_of  # type: ignore[import-not-found]
+
+    def text(folder: str, words: str) -> str:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "a.txt").write_text(words * 200)
+        given = {"source": "files", "files": [str(tmp_path / folder / "a.txt")], "tokenizer": "char"}
+        return str(text_of(RunConfig(data=DataConfig(**given, cache_dir=str(tmp_path / "cache")))))
+
+    first = text("one", "some words of a text\n")
+    assert text("two", "some words of a text\n") == first != text("one", "some words of another\n")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, [1], {"runs": None}, {"runs": {"x": 3}}, {"runs": {"x": {}}}, {"chosen": {"x": 3}}, {"timing": {"x": {}}}],
+)
+def test_a_json_of_something_else_is_refused(tool: ModuleType, tmp_path: Path, content: Any) -> None:
+    (tmp_path / "out.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="does not hold results of this tool"):
+        start(tool, tmp_path, "--report")
+
+
+def test_words_of_the_command_line_are_checked(tool: ModuleType, tmp_path: Path) -> None:
+    for words, message in (
+        (["--jobs", "0"], "--jobs must be at least 1, not 0"),
+        (["--set", "train.steps=["], "not valid YAML"),
+        (["--set", "optim.lr=3"], r"optim\.lr cannot be among"),
+    ):
+        with pytest.raises(UserError, match=message):
+            start(tool, tmp_path, *words)
+    assert not (tmp_path / "calls.txt").exists()
+
+
+def test_a_loss_without_a_perplexity_has_its_row(tool: ModuleType, tmp_path: Path) -> None:
+    content = start(tool, tmp_path, sweep="none")
+    for run in content["runs"].values():
+        run["val_loss"] = 800.0
+    (tmp_path / "out.json").write_text(json.dumps(content))
+    start(tool, tmp_path, "--report")
+    assert "800.000" in (tmp_path / "out.md").read_text()
 
 
 def test_divergence_is_told_in_the_trainers_words(tool: ModuleType) -> None:

@@ -125,6 +125,7 @@ def test_a_mistake_after_print_config_leaves_nothing_behind() -> None:
             r"restart_warmup must lie between 0 and .* 60, it is 61",
         ),
         ("--method.name relora --method.restart_keep 0", r"restart_keep .* it is 0.*restart_moments zero"),
+        ("--method.full_rank_lr 0.1", r"full_rank_lr 0.1 belongs to method.full_rank_steps, which is 0"),
         ("--method.init pissa", r"pissa gives method.rank vectors .* method.name lora or relora"),
         ("--optim.lora_plus_ratio 0", r"lora_plus_ratio must be positive, not 0"),
         ("--optim.lora_plus_ratio 2 --method.name full", r"ratio 2 .* method.name full has no adapters"),

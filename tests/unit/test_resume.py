@@ -145,6 +145,9 @@ def test_explicit_changes() -> None:
     changed = ["--optim.lr", "0.02", "--train.steps", "900"]
     with pytest.raises(UserError, match=re.escape('allow_changes \'["optim.lr", "train.steps"]\'')):
         compare(config(*changed), stored, "it")
+    with pytest.raises(UserError) as caught:  # another method cannot be allowed, so nothing is advised
+        compare(config(*changed, "--method.name", "lora"), stored, "it")
+    assert "allow_changes" not in str(caught.value)
     compare(config(*changed, "--checkpoint.allow_changes", '["optim.lr", "train.steps"]'), stored, "it")
     compare(config(*changed, "--checkpoint.allow_changes", '["optim.*", "train.steps"]'), stored, "it")
 
@@ -179,8 +182,9 @@ def test_records_after_the_checkpoint_are_set_aside(tmp_path: Path) -> None:
     folder.log({"step": 6, "loss": 2.0})
     assert path.read_text() == "".join(lines[:5]) + '{"step": 6, "loss": 2.0}\n'
     assert (tmp_path / "metrics.dropped.jsonl").read_text() == "".join(lines[5:])
-    path.write_text('{"step": 1}\n3\n{"step": 2}\n')
-    assert read_records(path) == [{"step": 1}]
+    for torn in (b"3", b'{"loss": 3}', b'{"step": "2"}', b"\xff\xfe"):
+        path.write_bytes(b'{"step": 1}\n' + torn + b'\n{"step": 2}\n')
+        assert read_records(path) == [{"step": 1}]
 
 
 def test_a_full_disk_lets_records_wait(tmp_path: Path) -> None:
@@ -231,6 +235,17 @@ def test_checkpoints_alone_are_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"already holds a run \(checkpoints\)"):
         choose(run, "--resume", "none")
     assert choose(run)["folder"].endswith("step-00000010")
+
+
+@pytest.mark.parametrize("damage", ["{{: :", "", "[1]", "train: 3"])
+def test_a_damaged_configuration_matters_without_a_checkpoint(tmp_path: Path, damage: str) -> None:
+    run, young = make_run(tmp_path / "run", [5]), make_run(tmp_path / "young", [])
+    for folder in (run, young):
+        (folder / "config.yaml").write_text(damage)
+        (folder / "meta.json").write_text("[1]")
+    assert choose(run)["folder"].endswith("step-00000005")
+    with pytest.raises(UserError, match=r"config\.yaml is damaged, and there is no checkpoint"):
+        choose(young)
 
 
 def test_a_branch_goes_on_by_the_same_command(tmp_path: Path) -> None:
