@@ -13,14 +13,8 @@ from dataclasses import fields
 from fnmatch import fnmatch
 
 from megatron_switchlora.config import (
-    DataConfig,
-    LoraGaConfig,
-    MethodConfig,
-    RunConfig,
-    check_model,
-    require,
-    require_shard,
-)
+    DataConfig, LoraGaConfig, MethodConfig, RunConfig, check_model, require, require_shard,
+)  # fmt: skip
 
 # What a resumed run may be told to change, by `checkpoint.allow_changes`.
 CHANGEABLE = (
@@ -35,10 +29,8 @@ def _validate_warm_start(config: RunConfig) -> None:
     require(steps >= 0, f"method.full_rank_steps must not be negative, it is {steps}.")
     rate = method.full_rank_lr
     require(math.isfinite(rate) and rate > 0, f"method.full_rank_lr must be positive, not {rate}.")
-    require(
-        steps > 0 or rate == MethodConfig().full_rank_lr,
-        f"method.full_rank_lr {rate} belongs to method.full_rank_steps, which is 0: give the steps, or leave it out.",
-    )
+    alone = not steps and rate != MethodConfig().full_rank_lr
+    require(not alone, f"method.full_rank_lr {rate} belongs to method.full_rank_steps, which is 0: give both or none.")
     if steps:
         require(
             method.name != "full",
