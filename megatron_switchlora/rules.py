@@ -12,9 +12,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from fnmatch import fnmatch
 
-from megatron_switchlora.config import (
-    DataConfig, LoraGaConfig, MethodConfig, RunConfig, check_model, require, require_shard,
-)  # fmt: skip
+from megatron_switchlora.config import DataConfig, LoraGaConfig, RunConfig, check_model, require, require_shard
 
 # What a resumed run may be told to change, by `checkpoint.allow_changes`.
 CHANGEABLE = (
@@ -29,7 +27,7 @@ def _validate_warm_start(config: RunConfig) -> None:
     require(steps >= 0, f"method.full_rank_steps must not be negative, it is {steps}.")
     rate = method.full_rank_lr
     require(math.isfinite(rate) and rate > 0, f"method.full_rank_lr must be positive, not {rate}.")
-    alone = not steps and rate != MethodConfig().full_rank_lr
+    alone = not steps and rate != type(method)().full_rank_lr
     require(not alone, f"method.full_rank_lr {rate} belongs to method.full_rank_steps, which is 0: give both or none.")
     if steps:
         require(
