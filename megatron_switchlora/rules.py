@@ -320,9 +320,9 @@ def _validate_lte(config: RunConfig) -> None:
         f"train.global_batch_size {train.global_batch_size} must be a multiple of the {config.heads} LTE heads "
         f"(parallel.lte_heads {groups} x method.local_heads {method.local_heads}): change one of them.",
     )
-    _validate_merges(config)
     if method.inner == "switchlora":
         _validate_switching_heads(config)
+    _validate_merges(config)
 
 
 def _validate_merges(config: RunConfig) -> None:

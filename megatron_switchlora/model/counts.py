@@ -105,15 +105,15 @@ def count_here(config: RunConfig, vocab_size: int, tp: int) -> ParameterCounts:
 
 def merge_sends_factors(config: RunConfig, out_features: int, in_features: int) -> bool:
     """Whether a merge of LTE heads moves the factors of a layer whose W is [out, in] on a rank, and not their product:
-    by `method.merge_traffic`, or whatever is less. Received are (N - K) r (m + n) values, or 2 m n (H - 1) / H. Heads
-    that switch move their weights."""
+    by `method.merge_traffic`, or whatever is less. Received are (N - K) r (m + n) values in the precision of compute,
+    or 2 m n (H - 1) / H in fp32. Heads that switch move their weights."""
     method, groups = config.method, config.parallel.lte_heads
     if method.switches:
         return False
     if method.merge_traffic != "auto":
         return method.merge_traffic == "factors"
-    factors = (config.heads - method.local_heads) * method.rank * (out_features + in_features)
-    return factors <= 2 * out_features * in_features * (groups - 1) / groups
+    factors = (config.heads - method.local_heads) * method.rank * (out_features + in_features) * compute_bytes(config)
+    return factors <= 2 * out_features * in_features * (groups - 1) / groups * 4
 
 
 def model_flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> float:
