@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import mean, median
 from typing import TYPE_CHECKING
 
+from megatron_switchlora.lowrank.nf4 import bitsandbytes_works
 from megatron_switchlora.parallel.mesh import AXES
 from megatron_switchlora.train.engine import perplexity
 from megatron_switchlora.train.traffic import full_rank_bytes, saved_words
@@ -25,6 +26,9 @@ def opening_words(trainer: Trainer) -> list[str]:
         f"{len(trainer.val_store)} validation samples of {config.train.seq_len} tokens; a unigram model reaches "
         f"perplexity {trainer.data.unigram_val_ppl:.1f}"
     ]
+    if config.method.base == "nf4":
+        by = "bitsandbytes" if bitsandbytes_works(trainer.device) else "plain torch, much slower than bitsandbytes"
+        lines.append(f"the base is in 4 bits, dequantised by {by}")
     if start.checkpoint:
         lines.append(f"goes on after step {start.step} from {start.checkpoint.folder}")
     if trainer.last_step < config.train.steps:
