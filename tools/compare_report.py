@@ -21,7 +21,7 @@ from compare_setting import ROOT, Point, Setting, run_key
 from megatron_switchlora.config import RunConfig
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config, zero_settings
-from megatron_switchlora.train.records import replace_text
+from megatron_switchlora.train.records import perplexity, replace_text
 from megatron_switchlora.train.traffic import gradient_bytes
 
 Run = dict[str, Any]
@@ -70,10 +70,6 @@ def of_method(setting: Setting, results: Results, method: str) -> list[Run]:
     return found
 
 
-def perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss
-
-
 def _loss(run: Run) -> float:
     return math.inf if run["val_loss"] is None else float(run["val_loss"])
 
@@ -93,6 +89,7 @@ def _row(
         rates += " (edge)"
         notes.add("(edge): the best rate is the first or last of its list, so a better one may lie beyond.")
     losses = [_loss(run) for run in runs]
+    perplexities = [perplexity(loss) if math.isfinite(loss) else loss for loss in losses]
     known = next((run for run in runs if run["trainable"]), None)
     heads = f"{config.heads} x " if config.heads > 1 else ""  # each of LTE's heads trains so many
     share = f"{heads}{known['trainable'] / known['full_rank']:.1%}" if known else ""
@@ -100,7 +97,7 @@ def _row(
     ranks = setting.launch(method)[1]
     several = f"{ranks} x " if ranks > 1 else ""  # rank 0's is measured
     cells = [
-        method, rank, share, rates, str(len(runs)), _spread(losses, 3), _spread([perplexity(x) for x in losses], 2),
+        method, rank, share, rates, str(len(runs)), _spread(losses, 3), _spread(perplexities, 2),
         _gradients(setting, method, config, known, notes), _time(setting, results, method, notes),
         f"{several}{memory / 1e6:,.0f} MB",
     ]  # fmt: skip

@@ -32,8 +32,6 @@ from typing import Any, Optional
 from compare_setting import ROOT, Point, Setting, run_key
 
 from megatron_switchlora.config import RunConfig, UserError, require
-from megatron_switchlora.data.packing import prepare
-from megatron_switchlora.train.inputs import data_identity
 from megatron_switchlora.train.records import read_records, replace_text
 from megatron_switchlora.train.run_folder import lock_folder, read_meta
 from megatron_switchlora.train.stop import REQUEUE
@@ -230,6 +228,9 @@ def text_of(config: RunConfig) -> Optional[str]:
     among a run's options."""
     if config.data.source == "hf":
         return None
+    from megatron_switchlora.data.packing import prepare  # seconds, for which --help and --report need not wait
+    from megatron_switchlora.train.inputs import data_identity
+
     data = prepare(config.data, progress=True)
     return str(data_identity(data, data.vocab_size)["data"])
 

@@ -281,8 +281,3 @@ def mean_loss(
     dist.all_reduce(sums, group=group)
     model.train(training)
     return float(sums[0] / sums[1])
-
-
-def perplexity(loss: float) -> float:
-    """exp of a mean loss in nats, kept within the range of a float."""
-    return math.exp(min(loss, 700.0))

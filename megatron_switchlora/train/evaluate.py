@@ -22,8 +22,9 @@ from megatron_switchlora.parallel.agree import on_one_rank
 from megatron_switchlora.parallel.mesh import build_mesh
 from megatron_switchlora.parallel.ranks import Ranks
 from megatron_switchlora.train.arguments import parse_arguments
-from megatron_switchlora.train.engine import mean_loss, perplexity
+from megatron_switchlora.train.engine import mean_loss
 from megatron_switchlora.train.inputs import data_identity, prepare_data, vocabulary_size
+from megatron_switchlora.train.records import perplexity
 
 
 def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float:

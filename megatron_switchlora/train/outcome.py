@@ -11,7 +11,8 @@ from megatron_switchlora.model.counts import model_flops_per_token
 from megatron_switchlora.model.hf import export_model
 from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.train.device import peak_flops, peak_memory_bytes
-from megatron_switchlora.train.engine import StepResult, perplexity
+from megatron_switchlora.train.engine import StepResult
+from megatron_switchlora.train.records import perplexity
 from megatron_switchlora.train.run_folder import in_folder
 
 if TYPE_CHECKING:

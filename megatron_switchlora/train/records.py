@@ -9,10 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import warnings
 from pathlib import Path
 from typing import Any, Optional
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats, kept within the range of a float."""
+    return math.exp(min(loss, 700.0))
 
 
 def as_line(record: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_switchlora.lowrank.nf4 import bitsandbytes_works
 from megatron_switchlora.parallel.mesh import AXES
-from megatron_switchlora.train.engine import perplexity
+from megatron_switchlora.train.records import perplexity
 from megatron_switchlora.train.traffic import full_rank_bytes, saved_words
 
 if TYPE_CHECKING:

@@ -33,10 +33,11 @@ from megatron_switchlora.parallel.mesh import AXES, Mesh
 from megatron_switchlora.parallel.ranks import Ranks
 from megatron_switchlora.train.compatible import compare_data
 from megatron_switchlora.train.diagnose import find_bad_layer
-from megatron_switchlora.train.engine import Engine, StepResult, perplexity
+from megatron_switchlora.train.engine import Engine, StepResult
 from megatron_switchlora.train.inputs import data_identity, prepare_data, require_tokenizer, vocabulary_size
 from megatron_switchlora.train.outcome import step_record, write_results
 from megatron_switchlora.train.phase import Phase, build_phases, start_engine
+from megatron_switchlora.train.records import perplexity
 from megatron_switchlora.train.regroup import load_regrouped, regroups
 from megatron_switchlora.train.resume import Start, open_together
 from megatron_switchlora.train.run_folder import (
