@@ -301,7 +301,10 @@ def _validate_lte(config: RunConfig) -> None:
         f"parallel.lte_heads {groups} needs method.name lte, which trains heads apart; it is {method.name}: set "
         "parallel.lte_heads to 1 or change the method.",
     )
-    _refuse_foreign(config, "lte", OF_LTE[{"lte": len(OF_LTE), "mhlora": 2}.get(method.name, 0) :])
+    if method.name not in ("lte", "mhlora"):
+        _refuse_foreign(config, "lte or mhlora", OF_LTE[:2])
+    if method.name != "lte":
+        _refuse_foreign(config, "lte", OF_LTE[2:])
     require(method.local_heads >= 1, f"method.local_heads must be at least 1, not {method.local_heads}.")
     if method.name != "lte":
         return

@@ -24,7 +24,7 @@ from megatron_switchlora.parallel.parts import Part, replica_line, shard_part
 
 @dataclass(frozen=True)
 class Replica:
-    """A tensor that must be equal on all ranks of a line: "dp", "head" (dp x tp), or "data" (lte x dp)."""
+    """A tensor that must be equal on all ranks of a line: "dp", "lte", "head" (dp x tp), or "data" (lte x dp)."""
 
     name: str
     tensor: Tensor

@@ -169,6 +169,12 @@ class Merging(Method):
     def stored_name(self, name: str) -> str:
         return f"head_{self.first_head:02d}/{name}"
 
+    def replicas(self) -> Iterator[Replica]:
+        """Also the origins, over heads: a head's data ranks hold parts of them."""
+        yield from super().replicas()
+        for name, origin in self.origins.items():
+            yield Replica(f"{name}.origin", origin.rows, "lte")
+
     def _origin_parts(self) -> Iterator[Part]:
         for name, origin in self.origins.items():
             yield shard_part(f"{name}.origin", origin.rows, [origin.split, self.linears[name].split], "lte")

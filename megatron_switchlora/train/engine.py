@@ -139,7 +139,7 @@ class Engine:
         over the world."""
         replicas = list(self.method.replicas())
         found = []
-        for line in ("dp", "head", "data"):
+        for line in ("dp", "lte", "head", "data"):
             named = [(replica.name, replica.tensor) for replica in replicas if replica.line == line]
             found += differing(named, self.mesh.group(line), self.device)
         texts = gather_texts("\n".join(found), self.device)
@@ -259,10 +259,13 @@ class Engine:
         mean, bad_ranks, *counts = control.tolist()
         return tuple(here.tolist()), mean, bad_ranks, tuple(map(int, counts))
 
-    def evaluate(self, batches: Iterable[Tensor]) -> float:
+    def evaluate(self, batches: Iterable[Tensor]) -> tuple[float, int]:
         """Mean cross entropy of a token, of the model that the method gives, over this rank's validation batches and
-        those of all ranks that read others."""
-        return mean_loss(self.method.evaluated(), batches, self.mesh.group("data"), self.device)
+        those of all ranks that read others; and the bytes of model state that this rank gave to other heads for it."""
+        self.recorder.clear()
+        with self.recorder:
+            model = self.method.evaluated()
+        return mean_loss(model, batches, self.mesh.group("data"), self.device), self._across_heads(None)
 
 
 @torch.no_grad()

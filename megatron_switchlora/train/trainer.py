@@ -231,10 +231,6 @@ class Trainer:
         if self.ranks.rank == 0:
             tqdm.write(text)
 
-    def evaluate(self) -> float:
-        """Validation loss, in nats a token."""
-        return self.engine.evaluate(self._validation_batches())
-
     def _validation_batches(self) -> Iterator[torch.Tensor]:
         """This data rank's share of the validation samples."""
         size, limit = self.config.train.micro_batch_size, self.config.train.eval_samples
@@ -242,13 +238,14 @@ class Trainer:
         return eval_batches(self.val_store, size, line.rank, line.size, limit)
 
     def _evaluate_and_log(self, step: int) -> float:
-        loss = self.evaluate()
+        loss, sent = self.engine.evaluate(self._validation_batches())
         require(
             math.isfinite(loss),
             f"The validation loss after step {step} is {loss}: the last update has destroyed the model, and the run "
             "stops. Lower optim.lr, lengthen train.warmup_steps or clip (optim.clip).",
         )
-        self.run.log({"step": step, "val_loss": loss, "val_ppl": perplexity(loss)})
+        between_heads = {"eval_merge_bytes": sent} if self.mesh.size("lte") > 1 else {}
+        self.run.log({"step": step, "val_loss": loss, "val_ppl": perplexity(loss), **between_heads})
         self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
         self._monitor(step, {"val_loss": loss})
         return loss

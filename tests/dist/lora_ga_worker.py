@@ -67,14 +67,15 @@ def factor_gap(config: RunConfig, mesh: Mesh, whole: dict[str, tuple[Tensor, Ten
     return worst
 
 
-def traffic(config: RunConfig, mesh: Mesh) -> dict[str, float]:
-    """Of decomposing one gate projection: calls, values given to collectives, and elements of its whole gradient."""
+def traffic(config: RunConfig, mesh: Mesh) -> list[int]:
+    """Of decomposing one gate projection: the values given to each collective."""
     (_, _, _, linear), *_ = (entry for entry in decoder_linears(model_on(config, mesh)) if entry[2] == "gate_proj")
     gradient = torch.randn(linear.weight.shape, dtype=torch.float64)
-    recorder = CommRecorder()
+    recorder, given = CommRecorder(), []
+    recorder.watch = lambda record, tensor: given.append(tensor.numel())
     with recorder:
         lora_ga.initial_factors(linear, gradient, config.method, "gate", 0, CPU)
-    return {"calls": sum(recorder.calls.values()), "values": recorder.total() // 8}
+    return given
 
 
 def act(payload: dict[str, Any]) -> dict[str, Any]:

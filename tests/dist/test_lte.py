@@ -10,6 +10,10 @@ from tests.dist.launch import run_ranks
 
 full = pytest.mark.full
 SWITCHES: dict[str, Any] = {"method__inner": "switchlora", "method__alpha": 1.0}
+DELTA: dict[str, Any] = {"method__merge_traffic": "delta"}
+RESET: dict[str, Any] = {"method__merge_form": "reset"}
+MERGED = [{}, RESET, DELTA, SWITCHES, {"method__local_heads": 2}]
+BUCKETED = [{}, DELTA, SWITCHES]
 
 
 def run(ranks: int, heads: int, tp: int, cases: list[dict[str, Any]], timeout: float = 280) -> list[list[dict]]:
@@ -18,10 +22,16 @@ def run(ranks: int, heads: int, tp: int, cases: list[dict[str, Any]], timeout: f
     return [list(case) for case in zip(*found, strict=True)]
 
 
-def check_reference(results: list[dict[str, float]]) -> None:
-    worst = max(max(result.values()) for result in results)
+def check_reference(results: list[dict[str, Any]]) -> None:
+    worst = max(max(result["gaps"].values()) for result in results)
     print(f"\nfurthest from the reference: {worst:.1e}")
     assert worst < 1e-9
+
+
+def check_merges_in_fp32(results: list[dict[str, float]]) -> None:
+    gap, spread = (max(result[key] for result in results) for key in ("gap", "spread"))
+    print(f"\na merge moves the mean by {gap:.1e} of its largest entry; heads were {spread:.1e} from it")
+    assert gap < 1e-6 and spread > 1e-3
 
 
 def check_deepspeed(results: list[dict[str, Any]], merges: int, bar: float = 1e-5) -> None:
@@ -33,6 +43,7 @@ def check_deepspeed(results: list[dict[str, Any]], merges: int, bar: float = 1e-
     for result in results:
         assert result["differing"] == []
         assert result["cast_gap"] == 0.0
+        assert result["odd_origin"] in (None, True)
         assert result["losses"] == results[0]["losses"]
         assert max(result["control_bytes"]) <= 64
         sent = [number for number in result["merge_bytes"] if number]
@@ -56,6 +67,9 @@ def test_two_heads_on_two_ranks() -> None:
         {"changes": {"method__local_heads": 2}, "steps": 9, "stage": "2"},
         *({"changes": {"train__precision": precision, "method__compute": "auto"}, "steps": 5, "stage": stage,
            "as_lora": True} for precision, stage in (("fp32", "1"), ("bf16", "0"))),
+        *({"changes": changes | {"method__merge_interval": "never", "optim__lr": 0.01}, "steps": 6, "fp32": True}
+          for changes in MERGED),
+        *({"changes": changes, "steps": 6, "bucket": 40_000} for changes in BUCKETED),
     ]  # fmt: skip
     found = run(2, 2, 1, cases)
     for results in found[:3]:
@@ -64,14 +78,26 @@ def test_two_heads_on_two_ranks() -> None:
         assert max(result["gap"] for result in results) < 1e-9
     for results in found[5:7]:
         check_deepspeed(results, merges=3)
-    assert all(result["alike"] for results in found[7:] for result in results)
+    assert [result["odd_origin"] for result in found[5]] == [True, True]
+    assert all(result["alike"] for results in found[7:9] for result in results)
+    for results in found[9 : 9 + len(MERGED)]:
+        check_merges_in_fp32(results)
+    for results in found[9 + len(MERGED) :]:  # two merges, each of some buckets of some layers
+        check_reference(results)
+        assert all(2 * 3 < result["calls"] < 2 * result["layers"] for result in results)
 
 
 @full
 @pytest.mark.timeout(320)
 def test_two_heads_of_two_tensor_parallel_ranks_under_zero_1() -> None:
-    (found,) = run(4, 2, 2, [{"changes": {}, "steps": 10, "stage": "1"}])
-    check_deepspeed(found, merges=3)
+    """And one head on all four ranks, never merged, is LoRA to the bit."""
+    alone: list[dict[str, Any]] = [
+        {"changes": {"train__precision": precision, "method__compute": "auto"}, "steps": 5, "stage": stage,
+         "as_lora": True} for precision, stage in (("fp32", "1"), ("bf16", "2"))
+    ]  # fmt: skip
+    found = run(4, 2, 2, [{"changes": {}, "steps": 10, "stage": "1"}, *alone])
+    check_deepspeed(found[0], merges=3)
+    assert all(result["alike"] for results in found[1:] for result in results)
 
 
 @full

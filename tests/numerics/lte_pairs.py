@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from megatron_switchlora.config import RunConfig
+from megatron_switchlora.lowrank.heads import HeadsLinear
 from megatron_switchlora.methods import Lora
 from megatron_switchlora.methods.lte import Merging
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.parallel.mesh import AXES, Mesh
-from tests.numerics.lte_reference import LteReference
+from tests.numerics.lte_reference import LteReference, QuantisedLteReference
 from tests.numerics.pairing import make_reference, reference_config
 from tests.numerics.reference import Reference
 from tests.plain import PlainRun, small_config
@@ -70,7 +71,19 @@ def make_lte_reference(config: RunConfig) -> LteReference:
             )
         )
     interval = config.method.merge_interval
-    return LteReference(heads, None if isinstance(interval, str) else interval, config.method.merge_form == "reset")
+    kind = QuantisedLteReference if config.method.base == "nf4" else LteReference
+    return kind(heads, None if isinstance(interval, str) else interval, config.method.merge_form == "reset")
+
+
+def exact_weight(linear: Any, head: int) -> Tensor:
+    """What a head here computes, W + s B A or W + s (B A - B' A'), primed: remembered, from fp32 in float64."""
+    if not isinstance(linear, HeadsLinear):
+        product = linear.lora_B.detach().double().t() @ linear.lora_A.detach().double()
+        return linear.weight.double() + linear.scaling * product
+    product = linear.lora_B[head].detach().double().t() @ linear.lora_A[head].detach().double()
+    if linear.resetless:
+        product -= linear.merged_B[head].double().t() @ linear.merged_A[head].double()
+    return linear.weight.double() + linear.scaling * product
 
 
 def head_batches(config: RunConfig, batch: Tensor) -> list[list[Tensor]]:

@@ -2,7 +2,8 @@
 
 Each head is a `tests.numerics.reference.Reference` with its own frozen W. In effective weights E_n = W_n + s B_n A_n a
 merge forms M = mean_n E_n; the reset form sets W <- M and B <- 0, the reset-less form W_n <- M - s B_n A_n, which is
-y = M x + s (B_n A_n - B'_n A'_n) x with the primed factors folded. Nothing of the package is used.
+y = M x + s (B_n A_n - B'_n A'_n) x with the primed factors folded. Over a base in 4 bits a layer applies
+Q(M) x + s (...) x, Q to NF4 and back, and M itself is what merges go on from. Of the package there are NF4's levels.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_switchlora.lowrank.nf4 import LEVELS
 from tests.numerics.reference import Reference
 
 
@@ -35,14 +37,47 @@ class LteReference:
     @torch.no_grad()
     def merge(self) -> None:
         for name in self.heads[0].names:
-            mean = self.mean_weight(name)
-            for head in self.heads:
-                if self.reset:
-                    head.W[name].copy_(mean)
-                    head.B[name].zero_()
-                else:
-                    head.W[name].copy_(mean - head.cfg.scaling * head.B[name] @ head.A[name])
+            self.take(name, self.mean_weight(name))
         for name in self.heads[0].dense:
             mean = self.mean_dense(name)
             for head in self.heads:
                 head.dense[name].copy_(mean)
+
+    def take(self, name: str, mean: Tensor) -> None:
+        """Make every head compute the mean."""
+        for head in self.heads:
+            if self.reset:
+                head.W[name].copy_(mean)
+                head.B[name].zero_()
+            else:
+                head.W[name].copy_(mean - head.cfg.scaling * head.B[name] @ head.A[name])
+
+
+class QuantisedLteReference(LteReference):
+    """Heads that apply the mean in 4 bits, beside their factors."""
+
+    @torch.no_grad()
+    def __init__(self, heads: list[Reference], interval: int | None, reset: bool) -> None:
+        super().__init__(heads, interval, reset)
+        self.exact: dict[str, Tensor] = {}
+        for name in heads[0].names:
+            self.take(name, heads[0].effective_weight(name).detach())
+
+    def mean_weight(self, name: str) -> Tensor:
+        """M and what the heads have learnt since."""
+        return self.exact[name] + super().mean_weight(name) - in_4_bits(self.exact[name])
+
+    def take(self, name: str, mean: Tensor) -> None:
+        self.exact[name] = mean.clone()
+        super().take(name, in_4_bits(mean))
+
+
+def in_4_bits(matrix: Tensor) -> Tensor:
+    """A matrix in fp32, each value as the nearest level times the largest magnitude among its 64 of a row."""
+    levels = torch.tensor(LEVELS)
+    found = matrix.float()
+    for block in found.split(64, dim=1):
+        scale = block.abs().amax(1, keepdim=True)
+        nearest = (block.unsqueeze(-1) / scale.unsqueeze(-1) - levels).abs().argmin(-1)
+        block.copy_(levels[nearest] * scale)
+    return found.to(matrix.dtype)

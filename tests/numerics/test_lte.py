@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from megatron_switchlora.methods.merging import mean_products
 from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.parallel.shard import Axis
 from megatron_switchlora.train.diagnose import find_bad_layer
-from tests.numerics.lte_pairs import head_batches, lte_config, lte_differences, make_lte_reference
+from tests.numerics.lte_pairs import exact_weight, head_batches, lte_config, lte_differences, make_lte_reference
 from tests.plain import PlainRun, make_batches, peak_of, small_config
 
 full = pytest.mark.full
@@ -35,6 +35,13 @@ full = pytest.mark.full
              "method__alpha": 1.0, "optim__weight_decay": 0.1}, marks=full,
         ),
         pytest.param(40, {"method__merge_interval": "never", "method__orthogonal_scale": "sqrt_r_n"}, marks=full),
+        (7, {"method__base": "nf4"}),
+        pytest.param(10, {"method__base": "nf4", "method__merge_form": "reset"}, marks=full),
+        pytest.param(  # s = 256
+            4,
+            {"method__local_heads": 32, "train__micro_batch_size": 32, "train__global_batch_size": 32,
+             "method__alpha": 7 * 256.0, "optim__lr": 2e-5, "optim__dense_lr": 0.002}, marks=full,
+        ),
     ],
 )  # fmt: skip
 def test_local_heads_equal_the_reference(steps: int, changes: dict) -> None:
@@ -150,7 +157,10 @@ def test_a_merge_keeps_the_mean(form: str, base: str) -> None:
         run.step(step, batch)
         if step % 3 == 2:
             if base == "fp32":
-                before = [exact_mean(linear) for linear in run.method.linears.values()]
+                before = [
+                    torch.stack([exact_weight(linear, head) for head in range(linear.heads)]).mean(0)
+                    for linear in run.method.linears.values()
+                ]
             else:
                 before = [mean.double() for mean in means(run.method)]
             old_A = run.method.linears["model.layers.0.mlp.up_proj"].lora_A[1].detach().clone()
@@ -160,7 +170,7 @@ def test_a_merge_keeps_the_mean(form: str, base: str) -> None:
                 change = float((after - mean).abs().max() / mean.abs().max())
                 assert change < 1e-6
                 if base == "fp32":
-                    gap = (exact_mean(linear, range(1)) - mean).abs().max() / mean.abs().max()  # head 0's function
+                    gap = (exact_weight(linear, 0) - mean).abs().max() / mean.abs().max()
                     assert float(gap) < 1e-6
                 assert_heads_compute(linear, mean.float(), exact=base == "fp32")
             assert spread > 1e-3
@@ -170,18 +180,6 @@ def test_a_merge_keeps_the_mean(form: str, base: str) -> None:
             assert not torch.equal(now[0], now[1])  # heads draw each their own
     dense = run.method.dense()
     assert all(torch.equal(a, b) for a, b in dense.values())
-
-
-def exact_mean(linear: Any, heads: Optional[range] = None) -> Tensor:
-    """The mean over heads (all of them) of W + s (B_n A_n - B'_n A'_n), primed: remembered, in float64."""
-    total = linear.weight.double()
-    chosen = heads or range(linear.heads)
-    for head in chosen:
-        product = linear.lora_B[head].detach().double().t() @ linear.lora_A[head].detach().double()
-        if linear.resetless:
-            product -= linear.merged_B[head].double().t() @ linear.merged_A[head].double()
-        total = total + linear.scaling / len(chosen) * product
-    return total
 
 
 def assert_heads_compute(linear: Any, mean: Tensor, exact: bool) -> None:

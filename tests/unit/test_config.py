@@ -153,6 +153,7 @@ def test_a_mistake_after_print_config_leaves_nothing_behind() -> None:
         ("--parallel.lte_heads 4", r"lte_heads 4 needs method.name lte, which trains heads apart; it is switchlora"),
         ("--parallel.lte_heads 0", r"lte_heads must be at least 1, not 0"),
         ("--method.merge_interval 5", r"method.merge_interval belong to method.name lte, not switchlora"),
+        ("--method.name lora --method.local_heads 4", r"method.local_heads belong to method.name lte or mhlora, not"),
         ("--method.name lora --method.base nf4", r"method.base belong to method.name lte, not lora"),
         ("--method.name lora --method.restart_interval 7", r"method.restart_interval belong to method.name relora"),
         ("--method.galore_scale 0.5", r"method.galore_scale belong to method.name galore, not switchlora"),
