@@ -80,7 +80,8 @@ def _row(
 ) -> str:  # fmt: skip
     rank = "-" if config.method.name == "full" else str(config.method.rank)
     if point is None or not runs:
-        return f"| {method} | {rank} |" + " |" * 8
+        time = _time(setting, results, method, notes)
+        return f"| {method} | {rank} |" + " |" * 6 + (f" {time} | |" if time else " | |")
     optim = replace(config.optim, lr=point.lr, dense_lr=point.dense_lr)
     rates = f"{point.lr:g}, {replace(config, optim=optim).dense_lr:g}"
     if results.chosen(method) is None:

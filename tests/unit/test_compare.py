@@ -153,6 +153,7 @@ def test_timing_divides_by_full_rank_in_the_same_round(tool: ModuleType, tmp_pat
     found = start(tool, tmp_path, "--timing")
     assert found["timing"]["lora"]["ratio"] == 0.5 and found["timing"]["full"]["step_seconds"] == [0.5, 0.5]
     assert found["runs"] == {} and "timing_lora" in (tmp_path / "calls.txt").read_text()
+    assert "0.50 (0.50 to 0.50)" in (tmp_path / "out.md").read_text()
 
 
 @pytest.mark.parametrize(
