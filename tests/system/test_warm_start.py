@@ -34,7 +34,7 @@ def test_every_method_goes_on_from_full_rank_training(tmp_path: Path) -> None:
     weights, and the method then learns on."""
     pytest.importorskip("galore_torch")
     place = Place(tmp_path)
-    fixed = "--method.rank 8 --optim.lr 0.001 --optim.dense_lr 0.004 --train.eval_interval 4".split()
+    fixed = ["--method.rank", "8", "--optim.lr", "0.001", "--optim.dense_lr", "0.004", "--train.eval_interval", "4"]
     warm = f"--method.full_rank_steps {WARM} --method.full_rank_lr 0.004".split()
     options = place.options("runs", *fixed, "--data.cache_dir", str(tmp_path / "cache"))
     runs = [["--method.name", "full", "--optim.lr", "0.004"], *([*text.split(), *warm] for text in METHODS.values())]
