@@ -77,8 +77,9 @@ def test_galore_resumes_to_the_bit(tmp_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 2), (2, 2)], ids=lambda mesh: f"dp{mesh[0]}tp{mesh[1]}")
-def test_the_full_grid_on_the_same_mesh(tmp_path: Path, mesh: tuple[int, int]) -> None:
-    check_same_mesh(*mesh, FULL_GRID, tmp_path)
+def test_the_grid_on_the_same_mesh(tmp_path: Path, mesh: tuple[int, int]) -> None:
+    """Every class on one process and on the largest mesh, some on those between."""
+    check_same_mesh(*mesh, FULL_GRID if mesh[0] == mesh[1] else SMALL_GRID, tmp_path)
 
 
 @pytest.mark.parametrize(
