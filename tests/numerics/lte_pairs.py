@@ -77,13 +77,17 @@ def make_lte_reference(config: RunConfig) -> LteReference:
 
 def exact_weight(linear: Any, head: int) -> Tensor:
     """What a head here computes, W + s B A or W + s (B A - B' A'), primed: remembered, from fp32 in float64."""
-    if not isinstance(linear, HeadsLinear):
-        product = linear.lora_B.detach().double().t() @ linear.lora_A.detach().double()
-        return linear.weight.double() + linear.scaling * product
-    product = linear.lora_B[head].detach().double().t() @ linear.lora_A[head].detach().double()
-    if linear.resetless:
+    shared = isinstance(linear, HeadsLinear)
+    A, B = (linear.lora_A[head], linear.lora_B[head]) if shared else (linear.lora_A, linear.lora_B)
+    product = B.detach().double().t() @ A.detach().double()
+    if shared and linear.resetless:
         product -= linear.merged_B[head].double().t() @ linear.merged_A[head].double()
     return linear.weight.double() + linear.scaling * product
+
+
+def exact_mean(linear: Any, heads: int) -> Tensor:
+    """The mean of what the heads here compute."""
+    return torch.stack([exact_weight(linear, head) for head in range(heads)]).mean(0)
 
 
 def head_batches(config: RunConfig, batch: Tensor) -> list[list[Tensor]]:

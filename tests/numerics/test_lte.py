@@ -17,7 +17,14 @@ from megatron_switchlora.methods.merging import mean_products
 from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.parallel.shard import Axis
 from megatron_switchlora.train.diagnose import find_bad_layer
-from tests.numerics.lte_pairs import exact_weight, head_batches, lte_config, lte_differences, make_lte_reference
+from tests.numerics.lte_pairs import (
+    exact_mean,
+    exact_weight,
+    head_batches,
+    lte_config,
+    lte_differences,
+    make_lte_reference,
+)
 from tests.plain import PlainRun, make_batches, peak_of, small_config
 
 full = pytest.mark.full
@@ -157,10 +164,7 @@ def test_a_merge_keeps_the_mean(form: str, base: str) -> None:
         run.step(step, batch)
         if step % 3 == 2:
             if base == "fp32":
-                before = [
-                    torch.stack([exact_weight(linear, head) for head in range(linear.heads)]).mean(0)
-                    for linear in run.method.linears.values()
-                ]
+                before = [exact_mean(linear, linear.heads) for linear in run.method.linears.values()]
             else:
                 before = [mean.double() for mean in means(run.method)]
             old_A = run.method.linears["model.layers.0.mlp.up_proj"].lora_A[1].detach().clone()

@@ -39,7 +39,8 @@ def test_every_method_goes_on_from_full_rank_training(tmp_path: Path) -> None:
     options = place.options("runs", *fixed, "--data.cache_dir", str(tmp_path / "cache"))
     runs = [["--method.name", "full", "--optim.lr", "0.004"], *([*text.split(), *warm] for text in METHODS.values())]
     payload = {"options": options, "runs": runs, "stage": 0}
-    full, *others = run_ranks(2, "tests.system.warm_start_worker", payload, timeout=360)[0]
+    run_ranks(2, "tests.system.warm_start_worker", payload, timeout=360)
+    full, *others = (place.records(f"runs/run{number}") for number in range(len(runs)))
     wanted = [record["loss"] for record in full if "loss" in record]
     for name, records in zip(METHODS, others, strict=True):
         losses = [record["loss"] for record in records if "loss" in record]
