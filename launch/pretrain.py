@@ -8,34 +8,24 @@ A mistake in the input is told once, by rank 0, and ends every rank with status 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import NoReturn
 
 import torch
 
 from megatron_switchlora.config import UserError, require
 from megatron_switchlora.parallel.agree import PeerError
 from megatron_switchlora.parallel.launchers import is_first, is_first_here, own_host
-from megatron_switchlora.parallel.ranks import RankError, Ranks, complete_environment, discover_ranks
+from megatron_switchlora.parallel.ranks import RankError, Ranks, complete_environment, discover_ranks, end_rank
 from megatron_switchlora.parallel.rollcall import Verdict, meet, report
 from megatron_switchlora.train.arguments import Arguments, parse_arguments
 from megatron_switchlora.train.compatible import what_must_agree
 from megatron_switchlora.train.device import choose_device, precision_warning
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
 from megatron_switchlora.train.stop import REQUEUE, Stopped, StopRequest
-
-
-def leave(status: int) -> NoReturn:
-    """End the process now. Left to the interpreter, gloo's threads sometimes abort it when a peer is gone already."""
-    atexit._run_exitfuncs()  # what libraries (W&B, TensorBoard) want to flush
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 @contextlib.contextmanager
@@ -49,14 +39,14 @@ def told_once(first: bool) -> Iterator[None]:
             print(f"error: {error}", file=sys.stderr, flush=True)
         elif not isinstance(error, Verdict) and not torch.distributed.is_initialized():
             report_alone(error)
-        leave(2)
+        end_rank(2)
     except PeerError:
-        leave(2)
+        end_rank(2)
     except Stopped as stop:
         if first:
             text = f"stopped by {stop}: all ranks end; what was saved and recorded so far is in the run folder"
             print(f"\n{text}", file=sys.stderr, flush=True)
-        leave(130 if str(stop) == "SIGINT" else REQUEUE)
+        end_rank(130 if str(stop) == "SIGINT" else REQUEUE)
 
 
 def report_alone(error: UserError) -> None:
@@ -169,14 +159,14 @@ def main() -> None:
         arguments = parse_arguments(sys.argv[1:])  # --help works wherever it is typed
         if arguments.dry_run:
             show_plan(arguments, first)
-            leave(0)
+            end_rank(0)
         if arguments.prepare_only:
             prepare_only(arguments, first)
-            leave(0)
+            end_rank(0)
         ranks = discover_ranks(os.environ)
         complete_environment(os.environ)
         check_early(arguments, ranks)
-        leave(run(arguments, ranks, stop))
+        end_rank(run(arguments, ranks, stop))
 
 
 if __name__ == "__main__":

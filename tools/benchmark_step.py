@@ -35,7 +35,7 @@ from megatron_switchlora.config import MethodConfig, ModelConfig, OptimConfig, P
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.model.counts import decoder_shapes, projections
 from megatron_switchlora.parallel.linear import ColumnParallelLinear
-from megatron_switchlora.parallel.ranks import discover_ranks
+from megatron_switchlora.parallel.ranks import discover_ranks, end_rank
 from megatron_switchlora.parallel.shard import Axis
 from megatron_switchlora.train.device import choose_device
 from megatron_switchlora.train.run_folder import versions
@@ -263,7 +263,7 @@ def main() -> None:
     options = parser.parse_args()
     ranks = discover_ranks(os.environ)
     device = choose_device(options.device, ranks, 0)
-    from megatron_switchlora.train.engine import start_distributed, stop_distributed
+    from megatron_switchlora.train.engine import start_distributed
 
     start_distributed(device)
     result: dict[str, Any] = {
@@ -281,7 +281,7 @@ def main() -> None:
             }
     if ranks.rank == 0:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    stop_distributed()
+    end_rank(0)
 
 
 if __name__ == "__main__":

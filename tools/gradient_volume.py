@@ -33,6 +33,7 @@ from megatron_switchlora.config import RunConfig, UserError, full_rank_config, m
 from megatron_switchlora.parallel.agree import on_all_ranks
 from megatron_switchlora.parallel.launchers import is_first
 from megatron_switchlora.parallel.mesh import mesh_sizes
+from megatron_switchlora.parallel.ranks import end_rank
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.dry_run import planned_vocabulary
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config, zero_settings
@@ -184,10 +185,11 @@ def main() -> None:
             report([predicted(case, arguments.world) for case in cases], arguments.out)
             return
         measure_cases(arguments, options)
+        end_rank(0)
     except UserError as error:
         if is_first(os.environ):
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        end_rank(2)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 from measure_switching import make_engine
 
 from megatron_switchlora.config import RunConfig
-from megatron_switchlora.parallel.ranks import discover_ranks
+from megatron_switchlora.parallel.ranks import discover_ranks, end_rank
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.device import choose_device
 from megatron_switchlora.train.run_folder import versions
@@ -117,6 +117,7 @@ def main() -> None:
     print(text)
     if arguments.out is not None:
         arguments.out.write_text(text + "\n", encoding="utf-8")
+    end_rank(0)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from megatron_switchlora.config import RunConfig
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.parallel.mesh import build_mesh
-from megatron_switchlora.parallel.ranks import discover_ranks
+from megatron_switchlora.parallel.ranks import discover_ranks, end_rank
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.device import choose_device
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
@@ -126,6 +126,7 @@ def main() -> None:
     print(text)
     if arguments.out is not None:
         arguments.out.write_text(text + "\n", encoding="utf-8")
+    end_rank(0)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,15 @@ read. With no launcher the process is alone: rank 0 of a world of one, meeting i
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import socket
+import sys
 import zlib
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 from megatron_switchlora.config import UserError, require
 from megatron_switchlora.parallel.launchers import SLURM, TORCH, Launcher, in_srun_step, which_launcher
@@ -156,3 +159,11 @@ def cpu_threads(requested: int, local_size: int) -> int:
     """CPU threads of one rank: as requested, else the usable cores divided by the local ranks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     return requested or max(1, cores // local_size)
+
+
+def end_rank(status: int) -> NoReturn:
+    """End this process now. Left to the interpreter, gloo's threads sometimes abort it when a peer is gone already."""
+    atexit._run_exitfuncs()  # what libraries (W&B, TensorBoard) want to flush
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -86,6 +86,15 @@ def test_nothing_is_unpickled() -> None:
         assert "torch.load(" not in text or "weights_only=True" in text, path
 
 
+def test_programs_with_ranks_end_them() -> None:
+    """Left to the interpreter's end, gloo's threads sometimes abort a rank whose peers are gone."""
+    starts = ("train.engine import start_distributed", "volume_ranks import")
+    programs = [p for p in sources() if p.parent.name in ("launch", "tools") and "def main(" in p.read_text()]
+    found = {p.name: "end_rank(" in p.read_text() for p in programs if any(word in p.read_text() for word in starts)}
+    assert len(found) == 5
+    assert all(found.values()), found
+
+
 def test_every_test_folder_is_collected(pytestconfig: pytest.Config) -> None:
     """pytest by default passes over folders named `dist`, silently."""
     patterns = pytestconfig.getini("norecursedirs")
