@@ -18,9 +18,9 @@ import torch
 
 from megatron_switchlora.config import UserError, require
 from megatron_switchlora.parallel.agree import PeerError
-from megatron_switchlora.parallel.launchers import is_first, is_first_here, own_host
-from megatron_switchlora.parallel.ranks import RankError, Ranks, complete_environment, discover_ranks, end_rank
-from megatron_switchlora.parallel.rollcall import Verdict, meet, report
+from megatron_switchlora.parallel.launchers import is_first
+from megatron_switchlora.parallel.ranks import Ranks, complete_environment, discover_ranks, end_rank
+from megatron_switchlora.parallel.rollcall import meet, tell
 from megatron_switchlora.train.arguments import Arguments, parse_arguments
 from megatron_switchlora.train.compatible import what_must_agree
 from megatron_switchlora.train.device import choose_device, precision_warning
@@ -33,35 +33,14 @@ def told_once(first: bool) -> Iterator[None]:
     """Turn the errors that people cause, and Ctrl-C, into one line and an exit status."""
     try:
         yield
-    except UserError as error:
-        # Every rank raises it: what one rank alone finds goes through agree.on_one_rank, or is a RankError.
-        if first or isinstance(error, RankError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        elif not isinstance(error, Verdict) and not torch.distributed.is_initialized():
-            report_alone(error)
-        end_rank(2)
-    except PeerError:
+    except (UserError, PeerError) as error:
+        tell(os.environ, error)
         end_rank(2)
     except Stopped as stop:
         if first:
             text = f"stopped by {stop}: all ranks end; what was saved and recorded so far is in the run folder"
             print(f"\n{text}", file=sys.stderr, flush=True)
         end_rank(130 if str(stop) == "SIGINT" else REQUEUE)
-
-
-def report_alone(error: UserError) -> None:
-    """Before the ranks have met a rank may see what rank 0 does not: a file that its host lacks."""
-    try:
-        ranks = discover_ranks(os.environ)
-        complete_environment(os.environ)
-    except UserError:  # it cannot even find the others, who may see nothing wrong: once a host
-        if is_first_here(os.environ):
-            print(f"error: on {own_host(os.environ)}: {error}", file=sys.stderr, flush=True)
-        return
-    told = report(os.environ, ranks, str(error))
-    if not told and ranks.local_size < ranks.world_size and ranks.local_rank == 0:
-        # Rank 0 said the same, or is too far behind to be told: better twice than never.
-        print(f"error: rank {ranks.rank}, on {own_host(os.environ)}: {error}", file=sys.stderr, flush=True)
 
 
 def check_early(arguments: Arguments, ranks: Ranks) -> None:

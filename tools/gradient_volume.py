@@ -21,7 +21,6 @@ import argparse
 import json
 import os
 import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,9 +30,9 @@ from volume_report import chart, table
 
 from megatron_switchlora.config import RunConfig, UserError, full_rank_config, method_config, require
 from megatron_switchlora.parallel.agree import on_all_ranks
-from megatron_switchlora.parallel.launchers import is_first
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.parallel.ranks import end_rank
+from megatron_switchlora.parallel.rollcall import tell
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.dry_run import planned_vocabulary
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config, zero_settings
@@ -187,8 +186,7 @@ def main() -> None:
         measure_cases(arguments, options)
         end_rank(0)
     except UserError as error:
-        if is_first(os.environ):
-            print(f"error: {error}", file=sys.stderr)
+        tell(os.environ, error)
         end_rank(2)
 
 

@@ -9,22 +9,25 @@ its host lacks) can still tell why (`report`). Nothing is pickled.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from threading import Thread
 from typing import Any, Optional
 
+import torch.distributed as dist
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from megatron_switchlora.config import UserError
 from megatron_switchlora.parallel.agree import PeerError
-from megatron_switchlora.parallel.launchers import expected_hosts, own_host
-from megatron_switchlora.parallel.ranks import RankError, Ranks
+from megatron_switchlora.parallel.launchers import expected_hosts, is_first, is_first_here, own_host
+from megatron_switchlora.parallel.ranks import RankError, Ranks, complete_environment, discover_ranks
 
 
 class Verdict(UserError):
@@ -69,7 +72,7 @@ def meet(env: Mapping[str, str], ranks: Ranks, same: dict[str, Any], timeout_s: 
             time.sleep(0.1)
         verdict = json.loads(store.get("verdict"))
         if verdict["text"] and ranks.rank == 0:
-            time.sleep(1.0)  # rank 0 keeps the store: let the others read why, too
+            time.sleep(0.5)  # rank 0 keeps the store: let the others read why, too
     except DistError as error:
         raise PeerError(f"rank 0 has gone: {error}") from None
     if verdict["text"]:
@@ -82,12 +85,55 @@ def meet(env: Mapping[str, str], ranks: Ranks, same: dict[str, Any], timeout_s: 
     return PrefixStore("groups", store)
 
 
-def report(env: Mapping[str, str], ranks: Ranks, problem: str, timeout_s: float = 5) -> bool:
-    """Tell rank 0, which perhaps does not see it, why this rank cannot start. Returns whether it can be told."""
+def tell(env: MutableMapping[str, str], error: UserError | PeerError) -> None:
+    """Print why this start ends: once, by rank 0, but for what only another rank knows. Launchers end all ranks when
+    one has ended, so the others return when rank 0 has spoken."""
+    met = dist.is_initialized() or isinstance(error, (Verdict, RankError, PeerError))
+    if is_first(env):
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not met and env.get("RANK") == "0" and _by_agent(env):
+            with contextlib.suppress(UserError):
+                report(env, discover_ranks(env), str(error))
+        return
+    with contextlib.suppress(KeyboardInterrupt):  # the launcher's signal: rank 0 has spoken
+        if isinstance(error, RankError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        elif not met:
+            _tell_rank_0(env, str(error))
+        time.sleep(1.0)
+
+
+def _tell_rank_0(env: MutableMapping[str, str], problem: str) -> None:
+    """Before the ranks have met a rank may see what rank 0 does not: a file that its host lacks."""
+    try:
+        ranks = discover_ranks(env)
+        complete_environment(env)
+    except UserError:  # it cannot even find the others, who may see nothing wrong: once a host
+        if is_first_here(env):
+            print(f"error: on {own_host(env)}: {problem}", file=sys.stderr, flush=True)
+        return
+    told = report(env, ranks, problem)
+    if not told and ranks.local_size < ranks.world_size and ranks.local_rank == 0:
+        # Rank 0 said the same, or is too far behind to be told: better twice than never.
+        print(f"error: rank {ranks.rank}, on {own_host(env)}: {problem}", file=sys.stderr, flush=True)
+
+
+def report(env: Mapping[str, str], ranks: Ranks, problem: str, timeout_s: float = 5, patience_s: float = 120) -> bool:
+    """Lay down why this rank cannot start, for rank 0, which perhaps does not see it, and wait until it has said so;
+    from rank 0, under torchrun, whose agent keeps the store, for the others. Returns whether it was heard."""
     try:
         store = _open_store(env, ranks, timeout_s)
+        if ranks.rank == 0:
+            store.set("verdict", json.dumps({"text": problem, "world_size": ranks.world_size}))
+            return True
         mine = Presence(own_host(env), ranks.local_rank, ranks.local_size, {}, problem)
         store.set(_key(ranks.rank), json.dumps(asdict(mine)))
+        deadline = time.monotonic() + patience_s
+        while not store.check(["verdict"]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
     except (DistError, RankError, PeerError):
         return False  # rank 0 has gone, for the same reason or another, or is far behind
     return True
@@ -97,11 +143,14 @@ def _key(rank: int) -> str:
     return f"here/{rank}"
 
 
+def _by_agent(env: Mapping[str, str]) -> bool:
+    return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _open_store(env: Mapping[str, str], ranks: Ranks, timeout_s: float) -> Store:
     """Rank 0 serves, but under torchrun, whose agent does."""
     host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    by_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    serves = ranks.rank == 0 and not by_agent
+    serves = ranks.rank == 0 and not _by_agent(env)
     try:
         store = _connect(host, port, ranks.world_size, serves, timeout_s)
     except (DistError, RuntimeError) as error:

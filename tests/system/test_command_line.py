@@ -17,7 +17,7 @@ import transformers
 
 from megatron_switchlora.data.loader import eval_batches
 from megatron_switchlora.data.packing import open_prepared
-from tests.dist.launch import REPOSITORY
+from tests.dist.launch import REPOSITORY, free_port
 from tests.system.commands import BIN, Place
 
 ZERO1 = ["--ds_config", str(REPOSITORY / "ds_configs" / "zero1.json")]
@@ -174,6 +174,34 @@ def test_mistakes_are_told_once_and_end_every_rank(place: Place, more: list[str]
     assert message in output
     assert "Traceback" not in output, output
     assert not (place.folder / run).exists()
+
+
+@pytest.mark.parametrize(
+    ("late", "everywhere", "on_rank_1", "message"),
+    [
+        (True, ["--method.rang", "6"], [], "did you mean 'method.rank'"),
+        (True, [], ["--method.rang", "6"], "rank 1, on .* cannot start: .* did you mean 'method.rank'"),
+        (False, [], ["--method.rank", "5"], "All ranks must run the same, but method.rank is 5 on ranks 1"),
+    ],
+)
+def test_torchrun_lets_rank_0_speak(
+    place: Place, late: bool, everywhere: list[str], on_rank_1: list[str], message: str
+) -> None:
+    """It ends rank 0 as soon as another rank has ended, also before rank 0 has got as far as that one's mistake."""
+    program = place.folder / "late.py"
+    program.write_text(
+        "import os, runpy, sys, time\n"
+        f"if os.environ['RANK'] == '0': time.sleep({6 * late})\n"
+        f"else: sys.argv += {on_rank_1}\n"
+        f"sys.argv[0] = {str(REPOSITORY / 'launch' / 'pretrain.py')!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()), str(program)]
+    command += place.options("spoken", *everywhere)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=place.env, check=False)
+    output = done.stdout + done.stderr
+    assert done.returncode != 0 and not (place.folder / "spoken").exists()
+    assert output.count("error: ") == 1 and re.search(message, output), output
 
 
 @pytest.mark.full
