@@ -154,6 +154,10 @@ def switching(run: Path, weights: list[Weights]) -> dict[str, Any]:
     before = method.full_rank_steps  # without vectors to switch
     records = [record for record in read_records(run / "metrics.jsonl") if "switched" in record]
     records = [record for record in records if record["step"] > before]
+    require(
+        bool(records) or last.state["step"] <= before,
+        f"{run / 'metrics.jsonl'} has no records of switching: put the run's own file back.",
+    )
     total_steps = method.switch_total_steps or train["steps"] - before
     start = 2 * len(candidates) * method.rank / method.interval0  # both sides of every layer that switches
     expected = [

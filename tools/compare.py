@@ -36,6 +36,8 @@ from compare_timing import time_methods
 from megatron_switchlora.config import UserError, require
 from megatron_switchlora.train.stop import REQUEUE
 
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
 
 def sweep(setting: Setting, method: str, runner: Runner) -> Point:
     """The best rates of a method at seed 0; of a coordinate sweep, the point whose neighbours are all no better."""
@@ -146,13 +148,16 @@ def act(arguments: argparse.Namespace) -> None:
     print(write_report(setting, configs, runner.results))
 
 
+def leave(number: int, frame: object) -> None:
+    """Once: a second signal would strike amid the stopping of runs."""
+    for each in STOPS:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
 def main() -> None:
     arguments = make_parser().parse_args()
-
-    def leave(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOPS:
         signal.signal(number, leave)
     try:
         act(arguments)

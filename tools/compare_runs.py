@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -191,6 +192,21 @@ class Runner:
             ) from None
         return start + self.setting.words(options, self.data)
 
+    def _wait_for(self, folder: Path) -> None:
+        """A run that outlived a killed compare.py ends first, or this comparison: it holds the lock of its folder."""
+        if not (folder / ".lock").exists():
+            return
+        with (folder / ".lock").open("a") as file:
+            told = False
+            while not self._stopping:
+                try:
+                    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if not told:
+                        print(f"{folder.name} still runs, from an earlier comparison: waiting for its end", flush=True)
+                    told = True
+                time.sleep(0.2)
+
     def train(self, method: str, options: dict[str, Any], folder: Path, may_stop: bool = False) -> bool:
         """Start or continue a run and wait for its end; returns whether it diverged.
 
@@ -198,7 +214,7 @@ class Runner:
             Stopped: it was asked to stop (unless it may).
             UserError: it failed, with the end of what it said.
         """
-        wait_for_folder(folder)
+        self._wait_for(folder)
         log = folder.with_name(f"{folder.name}.log")
         with log.open("ab") as file:
             begin = file.tell()
@@ -263,13 +279,6 @@ def processor() -> str:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def wait_for_folder(folder: Path) -> None:
-    """A run that outlived a killed compare.py ends first: it holds the lock of its folder."""
-    if (folder / ".lock").exists():
-        with (folder / ".lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def read_run(folder: Path, diverged: bool) -> dict[str, Any]:

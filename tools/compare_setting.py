@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -221,13 +222,19 @@ def _check(setting: Setting, path: Path) -> None:
         for point in method.starts():
             rates = [point.lr] if point.dense_lr is None else [point.lr, point.dense_lr]
             wrong = [
-                rate for rate in rates if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate <= 0
+                rate
+                for rate in rates
+                if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf
             ]
             require(not wrong, f"{path}, method {name}: learning rates must be positive numbers, not {wrong}.")
         require(
             setting.sweep == "grid" or len(method.starts()) == 1,
             f"{path}, method {name}: lists of rates need 'sweep: grid'; with {setting.sweep!r} give one of each.",
         )
+    require(
+        setting.reference in (*setting.methods, Setting.reference),
+        f"{path}: reference must be one of the methods {', '.join(setting.methods)}, not {setting.reference!r}.",
+    )
     counts = {"seeds": setting.seeds, "world": setting.world, "best.seeds": setting.best.seeds}
     counts |= {"timing.rounds": setting.timing.rounds, "timing.steps": setting.timing.steps}
     counts |= {f"world of method {name}": own.world for name, own in setting.methods.items() if own.world is not None}
@@ -235,6 +242,10 @@ def _check(setting: Setting, path: Path) -> None:
         require(value >= 1, f"{path}: {name} must be at least 1, not {value}.")
     for name, value in {"best.methods": setting.best.methods, "timing.skip": setting.timing.skip}.items():
         require(value >= 0, f"{path}: {name} must not be negative, it is {value}.")
+    require(
+        setting.timing.skip < setting.timing.steps,
+        f"{path}: timing.steps {setting.timing.steps} must be above timing.skip {setting.timing.skip}.",
+    )
     for launcher, _ in map(setting.launch, setting.methods):
         require(bool(launcher.split()), f"{path}: a launcher must be a command, such as '{{python}} {{script}}'.")
 

@@ -26,6 +26,7 @@ from megatron_switchlora.checkpoint.archive import Archive, make_durable
 from megatron_switchlora.config import UserError
 
 FORMAT = 1  # raise it when older code could not read what is written
+MEND = "Restore it, or move it away."
 NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -155,7 +156,7 @@ class Checkpoint:
         """
         faults = self.faults(["state.json"])
         if faults:
-            raise UserError(f"Checkpoint {self.folder} is damaged: {faults[0]}. Restore it, or move it away.")
+            raise UserError(f"Checkpoint {self.folder} is damaged: {faults[0]}. {MEND}")
         return json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
 
     def archive(self) -> Archive:
@@ -180,9 +181,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} is not a checkpoint: it has no manifest.json. Give a folder step-... of a run's checkpoints/."
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"Checkpoint {folder} is damaged: manifest.json cannot be read ({error}).") from None
+        raise UserError(f"Checkpoint {folder} is damaged: manifest.json cannot be read ({error}). {MEND}") from None
     if not intact:
-        raise UserError(f"Checkpoint {folder} is damaged: manifest.json does not fit its own SHA-256.")
+        raise UserError(f"Checkpoint {folder} is damaged: manifest.json does not fit its own SHA-256. {MEND}")
     if content["format"] > FORMAT:
         raise UserError(
             f"Checkpoint {folder} has format {content['format']}, this code reads formats up to {FORMAT}: use the "
@@ -206,5 +207,5 @@ def verified(folder: Path) -> Checkpoint:
     checkpoint = open_checkpoint(folder)
     faults = checkpoint.faults(checkpoint.files)
     if faults:
-        raise UserError(f"Checkpoint {folder} is damaged: {'; '.join(faults)}.")
+        raise UserError(f"Checkpoint {folder} is damaged: {'; '.join(faults)}. {MEND}")
     return checkpoint

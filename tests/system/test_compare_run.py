@@ -22,7 +22,7 @@ WORDS = dict(zip((word.removeprefix("--") for word in SMALL[::2]), SMALL[1::2], 
 def test_a_comparison_is_stopped_and_goes_on(tmp_path: Path) -> None:
     place = Place(tmp_path)
     shared = {name: yaml.safe_load(value) for name, value in WORDS.items() if not name.startswith("optim.")}
-    shared |= {"train.steps": 60, "checkpoint.interval": 5, "data.files": "{data}/*.txt"}
+    shared |= {"train.steps": 200, "train.eval_interval": 40, "checkpoint.interval": 5, "data.files": "{data}/*.txt"}
     methods = {
         "switchlora": {"options": {"method.name": "switchlora"}, "lr": 0.01},
         "wild": {"options": {"method.name": "full", "optim.clip": 0, "train.warmup_steps": 0}, "lr": 1e20},
@@ -38,6 +38,7 @@ def test_a_comparison_is_stopped_and_goes_on(tmp_path: Path) -> None:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)  # as `timeout` and terminals do: to the process, and to its group
         output = process.communicate(timeout=60)[0].decode()
     finally:
         end([process])
@@ -47,7 +48,7 @@ def test_a_comparison_is_stopped_and_goes_on(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     runs = {run["method"]: run for run in json.loads((tmp_path / "out.json").read_text())["runs"].values()}
-    assert runs["wild"]["diverged"] and runs["switchlora"]["steps"] == 60
-    assert [entry[0] for entry in runs["switchlora"]["curve"]] == list(range(0, 61, 6))
+    assert runs["wild"]["diverged"] and runs["switchlora"]["steps"] == 200
+    assert [entry[0] for entry in runs["switchlora"]["curve"]] == list(range(0, 201, 40))
     (log,) = tmp_path.glob("runs/compare/short/switchlora*.log")
     assert "goes on after step" in log.read_text()

@@ -145,6 +145,9 @@ def test_a_switchlora_run(call: Call, tmp_path: Path) -> None:
     assert switching["slots_seen"][0]["A"] == pytest.approx(
         np.mean([len(set(s)) / c for s, c in zip(slots, smaller, strict=True)])
     )
+    (tmp_path / "metrics.jsonl").unlink()
+    status, output = call(tmp_path, "--layers", "0")
+    assert status == 2 and "metrics.jsonl has no records of switching: put the run's own file back" in output, output
 
 
 def test_heads_of_lte(call: Call, tmp_path: Path) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
+import signal
 import sys
+import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -149,6 +154,44 @@ def test_a_stopped_comparison_goes_on(tool: ModuleType, tmp_path: Path) -> None:
     assert finished and not finished & set(after)
 
 
+def test_a_second_signal_does_not_strike_amid_the_stop(tool: ModuleType) -> None:
+    before = {number: signal.getsignal(number) for number in tool.STOPS}
+    try:
+        with pytest.raises(KeyboardInterrupt, match="SIGINT"):
+            tool.leave(signal.SIGINT, None)
+        for number in tool.STOPS:
+            signal.raise_signal(number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_run_of_a_killed_comparison_ends_first_and_can_be_left(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(tool, tmp_path, "--methods", "full", "--dry_run")
+    setting = tool.read_setting(tmp_path / "short.yaml", None, {"launcher": f"{sys.executable} {tmp_path}/trainer.py"})
+    point, folder = setting.methods["full"].starts()[0], tmp_path / "work" / "one"
+    options = setting.run_options("full", point, 0, False)
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("a") as orphan, ThreadPoolExecutor() as pool:
+        fcntl.flock(orphan, fcntl.LOCK_EX)
+        for ends in (False, True):
+            runner = tool.Runner(setting, tool.Results(tmp_path / "out.json"), tmp_path / "work", tmp_path)
+            waiting = pool.submit(runner.train, "full", options, folder)
+            while "one still runs, from an earlier comparison" not in capsys.readouterr().out:
+                assert not waiting.done()
+                time.sleep(0.05)
+            if ends:
+                fcntl.flock(orphan, fcntl.LOCK_UN)
+                assert waiting.result(20) is False
+            else:
+                runner.stop()
+                with pytest.raises(tool.Stopped):
+                    waiting.result(20)
+            assert (tmp_path / "calls.txt").exists() == ends
+
+
 def test_timing_divides_by_full_rank_in_the_same_round(tool: ModuleType, tmp_path: Path) -> None:
     found = start(tool, tmp_path, "--timing")
     assert found["timing"]["lora"]["ratio"] == 0.5 and found["timing"]["full"]["step_seconds"] == [0.5, 0.5]
@@ -182,6 +225,10 @@ def test_timing_divides_by_full_rank_in_the_same_round(tool: ModuleType, tmp_pat
         ({"ds_config": 3}, "ds_config must be a text, not 3"),
         ({"best": {"methods": -1}}, r"best\.methods must not be negative"),
         ({"best": {"seeds": "3"}}, "best: seeds must be a whole number"),
+        ({"methods": {"x": {"lr": [0.1, math.nan]}}, "sweep": "grid"}, r"must be positive numbers, not \[nan\]"),
+        ({"methods": {"x": {"lr": math.inf}}}, "must be positive numbers"),
+        ({"reference": "nosuch"}, "reference must be one of the methods full, lora, not 'nosuch'"),
+        ({"timing": {"steps": 4, "skip": 4}}, r"timing\.steps 4 must be above timing\.skip 4"),
         ({"timing": {"rounds": 0}}, r"timing\.rounds must be at least 1, not 0"),
     ],
 )
@@ -314,4 +361,4 @@ def test_shipped_settings_are_accepted(tool: ModuleType, path: Path) -> None:
         assert method.scaling <= 1 or name == "lora_ga" or method.initial in ("semi_orthogonal", "classic", "pissa"), (
             name
         )
-    assert len(setting.methods) >= (2 if path.stem.endswith("_seeds") else 8)
+    assert len(setting.methods) >= (2 if path.stem.endswith(("_seeds", "_long")) else 8)
