@@ -77,9 +77,10 @@ def compare(setting: Setting, runner: Runner) -> None:
 def finish(runner: Runner, futures: dict[str, Future[Any]]) -> dict[str, Any]:
     """All results; when one fails, or a signal asks to stop, the runs under way are stopped first."""
     try:
-        wait(futures.values(), return_when="FIRST_EXCEPTION")
-        for future in futures.values():
-            if future.done():
+        waiting = set(futures.values())
+        while waiting:  # in short spells: of two signals at once the second can leave an endless one asleep
+            done, waiting = wait(futures.values(), timeout=0.5, return_when="FIRST_EXCEPTION")
+            for future in done:
                 future.result()  # raises what a method's thread has raised
         return {name: future.result() for name, future in futures.items()}
     except BaseException:
