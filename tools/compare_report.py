@@ -162,8 +162,9 @@ def _facts(setting: Setting, results: Results) -> list[str]:
     places = [run["machine"] for run in runs] + [timing["machine"] for timing in results.content["timing"].values()]
     machines = sorted({f"{m['cpus']} CPUs ({m['processor']}), {m['system']}" for m in places})
     data = " --data DATA" if "{data}" in str(setting.options) else ""
+    changes = "".join(f" --set {name}={value}" for name, value in setting.changes.items())
     return [
-        f"Made by `tools/compare.py {setting.name}{data}`, step times with `--timing`.",
+        f"Made by `tools/compare.py {setting.name}{data}{changes}`, step times with `--timing`.",
         f"{len(runs)} runs, of which {sum(run['diverged'] for run in runs)} diverged; revisions "
         f"{', '.join(revisions) or 'none'}; {'; '.join(machines)}.",
     ]

@@ -114,6 +114,7 @@ class Setting:
     world: int = 1  # ranks that the launcher starts
     ds_config: Optional[str] = None
     timing: Timing = Timing()
+    changes: dict[str, Any] = field(default_factory=dict)  # what --set has changed in every run
     selected: tuple[str, ...] = ()  # the methods that --methods names: those run, the report has all
 
     def launch(self, method: str) -> tuple[str, int]:
@@ -195,8 +196,9 @@ def read_setting(
         short = content.get("sweep_options", {})
         if isinstance(short, dict):  # else refused below
             content["sweep_options"] = {name: value for name, value in short.items() if name not in options}
-    require("selected" not in content, f"{path}: unknown field selected.")
-    content |= {"methods": chosen, "name": path.stem, "selected": tuple(methods or given)}
+    for ours in ("selected", "changes"):
+        require(ours not in content, f"{path}: unknown field {ours}.")
+    content |= {"methods": chosen, "name": path.stem, "selected": tuple(methods or given), "changes": options or {}}
     for key, kind in (("best", Best), ("timing", Timing)):
         if key in content:
             content[key] = _make(kind, content[key], f"{path}, {key}")

@@ -123,6 +123,7 @@ def test_an_option_set_for_every_run_makes_other_runs(
     assert "lora: 30 steps" in said and "--method.rank=3" in said and "--train.steps=10" not in said
     found = start(tool, tmp_path, *again[:-1], sweep="none", seeds=1, best={"methods": 0})
     assert len(first["runs"]) == 2 and len(found["runs"]) == 4
+    assert "--data DATA --set train.steps=30 --set method.rank=3`" in (tmp_path / "out.md").read_text()
     start(tool, tmp_path, *again[:-1], sweep="none", seeds=1, best={"methods": 0})
     assert "has 2 runs of these methods, which are not repeated" in capsys.readouterr().out
     with pytest.raises(UserError, match="give an option and its value"):
