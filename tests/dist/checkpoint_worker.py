@@ -14,6 +14,7 @@ from megatron_switchlora.checkpoint.archive import write_parts
 from megatron_switchlora.checkpoint.files import Checkpoint, open_checkpoint, published, verified
 from megatron_switchlora.config import CheckpointConfig
 from megatron_switchlora.methods import SwitchLora
+from megatron_switchlora.methods.lora import draw_factor
 from megatron_switchlora.model.hf import merged_state_dict
 from megatron_switchlora.model.weights import Weights
 from megatron_switchlora.train import saver
@@ -51,6 +52,43 @@ def kept_heads(engine: Any, checkpoint: Checkpoint) -> int:
     return sum(alike.values())
 
 
+def fresh_heads(engine: Any, checkpoint: Checkpoint) -> int:
+    """LTE heads here that the checkpoint has not: adapters as a fresh run draws them, moments and row steps zero; dense
+    tensors, with moments, of head n mod N."""
+    archive, dense = checkpoint.archive(), set(engine.method.dense())
+    stored = 1 + max(int(found[1]) for found in map(OF_HEAD.fullmatch, archive.names()) if found)
+    drawn = drawn_factors(engine) if engine.config.method.inner == "lora" else {}
+    fresh = set()
+    for part in state_parts(engine):
+        found = OF_HEAD.fullmatch(part.name)
+        if not found or int(found[1]) < stored:
+            continue
+        head, (name, _, kind) = int(found[1]), found[2].partition(":")
+        if ".lora_" in name and ".merged_" not in name:
+            fresh.add(head)
+            if kind:
+                assert not part.tensor.any(), part.name
+            elif drawn:
+                box = tuple(slice(o, o + n) for o, n in zip(part.offset, part.tensor.shape, strict=True))
+                assert torch.equal(part.tensor, drawn[part.name][box]), part.name
+        elif name in dense:
+            stand_in = archive.read(f"head_{head % stored:02d}/{found[2]}", part.offset, part.tensor.shape)
+            assert torch.equal(stand_in.to(part.tensor.dtype), part.tensor), part.name
+    return len(fresh)
+
+
+def drawn_factors(engine: Any) -> dict[str, torch.Tensor]:
+    """A and B of the heads here at the start of a run, by the names of their parts."""
+    method, found = engine.method, {}
+    for name, linear in method.linears.items():
+        shape = (linear.out_features, linear.in_features)
+        for head, pair in enumerate(method._pairs(linear), method.first_head):
+            for side, factor in zip("AB", pair, strict=True):
+                full = draw_factor(engine.config, side, name, shape, factor.size(0), head)
+                found[f"head_{head:02d}/{name}.lora_{side}"] = full
+    return found
+
+
 @torch.no_grad()
 def export_gap(engine: Any, checkpoint: Checkpoint) -> float:
     """How far the exported weights are from those of the model that is evaluated."""
@@ -74,6 +112,7 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
         load(engine, open_checkpoint(path), case["first"])
         engine.method.loaded()
         found["kept"] = kept_heads(engine, open_checkpoint(path))
+        found["fresh"] = fresh_heads(engine, open_checkpoint(path)) if config.method.name == "lte" else 0
         found["export_gap"] = export_gap(engine, open_checkpoint(path))
         assert engine.differing_replicas() == []
         found["loaded"] = whole_state(engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from megatron_switchlora.config import ParallelConfig, RunConfig
 from megatron_switchlora.methods import merging
 from megatron_switchlora.methods.lte import Merging
+from megatron_switchlora.model.counts import merge_sends_factors
 from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.parallel.mesh import Mesh, build_mesh
 from megatron_switchlora.parallel.shard import shard_of
@@ -18,6 +20,7 @@ from megatron_switchlora.train.comm import CommRecorder
 from megatron_switchlora.train.traffic import merge_bytes
 from tests.dist.engines import build_engine, full_rows, start
 from tests.numerics.lte_pairs import (
+    equal_runs,
     exact_mean,
     exact_weight,
     head_batches,
@@ -74,6 +77,16 @@ def merged_in_fp32(config: RunConfig, steps: int, mesh: Mesh) -> dict[str, Any]:
     return found
 
 
+def without_switches(config: RunConfig, steps: int, mesh: Mesh) -> dict[str, Any]:
+    """LTE over SwitchLoRA that never switches, and as it is, beside LTE from the same factors, float64."""
+    found = {}
+    for name, interval in (("gap", math.inf), ("switching", config.method.interval0)):
+        inner, plain = copy.deepcopy(config), copy.deepcopy(config)
+        inner.method.inner, inner.method.interval0 = "switchlora", interval
+        found[name] = equal_runs(inner, plain, steps, torch.float64, mesh)
+    return found
+
+
 def against_one_process(config: RunConfig, steps: int, mesh: Mesh) -> dict[str, Any]:
     """Float64, no DeepSpeed: all heads in this process beside those here, from the same start."""
     together = copy.deepcopy(config)
@@ -126,9 +139,24 @@ def under_deepspeed(config: RunConfig, stage: str, steps: int, mesh: Mesh) -> di
         float((param.double() - shard_of(param, true_mean(reference, name))).abs().max() / param.abs().max())
         for name, param in method.evaluated().named_parameters()
     )
+    found |= origin_facts(engine)
+    matrices = [linear.factors() for linear in method.linears.values()]
+    found["ways"] = sorted({merge_sends_factors(config, B.size(1), A.size(1)) for A, B in matrices})
     found["sent"] = merge_bytes(config, VOCAB, mesh.size("tp"))
     found["odd_origin"] = named_when_odd(engine, method.origins)
     return found | gaps
+
+
+def origin_facts(engine: Any) -> dict[str, Any]:
+    """Of all that this rank holds of the matrices: fp32 entries of origins, in host memory, and entries of frozen W."""
+    origins = engine.method.origins
+    assert all(origin.rows.device.type == "cpu" and origin.rows.dtype == torch.float32 for origin in origins.values())
+    frozen = [linear.weight for linear in engine.method.linears.values() if hasattr(linear, "weight")]
+    return {
+        "origin_entries": sum(origin.rows.numel() for origin in origins.values()),
+        "frozen_entries": sum(weight.numel() for weight in frozen),
+        "entries": sum(A.size(1) * B.size(1) for A, B in (x.factors() for x in engine.method.linears.values())),
+    }
 
 
 def named_when_odd(engine: Any, origins: dict[str, Any]) -> bool | None:
@@ -177,6 +205,8 @@ def act(payload: dict[str, Any]) -> list[dict[str, Any]]:
             found.append(as_lora(config, case["stage"], case["steps"]))
         elif case.get("twin"):
             found.append(against_one_process(config, case["steps"], mesh))
+        elif case.get("ends"):
+            found.append(without_switches(config, case["steps"], mesh))
         elif case.get("fp32"):
             found.append(merged_in_fp32(config, case["steps"], mesh))
         elif case.get("stage"):

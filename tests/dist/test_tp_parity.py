@@ -13,7 +13,14 @@ from safetensors.torch import load_file
 from tests.dist.tp_grid import PADDED, RESTARTS, SHORT, STAGES, STEPS, gaps, grid, run_mesh, worst
 
 pytestmark = pytest.mark.timeout(900)
-MESHES = [pytest.param((1, 2), marks=pytest.mark.full), (2, 2)]
+full = pytest.mark.full
+RUNS = [  # steps, and (dp, tp)
+    (SHORT, (2, 2)),
+    pytest.param(STEPS, (2, 2), marks=full),
+    pytest.param(STEPS, (1, 2), marks=full),
+]
+on_meshes = pytest.mark.parametrize(("steps", "mesh"), RUNS)
+short_and_long = pytest.mark.parametrize("steps", [SHORT, pytest.param(STEPS, marks=full)])
 
 
 def small(steps: int) -> list[dict[str, Any]]:
@@ -71,12 +78,17 @@ class Results(dict):
         return self[mesh]
 
 
-@pytest.fixture(scope="module", params=[SHORT, pytest.param(STEPS, marks=pytest.mark.full)])
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return Results(tmp_path_factory.mktemp("exports"), request.param)
+@pytest.fixture(scope="module")
+def lengths(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
+    return {steps: Results(tmp_path_factory.mktemp("exports"), steps) for steps in (SHORT, STEPS)}
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.fixture
+def results(lengths: dict[int, Results], steps: int) -> Results:
+    return lengths[steps]
+
+
+@on_meshes
 def test_every_mesh_equals_one_process(results: dict, mesh: tuple[int, int]) -> None:
     found = {identity(case): run for case, run in zip(*results[mesh], strict=True)}
     cases, base = results[1, 1]
@@ -87,7 +99,7 @@ def test_every_mesh_equals_one_process(results: dict, mesh: tuple[int, int]) -> 
     assert base[0]["switched"] > 15 * len(base[0]["losses"])
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@on_meshes
 def test_stages_agree_on_a_mesh(results: dict, mesh: tuple[int, int]) -> None:
     runs = results[mesh][1][: len(STAGES)]
     assert [case["stage"] for case in results[mesh][0][: len(STAGES)]] == list(STAGES)
@@ -96,6 +108,7 @@ def test_stages_agree_on_a_mesh(results: dict, mesh: tuple[int, int]) -> None:
     assert largest < 1e-6
 
 
+@short_and_long
 def test_where_the_bank_lies_changes_nothing(results: Results) -> None:
     """On the same mesh, dp 2 x tp 2: bit for bit."""
     cases, found = results[2, 2]
@@ -107,26 +120,28 @@ def test_where_the_bank_lies_changes_nothing(results: Results) -> None:
     assert found[first + 1]["bank"]["bytes"] < 0.52 * found[first]["bank"]["bytes"]
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), *MESHES])
+@on_meshes
 def test_one_fetch_a_step_for_all_layers(results: dict, mesh: tuple[int, int]) -> None:
     """Nothing at TP 1; one all-reduce over tp; with candidates spread over dp, one over dp and one over the head."""
     cases, found = results[mesh]
     for case, run in zip(cases, found, strict=True):
-        wanted = {(1, 1): 0, (1, 2): 1, (2, 2): 1}[mesh] * (case["method"] == "switchlora")
+        wanted = int(case["method"] == "switchlora")
         if mesh == (2, 2) and case["changes"].get("method__bank_spread") == "dp":
             wanted = 2
         first, *others = run["fetches"]
         assert first == 2 * wanted, case  # its own rows and the next step's
         assert set(others) <= {0, wanted} and others[0] == wanted, (case, others)
+    assert not any(number for run in results[1, 1][1] for number in run["fetches"])
 
 
+@short_and_long
 def test_the_bank_is_split_over_tp(results: dict) -> None:
     """Half of the bytes of one process, but for padding: 75 columns become 38, odd counts of candidates one more."""
     alone, split = (results[mesh][1][0]["bank"]["bytes"] for mesh in ((1, 1), (2, 2)))
     assert alone / 2 <= split < 0.51 * alone
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@on_meshes
 def test_the_export_is_that_of_one_process(results: dict, mesh: tuple[int, int]) -> None:
     largest = 0.0
     exports = {identity(case): case["export"] for case in results[mesh][0] if "export" in case}
@@ -141,7 +156,7 @@ def test_the_export_is_that_of_one_process(results: dict, mesh: tuple[int, int])
     assert torch.isfinite(torch.tensor(largest))
 
 
-@pytest.mark.full
+@full
 def test_replicas_stay_bit_identical_over_a_hundred_steps() -> None:
     (found,) = run_mesh(2, 2, [LONG])  # which asserts it
     assert found["switched"] > 1500

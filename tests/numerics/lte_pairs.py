@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from megatron_switchlora.parallel.mesh import AXES, Mesh
 from tests.numerics.lte_reference import LteReference, QuantisedLteReference
 from tests.numerics.pairing import make_reference, reference_config
 from tests.numerics.reference import Reference
-from tests.plain import PlainRun, small_config
+from tests.plain import PlainRun, make_batches, small_config
 
 
 def lte_config(**changes: object) -> RunConfig:
@@ -94,6 +94,36 @@ def head_batches(config: RunConfig, batch: Tensor) -> list[list[Tensor]]:
     """Every head's micro-batches of a global batch."""
     micro = config.train.micro_batch_size // config.method.heads_here
     return [list(share.split(micro)) for share in batch.chunk(config.heads)]
+
+
+def equal_runs(
+    a: RunConfig, b: RunConfig, steps: int = 12, dtype: torch.dtype = torch.float32, mesh: Optional[Mesh] = None
+) -> float:
+    """Largest difference of losses, norms, parameters, moments and frozen weights, from the same factors."""
+    first, second = PlainRun(a, dtype, mesh=mesh), PlainRun(b, dtype, mesh=mesh)
+    if dtype == torch.float64:
+        start_alike(first, second)
+    worst = 0.0
+    for step, batch in enumerate(make_batches(a, steps)):
+        x, y = first.step(step, batch), second.step(step, batch)
+        worst = max(worst, *(abs(p - q) for p, q in zip(x, y, strict=True)))
+    for p, q in zip(first.params, second.params, strict=True):
+        mine, theirs = first.optimizer.read_rows(p), second.optimizer.read_rows(q)
+        worst = max(worst, *(float((mine[key] - theirs[key]).abs().max()) for key in mine))
+    for p, q in zip(first.model.buffers(), second.model.buffers(), strict=True):
+        worst = max(worst, float((p - q).abs().max()))
+    return worst
+
+
+@torch.no_grad()
+def start_alike(first: PlainRun, second: PlainRun) -> None:
+    """Start the second run anew with the first one's factors: a bank's live vectors are other draws."""
+    pairs = zip(first.method.linears.values(), second.method.linears.values(), strict=True)  # type: ignore[attr-defined]
+    for theirs, mine in pairs:
+        mine.add_product(1.0)
+        mine.lora_A.copy_(theirs.lora_A)
+        mine.lora_B.copy_(theirs.lora_B)
+    second.method.start(second.optimizer)
 
 
 def lte_differences(reference: LteReference, method: Merging, optimizer: RowAdamW) -> dict[str, float]:

@@ -99,7 +99,7 @@ def test_sigterm_under_the_deepspeed_launcher_leaves_a_checkpoint(place: Place) 
     assert steps_of(place, "launcher")[-1] == place.records("launcher")[-1]["step"]
 
 
-MESHES = [("alone", "1"), ("torchrun", "1"), ("torchrun", "2"), ("torchrun 4", "2")]
+MESHES = [("alone", "1"), ("torchrun", "1"), ("torchrun 4", "2")]
 
 
 @pytest.mark.parametrize(
@@ -285,6 +285,6 @@ def test_a_short_soak(tmp_path: Path) -> None:
     place = Place(tmp_path)
     options = [*place.options("unused")[:-2], *SAVING, "--checkpoint.keep_every", "12"]
     began = time.monotonic()
-    found = soak(place, 10, int(began), options)
+    found = soak(place, 6, int(began), options)
     print(f"\n{found}")
-    assert found["kills"] >= 10 and found["lost_steps"] <= 8
+    assert found["kills"] >= 6 and found["lost_steps"] <= 8
