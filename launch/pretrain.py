@@ -13,10 +13,11 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from typing import Optional
 
 import torch
 
-from megatron_switchlora.config import UserError, require
+from megatron_switchlora.config import MethodConfig, UserError, require
 from megatron_switchlora.parallel.agree import PeerError
 from megatron_switchlora.parallel.launchers import is_first
 from megatron_switchlora.parallel.ranks import Ranks, complete_environment, discover_ranks, end_rank
@@ -64,7 +65,22 @@ def show_plan(arguments: Arguments, first: bool) -> None:
     world_size = arguments.dry_run_world or discover_ranks(os.environ).world_size
     text = plan(arguments.config, read_ds_config(arguments.ds_config), world_size)
     if first:
+        warn(unused_options(arguments.config.method))
         print(text)
+
+
+def unused_options(method: MethodConfig) -> Optional[str]:
+    """What to say of options that change nothing."""
+    inner = f" with method.inner {method.inner}" if method.name == "lte" else ""
+    names = ", ".join(f"method.{name}" for name in method.unused)
+    return f"{names}: without effect in method.name {method.name}{inner}." if names else None
+
+
+def warn(*texts: Optional[str]) -> None:
+    """Print those that say something."""
+    for text in texts:
+        if text:
+            print(f"warning: {text}", flush=True)
 
 
 def prepare_only(arguments: Arguments, first: bool) -> None:
@@ -117,8 +133,8 @@ def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRe
             print(f"The run in {arguments.config.output_dir} is finished: give another --output_dir for a new one.")
         stop_distributed()
         return 0
-    if ranks.rank == 0 and (slow := precision_warning(device, arguments.config.train.precision)):
-        print(f"warning: {slow}", flush=True)
+    if ranks.rank == 0:
+        warn(unused_options(arguments.config.method), precision_warning(device, arguments.config.train.precision))
     trainer = Trainer(arguments.config, read_ds_config(arguments.ds_config), ranks, device, start, stop)
     val_loss = trainer.fit()
     if val_loss is not None:

@@ -6,6 +6,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, Optional, Union
 
+# Options that only methods with switches, or with adapters, read.
+OF_SWITCHES = (
+    "interval0", "switch_ratio", "switch_total_steps", "freeze_steps", "selection", "bank_device", "bank_spread"
+)  # fmt: skip
+OF_ADAPTERS = ("init", "alpha", "rslora", "compute", "merged_cache")
+
 
 @dataclass
 class LoraGaConfig:
@@ -131,6 +137,20 @@ class MethodConfig:
         if self.of_lte and self.inner == "lora":
             return self.init or "semi_orthogonal"
         return self.init or ("classic" if self.name == "relora" else "switchlora")
+
+    @property
+    def unused(self) -> list[str]:
+        """Options that are not as by default and that this method does not read: a configuration may be shared."""
+        names = [*(() if self.switches else OF_SWITCHES), *(() if self.adapts else OF_ADAPTERS)]
+        if not self.adapts or self.initial != "semi_orthogonal":
+            names.append("orthogonal_scale")
+        if self.adapts and (self.compute == "split" or self.shares_base):
+            names.append("merged_cache")
+        if self.merge_interval == "never":
+            names.append("redraw_A")
+        default = type(self)(name=self.name)
+        default.init = self.init and default.initial  # type: ignore[assignment]  # a run's init is filled in
+        return [name for name in names if getattr(self, name) != getattr(default, name)]
 
     @property
     def scaling(self) -> float:

@@ -5,7 +5,7 @@ side (the package's projection type std):
     m >= n:  P [r, n], R = G P^T [m, r]        else  P [m, r], R = P^T G [r, n]
 Both moments have R's shape; Adam's direction is projected back and scaled before it is subtracted. P is
 `galore_torch.GaLoreProjector`'s work; the Adam step is written out here (equal to the package's GaLoreAdamW
-within 1e-6), so that its state is plain tensors: saved by name like every other, and resumed to the bit. All
+to rounding), so that its state is plain tensors: saved by name like every other, and resumed to the bit. All
 other parameters are the row-step AdamW's. Needs whole fp32 matrices as masters: DeepSpeed's fp32 stage 0.
 """
 

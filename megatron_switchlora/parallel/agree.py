@@ -29,7 +29,9 @@ def gather_texts(text: str, device: torch.device, group: dist.ProcessGroup | Non
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, size, group=group)
     longest = max(int(s) for s in sizes)
-    padded = torch.zeros(max(1, longest), dtype=torch.uint8, device=device)
+    if not longest:
+        return [""] * len(sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
     padded[: mine.numel()] = mine
     gathered = [torch.zeros_like(padded) for _ in sizes]
     dist.all_gather(gathered, padded, group=group)

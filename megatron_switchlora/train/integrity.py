@@ -1,8 +1,8 @@
 """Are replicas equal? Fingerprints of tensors, compared over a process group.
 
 A fingerprint is two 64-bit sums of the elements' bits read as integers: plain, and weighted by position,
-so that one changed element or two swapped ones show. It runs on the tensor's device and moves 16 bytes a
-tensor.
+so that one changed element or two swapped ones show. It runs on the tensor's device. What is compared
+first is 8 bytes, one sum over the fingerprints of all tensors; only where that differs do they cross too.
 """
 
 from __future__ import annotations
@@ -32,6 +32,13 @@ def fingerprint(tensor: Tensor) -> Tensor:
     return sums
 
 
+def _gathered(mine: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """Every rank's tensor, of one shape."""
+    everyone = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(everyone, mine, group=group)
+    return everyone
+
+
 def differing(named: Iterable[tuple[str, Tensor]], group: dist.ProcessGroup, device: torch.device) -> list[str]:
     """Sentences for the tensors that are not equal on all ranks of the group (empty: all equal), with global ranks.
 
@@ -42,8 +49,10 @@ def differing(named: Iterable[tuple[str, Tensor]], group: dist.ProcessGroup, dev
     if not pairs or len(ranks) == 1:
         return []
     mine = torch.stack([fingerprint(tensor).to(device) for _, tensor in pairs])
-    gathered = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(gathered, mine, group=group)
+    digests = _gathered(fingerprint(mine)[1:], group)
+    if all(torch.equal(digest, digests[0]) for digest in digests):
+        return []
+    gathered = _gathered(mine, group)
     found = []
     for index, (name, _) in enumerate(pairs):
         first = gathered[0][index]

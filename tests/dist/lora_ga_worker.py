@@ -67,14 +67,14 @@ def factor_gap(config: RunConfig, mesh: Mesh, whole: dict[str, tuple[Tensor, Ten
     return worst
 
 
-def traffic(config: RunConfig, mesh: Mesh) -> list[int]:
-    """Of decomposing one gate projection: the values given to each collective."""
-    (_, _, _, linear), *_ = (entry for entry in decoder_linears(model_on(config, mesh)) if entry[2] == "gate_proj")
+def traffic(config: RunConfig, mesh: Mesh, kind: str) -> list[int]:
+    """Of decomposing one layer: the values given to each collective."""
+    (_, _, _, linear), *_ = (entry for entry in decoder_linears(model_on(config, mesh)) if entry[2] == kind)
     gradient = torch.randn(linear.weight.shape, dtype=torch.float64)
     recorder, given = CommRecorder(), []
     recorder.watch = lambda record, tensor: given.append(tensor.numel())
     with recorder:
-        lora_ga.initial_factors(linear, gradient, config.method, "gate", 0, CPU)
+        lora_ga.initial_factors(linear, gradient, config.method, kind, 0, CPU)
     return given
 
 
@@ -90,6 +90,6 @@ def act(payload: dict[str, Any]) -> dict[str, Any]:
         result[str(tp)] = {
             "gradients": gradient_gap(mesh, gradients),
             "factors": {case: factor_gap(config, mesh, factors[case]) for case, config in cases.items()},
-            "traffic": traffic(configured(3), mesh),
+            "traffic": {kind: traffic(configured(3), mesh, kind) for kind in ("gate_proj", "down_proj")},
         }
     return result

@@ -130,7 +130,10 @@ def under_deepspeed(config: RunConfig, stage: str, steps: int, mesh: Mesh) -> di
         found["norms"].append(result.head_norms)
         found["merge_bytes"].append(result.merge_bytes)
         found["control_bytes"].append(result.control_bytes)
-    found["differing"] = engine.differing_replicas()
+    engine.recorder.clear()
+    with engine.recorder:
+        found["differing"] = engine.differing_replicas()
+    found["check_bytes"] = engine._across_heads(None)
     found["cast_gap"] = max(
         float((full_rows(engine, p)["master"].to(p.dtype).float() - p.detach().float()).abs().max())
         for p in engine.params

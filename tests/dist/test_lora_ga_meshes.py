@@ -35,9 +35,11 @@ def test_gradients_and_factors_equal_one_process(ranks: list[dict[str, Any]], tp
 
 
 def test_a_decomposition_hands_over_no_gradient(ranks: list[dict[str, Any]]) -> None:
-    """Gate is [75, 48] and Q = 12: four passes and the core sum [48, Q], five bases gather [Q, Q]. A rank's part of the
-    gradient has 1,824 or 912 values."""
+    """Gate is [75, 48], down [48, 75], and Q = 12: four passes and the core sum [48, Q], five bases gather [Q, Q]; the
+    signs of down's 2r right vectors, which are split, take a value each. A rank's part of the gradient has 1,824 or 912
+    values."""
     for rank in ranks:
-        assert rank["1"]["traffic"] == []
-        for tp in ("2", "4"):
-            assert sorted(rank[tp]["traffic"]) == [12 * 12] * 5 + [48 * 12] * 5
+        for kind, signs in (("gate_proj", []), ("down_proj", [6])):
+            assert rank["1"]["traffic"][kind] == []
+            for tp in ("2", "4"):
+                assert sorted(rank[tp]["traffic"][kind]) == signs + [12 * 12] * 5 + [48 * 12] * 5, kind

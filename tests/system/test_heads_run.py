@@ -28,6 +28,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     status, output = place.run("2 ranks", place.options("whole", *HEADS))
     assert status == 0, output
     assert "after 4 steps of full-rank training lte begins" in output
+    unused = "warning: method.interval0, method.freeze_steps: without effect in method.name lte with method.inner lora."
+    assert output.count("warning: ") == 1 and unused in output, output
     merges = [record["merge_bytes"] for record in place.records("whole") if "merge_bytes" in record]
     assert len(merges) == 8 and sum(merges) > 8_000  # two merges in the eight steps of heads
     assert f"Between heads: no gradients; merges, {sum(merges) / 8e6:.3f} MB a step" in output

@@ -67,11 +67,14 @@ def test_a_resumed_run_is_the_same_to_the_bit_and_takes_no_gradient(tmp_path: Pa
 
 
 @pytest.mark.full
-def test_it_begins_from_another_runs_weights_and_keeps_their_function(tmp_path: Path) -> None:
+def test_it_begins_from_an_imported_model_and_keeps_its_function(tmp_path: Path) -> None:
     place = Place(tmp_path)
     status, output = place.run("alone", place.options("first", "--method.name", "full", "--optim.lr", "0.002"))
     assert status == 0, output
-    start = ["--train.init_from", str(place.folder / "first")]
+    status, output = place.script("tools/convert_hf.py", "import", "first/final", "start")
+    assert status == 0, output
+    start = ["--config", str(place.folder / "start" / "model.yaml"), "--train.init_from", str(place.folder / "start")]
+    start += ["--data.tokenizer", str(place.folder / "start" / "tokenizer")]
     status, output = place.run("alone", place.options("second", *LORA_GA, *start))
     assert status == 0, output
     first, second = place.records("first"), place.records("second")

@@ -301,6 +301,33 @@ def test_two_runs_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.Monke
         create_folder(next(iter(folders)))
 
 
+@pytest.mark.parametrize(
+    ("words", "unused"),
+    [
+        ("", []),
+        ("--method.name full --method.rank 8", []),
+        (
+            "--method.name full --method.init pissa --method.alpha 3 --method.interval0 9",
+            ["interval0", "init", "alpha"],
+        ),
+        ("--method.name galore --method.rslora true --method.compute split", ["rslora", "compute"]),
+        ("--method.name lora --method.freeze_steps 3 --method.bank_spread dp", ["freeze_steps", "bank_spread"]),
+        ("--method.name lte --method.selection random", ["selection"]),
+        ("--method.name lte --method.selection random --method.inner switchlora", []),
+        ("--method.name lte --method.orthogonal_scale sqrt_r_n", []),
+        ("--method.name lte --method.init classic --method.orthogonal_scale sqrt_r_n", ["orthogonal_scale"]),
+        (
+            "--method.name lte --method.merge_form reset --method.redraw_A true --method.merge_interval never",
+            ["redraw_A"],
+        ),
+        ("--method.name lte --method.local_heads 2 --method.merged_cache recompute", ["merged_cache"]),
+        ("--method.name relora --method.init classic", []),
+    ],
+)
+def test_options_without_effect_are_known(words: str, unused: list[str]) -> None:
+    assert parse_arguments(words.split()).config.method.unused == unused
+
+
 def test_shipped_files_load() -> None:
     root = Path(__file__).resolve().parents[2]
     yamls, jsons = sorted((root / "launch" / "configs").glob("*.yaml")), sorted((root / "ds_configs").glob("*.json"))
@@ -308,6 +335,7 @@ def test_shipped_files_load() -> None:
     for path in yamls:
         config = parse_arguments(["--config", str(path)]).config
         validate(config)
+        assert not config.method.unused, path
         for ds_path in jsons:
             config.train.precision = "bf16" if "fp32_accum" in ds_path.name else "fp32"
             resolved = resolve_ds_config(read_ds_config(str(ds_path)), config, dp=2)

@@ -264,6 +264,21 @@ def test_a_checkpoint_has_the_bytes_of_the_formula(tmp_path: Path, method: str, 
     assert total == checkpoint_bytes(run.config, VOCAB)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method__local_heads": 2},
+        {"method__local_heads": 2, "method__merge_form": "reset", "model__tie_embeddings": True},
+        {"method__base": "nf4"},
+        {"method__base": "nf4", "method__merge_form": "reset", "method__local_heads": 2},
+        {"method__inner": "switchlora", "method__alpha": 1.0},
+    ],
+)
+def test_a_checkpoint_of_heads_has_the_bytes_of_the_formula(tmp_path: Path, changes: dict[str, Any]) -> None:
+    test_a_checkpoint_has_the_bytes_of_the_formula(tmp_path, "lte", changes)
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     checkpoint = save(trained("lora"), tmp_path / "step")
     (tmp_path / "mine").mkdir()
