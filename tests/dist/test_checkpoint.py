@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.dist.launch import run_ranks
-from tests.dist.tp_grid import BF16_STAGES, GALORE, METHODS, NEEDS_GALORE, PADDED, RESTARTS, STAGES, worst
+from tests.dist.tp_grid import BF16_STAGES, GALORE, METHODS, NEEDS_GALORE, PADDED, RESTARTS, STAGES, WIDE, worst
 
 pytestmark = pytest.mark.timeout(900)
 STEPS, SAVED = 11, 6
@@ -125,7 +125,6 @@ def test_another_mesh_continues_the_same_trajectory(
 
 
 LTE: dict[str, Any] = {"method__merge_interval": 3, "method__alpha": 14.0, **PADDED}
-WIDE = {"model__hidden_size": 128, "model__intermediate_size": 256}  # whole blocks of 4 bits on a rank
 LTE_FORMS: list[tuple[str, str, dict[str, Any]]] = [
     ("1", "fp32", {}),
     ("0", "bf16", {"method__local_heads": 2}),

@@ -7,13 +7,13 @@ from typing import Any, Optional
 import pytest
 
 from tests.dist.launch import run_ranks
+from tests.dist.tp_grid import WIDE
 
 full = pytest.mark.full
 SWITCHES: dict[str, Any] = {"method__inner": "switchlora", "method__alpha": 1.0}
 DELTA: dict[str, Any] = {"method__merge_traffic": "delta"}
 RESET: dict[str, Any] = {"method__merge_form": "reset"}
 MERGED = [{}, RESET, DELTA, SWITCHES, {"method__local_heads": 2}]
-WIDE = {"model__hidden_size": 128, "model__intermediate_size": 256}  # whole blocks of 4 bits on a rank
 BUCKETED = [{}, DELTA, SWITCHES]
 
 

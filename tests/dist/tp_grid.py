@@ -15,6 +15,7 @@ BF16_STAGES = ("0", "1", "2", "1f")
 STEPS, SHORT = 20, 9  # in the full set, and every day
 # odd sizes: 75 is padded at TP 2, 4, the vocabulary of 61 at any TP
 PADDED = {"model__intermediate_size": 75, "model__num_kv_heads": 4}
+WIDE = {"model__hidden_size": 128, "model__intermediate_size": 256}  # whole blocks of 4 bits on a rank
 RESTARTS = {"method__restart_interval": 5, "method__restart_warmup": 2, "method__restart_moments": "prune",
             "method__restart_keep": 0.05}  # fmt: skip
 
