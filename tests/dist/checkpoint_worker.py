@@ -64,7 +64,7 @@ def fresh_heads(engine: Any, checkpoint: Checkpoint) -> int:
         if not found or int(found[1]) < stored:
             continue
         head, (name, _, kind) = int(found[1]), found[2].partition(":")
-        if ".lora_" in name and ".merged_" not in name:
+        if ".lora_" in name:
             fresh.add(head)
             if kind:
                 assert not part.tensor.any(), part.name
