@@ -33,12 +33,13 @@ from tqdm import tqdm
 
 from megatron_switchlora.checkpoint.files import published, verified
 from megatron_switchlora.config import UserError, require
+from megatron_switchlora.disk import replace_text
 from megatron_switchlora.lowrank.schedule import switch_rate
 from megatron_switchlora.model.analysis import effective_rank, head_alignment, numerical_rank, spectrum
 from megatron_switchlora.model.counts import projections
 from megatron_switchlora.model.llama import initial_matrix
 from megatron_switchlora.model.weights import Weights, find_folder
-from megatron_switchlora.train.records import read_records, replace_text
+from megatron_switchlora.train.records import read_records
 
 MATRIX = re.compile(r"(?:head_\d+/)?(model\.layers\.(\d+)\.\w+\.(\w+)\.weight)")
 Base = Callable[[str], Tensor]

@@ -19,9 +19,10 @@ from compare_runs import Results
 from compare_setting import ROOT, Point, Setting, run_key
 
 from megatron_switchlora.config import RunConfig
+from megatron_switchlora.disk import replace_text
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config, zero_settings
-from megatron_switchlora.train.records import perplexity, replace_text
+from megatron_switchlora.train.records import perplexity
 from megatron_switchlora.train.traffic import gradient_bytes
 
 Run = dict[str, Any]

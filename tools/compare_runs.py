@@ -33,7 +33,8 @@ from typing import Any, Optional
 from compare_setting import ROOT, Point, Setting, run_key
 
 from megatron_switchlora.config import RunConfig, UserError, require
-from megatron_switchlora.train.records import read_records, replace_text
+from megatron_switchlora.disk import replace_text
+from megatron_switchlora.train.records import read_records
 from megatron_switchlora.train.run_folder import lock_folder, read_meta
 from megatron_switchlora.train.stop import REQUEUE
 

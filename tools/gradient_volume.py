@@ -29,6 +29,7 @@ from typing import Any, Optional
 from volume_report import chart, table
 
 from megatron_switchlora.config import RunConfig, UserError, full_rank_config, method_config, require
+from megatron_switchlora.disk import replace_text
 from megatron_switchlora.parallel.agree import on_all_ranks
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.parallel.ranks import end_rank
@@ -36,7 +37,6 @@ from megatron_switchlora.parallel.rollcall import tell
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.dry_run import planned_vocabulary
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config, zero_settings
-from megatron_switchlora.train.records import replace_text
 from megatron_switchlora.train.traffic import axis_size, flows, on_the_wire
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from megatron_switchlora.config import RunConfig, UserError, full_rank_config, method_config, require
+from megatron_switchlora.disk import replace_text
 from megatron_switchlora.model.counts import model_flops_per_token
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.rules import validate
@@ -34,7 +35,6 @@ from megatron_switchlora.train.cost import GPUS, Machine, StepTime, flops_per_to
 from megatron_switchlora.train.dry_run import memory_lines, planned_vocabulary
 from megatron_switchlora.train.ds_config import Zero, read_ds_config, resolve_ds_config, zero_settings
 from megatron_switchlora.train.memory import Item, checkpoint_bytes, memory_items, peak_bytes
-from megatron_switchlora.train.records import replace_text
 
 WORKSPACE = 2.5e9  # CUDA's context, cuBLAS, NCCL's buffers and the allocator's gaps: assumed
 

@@ -10,7 +10,6 @@ cannot hold two boxes of one tensor (ZeRO's partitions cut rows), and its plans 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_switchlora.config import UserError
+from megatron_switchlora.disk import make_durable
 from megatron_switchlora.parallel.parts import Part
 
 T = TypeVar("T")
@@ -73,15 +73,6 @@ def grouped(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterato
         group.append(item)
         filled += size(item)
     yield group
-
-
-def make_durable(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Archive:

@@ -22,8 +22,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from megatron_switchlora.checkpoint.archive import Archive, make_durable
+from megatron_switchlora.checkpoint.archive import Archive
 from megatron_switchlora.config import UserError
+from megatron_switchlora.disk import make_durable
 
 FORMAT = 1  # raise it when older code could not read what is written
 MEND = "Restore it, or move it away."

@@ -15,6 +15,8 @@ import warnings
 from pathlib import Path
 from typing import Any, Optional
 
+from megatron_switchlora.disk import replace_text
+
 
 def perplexity(loss: float) -> float:
     """exp of a mean loss in nats, kept within the range of a float."""
@@ -37,16 +39,6 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             break
         records.append(record)
     return records
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old or the new one."""
-    aside = path.with_name(f".{path.name}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
 
 
 def keep_records(path: Path, steps: int, dropped: Optional[Path] = None) -> None:

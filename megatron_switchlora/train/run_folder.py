@@ -28,7 +28,8 @@ import yaml
 from safetensors import SafetensorError
 
 from megatron_switchlora.config import RunConfig, UserError
-from megatron_switchlora.train.records import RecordFile, keep_records, read_records, replace_text
+from megatron_switchlora.disk import replace_text
+from megatron_switchlora.train.records import RecordFile, keep_records, read_records
 
 RUN_FILES = ("config.yaml", "ds_config.json", "metrics.jsonl", "meta.json", "tokenizer", "checkpoints", "final")
 

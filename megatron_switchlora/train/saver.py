@@ -22,9 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_switchlora.checkpoint.archive import make_durable, write_parts
+from megatron_switchlora.checkpoint.archive import write_parts
 from megatron_switchlora.checkpoint.files import describe, leftovers, prune, publish, published, step_name
 from megatron_switchlora.config import CheckpointConfig, UserError
+from megatron_switchlora.disk import make_durable
 from megatron_switchlora.parallel.agree import gather_texts, on_one_rank
 from megatron_switchlora.parallel.parts import Part
 from megatron_switchlora.train.memory import checkpoint_bytes

@@ -22,7 +22,7 @@ from typing import Any, Optional
 
 import yaml
 
-from megatron_switchlora.train.records import replace_text
+from megatron_switchlora.disk import replace_text
 from megatron_switchlora.train.run_folder import versions
 from tests.dist.launch import REPOSITORY, free_port
 from tests.system.cluster import Cluster

@@ -14,15 +14,16 @@ PACKAGE = "megatron_switchlora"
 ALLOWED = {
     "method_config": set(),
     "config": {"method_config"},
+    "disk": set(),
     "rules": {"config"},
     "parallel": {"config"},
-    "checkpoint": {"parallel", "config"},
+    "checkpoint": {"parallel", "disk", "config"},
     "lowrank": {"parallel", "config"},
     "optim": {"parallel", "config"},
-    "model": {"checkpoint", "parallel", "config"},
-    "data": {"config"},
+    "model": {"checkpoint", "parallel", "disk", "config"},
+    "data": {"disk", "config"},
     "methods": {"lowrank", "optim", "model", "checkpoint", "parallel", "config"},
-    "train": {"methods", "lowrank", "optim", "model", "data", "checkpoint", "parallel", "rules", "config"},
+    "train": {"methods", "lowrank", "optim", "model", "data", "checkpoint", "parallel", "disk", "rules", "config"},
 }
 
 
