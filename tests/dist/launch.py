@@ -180,7 +180,7 @@ def script_main(script: Path, words: list[str], folder: Path, output: Path, env:
     stand_alone(output, env)
     os.chdir(folder)
     sys.argv = [str(script), *words]
-    sys.path.insert(0, str(script.parent))
+    sys.path[:0] = [str(script.parent), str(script.parents[1])]  # the package beside the script, whatever is installed
     runpy.run_path(str(script), run_name="__main__")
 
 
