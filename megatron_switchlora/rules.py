@@ -2,7 +2,7 @@
 
 Each rule is a sentence with the values and what to change. Rules that need the data (lengths, vocabulary) or the
 world (mesh, batch) stand where those are known, with the helpers of config.py; those of the model's shape alone stand
-in config.py.
+in config.py, those of the data's section in rules_data.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import fields
 from fnmatch import fnmatch
 
-from megatron_switchlora.config import DataConfig, LoraGaConfig, RunConfig, check_model, require, require_shard
+from megatron_switchlora.config import LoraGaConfig, RunConfig, check_model, require, require_shard
+from megatron_switchlora.rules_data import validate_data
 
 # What a resumed run may be told to change, by `checkpoint.allow_changes`.
 CHANGEABLE = (
@@ -246,37 +247,6 @@ def _validate_stops(config: RunConfig) -> None:
     )
 
 
-def _validate_data(d: DataConfig) -> None:
-    if d.source == "files":
-        require(bool(d.files), "data.source files needs data.files: give file names or glob patterns.")
-    else:
-        require(
-            not d.files and not d.val_files,
-            f"data.files and data.val_files belong to data.source files, not {d.source}.",
-        )
-    if d.source == "hf":
-        require(
-            d.tokenizer not in ("bpe", "char"),
-            f"data.source hf keeps no text to build a {d.tokenizer} tokenizer from: give a Hugging Face name or folder "
-            "as data.tokenizer, such as t5-base or the tokenizer/ of an earlier run.",
-        )
-        require(
-            d.hf_split != d.hf_val_split,
-            f"data.hf_split and data.hf_val_split are both {d.hf_split!r}: validate on another split.",
-        )
-    of_hf = [f for f in fields(d) if f.name.startswith("hf_") or f.name in ("max_documents", "max_val_documents")]
-    given = [f.name for f in of_hf if getattr(d, f.name) != f.default]
-    require(d.source == "hf" or not given, f"data.{', data.'.join(given)} belong to data.source hf, not {d.source}.")
-    for name in ("max_documents", "max_val_documents"):
-        value = getattr(d, name)
-        require(value is None or value >= 1, f"data.{name} must be at least 1 or null for all, not {value}.")
-    require(0 < d.val_fraction < 1, f"data.val_fraction must lie between 0 and 1, it is {d.val_fraction}.")
-    require(
-        d.vocab_size >= 257, f"data.vocab_size must be at least 257 (256 bytes and an end mark), it is {d.vocab_size}."
-    )
-    require(d.max_bytes >= 1, f"data.max_bytes must be positive, not {d.max_bytes}.")
-
-
 # Options of method.name lte; those of mhlora are the first two.
 OF_LTE = (
     "local_heads", "orthogonal_scale", "merge_interval", "merge_form", "merge_traffic", "redraw_A", "inner", "base"
@@ -394,6 +364,6 @@ def validate(config: RunConfig) -> None:
     _validate_train(config)
     _validate_warm_start(config)
     _validate_stops(config)
-    _validate_data(config.data)
+    validate_data(config.data)
     _validate_parallel(config)
     _validate_lte(config)
