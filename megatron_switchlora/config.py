@@ -28,6 +28,9 @@ ROPE_SCALINGS: dict[str, tuple[set[str], set[str]]] = {
 }
 
 
+PATH = {"path": True}  # metadata of fields that name files or folders, in which ~ is expanded
+
+
 class UserError(ValueError):
     """A mistake in the input: the message gives the rule, the values and what to change."""
 
@@ -126,7 +129,7 @@ class TrainConfig:
     """CPU threads of a rank; 0 divides the cores by the local ranks."""
     check_interval: int = 100
     """Steps between checks that replicated tensors are still equal on all ranks that hold them; 0 switches them off."""
-    init_from: Optional[str] = None
+    init_from: Optional[str] = field(default=None, metadata=PATH)
     """Start from the weights of a model imported by tools/convert_hf.py, of a checkpoint, or of a run's newest one."""
     stop_after_steps: Optional[int] = None
     """End this start of the run after so many of its steps, with a checkpoint; the same command line goes on."""
@@ -158,15 +161,15 @@ class DataConfig:
     source: Literal["stdlib", "files", "hf"] = "stdlib"
     """stdlib: the sources of Python's standard library on this machine; files: text, JSON lines (C4's .json.gz),
     Parquet; hf: a dataset of the Hugging Face hub, tokenised while it streams."""
-    files: Union[list[str], str, None] = None
+    files: Union[list[str], str, None] = field(default=None, metadata=PATH)
     """Training files or glob patterns (source files): one, or a list."""
-    val_files: Union[list[str], str, None] = None
+    val_files: Union[list[str], str, None] = field(default=None, metadata=PATH)
     """Validation files or patterns; without them the last val_fraction of the training text is held out."""
     val_fraction: float = 0.1
     """Share of the text (by characters, at its end) held out when there are no val_files."""
     text_field: str = "text"
     """Field of a JSON object, or column of a Parquet file, that holds the text."""
-    hf_name: str = "allenai/c4"
+    hf_name: str = field(default="allenai/c4", metadata=PATH)
     """Dataset of source hf: a name on the hub, or a folder laid out like one. Its files: JSON lines or Parquet."""
     hf_config: Optional[str] = "en"
     """Configuration of the dataset; null if it has only one. In a folder whose README.md names none: the subfolder."""
@@ -182,11 +185,11 @@ class DataConfig:
     """Validation documents taken from the head of hf_val_split at most; null: all."""
     max_bytes: int = 10_000_000
     """Size limit of the stdlib corpus."""
-    tokenizer: str = "bpe"
+    tokenizer: str = field(default="bpe", metadata=PATH)
     """bpe: byte-level BPE trained on the training text; char: its characters; else a Hugging Face folder or name."""
     vocab_size: int = 2048
     """Vocabulary of a trained bpe tokenizer."""
-    cache_dir: Optional[str] = None
+    cache_dir: Optional[str] = field(default=None, metadata=PATH)
     """Where tokenised data is kept; by default ~/.cache/megatron_switchlora (or under XDG_CACHE_HOME)."""
 
     def patterns(self, validation: bool = False) -> list[str]:
@@ -218,9 +221,9 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    output_dir: Optional[str] = None
+    output_dir: Optional[str] = field(default=None, metadata=PATH)
     """Run folder; by default runs/<method>-<date>-<time>. One that holds another run is never written to."""
-    resume: str = "auto"
+    resume: str = field(default="auto", metadata=PATH)
     """auto: go on with the run in output_dir, if it holds one, from its newest checkpoint; none: never; else the path
     of a checkpoint, or of a run whose newest is taken."""
 

@@ -7,12 +7,12 @@ in config.py, those of the data's section in rules_data.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import fields
 from fnmatch import fnmatch
 
 from megatron_switchlora.config import LoraGaConfig, RunConfig, check_model, require, require_shard
+from megatron_switchlora.field_checks import check_fields
 from megatron_switchlora.rules_data import validate_data
 
 # What a resumed run may be told to change, by `checkpoint.allow_changes`.
@@ -27,7 +27,7 @@ def _validate_warm_start(config: RunConfig) -> None:
     steps, warmup = method.full_rank_steps, t.warmup_steps
     require(steps >= 0, f"method.full_rank_steps must not be negative, it is {steps}.")
     rate = method.full_rank_lr
-    require(math.isfinite(rate) and rate > 0, f"method.full_rank_lr must be positive, not {rate}.")
+    require(rate > 0, f"method.full_rank_lr must be positive, not {rate}.")
     alone = not steps and rate != type(method)().full_rank_lr
     require(not alone, f"method.full_rank_lr {rate} belongs to method.full_rank_steps, which is 0: give both or none.")
     if steps:
@@ -61,7 +61,7 @@ def _validate_method(config: RunConfig) -> None:
         _validate_galore(config)
         return
     alpha = method.alpha
-    require(alpha is None or (math.isfinite(alpha) and alpha > 0), f"method.alpha must be positive, not {alpha}.")
+    require(alpha is None or alpha > 0, f"method.alpha must be positive, not {alpha}.")
     require(
         method.initial != "pissa" or not method.switches,
         "method.init pissa gives method.rank vectors of W itself, but switching needs candidates for all of min(m, n): "
@@ -94,7 +94,7 @@ def _validate_galore(config: RunConfig) -> None:
         method.galore_update_gap >= 1, f"method.galore_update_gap must be at least 1, not {method.galore_update_gap}."
     )
     require(
-        math.isfinite(method.galore_scale) and method.galore_scale > 0,
+        method.galore_scale > 0,
         f"method.galore_scale must be positive, not {method.galore_scale}.",
     )
 
@@ -174,7 +174,7 @@ def _validate_lora_ga(config: RunConfig) -> None:
         f"method.init lora_ga is defined with the scaling alpha / sqrt(rank), and method.rslora is {method.rslora}: "
         "set it to true.",
     )
-    require(math.isfinite(ga.gamma) and ga.gamma > 0, f"method.ga.gamma must be positive, not {ga.gamma}.")
+    require(ga.gamma > 0, f"method.ga.gamma must be positive, not {ga.gamma}.")
     require(ga.samples >= 1, f"method.ga.samples must be at least 1, not {ga.samples}.")
     for name in ("oversample", "power_iterations"):
         value = getattr(ga, name)
@@ -199,18 +199,18 @@ def _validate_train(config: RunConfig) -> None:
     require(
         t.eval_samples is None or t.eval_samples >= 1, f"train.eval_samples must be at least 1, not {t.eval_samples}."
     )
-    require(t.threads >= 0, f"train.threads must not be negative, it is {t.threads}.")
+    require(0 <= t.threads <= 4096, f"train.threads must lie between 0 (the cores) and 4096, it is {t.threads}.")
     require(t.check_interval >= 0, f"train.check_interval must not be negative, it is {t.check_interval}.")
     require(t.seed >= 0, f"train.seed must not be negative, it is {t.seed}.")
     for name in ("lr", "eps"):
         value = getattr(o, name)
-        require(math.isfinite(value) and value > 0, f"optim.{name} must be positive, not {value}.")
+        require(value > 0, f"optim.{name} must be positive, not {value}.")
     require(
-        o.dense_lr is None or (math.isfinite(o.dense_lr) and o.dense_lr >= 0),
+        o.dense_lr is None or o.dense_lr >= 0,
         f"optim.dense_lr must not be negative, it is {o.dense_lr}.",
     )
     ratio = o.lora_plus_ratio
-    require(math.isfinite(ratio) and ratio > 0, f"optim.lora_plus_ratio must be positive, not {ratio}.")
+    require(ratio > 0, f"optim.lora_plus_ratio must be positive, not {ratio}.")
     require(
         ratio == 1 or config.method.adapts,
         f"optim.lora_plus_ratio {ratio:g} is B's learning rate over A's, and method.name {config.method.name} has no "
@@ -220,10 +220,21 @@ def _validate_train(config: RunConfig) -> None:
         value = getattr(o, name)
         require(0 <= value < 1, f"optim.{name} must lie in [0, 1), it is {value}.")
     require(
-        math.isfinite(o.clip) and o.clip >= 0,
-        f"optim.clip must be finite and not negative (0 switches it off), it is {o.clip}.",
+        o.clip >= 0,
+        f"optim.clip must not be negative (0 switches it off), it is {o.clip}.",
     )
+    _validate_decay(config)
+
+
+def _validate_decay(config: RunConfig) -> None:
+    o, method = config.optim, config.method
     require(o.weight_decay >= 0, f"optim.weight_decay must not be negative, it is {o.weight_decay}.")
+    rate = max(o.lr * max(1.0, o.lora_plus_ratio), config.dense_lr, method.full_rank_steps and method.full_rank_lr)
+    require(
+        o.weight_decay * rate < 1,
+        f"optim.weight_decay {o.weight_decay:g} times the largest learning rate {rate:g} must be below 1, or a step "
+        "would take all of a weight away: lower one of them.",
+    )
 
 
 def _validate_stops(config: RunConfig) -> None:
@@ -341,6 +352,10 @@ def _validate_switching_heads(config: RunConfig) -> None:
 def _validate_parallel(config: RunConfig) -> None:
     m, tp = config.model, config.parallel.tp
     require(tp >= 1, f"parallel.tp must be at least 1, not {tp}.")
+    wait = config.parallel.start_timeout
+    require(
+        0 < wait <= 604_800, f"parallel.start_timeout must be above 0 and at most 604800 seconds, a week; it is {wait}."
+    )
     for name, count in (("num_heads", m.num_heads), ("num_kv_heads", m.kv_heads)):
         require(
             count % tp == 0,
@@ -358,6 +373,7 @@ def validate(config: RunConfig) -> None:
     Raises:
         UserError: with the rule, the values and what to change.
     """
+    check_fields(config)
     check_model(config.model)
     _validate_method(config)
     _validate_lora_ga(config)

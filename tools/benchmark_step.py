@@ -32,6 +32,7 @@ from measure_switching import make_engine
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_switchlora.config import MethodConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_switchlora.disk import user_path
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.model.counts import decoder_shapes, projections
 from megatron_switchlora.parallel.linear import ColumnParallelLinear
@@ -249,7 +250,7 @@ def policies(options: argparse.Namespace, precision: str, device: torch.device) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=user_path, required=True)
     parser.add_argument("--hidden_size", type=int, default=1024)
     parser.add_argument("--intermediate_size", type=int, default=2736)
     parser.add_argument("--num_layers", type=int, default=1)

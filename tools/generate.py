@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from megatron_switchlora.disk import user_path
+
 
 def model_folder(run: Path) -> Path:
     """The folder to load, or an explanation and exit status 2."""
@@ -29,7 +31,7 @@ def model_folder(run: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("run", type=user_path, help="run folder")
     parser.add_argument("prompt", help="text to continue")
     parser.add_argument("--max_new_tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")

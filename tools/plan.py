@@ -22,11 +22,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any, Optional
 
 from megatron_switchlora.config import RunConfig, UserError, full_rank_config, method_config, require
-from megatron_switchlora.disk import replace_text
+from megatron_switchlora.disk import replace_text, user_path
 from megatron_switchlora.model.counts import model_flops_per_token
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.rules import validate
@@ -248,7 +247,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--as_configured", action="store_true", help="plan the configuration itself, try nothing else")
     parser.add_argument("--brief", action="store_true", help="only a row of a Markdown table")
     parser.add_argument("--name", help="of that row (default: the method's name)")
-    parser.add_argument("--out", type=Path, help="write the best plan's numbers here, as JSON")
+    parser.add_argument("--out", type=user_path, help="write the best plan's numbers here, as JSON")
     return parser
 
 

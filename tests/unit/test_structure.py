@@ -16,7 +16,9 @@ ALLOWED = {
     "config": {"method_config"},
     "disk": set(),
     "rules_data": {"config"},
-    "rules": {"rules_data", "config"},
+    "yaml_text": set(),
+    "field_checks": {"yaml_text", "disk", "config"},
+    "rules": {"rules_data", "field_checks", "config"},
     "parallel": {"config"},
     "checkpoint": {"parallel", "disk", "config"},
     "lowrank": {"parallel", "config"},
@@ -24,8 +26,11 @@ ALLOWED = {
     "model": {"checkpoint", "parallel", "disk", "config"},
     "data": {"disk", "config"},
     "methods": {"lowrank", "optim", "model", "checkpoint", "parallel", "config"},
-    "train": {"methods", "lowrank", "optim", "model", "data", "checkpoint", "parallel", "disk", "rules", "config"},
-}
+    "train": {
+        "methods", "lowrank", "optim", "model", "data", "checkpoint", "parallel", "rules", "field_checks", "yaml_text",
+        "disk", "config",
+    },
+}  # fmt: skip
 
 
 def sources() -> list[Path]:
