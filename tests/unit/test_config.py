@@ -248,12 +248,17 @@ def test_contradicting_deepspeed_json(given: dict, message: str) -> None:
 
 
 def test_deepspeed_json_is_filled_in() -> None:
-    given = {"zero_optimization": {"stage": 2}, "train_batch_size": "auto", "gradient_clipping": 1.0, "wandb": {"x": 1}}
+    given = {
+        "zero_optimization": {"stage": 2},
+        "train_batch_size": "auto",
+        "gradient_clipping": 1.0,
+        "wandb": {"team": "a"},
+    }
     resolved = resolve_ds_config(given, RunConfig(), dp=4)
     assert resolved["train_batch_size"] == 32
     assert resolved["gradient_accumulation_steps"] == 1
     assert resolved["bf16"] == {"enabled": False}
-    assert resolved["wandb"] == {"x": 1}
+    assert resolved["wandb"] == {"team": "a"}
     assert given["train_batch_size"] == "auto"
 
 
