@@ -2,7 +2,7 @@
 
 Each rule is a sentence with the values and what to change. Rules that need the data (lengths, vocabulary) or the
 world (mesh, batch) stand where those are known, with the helpers of config.py; those of the model's shape alone stand
-in config.py, those of the data's section in rules_data.py.
+in rules_model.py, those of the data in rules_data.py.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from dataclasses import fields
 from fnmatch import fnmatch
 
-from megatron_switchlora.config import LoraGaConfig, RunConfig, check_model, require, require_shard
+from megatron_switchlora.config import LoraGaConfig, RunConfig, require, require_shard
 from megatron_switchlora.field_checks import check_fields
 from megatron_switchlora.rules_data import validate_data
+from megatron_switchlora.rules_model import check_model
 
 # What a resumed run may be told to change, by `checkpoint.allow_changes`.
 CHANGEABLE = (

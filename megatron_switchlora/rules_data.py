@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from megatron_switchlora.config import DataConfig, require
+from megatron_switchlora.rules_model import LARGEST_SIZE
 
 
 def validate_data(d: DataConfig) -> None:
@@ -34,7 +35,7 @@ def validate_data(d: DataConfig) -> None:
         require(value is None or value >= 1, f"data.{name} must be at least 1 or null for all, not {value}.")
     require(0 < d.val_fraction < 1, f"data.val_fraction must lie between 0 and 1, it is {d.val_fraction}.")
     require(
-        257 <= d.vocab_size <= 2**24,
-        f"data.vocab_size must lie between 257 (256 bytes and an end mark) and {2**24}, it is {d.vocab_size}.",
+        257 <= d.vocab_size <= LARGEST_SIZE,
+        f"data.vocab_size must lie between 257 (256 bytes and an end mark) and 2^24, it is {d.vocab_size}.",
     )
     require(d.max_bytes >= 1, f"data.max_bytes must be positive, not {d.max_bytes}.")

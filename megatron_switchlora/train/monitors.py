@@ -23,7 +23,11 @@ PACKAGES = {
 
 
 def check_monitors(ds_config: dict[str, Any]) -> str:
-    """Returns "", for `on_one_rank`. Raises: UserError, if a monitor that the JSON enables lacks its package, or could not write."""
+    """Ask for every monitor that the JSON enables. Returns "", for `on_one_rank`.
+
+    Raises:
+        UserError: its package is missing, or it could not write.
+    """
     on = {name: section for name, section in ds_config.items() if isinstance(section, dict) and section.get("enabled")}
     for name in PACKAGES.keys() & on.keys():
         _require_package(name)
