@@ -16,7 +16,7 @@ from typing import Any, Optional
 from megatron_switchlora.config import require
 from megatron_switchlora.field_checks import expanded
 
-SECRET = re.compile(r"api_?key|token|secret|passw|credential|private|auth", re.IGNORECASE)
+SECRET = re.compile(r"api.?key|token|secret|passw|credential|private|auth", re.IGNORECASE)
 OF_SERVICE = {"comet": "COMET_API_KEY", "wandb": "WANDB_API_KEY"}
 
 
