@@ -8,8 +8,9 @@ say `path` are files or folders: a leading ~ in them is expanded.
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import Field, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -90,6 +91,21 @@ def read_word(text: str, loader: Any = None) -> Any:
         return yaml.load(text, Loader=loader) if loader else load_yaml(text)
     except (ValueError, yaml.YAMLError, RecursionError):
         return text
+
+
+def number_from(least: float, kind: Any = int) -> Callable[[str], Any]:
+    """The type of a program's own option, for argparse: a number of the configuration's kind, not below `least`."""
+
+    def read(word: str) -> Any:
+        try:
+            value = fit_word("it", word, kind)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error).removesuffix(".")) from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"it must be at least {least}, not {word}")
+        return value
+
+    return read
 
 
 def check_fields(config: RunConfig) -> None:

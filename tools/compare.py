@@ -34,7 +34,7 @@ from compare_timing import time_methods
 
 from megatron_switchlora.config import UserError, require
 from megatron_switchlora.disk import user_path
-from megatron_switchlora.field_checks import field_types, fit_word, takes_text
+from megatron_switchlora.field_checks import field_types, fit_word, number_from, takes_text
 from megatron_switchlora.train.stop import REQUEUE
 from megatron_switchlora.yaml_text import load_yaml
 
@@ -103,7 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
     parser.add_argument("--launcher", help="command that starts a run, instead of the setting's: {python}, {script}, "
                         "{port} (a free one) are filled in, the options follow")  # fmt: skip
-    parser.add_argument("--world", type=int, help="ranks that this launcher starts")
+    parser.add_argument("--world", type=number_from(1), help="ranks that this launcher starts")
     parser.add_argument("--keep", action="store_true", help="keep checkpoints and final models of finished runs")
     parser.add_argument("--timing", action="store_true", help="measure step times, nothing else")
     parser.add_argument("--report", action="store_true", help="write table and plot of what is there, and stop")

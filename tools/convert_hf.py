@@ -18,6 +18,7 @@ import sys
 from megatron_switchlora.checkpoint.files import verified
 from megatron_switchlora.config import UserError, require
 from megatron_switchlora.disk import user_path
+from megatron_switchlora.field_checks import number_from
 from megatron_switchlora.model.hf_export import DTYPES, export_dense, export_peft
 from megatron_switchlora.model.hf_import import import_model
 from megatron_switchlora.model.weights import find_folder
@@ -55,7 +56,9 @@ def main() -> None:
     out.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="cast after folding (default: bf16)")
     out.add_argument("--peft", action="store_true", help="base model and adapter apart, for PeftModel")
     out.add_argument("--original_base", action="store_true", help="with --peft, of a run begun by LoRA-GA")
-    out.add_argument("--shard_mb", type=float, default=1000.0, help="largest safetensors file, in MB")
+    out.add_argument(
+        "--shard_mb", type=number_from(0.001, float), default=1000.0, help="largest safetensors file, in MB"
+    )
     out.set_defaults(act=export)
     into = commands.add_parser("import", help="a Hugging Face LLaMA to a starting point")
     into.add_argument("source", type=user_path, metavar="HF_DIR")

@@ -224,7 +224,7 @@ def check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         require(value is None or value >= 1, f"--{name} must be at least 1, not {value}.")
     for name in ("link", "disk"):
-        require(getattr(arguments, name) > 0, f"--{name} must be above 0.")
+        require(0 < getattr(arguments, name) < float("inf"), f"--{name} must be above 0, and finite.")
     require(0 < arguments.efficiency <= 1, f"--efficiency must be above 0 and at most 1, not {arguments.efficiency}.")
     out = arguments.out
     require(out is None or out.parent.is_dir(), f"--out {out}: there is no folder {out and out.parent}: make it first.")

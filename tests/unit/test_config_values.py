@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import re
 import sys
 from pathlib import Path
 from typing import Any, Optional, get_args
@@ -10,7 +12,15 @@ from typing import Any, Optional, get_args
 import pytest
 
 from megatron_switchlora.config import RunConfig, UserError
-from megatron_switchlora.field_checks import check_fields, expand_paths, field_types, fit, fit_word, sections
+from megatron_switchlora.field_checks import (
+    check_fields,
+    expand_paths,
+    field_types,
+    fit,
+    fit_word,
+    number_from,
+    sections,
+)
 from megatron_switchlora.rules import validate
 from megatron_switchlora.train.arguments import option_types, parse_arguments, read_options, take_options
 from megatron_switchlora.yaml_text import dump_yaml
@@ -213,3 +223,19 @@ def test_programs_expand_home_too() -> None:
     programs = [path for path in (root / "tools").glob("*.py") if "add_argument(" in path.read_text()]
     assert len(programs) > 10
     assert not [path.name for path in programs if "type=Path" in path.read_text()]
+
+
+@pytest.mark.parametrize("word", ["nan", ".nan", ".inf", "1e400", "-1", "0", "null", "x"])
+def test_numbers_of_programs_are_finite(word: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="it must be"):
+        number_from(0.001, float)(word)
+    assert number_from(0.001, float)("2") == 2.0 and number_from(1)("2") == 2
+
+
+def test_programs_check_their_numbers() -> None:
+    """plan.py, gradient_volume.py and compare.py's --jobs have sentences of their own."""
+    root = Path(__file__).resolve().parents[2]
+    own = {"plan.py", "gradient_volume.py"}
+    found = [path for path in (root / "tools").glob("*.py") if re.search("type=(int|float),", path.read_text())]
+    assert {path.name for path in found} == own | {"compare.py"}
+    assert len(re.findall("type=(int|float)", (root / "tools" / "compare.py").read_text())) == 1
