@@ -13,12 +13,13 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Optional
 
 import torch
 
 from megatron_switchlora.config import MethodConfig, UserError, require
-from megatron_switchlora.parallel.agree import PeerError
+from megatron_switchlora.parallel.agree import PeerError, on_one_rank
 from megatron_switchlora.parallel.launchers import is_first
 from megatron_switchlora.parallel.ranks import Ranks, complete_environment, discover_ranks, end_rank
 from megatron_switchlora.parallel.rollcall import meet, tell
@@ -26,6 +27,7 @@ from megatron_switchlora.train.arguments import Arguments, parse_arguments
 from megatron_switchlora.train.compatible import what_must_agree
 from megatron_switchlora.train.device import choose_device, precision_warning
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
+from megatron_switchlora.train.monitors import check_monitors
 from megatron_switchlora.train.stop import REQUEUE, Stopped, StopRequest
 
 
@@ -63,7 +65,9 @@ def show_plan(arguments: Arguments, first: bool) -> None:
     from megatron_switchlora.train.dry_run import plan
 
     world_size = arguments.dry_run_world or discover_ranks(os.environ).world_size
-    text = plan(arguments.config, read_ds_config(arguments.ds_config), world_size)
+    given = read_ds_config(arguments.ds_config)
+    text = plan(arguments.config, given, world_size)
+    check_monitors(given)
     if first:
         warn(unused_options(arguments.config.method))
         print(text)
@@ -127,6 +131,8 @@ def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRe
     from megatron_switchlora.train.trainer import Trainer
 
     began = time.perf_counter()
+    given = read_ds_config(arguments.ds_config)
+    on_one_rank(ranks.rank == 0, partial(check_monitors, given), device)
     start = find_start(arguments.config, device)
     if start.finished:
         if ranks.rank == 0:
@@ -135,7 +141,7 @@ def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRe
         return 0
     if ranks.rank == 0:
         warn(unused_options(arguments.config.method), precision_warning(device, arguments.config.train.precision))
-    trainer = Trainer(arguments.config, read_ds_config(arguments.ds_config), ranks, device, start, stop)
+    trainer = Trainer(arguments.config, given, ranks, device, start, stop)
     val_loss = trainer.fit()
     if val_loss is not None:
         trainer.say("\n" + closing_words(trainer, val_loss, time.perf_counter() - began))

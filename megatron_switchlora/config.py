@@ -5,27 +5,18 @@ fields; the docstring under a field is its help text. DeepSpeed's JSON owns only
 concerns (stage, buckets, logging); where both could speak (batch sizes, clip, precision) the run
 configuration decides and `train/ds_config.py` refuses a JSON that says otherwise.
 The method's section stands in method_config.py; every other module of the package may import this one. What a
-shape of the model must fulfil stands here (`check_model`) and not in rules.py, since an import checks it too.
+shape of the model must fulfil stands in rules_model.py, since an import checks it too.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Optional, Union
 
 from megatron_switchlora.method_config import LoraGaConfig as LoraGaConfig
 from megatron_switchlora.method_config import MethodConfig as MethodConfig
 
-# Scalings of the rotary embedding that do not depend on the sequence: keys that they need, keys that they may have.
-ROPE_SCALINGS: dict[str, tuple[set[str], set[str]]] = {
-    "linear": ({"factor"}, set()),
-    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
-    "yarn": (
-        {"factor", "original_max_position_embeddings"},
-        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
-    ),
-}
+PATH = {"path": True}  # metadata of fields that name files or folders, in which ~ is expanded
 
 
 class UserError(ValueError):
@@ -126,7 +117,7 @@ class TrainConfig:
     """CPU threads of a rank; 0 divides the cores by the local ranks."""
     check_interval: int = 100
     """Steps between checks that replicated tensors are still equal on all ranks that hold them; 0 switches them off."""
-    init_from: Optional[str] = None
+    init_from: Optional[str] = field(default=None, metadata=PATH)
     """Start from the weights of a model imported by tools/convert_hf.py, of a checkpoint, or of a run's newest one."""
     stop_after_steps: Optional[int] = None
     """End this start of the run after so many of its steps, with a checkpoint; the same command line goes on."""
@@ -158,15 +149,15 @@ class DataConfig:
     source: Literal["stdlib", "files", "hf"] = "stdlib"
     """stdlib: the sources of Python's standard library on this machine; files: text, JSON lines (C4's .json.gz),
     Parquet; hf: a dataset of the Hugging Face hub, tokenised while it streams."""
-    files: Union[list[str], str, None] = None
+    files: Union[list[str], str, None] = field(default=None, metadata=PATH)
     """Training files or glob patterns (source files): one, or a list."""
-    val_files: Union[list[str], str, None] = None
+    val_files: Union[list[str], str, None] = field(default=None, metadata=PATH)
     """Validation files or patterns; without them the last val_fraction of the training text is held out."""
     val_fraction: float = 0.1
     """Share of the text (by characters, at its end) held out when there are no val_files."""
     text_field: str = "text"
     """Field of a JSON object, or column of a Parquet file, that holds the text."""
-    hf_name: str = "allenai/c4"
+    hf_name: str = field(default="allenai/c4", metadata=PATH)
     """Dataset of source hf: a name on the hub, or a folder laid out like one. Its files: JSON lines or Parquet."""
     hf_config: Optional[str] = "en"
     """Configuration of the dataset; null if it has only one. In a folder whose README.md names none: the subfolder."""
@@ -182,11 +173,11 @@ class DataConfig:
     """Validation documents taken from the head of hf_val_split at most; null: all."""
     max_bytes: int = 10_000_000
     """Size limit of the stdlib corpus."""
-    tokenizer: str = "bpe"
+    tokenizer: str = field(default="bpe", metadata=PATH)
     """bpe: byte-level BPE trained on the training text; char: its characters; else a Hugging Face folder or name."""
     vocab_size: int = 2048
     """Vocabulary of a trained bpe tokenizer."""
-    cache_dir: Optional[str] = None
+    cache_dir: Optional[str] = field(default=None, metadata=PATH)
     """Where tokenised data is kept; by default ~/.cache/megatron_switchlora (or under XDG_CACHE_HOME)."""
 
     def patterns(self, validation: bool = False) -> list[str]:
@@ -218,9 +209,9 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    output_dir: Optional[str] = None
+    output_dir: Optional[str] = field(default=None, metadata=PATH)
     """Run folder; by default runs/<method>-<date>-<time>. One that holds another run is never written to."""
-    resume: str = "auto"
+    resume: str = field(default="auto", metadata=PATH)
     """auto: go on with the run in output_dir, if it holds one, from its newest checkpoint; none: never; else the path
     of a checkpoint, or of a run whose newest is taken."""
 
@@ -256,103 +247,6 @@ def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless the condition holds."""
     if not condition:
         raise UserError(message)
-
-
-def check_model(m: ModelConfig) -> None:
-    """Check every rule of the model's shape alone.
-
-    Raises:
-        UserError: with the rule, the values and what to change.
-    """
-    for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads"):
-        value = getattr(m, name)
-        require(value >= 1, f"model.{name} must be at least 1, not {value}: give a positive size.")
-    require(
-        m.num_kv_heads is None or m.num_kv_heads >= 1,
-        f"model.num_kv_heads must be at least 1, not {m.num_kv_heads}: leave it out for as many as model.num_heads.",
-    )
-    require(
-        m.hidden_size % m.num_heads == 0,
-        f"model.hidden_size {m.hidden_size} must be a multiple of model.num_heads {m.num_heads}: change one of them.",
-    )
-    require(
-        m.head_dim % 2 == 0,
-        f"The head size {m.head_dim} (model.hidden_size {m.hidden_size} / model.num_heads {m.num_heads}) must be even "
-        "for rotary embeddings: change one of them.",
-    )
-    require(
-        m.num_heads % m.kv_heads == 0,
-        f"model.num_heads {m.num_heads} must be a multiple of model.num_kv_heads {m.kv_heads}: change one of them.",
-    )
-    for name in ("initializer_range", "rope_theta", "rms_norm_eps"):
-        number = getattr(m, name)
-        require(math.isfinite(number) and number > 0, f"model.{name} must be positive, not {number}.")
-    if m.rope_scaling is not None:
-        _check_rope_scaling(m.rope_scaling, m.rope_theta)
-    length = m.max_position_embeddings
-    require(length is None or length >= 1, f"model.max_position_embeddings must be at least 1, not {length}.")
-    require(m.vocab_size is None or m.vocab_size >= 1, f"model.vocab_size must be positive, not {m.vocab_size}.")
-
-
-def _check_rope_scaling(scaling: dict[str, Any], theta: float) -> None:
-    kind: Any = scaling.get("rope_type")
-    supported = ", ".join(ROPE_SCALINGS)
-    require(
-        kind not in ("dynamic", "longrope"),
-        f"model.rope_scaling has rope_type {kind!r}, whose frequencies change with the length of the sequence; "
-        f"supported are {supported}, which do not. Where sequences stay within the model's max_position_embeddings, "
-        "dynamic scales nothing: leave it out. For longrope, start from a model with another scaling.",
-    )
-    require(
-        isinstance(kind, str) and kind in ROPE_SCALINGS,
-        f"model.rope_scaling must name a rope_type of {supported}, not {kind!r}: give one of them, or null for none.",
-    )
-    needed, optional = ROPE_SCALINGS[kind]
-    given = set(scaling) - {"rope_type"}
-    require(
-        needed <= given <= needed | optional,
-        f"model.rope_scaling of rope_type {kind} must have {', '.join(sorted(needed))}"
-        + (f" and may have {', '.join(sorted(optional))}" if optional else "")
-        + f"; it has {', '.join(sorted(map(str, given))) or 'nothing else'}: add what is missing, leave out the rest.",
-    )
-    for name in sorted(given):
-        _check_rope_value(name, scaling[name])
-    _check_rope_order(kind, scaling, theta)
-
-
-def _check_rope_order(kind: str, scaling: dict[str, Any], theta: float) -> None:
-    factor = scaling["factor"]
-    require(factor >= 1, f"model.rope_scaling.factor stretches the context and must be at least 1, it is {factor}.")
-    if kind == "llama3":
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        require(
-            low < high,
-            f"model.rope_scaling.low_freq_factor {low} must be below high_freq_factor {high}: change one of them.",
-        )
-    if kind == "yarn":
-        slow, fast = scaling.get("beta_slow", 1), scaling.get("beta_fast", 32)
-        require(
-            slow <= fast,
-            f"model.rope_scaling.beta_slow {slow} must not be above beta_fast {fast} (by default 1 and 32): change one "
-            "of them.",
-        )
-        require(theta > 1, f"model.rope_theta must be above 1 for rope_type yarn, it is {theta}: raise it.")
-
-
-def _check_rope_value(name: str, value: Any) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if name == "truncate":
-        require(isinstance(value, bool), f"model.rope_scaling.truncate must be true or false, not {value!r}.")
-    elif name == "original_max_position_embeddings":
-        require(
-            whole and 1 <= value < 1e9,
-            f"model.rope_scaling.{name} must be a whole number from 1 and below 1e9, not {value!r}.",
-        )
-    else:
-        require(
-            (whole or isinstance(value, float)) and 0 < value < 1e9,
-            f"model.rope_scaling.{name} must be a number above 0 and below 1e9, not {value!r}.",
-        )
 
 
 def shard_size(size: int, ranks: int) -> int:

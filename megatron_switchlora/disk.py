@@ -12,8 +12,17 @@ from typing import Any, BinaryIO
 
 
 def user_path(text: str) -> Path:
-    """A path that a user has typed, with ~ expanded. The shell does not expand it in --option=~/x or in a file."""
-    return Path(text).expanduser()
+    """A path that a user has typed, with ~ expanded. The shell does not expand it in --option=~/x or in a file.
+
+    Raises:
+        ValueError: ~ stands for a home folder that this machine does not know.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"{text!r} begins with a home folder that this machine does not know: write the whole path, or ./ before it"
+        ) from None
 
 
 def read_json(path: Path) -> Any:

@@ -2,17 +2,19 @@
 
 Each rule is a sentence with the values and what to change. Rules that need the data (lengths, vocabulary) or the
 world (mesh, batch) stand where those are known, with the helpers of config.py; those of the model's shape alone stand
-in config.py.
+in rules_model.py, those of the data in rules_data.py.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import fields
 from fnmatch import fnmatch
 
-from megatron_switchlora.config import DataConfig, LoraGaConfig, RunConfig, check_model, require, require_shard
+from megatron_switchlora.config import LoraGaConfig, RunConfig, require, require_shard
+from megatron_switchlora.field_checks import check_fields
+from megatron_switchlora.rules_data import validate_data
+from megatron_switchlora.rules_model import check_model
 
 # What a resumed run may be told to change, by `checkpoint.allow_changes`.
 CHANGEABLE = (
@@ -26,7 +28,7 @@ def _validate_warm_start(config: RunConfig) -> None:
     steps, warmup = method.full_rank_steps, t.warmup_steps
     require(steps >= 0, f"method.full_rank_steps must not be negative, it is {steps}.")
     rate = method.full_rank_lr
-    require(math.isfinite(rate) and rate > 0, f"method.full_rank_lr must be positive, not {rate}.")
+    require(rate > 0, f"method.full_rank_lr must be positive, not {rate}.")
     alone = not steps and rate != type(method)().full_rank_lr
     require(not alone, f"method.full_rank_lr {rate} belongs to method.full_rank_steps, which is 0: give both or none.")
     if steps:
@@ -60,7 +62,7 @@ def _validate_method(config: RunConfig) -> None:
         _validate_galore(config)
         return
     alpha = method.alpha
-    require(alpha is None or (math.isfinite(alpha) and alpha > 0), f"method.alpha must be positive, not {alpha}.")
+    require(alpha is None or alpha > 0, f"method.alpha must be positive, not {alpha}.")
     require(
         method.initial != "pissa" or not method.switches,
         "method.init pissa gives method.rank vectors of W itself, but switching needs candidates for all of min(m, n): "
@@ -93,7 +95,7 @@ def _validate_galore(config: RunConfig) -> None:
         method.galore_update_gap >= 1, f"method.galore_update_gap must be at least 1, not {method.galore_update_gap}."
     )
     require(
-        math.isfinite(method.galore_scale) and method.galore_scale > 0,
+        method.galore_scale > 0,
         f"method.galore_scale must be positive, not {method.galore_scale}.",
     )
 
@@ -173,7 +175,7 @@ def _validate_lora_ga(config: RunConfig) -> None:
         f"method.init lora_ga is defined with the scaling alpha / sqrt(rank), and method.rslora is {method.rslora}: "
         "set it to true.",
     )
-    require(math.isfinite(ga.gamma) and ga.gamma > 0, f"method.ga.gamma must be positive, not {ga.gamma}.")
+    require(ga.gamma > 0, f"method.ga.gamma must be positive, not {ga.gamma}.")
     require(ga.samples >= 1, f"method.ga.samples must be at least 1, not {ga.samples}.")
     for name in ("oversample", "power_iterations"):
         value = getattr(ga, name)
@@ -198,18 +200,18 @@ def _validate_train(config: RunConfig) -> None:
     require(
         t.eval_samples is None or t.eval_samples >= 1, f"train.eval_samples must be at least 1, not {t.eval_samples}."
     )
-    require(t.threads >= 0, f"train.threads must not be negative, it is {t.threads}.")
+    require(0 <= t.threads <= 4096, f"train.threads must lie between 0 (the cores) and 4096, it is {t.threads}.")
     require(t.check_interval >= 0, f"train.check_interval must not be negative, it is {t.check_interval}.")
     require(t.seed >= 0, f"train.seed must not be negative, it is {t.seed}.")
     for name in ("lr", "eps"):
         value = getattr(o, name)
-        require(math.isfinite(value) and value > 0, f"optim.{name} must be positive, not {value}.")
+        require(value > 0, f"optim.{name} must be positive, not {value}.")
     require(
-        o.dense_lr is None or (math.isfinite(o.dense_lr) and o.dense_lr >= 0),
+        o.dense_lr is None or o.dense_lr >= 0,
         f"optim.dense_lr must not be negative, it is {o.dense_lr}.",
     )
     ratio = o.lora_plus_ratio
-    require(math.isfinite(ratio) and ratio > 0, f"optim.lora_plus_ratio must be positive, not {ratio}.")
+    require(ratio > 0, f"optim.lora_plus_ratio must be positive, not {ratio}.")
     require(
         ratio == 1 or config.method.adapts,
         f"optim.lora_plus_ratio {ratio:g} is B's learning rate over A's, and method.name {config.method.name} has no "
@@ -219,10 +221,21 @@ def _validate_train(config: RunConfig) -> None:
         value = getattr(o, name)
         require(0 <= value < 1, f"optim.{name} must lie in [0, 1), it is {value}.")
     require(
-        math.isfinite(o.clip) and o.clip >= 0,
-        f"optim.clip must be finite and not negative (0 switches it off), it is {o.clip}.",
+        o.clip >= 0,
+        f"optim.clip must not be negative (0 switches it off), it is {o.clip}.",
     )
+    _validate_decay(config)
+
+
+def _validate_decay(config: RunConfig) -> None:
+    o, method = config.optim, config.method
     require(o.weight_decay >= 0, f"optim.weight_decay must not be negative, it is {o.weight_decay}.")
+    rate = max(o.lr * max(1.0, o.lora_plus_ratio), config.dense_lr, method.full_rank_steps and method.full_rank_lr)
+    require(
+        o.weight_decay * rate < 1,
+        f"optim.weight_decay {o.weight_decay:g} times the largest learning rate {rate:g} must be below 1, or a step "
+        "would take all of a weight away: lower one of them.",
+    )
 
 
 def _validate_stops(config: RunConfig) -> None:
@@ -244,37 +257,6 @@ def _validate_stops(config: RunConfig) -> None:
         not wrong,
         f"checkpoint.allow_changes cannot hold {', '.join(wrong)}: only {', '.join(CHANGEABLE)} can change in a run.",
     )
-
-
-def _validate_data(d: DataConfig) -> None:
-    if d.source == "files":
-        require(bool(d.files), "data.source files needs data.files: give file names or glob patterns.")
-    else:
-        require(
-            not d.files and not d.val_files,
-            f"data.files and data.val_files belong to data.source files, not {d.source}.",
-        )
-    if d.source == "hf":
-        require(
-            d.tokenizer not in ("bpe", "char"),
-            f"data.source hf keeps no text to build a {d.tokenizer} tokenizer from: give a Hugging Face name or folder "
-            "as data.tokenizer, such as t5-base or the tokenizer/ of an earlier run.",
-        )
-        require(
-            d.hf_split != d.hf_val_split,
-            f"data.hf_split and data.hf_val_split are both {d.hf_split!r}: validate on another split.",
-        )
-    of_hf = [f for f in fields(d) if f.name.startswith("hf_") or f.name in ("max_documents", "max_val_documents")]
-    given = [f.name for f in of_hf if getattr(d, f.name) != f.default]
-    require(d.source == "hf" or not given, f"data.{', data.'.join(given)} belong to data.source hf, not {d.source}.")
-    for name in ("max_documents", "max_val_documents"):
-        value = getattr(d, name)
-        require(value is None or value >= 1, f"data.{name} must be at least 1 or null for all, not {value}.")
-    require(0 < d.val_fraction < 1, f"data.val_fraction must lie between 0 and 1, it is {d.val_fraction}.")
-    require(
-        d.vocab_size >= 257, f"data.vocab_size must be at least 257 (256 bytes and an end mark), it is {d.vocab_size}."
-    )
-    require(d.max_bytes >= 1, f"data.max_bytes must be positive, not {d.max_bytes}.")
 
 
 # Options of method.name lte; those of mhlora are the first two.
@@ -371,6 +353,10 @@ def _validate_switching_heads(config: RunConfig) -> None:
 def _validate_parallel(config: RunConfig) -> None:
     m, tp = config.model, config.parallel.tp
     require(tp >= 1, f"parallel.tp must be at least 1, not {tp}.")
+    wait = config.parallel.start_timeout
+    require(
+        0 < wait <= 604_800, f"parallel.start_timeout must be above 0 and at most 604800 seconds, a week; it is {wait}."
+    )
     for name, count in (("num_heads", m.num_heads), ("num_kv_heads", m.kv_heads)):
         require(
             count % tp == 0,
@@ -388,12 +374,13 @@ def validate(config: RunConfig) -> None:
     Raises:
         UserError: with the rule, the values and what to change.
     """
+    check_fields(config)
     check_model(config.model)
     _validate_method(config)
     _validate_lora_ga(config)
     _validate_train(config)
     _validate_warm_start(config)
     _validate_stops(config)
-    _validate_data(config.data)
+    validate_data(config.data)
     _validate_parallel(config)
     _validate_lte(config)

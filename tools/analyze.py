@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from megatron_switchlora.checkpoint.files import published, verified
 from megatron_switchlora.config import UserError, require
-from megatron_switchlora.disk import replace_text
+from megatron_switchlora.disk import replace_text, user_path
 from megatron_switchlora.lowrank.schedule import switch_rate
 from megatron_switchlora.model.analysis import effective_rank, head_alignment, numerical_rank, spectrum
 from megatron_switchlora.model.counts import projections
@@ -224,8 +224,8 @@ def words_of(result: dict[str, Any], out: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--out", type=Path, help="where to write; by default RUN/analysis")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="run folder")
+    parser.add_argument("--out", type=user_path, help="where to write; by default RUN/analysis")
     parser.add_argument("--base", choices=["initial", "first"], default="initial", help="what updates count from")
     parser.add_argument("--layers", help="numbers of the decoder layers to read, with commas; by default all")
     parser.add_argument("--device", default="cpu", help="where the SVDs run (default: cpu)")

@@ -32,6 +32,8 @@ from measure_switching import make_engine
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_switchlora.config import MethodConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_switchlora.disk import user_path
+from megatron_switchlora.field_checks import number_from
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.model.counts import decoder_shapes, projections
 from megatron_switchlora.parallel.linear import ColumnParallelLinear
@@ -249,16 +251,18 @@ def policies(options: argparse.Namespace, precision: str, device: torch.device) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--hidden_size", type=int, default=1024)
-    parser.add_argument("--intermediate_size", type=int, default=2736)
-    parser.add_argument("--num_layers", type=int, default=1)
-    parser.add_argument("--vocab_size", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=user_path, required=True)
+    parser.add_argument("--hidden_size", type=number_from(1), default=1024)
+    parser.add_argument("--intermediate_size", type=number_from(1), default=2736)
+    parser.add_argument("--num_layers", type=number_from(1), default=1)
+    parser.add_argument("--vocab_size", type=number_from(1), default=1024)
+    parser.add_argument("--tokens", type=number_from(1), default=4096, help="tokens of a step")
+    parser.add_argument("--rounds", type=number_from(1), default=5)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--divisors", type=int, nargs="+", default=[4, 8, 16], help="of the hidden size, giving ranks")
+    parser.add_argument("--tp", type=number_from(1), default=1)
+    parser.add_argument(
+        "--divisors", type=number_from(1), nargs="+", default=[4, 8, 16], help="of the hidden size, giving ranks"
+    )
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     ranks = discover_ranks(os.environ)

@@ -27,14 +27,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Optional
 
-import yaml
 from compare_report import of_method, write_report
 from compare_runs import Results, Runner, Stopped, text_of
 from compare_setting import ROOT, Point, Setting, read_setting, validate_points
 from compare_timing import time_methods
 
 from megatron_switchlora.config import UserError, require
+from megatron_switchlora.disk import user_path
+from megatron_switchlora.field_checks import field_types, fit_word, number_from, takes_text
 from megatron_switchlora.train.stop import REQUEUE
+from megatron_switchlora.yaml_text import load_yaml
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -90,18 +92,18 @@ def finish(runner: Runner, futures: dict[str, Future[Any]]) -> dict[str, Any]:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("setting", type=Path, metavar="SETTING", help="a YAML, or a name of tools/settings")
-    parser.add_argument("--data", type=Path, help="what {data} is in the setting's options")
+    parser.add_argument("setting", type=user_path, metavar="SETTING", help="a YAML, or a name of tools/settings")
+    parser.add_argument("--data", type=user_path, help="what {data} is in the setting's options")
     parser.add_argument("--methods", help="run only these of the setting's methods, with commas")
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", dest="changes",
                         help="an option's value in every run, as train.steps=4800")  # fmt: skip
-    parser.add_argument("--out", type=Path, help="results; by default benchmarks/compare_SETTING.json. "
+    parser.add_argument("--out", type=user_path, help="results; by default benchmarks/compare_SETTING.json. "
                         "The table goes to .md and the plot to .png beside it")  # fmt: skip
-    parser.add_argument("--work", type=Path, help="run folders and logs; by default runs/compare/SETTING")
+    parser.add_argument("--work", type=user_path, help="run folders and logs; by default runs/compare/SETTING")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
     parser.add_argument("--launcher", help="command that starts a run, instead of the setting's: {python}, {script}, "
                         "{port} (a free one) are filled in, the options follow")  # fmt: skip
-    parser.add_argument("--world", type=int, help="ranks that this launcher starts")
+    parser.add_argument("--world", type=number_from(1), help="ranks that this launcher starts")
     parser.add_argument("--keep", action="store_true", help="keep checkpoints and final models of finished runs")
     parser.add_argument("--timing", action="store_true", help="measure step times, nothing else")
     parser.add_argument("--report", action="store_true", help="write table and plot of what is there, and stop")
@@ -110,13 +112,19 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def read_changes(given: list[str]) -> dict[str, Any]:
-    """Options of --set, their values read as YAML."""
+    """Options of --set, their values read as YAML; a text as it was typed."""
     for entry in given:
         require("=" in entry, f"--set {entry}: give an option and its value, as --set train.steps=4800.")
+    return dict(_changed(*entry.split("=", 1)) for entry in given)
+
+
+def _changed(name: str, text: str) -> tuple[str, Any]:
+    if takes_text(name):  # as it was typed
+        return name, fit_word(name, text, field_types()[name])
     try:
-        return {name: yaml.safe_load(value) for name, value in (entry.split("=", 1) for entry in given)}
-    except yaml.YAMLError as error:
-        raise UserError(f"A value of --set is not valid YAML: {' '.join(str(error).split())}.") from None
+        return name, load_yaml(text)
+    except ValueError as error:
+        raise UserError(f"--set {name}={text} is not valid YAML: {error}.") from None
 
 
 def act(arguments: argparse.Namespace) -> None:

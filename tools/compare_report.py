@@ -20,6 +20,7 @@ from compare_setting import ROOT, Point, Setting, run_key
 
 from megatron_switchlora.config import RunConfig
 from megatron_switchlora.disk import replace_text
+from megatron_switchlora.field_checks import expanded
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config, zero_settings
 from megatron_switchlora.train.records import perplexity
@@ -139,7 +140,9 @@ def _gradients(setting: Setting, method: str, config: RunConfig, run: Optional[R
     dp = mesh_sizes(config.parallel, setting.launch(method)[1])["dp"]
     config = replace(config, train=replace(config.train, global_batch_size=2 * config.train.global_batch_size))
     path = setting.methods[method].options.get("ds_config", setting.ds_config)
-    zero = zero_settings(resolve_ds_config(read_ds_config(path and str(ROOT / path)), config, dp))
+    zero = zero_settings(
+        resolve_ds_config(read_ds_config(path and str(ROOT / expanded("ds_config", path))), config, dp)
+    )
     given, _ = gradient_bytes(config, run["vocab_size"], config.parallel.tp, 2, zero)
     return f"{given / 1e6:,.2f} MB (formula)"
 

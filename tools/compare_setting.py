@@ -20,14 +20,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Optional
 
-import yaml
-
 from megatron_switchlora.config import RunConfig, UserError, require
+from megatron_switchlora.field_checks import expanded
 from megatron_switchlora.methods import require_packages
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.compatible import flatten
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
+from megatron_switchlora.yaml_text import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 # Options that leave a run's numbers as they are, up to rounding: changing them does not make it another run.
@@ -127,7 +127,7 @@ class Setting:
         chosen = self.methods[method]
         given: dict[str, Any] = {}
         for path in [*self.configs, *chosen.configs]:
-            given |= flatten(_read_yaml(ROOT / path))
+            given |= flatten(_read_yaml(ROOT / expanded("configs", path)))
         given |= self.options | chosen.options | (self.sweep_options if sweep else {})
         given |= {"optim.lr": point.lr, "train.seed": seed}
         if self.ds_config:
@@ -143,7 +143,7 @@ class Setting:
         words = []
         for name, value in options.items():
             if name == "ds_config":
-                value = str(ROOT / value)
+                value = str(ROOT / expanded(name, value))
             text = value if isinstance(value, str) else json.dumps(value)
             if "{data}" in text:
                 require(
@@ -278,13 +278,13 @@ def _listed(value: Any) -> list[Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except OSError as error:
         raise UserError(
             f"{path} cannot be read: {error.strerror}. The shipped settings are in tools/settings."
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {error}.") from None
     require(isinstance(content, dict), f"{path} must hold fields, as 'options:' with lines below it.")
     return content
 

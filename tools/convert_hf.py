@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from megatron_switchlora.checkpoint.files import verified
 from megatron_switchlora.config import UserError, require
+from megatron_switchlora.disk import user_path
+from megatron_switchlora.field_checks import number_from
 from megatron_switchlora.model.hf_export import DTYPES, export_dense, export_peft
 from megatron_switchlora.model.hf_import import import_model
 from megatron_switchlora.model.weights import find_folder
@@ -50,16 +51,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("export", help="a checkpoint to Hugging Face or PEFT")
-    out.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
-    out.add_argument("out", type=Path, metavar="OUT")
+    out.add_argument("source", type=user_path, metavar="RUN_OR_CHECKPOINT")
+    out.add_argument("out", type=user_path, metavar="OUT")
     out.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="cast after folding (default: bf16)")
     out.add_argument("--peft", action="store_true", help="base model and adapter apart, for PeftModel")
     out.add_argument("--original_base", action="store_true", help="with --peft, of a run begun by LoRA-GA")
-    out.add_argument("--shard_mb", type=float, default=1000.0, help="largest safetensors file, in MB")
+    out.add_argument(
+        "--shard_mb", type=number_from(0.001, float), default=1000.0, help="largest safetensors file, in MB"
+    )
     out.set_defaults(act=export)
     into = commands.add_parser("import", help="a Hugging Face LLaMA to a starting point")
-    into.add_argument("source", type=Path, metavar="HF_DIR")
-    into.add_argument("out", type=Path, metavar="OUT")
+    into.add_argument("source", type=user_path, metavar="HF_DIR")
+    into.add_argument("out", type=user_path, metavar="OUT")
     into.set_defaults(act=import_)
     arguments = parser.parse_args()
     try:

@@ -15,6 +15,9 @@ from pathlib import Path
 import torch
 import transformers
 
+from megatron_switchlora.disk import user_path
+from megatron_switchlora.field_checks import number_from
+
 
 def model_folder(run: Path) -> Path:
     """The folder to load, or an explanation and exit status 2."""
@@ -29,11 +32,11 @@ def model_folder(run: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("run", type=user_path, help="run folder")
     parser.add_argument("prompt", help="text to continue")
-    parser.add_argument("--max_new_tokens", type=int, default=100)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_new_tokens", type=number_from(1), default=100)
+    parser.add_argument("--temperature", type=number_from(0, float), default=0.8, help="0 takes the likeliest token")
+    parser.add_argument("--seed", type=number_from(0), default=0)
     arguments = parser.parse_args()
     folder = model_folder(arguments.run)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

@@ -29,7 +29,7 @@ from typing import Any, Optional
 from volume_report import chart, table
 
 from megatron_switchlora.config import RunConfig, UserError, full_rank_config, method_config, require
-from megatron_switchlora.disk import replace_text
+from megatron_switchlora.disk import replace_text, user_path
 from megatron_switchlora.parallel.agree import on_all_ranks
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.parallel.ranks import end_rank
@@ -139,7 +139,9 @@ def make_parser() -> argparse.ArgumentParser:
     mode.add_argument("--measure", action="store_true", help="run steps on the ranks of the launcher and record them")
     parser.add_argument("--steps", type=int, help="steps to measure (default: 4), merges in them included")
     parser.add_argument("--interface", help="network interface whose sent bytes are read, as eth0")
-    parser.add_argument("--out", type=Path, help="write the JSON here, the table beside it as .md, the chart as .png")
+    parser.add_argument(
+        "--out", type=user_path, help="write the JSON here, beside it the table (.md) and the chart (.png)"
+    )
     return parser
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_switchlora.checkpoint.files import verified
 from megatron_switchlora.config import RunConfig, UserError, require
 from megatron_switchlora.data.packing import prepare
+from megatron_switchlora.disk import user_path
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.model.weights import Weights, find_folder, load_initial
 from megatron_switchlora.parallel.mesh import lone_mesh
@@ -81,7 +82,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="writes OUT.json and OUT.png")
+    parser.add_argument("--out", type=user_path, required=True, help="writes OUT.json and OUT.png")
     arguments, options = parser.parse_known_args()
     try:
         config = parse_arguments(options).config

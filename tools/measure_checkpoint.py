@@ -26,6 +26,8 @@ import torch
 from measure_switching import make_engine
 
 from megatron_switchlora.config import RunConfig
+from megatron_switchlora.disk import user_path
+from megatron_switchlora.field_checks import number_from
 from megatron_switchlora.parallel.ranks import discover_ranks, end_rank
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.device import choose_device
@@ -105,9 +107,9 @@ def measure(rounds: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", type=Path, default=None, help="disk to write on; by default the temporary folder's")
-    parser.add_argument("--out", type=Path, default=None, help="also write the JSON here")
+    parser.add_argument("--rounds", type=number_from(1), default=7)
+    parser.add_argument("--folder", type=user_path, help="disk to write on (default: that of temporary files)")
+    parser.add_argument("--out", type=user_path, default=None, help="also write the JSON here")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:

@@ -28,6 +28,8 @@ import torch
 from megatron_switchlora.checkpoint.archive import write_parts
 from megatron_switchlora.checkpoint.files import seal
 from megatron_switchlora.config import RunConfig
+from megatron_switchlora.disk import user_path
+from megatron_switchlora.field_checks import number_from
 from megatron_switchlora.model.counts import count_parameters
 from megatron_switchlora.model.llama import LlamaForCausalLM, decoder_linears
 from megatron_switchlora.parallel.parts import Part
@@ -95,12 +97,12 @@ def measure(config: RunConfig, vocab_size: int, scratch: Path, dtype: str) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="run configuration with a method that has adapters")
-    parser.add_argument("--rank", type=int, default=512)
-    parser.add_argument("--vocab_size", type=int, default=32000)
+    parser.add_argument("config", type=user_path, help="run configuration with a method that has adapters")
+    parser.add_argument("--rank", type=number_from(1), default=512)
+    parser.add_argument("--vocab_size", type=number_from(1), default=32000)
     parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--folder", type=Path, default=None, help="disk to write on; by default the temporary folder's")
-    parser.add_argument("--out", type=Path, default=None, help="also write the JSON here")
+    parser.add_argument("--folder", type=user_path, help="disk to write on (default: that of temporary files)")
+    parser.add_argument("--out", type=user_path, default=None, help="also write the JSON here")
     arguments = parser.parse_args()
     options = ["--config", str(arguments.config), "--method.name", "switchlora", "--method.rank", str(arguments.rank)]
     config = parse_arguments(options).config

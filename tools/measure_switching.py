@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 
 from megatron_switchlora.config import RunConfig
+from megatron_switchlora.disk import user_path
+from megatron_switchlora.field_checks import number_from
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.parallel.mesh import build_mesh
@@ -118,9 +120,9 @@ def measure(steps: int, vocab_size: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--vocab_size", type=int, default=1024)
-    parser.add_argument("--out", type=Path, default=None, help="also write the JSON here")
+    parser.add_argument("--steps", type=number_from(1), default=60)
+    parser.add_argument("--vocab_size", type=number_from(1), default=1024)
+    parser.add_argument("--out", type=user_path, default=None, help="also write the JSON here")
     arguments = parser.parse_args()
     text = json.dumps(measure(arguments.steps, arguments.vocab_size), indent=1)
     print(text)

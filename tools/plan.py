@@ -22,11 +22,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any, Optional
 
 from megatron_switchlora.config import RunConfig, UserError, full_rank_config, method_config, require
-from megatron_switchlora.disk import replace_text
+from megatron_switchlora.disk import replace_text, user_path
 from megatron_switchlora.model.counts import model_flops_per_token
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.rules import validate
@@ -225,7 +224,7 @@ def check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         require(value is None or value >= 1, f"--{name} must be at least 1, not {value}.")
     for name in ("link", "disk"):
-        require(getattr(arguments, name) > 0, f"--{name} must be above 0.")
+        require(0 < getattr(arguments, name) < float("inf"), f"--{name} must be above 0, and finite.")
     require(0 < arguments.efficiency <= 1, f"--efficiency must be above 0 and at most 1, not {arguments.efficiency}.")
     out = arguments.out
     require(out is None or out.parent.is_dir(), f"--out {out}: there is no folder {out and out.parent}: make it first.")
@@ -248,7 +247,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--as_configured", action="store_true", help="plan the configuration itself, try nothing else")
     parser.add_argument("--brief", action="store_true", help="only a row of a Markdown table")
     parser.add_argument("--name", help="of that row (default: the method's name)")
-    parser.add_argument("--out", type=Path, help="write the best plan's numbers here, as JSON")
+    parser.add_argument("--out", type=user_path, help="write the best plan's numbers here, as JSON")
     return parser
 
 

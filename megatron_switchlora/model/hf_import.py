@@ -26,10 +26,11 @@ from torch import Tensor
 
 from megatron_switchlora.checkpoint.archive import grouped, write_parts
 from megatron_switchlora.checkpoint.files import build_folder, seal
-from megatron_switchlora.config import ModelConfig, UserError, check_model, require
+from megatron_switchlora.config import ModelConfig, UserError, require
 from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.parallel.parts import Part
 from megatron_switchlora.parallel.shard import full_shape
+from megatron_switchlora.rules_model import check_model
 
 ARCHITECTURES = ("LlamaForCausalLM", "LlamaModel")  # of LlamaModel only tied embeddings make a language model
 FLOATS = ("F64", "F32", "F16", "BF16")

@@ -3,42 +3,20 @@
 The JSON owns stage, buckets, overlap, accumulation type and logging. Batch sizes, clip and precision
 belong to the run configuration: they are written into the resolved JSON, and a file that sets one of
 them to another value is refused, naming both. Only settings that the row-step optimizer is proven with
-are let through (`ALLOWED`): stage 3, stock optimizers, fp16, offload, bf16 moments and others are refused.
+are let through (`ds_keys.SECTIONS`): stage 3, stock optimizers, fp16, offload, bf16 moments and others are refused.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
 from megatron_switchlora.config import RunConfig, UserError, accumulation_steps, require
-
-DERIVED = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "zero_allow_untested_optimizer",
-)
-# Sections and the keys they may set; None: any. DeepSpeed itself ignores what it does not know.
-ALLOWED: dict[str, Optional[set[str]]] = {
-    "zero_optimization": {
-        "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
-        "allgather_bucket_size", "overlap_comm", "round_robin_gradients", "offload_optimizer", "offload_param",
-    },
-    "bf16": {"enabled"},
-    "fp16": {"enabled"},
-    "amp": {"enabled"},
-    "data_types": {"grad_accum_dtype"},
-    "tensorboard": None, "wandb": None, "csv_monitor": None, "comet": None, "comms_logger": None,
-    "flops_profiler": None,
-}  # fmt: skip
-SCALARS = {
-    *DERIVED, "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "prescale_gradients",
-    "gradient_predivide_factor",
-}  # fmt: skip
+from megatron_switchlora.field_checks import expanded
+from megatron_switchlora.train.ds_keys import checked
 
 
 @dataclass(frozen=True)
@@ -52,54 +30,42 @@ class Zero:
 
 
 def read_ds_config(path: Optional[str]) -> dict[str, Any]:
-    """Parse the file; without one, ZeRO stage 1.
+    """Parse the file; without one, ZeRO stage 1. Keys are of their types (`ds_keys.checked`).
 
     Raises:
-        UserError: missing file, invalid JSON, or no object in it.
+        UserError: missing file, invalid JSON, a key twice, no object in it, or a value that its key does not have.
     """
     if path is None:
         return {"zero_optimization": {"stage": 1}}
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(expanded("--ds_config", path)).read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_no_key_twice)
     except OSError as error:
         raise UserError(f"--ds_config {path} cannot be read: {error.strerror}. Give a file of ds_configs/.") from None
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"--ds_config {path} is not valid JSON: {error}.") from None
+    except RecursionError:
+        raise UserError(f"--ds_config {path} is not valid JSON: it is nested too deeply.") from None
     require(isinstance(content, dict), f"--ds_config {path} must hold a JSON object, not {type(content).__name__}.")
-    return content
+    return checked(content)
 
 
-def _refuse_unknown(given: dict[str, Any]) -> None:
-    for section in ("optimizer", "scheduler"):
-        require(
-            section not in given,
-            f"The DeepSpeed JSON sets {section!r}, but the row-step optimizer and its schedule come from the run "
-            f"configuration (optim.*): remove {section!r} from the JSON.",
-        )
-    for key, value in given.items():
-        require(
-            key in SCALARS or key in ALLOWED,
-            f"The DeepSpeed JSON sets {key!r}, which is unknown or not proven with the row-step optimizer: remove it. "
-            f"Allowed are {', '.join(sorted([*SCALARS, *ALLOWED]))}.",
-        )
-        if key in SCALARS:
-            continue
-        require(isinstance(value, dict), f"{key} must be an object in the DeepSpeed JSON, not {value!r}.")
-        allowed = ALLOWED[key]
-        wrong = [] if allowed is None else sorted(set(value) - allowed)
-        require(
-            not wrong,
-            f"The DeepSpeed JSON sets {key}.{wrong[0] if wrong else ''}, which is unknown or not proven with the "
-            f"row-step optimizer: remove it. Allowed in {key} are {', '.join(sorted(allowed or ()))}.",
-        )
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]!r} stands in it twice, and one of them would be lost: leave one")
+    return found
 
 
 def _refuse_unsupported(given: dict[str, Any], precision: str) -> None:
-    _refuse_unknown(given)
+    """`given` as `ds_keys.checked` returns it; what says that nothing is offloaded is taken out."""
     zero = given.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     require(
-        stage in (0, 1, 2) and not isinstance(stage, bool),
+        stage in (0, 1, 2),
         f"zero_optimization.stage must be 0, 1 or 2, it is {stage!r}: stage 3 partitions the frozen weights that "
         "switching rewrites; use ds_configs/zero2.json.",
     )
@@ -116,12 +82,24 @@ def _refuse_unsupported(given: dict[str, Any], precision: str) -> None:
     for key in ("offload_optimizer", "offload_param"):
         offload = zero.get(key)
         device = offload.get("device", "none") if isinstance(offload, dict) else offload
-        require(device in (None, "none"), f"zero_optimization.{key} to {device!r} is not supported: remove it.")
+        require(device in (None, "none", False), f"zero_optimization.{key} to {device!r} is not supported: remove it.")
+        zero.pop(key, None)
     accumulate = given.get("data_types", {}).get("grad_accum_dtype")
     require(
         accumulate in (None, precision) or (accumulate == "fp32" and stage == 1),
         f"data_types.grad_accum_dtype {accumulate!r} does not go with train.precision {precision!r} at ZeRO stage "
         f"{stage}: fp32 accumulation of bf16 gradients needs stage 1; else leave it out.",
+    )
+    _refuse_prescaling(given, stage)
+
+
+def _refuse_prescaling(given: dict[str, Any], stage: int) -> None:
+    scatters = stage == 2 and given.get("zero_optimization", {}).get("reduce_scatter", True)
+    factor, before = given.get("gradient_predivide_factor", 1.0), given.get("prescale_gradients", False)
+    require(
+        not scatters or (factor == 1 and not before),
+        f"gradient_predivide_factor {factor:g} and prescale_gradients {before} do not go with ZeRO stage {stage} that "
+        "scatters: leave them out, or set zero_optimization.reduce_scatter to false.",
     )
 
 
@@ -132,6 +110,7 @@ def resolve_ds_config(given: dict[str, Any], config: RunConfig, dp: int) -> dict
         UserError: an unsupported setting, or one that contradicts the run configuration.
     """
     train = config.train
+    given = checked(given)
     _refuse_unsupported(given, train.precision)
     derived: dict[str, tuple[Any, str]] = {
         "train_batch_size": (
@@ -155,19 +134,19 @@ def resolve_ds_config(given: dict[str, Any], config: RunConfig, dp: int) -> dict
         f"method.name galore takes the singular vectors of whole gradients, and ZeRO stage {stage} cuts them over the "
         "ranks (without --ds_config it is stage 1): use ds_configs/zero0.json.",
     )
-    resolved = json.loads(json.dumps(given))
+    resolved = dict(given)
     for key, (value, owner) in derived.items():
-        stated = given.get(key, "auto")
+        stated = given.get(key, value)
         require(
-            stated == "auto" or stated == value,
+            stated == value,
             f"The DeepSpeed JSON sets {key} to {stated!r}, but the run configuration says {value!r} ({owner}): remove "
             f"{key} from the JSON or change the run configuration.",
         )
         resolved[key] = value
     bf16 = train.precision == "bf16"
-    stated = given.get("bf16", {}).get("enabled", "auto")
+    stated = given.get("bf16", {}).get("enabled", bf16)
     require(
-        stated in ("auto", bf16),
+        stated == bf16,
         f"The DeepSpeed JSON sets bf16.enabled to {stated!r}, but train.precision is {train.precision!r}: remove it "
         "from the JSON or change train.precision.",
     )
@@ -179,7 +158,7 @@ def resolve_ds_config(given: dict[str, Any], config: RunConfig, dp: int) -> dict
 def zero_settings(resolved: dict[str, Any]) -> Zero:
     """What the resolved DeepSpeed JSON says about memory."""
     section = resolved.get("zero_optimization", {})
-    bucket = int(section.get("reduce_bucket_size", Zero.bucket))
+    bucket = section.get("reduce_bucket_size", Zero.bucket)
     buckets = (2 if section.get("overlap_comm") else 1) if section.get("contiguous_gradients", True) else 0
     fp32_accumulation = resolved["bf16"]["enabled"] and (
         resolved.get("data_types", {}).get("grad_accum_dtype") == "fp32"

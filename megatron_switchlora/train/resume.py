@@ -15,7 +15,6 @@ from typing import Any, Optional, TextIO
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from megatron_switchlora.checkpoint.files import Checkpoint, open_checkpoint, published
 from megatron_switchlora.config import RunConfig, UserError, require
@@ -23,6 +22,7 @@ from megatron_switchlora.model.weights import find_folder
 from megatron_switchlora.parallel.agree import gather_texts, on_all_ranks, on_one_rank
 from megatron_switchlora.train.compatible import compare
 from megatron_switchlora.train.run_folder import holds_run, lock_folder, read_meta, refuse_folder
+from megatron_switchlora.yaml_text import read_yaml
 
 
 @dataclass
@@ -135,8 +135,8 @@ def _read_config(path: Path) -> Optional[dict[str, Any]]:
     if not path.is_file():
         return None
     try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        stored = read_yaml(path)
+    except ValueError:
         stored = None
     whole = isinstance(stored, dict) and isinstance(stored.get("train"), dict)
     require(whole, f"{path} is damaged, and there is no checkpoint: move the folder away, or use another --output_dir.")

@@ -24,12 +24,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Optional, TextIO
 
-import yaml
 from safetensors import SafetensorError
 
 from megatron_switchlora.config import RunConfig, UserError
 from megatron_switchlora.disk import replace_text
 from megatron_switchlora.train.records import RecordFile, keep_records, read_records
+from megatron_switchlora.yaml_text import dump_yaml
 
 RUN_FILES = ("config.yaml", "ds_config.json", "metrics.jsonl", "meta.json", "tokenizer", "checkpoints", "final")
 
@@ -170,7 +170,7 @@ class RunFolder:
 
     def write_config(self, config: RunConfig, ds_config: dict[str, Any]) -> None:
         if self.writes:
-            replace_text(self.path / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+            replace_text(self.path / "config.yaml", dump_yaml(config.to_dict()))
             replace_text(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
 
     def update_meta(self, **entries: Any) -> None:

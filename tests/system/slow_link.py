@@ -22,7 +22,7 @@ from typing import Any, Optional
 
 import yaml
 
-from megatron_switchlora.disk import replace_text
+from megatron_switchlora.disk import replace_text, user_path
 from megatron_switchlora.train.run_folder import versions
 from tests.dist.launch import REPOSITORY, free_port
 from tests.system.cluster import Cluster
@@ -109,12 +109,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="Tiny Shakespeare's input.txt")
+    parser.add_argument("--data", type=user_path, required=True, help="Tiny Shakespeare's input.txt")
     parser.add_argument("--link", default="100mbit", help="as tc writes rates (default: 100mbit)")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--target", type=float, default=1.8, help="validation loss (default: 1.8)")
-    parser.add_argument("--rates", type=Path, default=REPOSITORY / "benchmarks" / "compare_tiny_shakespeare.json")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "slow_link.json")
+    parser.add_argument("--rates", type=user_path, default=REPOSITORY / "benchmarks" / "compare_tiny_shakespeare.json")
+    parser.add_argument("--out", type=user_path, default=REPOSITORY / "benchmarks" / "slow_link.json")
     arguments = parser.parse_args()
     if arguments.steps < 10:
         parser.error("--steps must be at least 10")

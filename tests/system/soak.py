@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_switchlora.checkpoint.files import open_checkpoint, published
+from megatron_switchlora.disk import user_path
 from megatron_switchlora.train.run_folder import versions
 from tests.dist.launch import REPOSITORY, end, free_port
 from tests.system.commands import Place
@@ -140,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=user_path, required=True)
     arguments = parser.parse_args()
     options = ["--train.steps", "60", "--train.eval_interval", "20"]
     options += ["--checkpoint.interval", "3", "--checkpoint.keep_every", "15"]

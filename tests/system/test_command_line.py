@@ -154,6 +154,8 @@ def test_a_used_folder_is_refused_and_untouched(place: Place, finished: str) -> 
         (["--method.rang", "6"], "did you mean 'method.rank'"),
         (["--data.files", "nowhere/*.txt"], "nowhere/*.txt"),
         (["--ds_config", "zero3.json"], "stage must be 0, 1 or 2"),
+        (["--config", "null.yaml"], "--config null.yaml: optim.weight_decay must be a number, not null"),
+        (["--ds_config", "csv.json"], "csv_monitor.output_path in the DeepSpeed JSON"),
         *(
             pytest.param(*mistake, marks=pytest.mark.full)
             for mistake in [
@@ -167,6 +169,8 @@ def test_a_used_folder_is_refused_and_untouched(place: Place, finished: str) -> 
 )
 def test_mistakes_are_told_once_and_end_every_rank(place: Place, more: list[str], message: str) -> None:
     (place.folder / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
+    (place.folder / "csv.json").write_text('{"csv_monitor": {"enabled": true, "output_path": "csv.json/x"}}')
+    (place.folder / "null.yaml").write_text("optim:\n  weight_decay:\n")
     run = f"refused_{abs(hash(tuple(more)))}"
     statuses, output = place.run_pair(place.options(run, *more))
     assert statuses == [2, 2]

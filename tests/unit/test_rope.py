@@ -12,10 +12,11 @@ import torch
 import transformers
 import yaml
 
-from megatron_switchlora.config import ModelConfig, RunConfig, UserError, check_model
+from megatron_switchlora.config import ModelConfig, RunConfig, UserError
 from megatron_switchlora.model.hf import export_model, merged_state_dict
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.rules import validate
+from megatron_switchlora.rules_model import check_model
 from megatron_switchlora.train.arguments import parse_arguments
 from tests.hf_folders import LENGTH, LLAMA3, ROPES, VOCAB, YARN, tokens
 

@@ -15,16 +15,23 @@ ALLOWED = {
     "method_config": set(),
     "config": {"method_config"},
     "disk": set(),
-    "rules": {"config"},
+    "rules_model": {"config"},
+    "rules_data": {"rules_model", "config"},
+    "yaml_text": set(),
+    "field_checks": {"yaml_text", "disk", "config"},
+    "rules": {"rules_model", "rules_data", "field_checks", "config"},
     "parallel": {"config"},
     "checkpoint": {"parallel", "disk", "config"},
     "lowrank": {"parallel", "config"},
     "optim": {"parallel", "config"},
-    "model": {"checkpoint", "parallel", "disk", "config"},
+    "model": {"checkpoint", "parallel", "rules_model", "disk", "config"},
     "data": {"disk", "config"},
     "methods": {"lowrank", "optim", "model", "checkpoint", "parallel", "config"},
-    "train": {"methods", "lowrank", "optim", "model", "data", "checkpoint", "parallel", "disk", "rules", "config"},
-}
+    "train": {
+        "methods", "lowrank", "optim", "model", "data", "checkpoint", "parallel", "rules", "field_checks", "yaml_text",
+        "disk", "config",
+    },
+}  # fmt: skip
 
 
 def sources() -> list[Path]:

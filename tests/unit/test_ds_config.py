@@ -1,0 +1,151 @@
+"""DeepSpeed's JSON: every key has its type and range, for a dry run as for a run; no secret is let in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_switchlora.config import RunConfig, UserError
+from megatron_switchlora.train import monitors
+from megatron_switchlora.train.dry_run import plan
+from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config, zero_settings
+from megatron_switchlora.train.ds_keys import SCALARS, SECTIONS, Kind
+from megatron_switchlora.train.monitors import check_monitors
+
+KEYS = {(None, name): kind for name, kind in SCALARS.items()}
+KEYS |= {(section, name): kind for section, kinds in SECTIONS.items() for name, kind in kinds.items()}
+
+
+def written(tmp_path: Path, text: str) -> str:
+    (tmp_path / "ds.json").write_text(text)
+    return str(tmp_path / "ds.json")
+
+
+def holding(key: tuple[str | None, str], value: Any) -> dict[str, Any]:
+    section, name = key
+    return {name: value} if section is None else {section: {name: value}}
+
+
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: ".".join(filter(None, key)))
+def test_values_of_another_kind(tmp_path: Path, key: tuple[str | None, str]) -> None:
+    """The same sentence from the file, for the run and for the plan."""
+    kind: Kind = KEYS[key]
+    values: list[Any] = [[1], "a\0b", float("nan"), float("inf"), 10**30]
+    values += [] if bool in kind.types else [True]
+    values += [] if str in kind.types and not kind.choices else ["5e8", "true"]
+    values += [] if kind.types == (str,) else [-5]
+    values += [] if kind.auto or str in kind.types else ["auto"]
+    values += [] if kind.null else [None]
+    for value in values:
+        given = holding(key, value)
+        with pytest.raises(UserError, match=rf"{key[1]}.* in the DeepSpeed JSON") as of_file:
+            read_ds_config(written(tmp_path, json.dumps(given)))
+        for act in (lambda g=given: resolve_ds_config(g, RunConfig(), 2), lambda g=given: plan(RunConfig(), g, 2)):
+            with pytest.raises(UserError) as raised:
+                act()
+            assert str(raised.value) == str(of_file.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            '{"zero_optimization": {"stage": 1, "reduce_bucket_size": 0}}',
+            'must be a whole number from 1 or "auto", not 0',
+        ),
+        ('{"zero_optimization": {"reduce_bucket_size": -5}}', 'whole number from 1 or "auto", not -5'),
+        ('{"zero_optimization": {"reduce_bucket_size": "5e8"}}', "not '5e8'"),
+        (
+            '{"zero_optimization": {"allgather_bucket_size": 1.5}}',
+            "allgather_bucket_size .* not 1.5",
+        ),
+        ('{"zero_optimization": {"stage": "auto"}}', "stage in the DeepSpeed JSON must be a whole number from 0"),
+        (
+            '{"steps_per_print": 0}',
+            "steps_per_print .* whole number from 1 or null, not 0",
+        ),
+        ('{"fp16": {"enabled": "yes"}}', "fp16.enabled in the DeepSpeed JSON must be true or false"),
+        ('{"gradient_predivide_factor": 0}', "must be a number above 0, not 0"),
+        ('{"zero_optimization": {"stage": 2}, "gradient_predivide_factor": 2}', "do not go with ZeRO stage 2"),
+        ('{"zero_optimization": {"stage": 2}, "prescale_gradients": true}', "do not go with ZeRO stage 2"),
+        ('{"wandb": {"projct": "a"}}', "sets wandb.projct, which is unknown .* enabled, group, project, team"),
+        ('{"comet": {"mode": "new"}}', "comet.mode in the DeepSpeed JSON must be get, create, get_or_create"),
+        ('{"comms_logger": {"prof_ops": [1]}}', "prof_ops in the DeepSpeed JSON must be a list of texts"),
+        ('{"fp16": {}, "fp16": {}}', "ds.json is not valid JSON: 'fp16' stands in it twice"),
+        ('{"zero_optimization": {"stage": 1, "stage": 2}}', "'stage' stands in it twice"),
+        ("[" * 100_000, "is not valid JSON: it is nested too deeply"),
+        ('{"csv_monitor": {"output_path": "~nobody-here/x"}}', "home folder that this machine does not know"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, given: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve_ds_config(read_ds_config(written(tmp_path, given)), RunConfig(), 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "resolved"),
+    [
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e6}}, {"stage": 2, "reduce_bucket_size": 5_000_000}),
+        ({"zero_optimization": {"stage": 1.0, "reduce_bucket_size": "auto"}}, {"stage": 1}),
+        ({"zero_optimization": {"overlap_comm": None, "reduce_scatter": "auto"}}, {}),
+        ({"zero_optimization": {"offload_param": None, "offload_optimizer": {"device": "none", "odd": 1}}}, {}),
+    ],
+)
+def test_what_is_resolved(tmp_path: Path, given: dict[str, Any], resolved: dict[str, Any]) -> None:
+    """ "auto" is DeepSpeed's default; what the plan reads is what the run reads."""
+    read = read_ds_config(written(tmp_path, json.dumps(given)))
+    found = resolve_ds_config(read, RunConfig(), 2)
+    assert found == resolve_ds_config(given, RunConfig(), 2)
+    assert found["zero_optimization"] == resolved
+    whole = isinstance(resolved.get("reduce_bucket_size", 1), int)
+    assert whole and zero_settings(found).bucket == resolved.get("reduce_bucket_size", 500_000_000)
+    assert f"ZeRO stage {resolved.get('stage', 0)}" in plan(RunConfig(), read, 2)
+
+
+def test_auto_is_what_the_run_configuration_says() -> None:
+    given = {name: "auto" for name, kind in SCALARS.items() if kind.auto}
+    given |= {name: {"enabled": "auto"} for name in ("bf16", "fp16", "amp")}
+    assert len(given) == 8
+    resolved = resolve_ds_config(given, RunConfig(), 2)
+    assert resolved == resolve_ds_config({}, RunConfig(), 2) | {"fp16": {}, "amp": {}}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"comet": {"api_key": "s3"}}, "has comet.api_key, .* set the environment variable COMET_API_KEY instead"),
+        ({"wandb": {"API-Key": "s3"}}, "has wandb.API-Key, .* WANDB_API_KEY"),
+        ({"tensorboard": {"auth_token": "s3"}}, r"has tensorboard.auth_token, .* remove it\.$"),
+        ({"password": "s3"}, "has password,"),
+        ({"zero_optimization": {"offload_param": {"secret": "s3"}}}, "has zero_optimization.offload_param.secret"),
+    ],
+)  # fmt: skip
+def test_secrets_are_refused_and_not_repeated(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        read_ds_config(written(tmp_path, json.dumps(given)))
+    assert "s3" not in str(raised.value)
+
+
+def test_monitors_that_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitors, "find_spec", lambda name: None)
+    for name in ("wandb", "comet", "tensorboard"):
+        with pytest.raises(UserError, match=f"enables {name}, whose package is not installed: pip install .*{name}"):
+            check_monitors({name: {"enabled": True}})
+        check_monitors({name: {"enabled": False}})
+    (tmp_path / "file").touch()
+    for name in ("csv_monitor", "flops_profiler"):
+        key = "output_path" if name == "csv_monitor" else "output_file"
+        for path in (tmp_path / "file" / "x" / "y", tmp_path / ("x" * 300) / "y"):
+            with pytest.raises(UserError, match=f"{name}.{key} in the DeepSpeed JSON: .* cannot be made"):
+                check_monitors({name: {"enabled": True, key: str(path)}})
+        check_monitors({name: {"enabled": True, key: str(tmp_path / "new" / "x")}})
+    assert not (tmp_path / "new").exists()
+
+
+def test_home_is_expanded_in_paths_of_monitors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path, '{"csv_monitor": {"output_path": "~/logs"}}')
+    assert read_ds_config("~/ds.json") == {"csv_monitor": {"output_path": f"{tmp_path}/logs"}}
