@@ -121,12 +121,14 @@ def run(arguments: Arguments, ranks: Ranks, stop: StopRequest) -> int:
 
 def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRequest) -> int:
     """A run, or what is left of it; returns the exit status."""
+    from megatron_switchlora.figures import decorating, outlive_terminal
     from megatron_switchlora.train.engine import stop_distributed
     from megatron_switchlora.train.resume import find_start
     from megatron_switchlora.train.summary import closing_words
     from megatron_switchlora.train.trainer import Trainer
 
     began = time.perf_counter()
+    outlive_terminal()
     start = find_start(arguments.config, device)
     if start.finished:
         if ranks.rank == 0:
@@ -138,7 +140,8 @@ def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRe
     trainer = Trainer(arguments.config, read_ds_config(arguments.ds_config), ranks, device, start, stop)
     val_loss = trainer.fit()
     if val_loss is not None:
-        trainer.say("\n" + closing_words(trainer, val_loss, time.perf_counter() - began))
+        with decorating("the summary"):
+            trainer.say("\n" + closing_words(trainer, val_loss, time.perf_counter() - began))
     stop_distributed()
     return REQUEUE if val_loss is None else 0
 

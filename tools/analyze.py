@@ -34,6 +34,7 @@ from tqdm import tqdm
 from megatron_switchlora.checkpoint.files import published, verified
 from megatron_switchlora.config import UserError, require
 from megatron_switchlora.disk import replace_text
+from megatron_switchlora.figures import decorating
 from megatron_switchlora.lowrank.schedule import switch_rate
 from megatron_switchlora.model.analysis import effective_rank, head_alignment, numerical_rank, spectrum
 from megatron_switchlora.model.counts import projections
@@ -243,9 +244,10 @@ def main() -> None:
         try:
             out.mkdir(parents=True, exist_ok=True)
             replace_text(out / "analysis.json", json.dumps(result) + "\n")
-            plot_all(result, out)
         except OSError as error:
             raise UserError(f"{out} cannot be written ({error}): give another --out.") from None
+        with decorating("drawing the plots"):
+            plot_all(result, out)
         print(words_of(result, out))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

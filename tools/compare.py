@@ -34,6 +34,8 @@ from compare_setting import ROOT, Point, Setting, read_setting, validate_points
 from compare_timing import time_methods
 
 from megatron_switchlora.config import UserError, require
+from megatron_switchlora.disk import shown
+from megatron_switchlora.figures import outlive_terminal
 from megatron_switchlora.train.stop import REQUEUE
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -143,6 +145,7 @@ def act(arguments: argparse.Namespace) -> None:
         there = sum(len(of_method(setting, runner.results, method)) for method in setting.selected)
         if there and not arguments.timing:
             print(f"{out} has {there} runs of these methods, which are not repeated: --out begins anew.", flush=True)
+        outlive_terminal()
         runner.results.report = lambda: write_report(setting, configs, runner.results, plot=False)
         with runner:
             (time_methods if arguments.timing else compare)(setting, runner)
@@ -164,6 +167,12 @@ def main() -> None:
         act(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # of the results, the work folder or a log
+        where = shown(error.filename or "a file")
+        print(
+            f"error: {where} cannot be read or written ({error.strerror}): the same command goes on.", file=sys.stderr
+        )
         sys.exit(2)
     except (KeyboardInterrupt, Stopped) as stop:
         print(f"stopped ({stop}): the same command goes on", file=sys.stderr)

@@ -143,8 +143,10 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"is damaged: manifest.json .* Restore it, or move it away"):
             open_checkpoint(path)
     manifest.unlink()
-    with pytest.raises(UserError, match=r"is not a checkpoint: it has no manifest.json"):
+    with pytest.raises(UserError, match=r"is damaged: it has lost its manifest.json"):
         open_checkpoint(path)
+    with pytest.raises(UserError, match=r"is not a checkpoint: it has no manifest.json"):
+        open_checkpoint(tmp_path)
 
 
 def test_newer_formats_and_unfinished_saves_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ ALLOWED = {
     "method_config": set(),
     "config": {"method_config"},
     "disk": set(),
+    "figures": {"disk"},
     "rules": {"config"},
     "parallel": {"config"},
     "checkpoint": {"parallel", "disk", "config"},
@@ -23,7 +24,19 @@ ALLOWED = {
     "model": {"checkpoint", "parallel", "disk", "config"},
     "data": {"disk", "config"},
     "methods": {"lowrank", "optim", "model", "checkpoint", "parallel", "config"},
-    "train": {"methods", "lowrank", "optim", "model", "data", "checkpoint", "parallel", "disk", "rules", "config"},
+    "train": {
+        "methods",
+        "lowrank",
+        "optim",
+        "model",
+        "data",
+        "checkpoint",
+        "parallel",
+        "figures",
+        "disk",
+        "rules",
+        "config",
+    },
 }
 
 
