@@ -96,7 +96,10 @@ def outlive_terminal() -> None:
     shown."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        with contextlib.suppress(OSError, AttributeError, ValueError):  # none at all, or not of this process
+        if stream is None:  # closed before Python began
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
+            continue
+        with contextlib.suppress(OSError, ValueError):  # no file of this process
             stream.flush()
             handle = _Patient(stream.fileno(), "wb", closefd=False)
             text = io.TextIOWrapper(
