@@ -43,11 +43,9 @@ def read_json(path: Path) -> Any:
         OSError: it cannot be read.
         ValueError: it is damaged: not UTF-8, not JSON, nested deeper or larger than any file of ours.
     """
-    with path.open("rb") as file:
-        data = file.read(LARGEST_JSON + 1)
-    if len(data) > LARGEST_JSON:
+    if path.stat().st_size > LARGEST_JSON:
         raise ValueError(f"{path.name} is larger than {LARGEST_JSON >> 20} MiB")
-    return parse_json(data.decode("utf-8"))
+    return parse_json(path.read_text(encoding="utf-8"))
 
 
 def open_no_follow(path: Path, flags: int) -> BinaryIO:
