@@ -24,7 +24,7 @@ from megatron_switchlora.parallel.ranks import Ranks, complete_environment, disc
 from megatron_switchlora.parallel.rollcall import meet, tell
 from megatron_switchlora.train.arguments import Arguments, parse_arguments
 from megatron_switchlora.train.compatible import what_must_agree
-from megatron_switchlora.train.device import choose_device, precision_warning
+from megatron_switchlora.train.device import allow_open_files, choose_device, precision_warning
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
 from megatron_switchlora.train.stop import REQUEUE, Stopped, StopRequest
 
@@ -104,6 +104,7 @@ def meet_others(arguments: Arguments, ranks: Ranks, device: torch.device) -> tor
 
 def run(arguments: Arguments, ranks: Ranks, stop: StopRequest) -> int:
     """Train or evaluate; returns the exit status."""
+    allow_open_files()
     device = choose_device(arguments.config.train.device, ranks, arguments.config.train.threads)
     store = meet_others(arguments, ranks, device) if ranks.world_size > 1 else None
     from megatron_switchlora.train.engine import start_distributed, stop_distributed

@@ -40,6 +40,7 @@ from megatron_switchlora.model.analysis import effective_rank, head_alignment, n
 from megatron_switchlora.model.counts import projections
 from megatron_switchlora.model.llama import initial_matrix
 from megatron_switchlora.model.weights import Weights, find_folder
+from megatron_switchlora.train.arguments import require_utf8
 from megatron_switchlora.train.records import read_records
 
 MATRIX = re.compile(r"(?:head_\d+/)?(model\.layers\.(\d+)\.\w+\.(\w+)\.weight)")
@@ -233,6 +234,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out or arguments.run / "analysis"
     try:
+        require_utf8(sys.argv[1:])
         wrong = arguments.layers and not re.fullmatch(r"\d+(,\d+)*", arguments.layers)
         require(not wrong, f"--layers must be numbers with commas, as 0,11,23, not {arguments.layers!r}.")
         try:

@@ -36,6 +36,7 @@ from compare_timing import time_methods
 from megatron_switchlora.config import UserError, require
 from megatron_switchlora.disk import shown
 from megatron_switchlora.figures import outlive_terminal
+from megatron_switchlora.train.arguments import require_utf8
 from megatron_switchlora.train.stop import REQUEUE
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -164,6 +165,7 @@ def main() -> None:
     for number in STOPS:
         signal.signal(number, leave)
     try:
+        require_utf8(sys.argv[1:])
         act(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -21,6 +21,7 @@ from megatron_switchlora.config import UserError, require
 from megatron_switchlora.model.hf_export import DTYPES, export_dense, export_peft
 from megatron_switchlora.model.hf_import import import_model
 from megatron_switchlora.model.weights import find_folder
+from megatron_switchlora.train.arguments import require_utf8
 
 
 def export(arguments: argparse.Namespace) -> str:
@@ -63,6 +64,7 @@ def main() -> None:
     into.set_defaults(act=import_)
     arguments = parser.parse_args()
     try:
+        require_utf8(sys.argv[1:])
         print(arguments.act(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

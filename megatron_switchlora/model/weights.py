@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_switchlora.checkpoint.files import Checkpoint, damaged, published
-from megatron_switchlora.config import MethodConfig, ModelConfig, RunConfig, UserError
+from megatron_switchlora.config import MethodConfig, ModelConfig, RunConfig, UserError, check_model
 from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.parallel.parts import parameter_part
 
@@ -49,6 +49,7 @@ class Weights:
         self.archive = checkpoint.archive()
         self.model = _known(ModelConfig, self.config.get("model", {}))
         self.vocab_size: int = self.state.get("vocab_size", 0)
+        check_model(self.model)
         self.precision = PRECISIONS[self.config.get("train", {}).get("precision", "fp32")]
         self.method = _known(MethodConfig, self.config.get("method", {}))
         found = {match[1] for name in self.archive.names() if (match := OF_HEAD.match(name))}
@@ -158,7 +159,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is Union:
         return any(_fits(value, each) for each in inner)
     if kind is Literal:
-        return type(value) in {type(each) for each in inner}
+        return value in inner
     if kind is list:
         return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
     return type(value) in ({float, int} if hint is float else {kind or hint})
@@ -176,7 +177,7 @@ def _known(kind: type[T], stored: dict[str, Any]) -> T:
 def _model_order(name: str) -> tuple[int, int, str]:
     """Embedding, layers by number, final norm, head."""
     words = name.split(".")
-    if words[1] == "layers":
+    if words[1] == "layers" and words[2].isdecimal():
         return 1, int(words[2]), name
     return {"embed_tokens": 0, "norm": 2}.get(words[1], 3), 0, name
 

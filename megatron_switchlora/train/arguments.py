@@ -19,6 +19,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from megatron_switchlora.config import RunConfig, UserError, require
+from megatron_switchlora.disk import shown
 from megatron_switchlora.rules import validate
 
 
@@ -106,6 +107,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     Raises:
         UserError: unknown keys, wrong types, unreadable files, or a rule of `rules.validate`.
     """
+    require_utf8(argv)
     parser = build_parser()
     files, others = split_config_files(argv)
     for path in files:
@@ -124,6 +126,15 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         config, namespace.ds_config, namespace.evaluate_only, namespace.dry_run, namespace.dry_run_world,
         namespace.prepare_only,
     )  # fmt: skip
+
+
+def require_utf8(words: Sequence[str]) -> None:
+    """Raises: UserError, if a word holds bytes that are not UTF-8: libraries that we write files with refuse them."""
+    for word in words:
+        require(
+            word.isascii() or word == shown(word),
+            f"{shown(word)!r} on the command line is not UTF-8: give files and folders names that are.",
+        )
 
 
 def check_modes(namespace: Namespace) -> None:

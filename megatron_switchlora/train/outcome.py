@@ -55,7 +55,7 @@ def _write_outcome(trainer: Trainer, val_loss: float, model: LlamaForCausalLM) -
     trainer.run.require_there(f"the final model cannot be written to {trainer.run.path / 'final'}")
     steps = [record for record in trainer.run.history if "loss" in record]
     trainer.run.update_meta(
-        steps=len(steps),
+        steps=trainer.last_step,
         val_loss=val_loss,
         val_ppl=perplexity(val_loss),
         dp_bytes_per_step=steps[-1].get("dp_bytes", 0) if steps else 0,

@@ -116,8 +116,8 @@ def keep_records(path: Path, steps: int) -> tuple[Sorted, str]:
             write_all(file, b"".join(found.aside))
             os.fsync(file.fileno())
         odd = len(found.aside) - found.later
-        parts = [f"{found.later} records after step {steps}"] * (found.later > 0)
-        parts += [f"{odd} lines that are no records of its own"] * (odd > 0)
+        parts = [f"{found.later} record(s) after step {steps}"] * (found.later > 0)
+        parts += [f"{odd} damaged or repeated line(s)"] * (odd > 0)
         note = f"{path.name}: {' and '.join(parts)} moved to {dropped.name}"
     replace_bytes(path, b"".join(line for _, line in found.kept))
     return found, note

@@ -240,7 +240,7 @@ def test_json_of_any_kind_is_one_sentence(tmp_path: Path, text: str) -> None:
 ODD_STATES = ["[]", "3", '{"step": "8"}', '{"config": []}', '{"vocab_size": null}', '{"data": 3}', "[" * 100_000, "{"]
 ODD_CONFIGS = [
     None, {"model": 3}, {"model": {"num_layers": "2"}}, {"method": {"rank": 2.5}}, {"method": {"ga": {"gamma": []}}},
-    {"optim": {"lr": None}}, {"checkpoint": {"allow_changes": [3]}}, {"train": {"precision": 32}},
+    {"optim": {"lr": None}}, {"checkpoint": {"allow_changes": [3]}}, {"train": {"precision": "fp8"}},
 ]  # fmt: skip
 
 
@@ -263,7 +263,8 @@ def test_what_this_version_writes_has_its_own_types(tmp_path: Path) -> None:
 
 ODD_BOXES = [
     [], 3, {"w": 3}, {"w": ["w", [2], [0], 1]}, {"w": [["w"], [2], [0]]}, {"w": ["w", "22", [0]]},
-    {"v": ["w", [2], [0]]}, {"w": ["w", [2], [1]]}, {"w": ["w", [2.0], [0]]}, {"w": ["w", [2, 2], [0, 0]]}, {"w": ["w", [2], [-1]]},
+    {"v": ["w", [2], [0]]}, {"w": ["w", [2], [1]]}, {"w": ["w", [2.0], [0]]}, {"w": ["w", [2, 2], [0, 0]]},
+    {"w": ["w", [2], [-1]]},
 ]  # fmt: skip
 
 

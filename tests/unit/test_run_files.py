@@ -37,7 +37,7 @@ def test_a_line_that_is_no_record_costs_no_other(tmp_path: Path, odd: bytes) -> 
     assert kept == odd + b"\n" + "".join(LINES[5:]).encode() + (odd and odd + b"\n")
     moved, missing = folder.notes
     assert moved == (
-        f"metrics.jsonl: 3 records after step 5 and {1 + bool(odd)} lines that are no records of its own moved to "
+        f"metrics.jsonl: 3 record(s) after step 5 and {1 + bool(odd)} damaged or repeated line(s) moved to "
         "metrics.dropped.jsonl"
     )
     assert missing == "metrics.jsonl has no record of 1 of the 5 steps before"
