@@ -146,7 +146,6 @@ def act(arguments: argparse.Namespace) -> None:
         there = sum(len(of_method(setting, runner.results, method)) for method in setting.selected)
         if there and not arguments.timing:
             print(f"{out} has {there} runs of these methods, which are not repeated: --out begins anew.", flush=True)
-        outlive_terminal()
         runner.results.report = lambda: write_report(setting, configs, runner.results, plot=False)
         with runner:
             (time_methods if arguments.timing else compare)(setting, runner)
@@ -162,6 +161,8 @@ def leave(number: int, frame: object) -> None:
 
 def main() -> None:
     arguments = make_parser().parse_args()
+    if not (arguments.report or arguments.dry_run):
+        outlive_terminal()
     for number in STOPS:
         signal.signal(number, leave)
     try:

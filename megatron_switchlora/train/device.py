@@ -59,7 +59,7 @@ def allow_open_files() -> None:
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     require(
         allowed == resource.RLIM_INFINITY or allowed >= OPEN_FILES,
-        f"A process may open {allowed} files here, a rank needs at least {OPEN_FILES}: raise the limit (ulimit -n 1024).",
+        f"A process may open {allowed} files here, a rank needs at least {OPEN_FILES}: raise it (ulimit -n 1024).",
     )
 
 

@@ -243,16 +243,17 @@ class Trainer:
             f"The validation loss after step {step} is {loss}: the last update has destroyed the model, and the run "
             "stops. Lower optim.lr, lengthen train.warmup_steps or clip (optim.clip).",
         )
-        on_one_rank(self.run.writes, self._require_folder, self.device)
+        on_one_rank(self.run.writes, partial(self._require_folder, step), self.device)
         between_heads = {"eval_merge_bytes": sent} if self.mesh.size("lte") > 1 else {}
         self.run.log({"step": step, "val_loss": loss, "val_ppl": perplexity(loss), **between_heads})
         self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
         self.terminal.monitor(self.engine.ds.monitor, step, {"val_loss": loss})
         return loss
 
-    def _require_folder(self) -> str:
+    def _require_folder(self, step: int) -> str:
+        final = f"the final model cannot be written to {self.run.path / 'final'}"
         with in_folder(self.run.path):
-            self.run.require_there()
+            self.run.require_there(final if step == self.last_step else "nothing can be saved")
         return ""
 
     def _stop_unhealthy(self, step: int, result: StepResult, batches: list[torch.Tensor]) -> None:

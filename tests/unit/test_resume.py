@@ -290,3 +290,34 @@ def test_a_torn_meta_is_no_obstacle(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [5])
     (run / "meta.json").write_text("")
     assert choose(run)["folder"].endswith("step-00000005")
+
+
+def test_the_newest_checkpoint_is_never_passed_over_in_silence(tmp_path: Path) -> None:
+    """One that has lost its manifest stands in the way; what only has a checkpoint's name is told."""
+    run = make_run(tmp_path / "run", [5, 10])
+    checkpoints = run / "checkpoints"
+    for name in ("step-00000015", "step-00000020"):
+        (checkpoints / name).mkdir()
+    (checkpoints / "step-00000020" / "manifest.json").write_text("{}")
+    (checkpoints / "step-12").touch()
+    with pytest.raises(UserError, match=r"step-00000020 is damaged.*move it away to go on from step-00000010"):
+        choose(run)
+    (checkpoints / "step-00000020").rename(tmp_path / "away")
+    found = choose(run)
+    assert found["folder"].endswith("step-00000010")
+    assert ["step-00000015 was passed over" in found["notes"][0], "step-12 was passed" in found["notes"][1]] == [
+        True
+    ] * 2
+    (checkpoints / "step-00000010" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"step-00000010.*lost its manifest.*move it away to go on from step-00000005"):
+        choose(run)
+    (checkpoints / "step-00000010").rename(tmp_path / "away too")
+    assert choose(run)["folder"].endswith("step-00000005")
+
+
+def test_a_run_by_a_link_to_its_checkpoints_is_its_own(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [5])
+    (run / "checkpoints").rename(tmp_path / "large")
+    (run / "checkpoints").symlink_to(tmp_path / "large")
+    for how in ("auto", str(run), str(run / "checkpoints" / "step-00000005")):
+        assert choose(run, "--resume", how)["keeps_records"]
