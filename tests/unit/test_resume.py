@@ -305,9 +305,7 @@ def test_the_newest_checkpoint_is_never_passed_over_in_silence(tmp_path: Path) -
     (checkpoints / "step-00000020").rename(tmp_path / "away")
     found = choose(run)
     assert found["folder"].endswith("step-00000010")
-    assert ["step-00000015 was passed over" in found["notes"][0], "step-12 was passed" in found["notes"][1]] == [
-        True
-    ] * 2
+    assert [note.split("/")[-1].split(" was")[0] for note in found["notes"]] == ["step-00000015", "step-12"]
     (checkpoints / "step-00000010" / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"step-00000010.*lost its manifest.*move it away to go on from step-00000005"):
         choose(run)
