@@ -25,7 +25,7 @@ from megatron_switchlora.parallel.ranks import Ranks, complete_environment, disc
 from megatron_switchlora.parallel.rollcall import meet, tell
 from megatron_switchlora.train.arguments import Arguments, parse_arguments
 from megatron_switchlora.train.compatible import what_must_agree
-from megatron_switchlora.train.device import choose_device, precision_warning
+from megatron_switchlora.train.device import allow_open_files, choose_device, precision_warning
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
 from megatron_switchlora.train.monitors import check_monitors
 from megatron_switchlora.train.stop import REQUEUE, Stopped, StopRequest
@@ -108,6 +108,7 @@ def meet_others(arguments: Arguments, ranks: Ranks, device: torch.device) -> tor
 
 def run(arguments: Arguments, ranks: Ranks, stop: StopRequest) -> int:
     """Train or evaluate; returns the exit status."""
+    allow_open_files()
     device = choose_device(arguments.config.train.device, ranks, arguments.config.train.threads)
     store = meet_others(arguments, ranks, device) if ranks.world_size > 1 else None
     from megatron_switchlora.train.engine import start_distributed, stop_distributed
@@ -125,12 +126,14 @@ def run(arguments: Arguments, ranks: Ranks, stop: StopRequest) -> int:
 
 def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRequest) -> int:
     """A run, or what is left of it; returns the exit status."""
+    from megatron_switchlora.figures import decorating, outlive_terminal
     from megatron_switchlora.train.engine import stop_distributed
     from megatron_switchlora.train.resume import find_start
     from megatron_switchlora.train.summary import closing_words
     from megatron_switchlora.train.trainer import Trainer
 
     began = time.perf_counter()
+    outlive_terminal()
     given = read_ds_config(arguments.ds_config)
     on_one_rank(ranks.rank == 0, partial(check_monitors, given), device)
     start = find_start(arguments.config, device)
@@ -144,7 +147,8 @@ def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRe
     trainer = Trainer(arguments.config, given, ranks, device, start, stop)
     val_loss = trainer.fit()
     if val_loss is not None:
-        trainer.say("\n" + closing_words(trainer, val_loss, time.perf_counter() - began))
+        with decorating("the summary"):
+            trainer.say("\n" + closing_words(trainer, val_loss, time.perf_counter() - began))
     stop_distributed()
     return REQUEUE if val_loss is None else 0
 

@@ -4,11 +4,18 @@ kind is one error where we read.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import secrets
+import shutil
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
+
+LARGEST_JSON = 1 << 28  # bytes; a manifest of ten thousand ranks has a hundredth of it
 
 
 def user_path(text: str) -> Path:
@@ -25,28 +32,50 @@ def user_path(text: str) -> Path:
         ) from None
 
 
+def shown(path: object) -> str:
+    """A path for people to read: a name that is not UTF-8 gets marks for what cannot be shown."""
+    return os.fsencode(str(path)).decode(errors="replace")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Raises: ValueError, if it is not UTF-8, not JSON, or nested deeper than anything of ours."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is damaged: not UTF-8, not JSON, or nested deeper than any file of ours.
+        ValueError: it is damaged: not UTF-8, not JSON, nested deeper or larger than any file of ours.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{path.name} is nested too deeply") from None
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path.name} is larger than {LARGEST_JSON >> 20} MiB")
+    return parse_json(path.read_text(encoding="utf-8"))
 
 
 def open_no_follow(path: Path, flags: int) -> BinaryIO:
-    """Open a file for writing, unbuffered; make it if `flags` hold O_CREAT.
+    """Open a plain file for writing, unbuffered; make it if `flags` hold O_CREAT.
 
     Raises:
-        OSError: ELOOP if the path itself is a link, and whatever else is in the way.
+        OSError: ELOOP if the path itself is a link, EINVAL if it is a pipe or device, and whatever else is in the way.
     """
-    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)  # a pipe would wait
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "Not a plain file", str(path))
     access = {os.O_WRONLY: "wb", os.O_RDWR: "r+b"}[flags & os.O_ACCMODE]
     return os.fdopen(handle, access, buffering=0)  # type: ignore[return-value]
+
+
+def write_all(file: BinaryIO, content: bytes) -> None:
+    """Write to an unbuffered file, which may take less than it is given."""
+    remaining = memoryview(content)
+    while remaining:
+        remaining = remaining[file.write(remaining) :]
 
 
 def make_durable(path: Path) -> None:
@@ -58,20 +87,55 @@ def make_durable(path: Path) -> None:
         os.close(handle)
 
 
-def replace_text(path: Path, text: str) -> None:
+def make_tree_durable(folder: Path) -> None:
+    """Flush a folder and all that is in it to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            make_durable(path)
+
+
+def aside_name(path: Path) -> Path:
+    """A fresh name beside `path`, hidden, under which what will be `path` is made."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+def remove_asides(folder: Path, names: Iterable[str]) -> None:
+    """Remove what killed writers of these names have left under names of `aside_name`; the folder must be locked."""
+    ours = re.compile(rf"\.(?:{'|'.join(names)})\.[0-9a-f]{{8}}")
+    for path in list(folder.iterdir()):
+        if ours.fullmatch(path.name):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder or a link, whose target stays; it need not be there.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
     """Write a file so that a kill leaves the old or the new one. A link at `path` is replaced, not followed.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    aside = aside_name(path)
     with open_no_follow(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
         try:
-            remaining = memoryview(text.encode())
-            while remaining:
-                remaining = remaining[file.write(remaining) :]
+            write_all(file, content)
             os.fsync(file.fileno())
             aside.rename(path)
         except OSError:
             aside.unlink(missing_ok=True)
             raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    """The same for text, as UTF-8."""
+    replace_bytes(path, text.encode())

@@ -34,11 +34,13 @@ from tqdm import tqdm
 from megatron_switchlora.checkpoint.files import published, verified
 from megatron_switchlora.config import UserError, require
 from megatron_switchlora.disk import replace_text, user_path
+from megatron_switchlora.figures import decorating
 from megatron_switchlora.lowrank.schedule import switch_rate
 from megatron_switchlora.model.analysis import effective_rank, head_alignment, numerical_rank, spectrum
 from megatron_switchlora.model.counts import projections
 from megatron_switchlora.model.llama import initial_matrix
 from megatron_switchlora.model.weights import Weights, find_folder
+from megatron_switchlora.train.arguments import require_utf8
 from megatron_switchlora.train.records import read_records
 
 MATRIX = re.compile(r"(?:head_\d+/)?(model\.layers\.(\d+)\.\w+\.(\w+)\.weight)")
@@ -232,6 +234,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out or arguments.run / "analysis"
     try:
+        require_utf8(sys.argv[1:])
         wrong = arguments.layers and not re.fullmatch(r"\d+(,\d+)*", arguments.layers)
         require(not wrong, f"--layers must be numbers with commas, as 0,11,23, not {arguments.layers!r}.")
         try:
@@ -243,9 +246,10 @@ def main() -> None:
         try:
             out.mkdir(parents=True, exist_ok=True)
             replace_text(out / "analysis.json", json.dumps(result) + "\n")
-            plot_all(result, out)
         except OSError as error:
             raise UserError(f"{out} cannot be written ({error}): give another --out.") from None
+        with decorating("drawing the plots"):
+            plot_all(result, out)
         print(words_of(result, out))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

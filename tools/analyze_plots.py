@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from megatron_switchlora.figures import new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WINDOWS = 60  # points of the switching curve
 
@@ -25,25 +26,20 @@ def plot_all(result: dict[str, Any], out: Path) -> None:
         _switching(result["switching"], out / "switching.png")
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _save(figure: Figure, path: Path) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _spectra(checkpoints: list[dict[str, Any]], what: str, title: str, path: Path) -> None:
     """A panel for each kind of matrix: singular values, largest first, early checkpoints dark."""
     kinds = list(checkpoints[-1]["kinds"])
-    figure = _figure(13, 6)
+    figure = new_figure(13, 6)
+    from matplotlib import colormaps  # after the first figure, which sees that it can be imported
+
     panels = figure.subplots(2, (len(kinds) + 1) // 2, squeeze=False).flatten()
     for kind, axes in zip(kinds, panels, strict=False):
         for number, entry in enumerate(checkpoints):
@@ -63,7 +59,7 @@ def _by_kind(axes: Axes, steps: list[int], values: dict[str, list[Any]]) -> None
 
 
 def _effective_rank(checkpoints: list[dict[str, Any]], path: Path) -> None:
-    figure = _figure(11, 4.5)
+    figure = new_figure(11, 4.5)
     steps, kinds = [entry["step"] for entry in checkpoints], list(checkpoints[-1]["kinds"])
     for axes, what in zip(figure.subplots(1, 2), ("weight", "update"), strict=True):
         lines = {kind: [entry["kinds"][kind][what]["effective_rank"] for entry in checkpoints] for kind in kinds}
@@ -73,7 +69,7 @@ def _effective_rank(checkpoints: list[dict[str, Any]], path: Path) -> None:
 
 
 def _heads(checkpoints: list[dict[str, Any]], path: Path) -> None:
-    figure = _figure(11, 4.5)
+    figure = new_figure(11, 4.5)
     with_heads = [entry for entry in checkpoints if entry["heads"]]
     steps, kinds = [entry["step"] for entry in with_heads], list(with_heads[-1]["heads"])
     titles = {"cosine": "cosine of the heads' updates", "grassmann": "Grassmann distance of the rows of A"}
@@ -85,7 +81,7 @@ def _heads(checkpoints: list[dict[str, Any]], path: Path) -> None:
 
 def _switching(found: dict[str, Any], path: Path) -> None:
     """Means over windows of steps: single steps scatter by their draw."""
-    figure = _figure(11, 4.5)
+    figure = new_figure(11, 4.5)
     left, right = figure.subplots(1, 2)
     width = max(1, len(found["steps"]) // WINDOWS)
     for key, style in (("switched", "-"), ("expected", "--")):

@@ -33,8 +33,10 @@ from compare_setting import ROOT, Point, Setting, read_setting, validate_points
 from compare_timing import time_methods
 
 from megatron_switchlora.config import UserError, require
-from megatron_switchlora.disk import user_path
+from megatron_switchlora.disk import shown, user_path
 from megatron_switchlora.field_checks import field_types, fit_word, number_from, takes_text
+from megatron_switchlora.figures import outlive_terminal
+from megatron_switchlora.train.arguments import require_utf8
 from megatron_switchlora.train.stop import REQUEUE
 from megatron_switchlora.yaml_text import load_yaml
 
@@ -166,12 +168,21 @@ def leave(number: int, frame: object) -> None:
 
 def main() -> None:
     arguments = make_parser().parse_args()
+    if not (arguments.report or arguments.dry_run):
+        outlive_terminal()
     for number in STOPS:
         signal.signal(number, leave)
     try:
+        require_utf8(sys.argv[1:])
         act(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # of the results, the work folder or a log
+        where = shown(error.filename or "a file")
+        print(
+            f"error: {where} cannot be read or written ({error.strerror}): the same command goes on.", file=sys.stderr
+        )
         sys.exit(2)
     except (KeyboardInterrupt, Stopped) as stop:
         print(f"stopped ({stop}): the same command goes on", file=sys.stderr)

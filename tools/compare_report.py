@@ -21,6 +21,7 @@ from compare_setting import ROOT, Point, Setting, run_key
 from megatron_switchlora.config import RunConfig
 from megatron_switchlora.disk import replace_text
 from megatron_switchlora.field_checks import expanded
+from megatron_switchlora.figures import decorating, new_figure, save_figure
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config, zero_settings
 from megatron_switchlora.train.records import perplexity
@@ -45,7 +46,9 @@ def write_report(setting: Setting, configs: dict[str, RunConfig], results: Resul
     ])  # fmt: skip
     replace_text(results.path.with_suffix(".md"), text + "\n")
     if plot:
-        _plot(setting, results, results.path.with_suffix(".png"))
+        path = results.path.with_suffix(".png")
+        with decorating(f"drawing {path.name}"):
+            _plot(setting, results, path)
     return text
 
 
@@ -176,11 +179,7 @@ def _facts(setting: Setting, results: Results) -> list[str]:
 
 def _plot(setting: Setting, results: Results, path: Path) -> None:
     """Validation loss over steps and over tokens; a diverged run's curve ends where it did."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 5))
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 5)
     left, right = figure.subplots(1, 2, sharey=True)
     top = 0.0  # the best runs from their second evaluation on are in sight: the fall from the start hides all else
     for number, method in enumerate(setting.methods):
@@ -199,7 +198,4 @@ def _plot(setting: Setting, results: Results, path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.set_ylim(top=1.02 * top if top else None)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)

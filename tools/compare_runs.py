@@ -33,16 +33,20 @@ from typing import Any, Optional
 from compare_setting import ROOT, Point, Setting, run_key
 
 from megatron_switchlora.config import RunConfig, UserError, require
-from megatron_switchlora.disk import replace_text
+from megatron_switchlora.disk import open_no_follow, read_json, replace_text
 from megatron_switchlora.train.records import read_records
 from megatron_switchlora.train.run_folder import lock_folder, read_meta
 from megatron_switchlora.train.stop import REQUEUE
 
 SCRIPT = ROOT / "launch" / "pretrain.py"
-OF_A_RUN = {
-    "method", "lr", "dense_lr", "seed", "sweep", "val_loss", "diverged", "curve", "peak_memory_bytes", "dp_bytes",
-    "device", "trainable", "full_rank", "vocab_size", "revision", "machine",
+NUMBER = (int, float)
+MAYBE = (int, float, type(None))
+OF_A_RUN: dict[str, Any] = {  # what the table and the plot read of a run
+    "method": str, "lr": NUMBER, "dense_lr": MAYBE, "seed": int, "sweep": bool, "val_loss": MAYBE, "diverged": bool,
+    "curve": list, "peak_memory_bytes": MAYBE, "dp_bytes": MAYBE, "device": (str, type(None)), "trainable": MAYBE,
+    "full_rank": MAYBE, "vocab_size": MAYBE, "revision": (str, type(None)), "machine": dict,
 }  # fmt: skip
+OF_A_TIMING: dict[str, Any] = {"ratio": NUMBER, "lowest": NUMBER, "highest": NUMBER, "machine": dict}
 DIVERGED = ("not finite, so the step was", "the last update has destroyed the model")  # what launch/pretrain.py says
 
 
@@ -60,7 +64,7 @@ class Results:
         self.content: dict[str, Any] = {"data": None, "chosen": {}, "timing": {}, "runs": {}}
         if path.exists():
             try:
-                found = json.loads(path.read_text(encoding="utf-8"))
+                found = read_json(path)
             except (OSError, ValueError) as error:
                 raise UserError(f"The results {path} cannot be read ({error}): move the file away.") from None
             require(
@@ -197,7 +201,7 @@ class Runner:
         """A run that outlived a killed compare.py ends first, or this comparison: it holds the lock of its folder."""
         if not (folder / ".lock").exists():
             return
-        with (folder / ".lock").open("a") as file:
+        with open_no_follow(folder / ".lock", os.O_RDWR) as file:
             told = False
             while not self._stopping:
                 try:
@@ -217,8 +221,8 @@ class Runner:
         """
         self._wait_for(folder)
         log = folder.with_name(f"{folder.name}.log")
-        with log.open("ab") as file:
-            begin = file.tell()
+        with open_no_follow(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as file:
+            begin = os.fstat(file.fileno()).st_size
             with self._starting:
                 if self._stopping:
                     raise Stopped("no new run")
@@ -261,10 +265,26 @@ def are_results(content: Any) -> bool:
         return False
     chosen, timing, runs = (list(section.values()) for section in sections)
     return (
-        all(point is None or (isinstance(point, list) and len(point) == 2) for point in chosen)
-        and all(isinstance(entry, dict) and {"ratio", "lowest", "highest", "machine"} <= set(entry) for entry in timing)
-        and all(isinstance(run, dict) and set(run) >= OF_A_RUN for run in runs)
+        all(point is None or (isinstance(point, list) and len(point) == 2 and _are(MAYBE, point)) for point in chosen)
+        and all(_has(OF_A_TIMING, entry) for entry in timing)
+        and all(_has(OF_A_RUN, run) and all(map(_is_point, run["curve"])) for run in runs)
     )
+
+
+def _has(kinds: dict[str, Any], entry: Any) -> bool:
+    """Whether a JSON has these fields, and a machine its own."""
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key, ...), kind) for key, kind in kinds.items()):
+        return False
+    return {"cpus", "processor", "system"} <= set(entry["machine"])
+
+
+def _are(kinds: Any, values: list[Any]) -> bool:
+    return all(isinstance(value, kinds) for value in values)
+
+
+def _is_point(entry: Any) -> bool:
+    """Whether it is a step, tokens and a loss."""
+    return isinstance(entry, list) and len(entry) == 3 and _are(NUMBER, entry)
 
 
 def machine() -> dict[str, Any]:
@@ -286,6 +306,12 @@ def read_run(folder: Path, diverged: bool) -> dict[str, Any]:
     """What the table and the plot need of a run: outcome, curve, counts, memory."""
     records, meta = read_records(folder / "metrics.jsonl"), read_meta(folder)
     steps = [record for record in records if "loss" in record]
+    needed = {"tokens", "seconds", "tokens_per_second", "peak_memory_bytes", "dp_bytes"}
+    require(
+        (diverged or "val_loss" in meta) and all(needed <= set(record) for record in steps),
+        f"meta.json or metrics.jsonl in {folder} is damaged, so the run's numbers are lost: move the folder away, and "
+        "the same command runs it again.",
+    )
     tokens = steps[0]["tokens"] // steps[0]["step"] if steps else 0
     return {
         "val_loss": None if diverged else meta["val_loss"],

@@ -22,6 +22,7 @@ from megatron_switchlora.field_checks import number_from
 from megatron_switchlora.model.hf_export import DTYPES, export_dense, export_peft
 from megatron_switchlora.model.hf_import import import_model
 from megatron_switchlora.model.weights import find_folder
+from megatron_switchlora.train.arguments import require_utf8
 
 
 def export(arguments: argparse.Namespace) -> str:
@@ -66,6 +67,7 @@ def main() -> None:
     into.set_defaults(act=import_)
     arguments = parser.parse_args()
     try:
+        require_utf8(sys.argv[1:])
         print(arguments.act(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

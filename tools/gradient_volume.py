@@ -30,6 +30,7 @@ from volume_report import chart, table
 
 from megatron_switchlora.config import RunConfig, UserError, full_rank_config, method_config, require
 from megatron_switchlora.disk import replace_text, user_path
+from megatron_switchlora.figures import decorating
 from megatron_switchlora.parallel.agree import on_all_ranks
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.parallel.ranks import end_rank
@@ -151,7 +152,8 @@ def report(results: list[dict[str, Any]], out: Optional[Path]) -> None:
     if out is not None:
         replace_text(out, json.dumps(results, indent=1) + "\n")
         replace_text(out.with_suffix(".md"), text + "\n")
-        chart(results, out.with_suffix(".png"))
+        with decorating(f"drawing {out.with_suffix('.png')}"):
+            chart(results, out.with_suffix(".png"))
 
 
 def measure_cases(arguments: argparse.Namespace, options: list[str]) -> None:

@@ -23,7 +23,8 @@ from torch import Tensor
 from megatron_switchlora.checkpoint.files import verified
 from megatron_switchlora.config import RunConfig, UserError, require
 from megatron_switchlora.data.packing import prepare
-from megatron_switchlora.disk import user_path
+from megatron_switchlora.disk import replace_text, user_path
+from megatron_switchlora.figures import decorating, new_figure, save_figure
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.model.weights import Weights, find_folder, load_initial
 from megatron_switchlora.parallel.mesh import lone_mesh
@@ -62,11 +63,7 @@ def measure(config: RunConfig, device: torch.device) -> dict[str, Any]:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Covered share against rank, a line for each kind of layer."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5))
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
     for kind, entry in found["kinds"].items():
         axes.plot(range(1, len(entry["covered"]) + 1), entry["covered"], label=kind, linewidth=1)
@@ -75,9 +72,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axes.set(xlabel="rank", ylabel="share of squared singular values", xscale="log", ylim=(0, 1.02))
     axes.set_title(f"gradient of {found['samples']} samples, mean over layers; dotted: r and 2r", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -90,9 +85,14 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    plot(found, Path(f"{arguments.out}.png"))
-    Path(f"{arguments.out}.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+    try:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(Path(f"{arguments.out}.json"), json.dumps(found) + "\n")
+    except OSError as error:
+        print(f"error: {arguments.out}.json cannot be written ({error}): give another --out.", file=sys.stderr)
+        sys.exit(2)
+    with decorating(f"drawing {arguments.out}.png"):
+        plot(found, Path(f"{arguments.out}.png"))
     for kind, entry in found["kinds"].items():
         shares = ", ".join(f"rank {r}: {entry[f'rank_{r}']:.1%}" for r in (found["rank"], 2 * found["rank"]))
         print(f"{kind:<10} {shares} of {entry['layers']} layers' squared singular values")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_switchlora.figures import new_figure, save_figure
 from megatron_switchlora.train.traffic import PARTS
 
 Result = dict[str, Any]
@@ -82,12 +83,8 @@ def _mb(count: float) -> str:
 
 def chart(results: list[Result], path: Path) -> None:
     """A bar a case: gradients by group, and above them everything else; predicted, and recorded beside it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     measured = any("recorded" in result for result in results)
-    figure = Figure(figsize=(10, 1.2 + 0.45 * len(results) * (1 + measured)))
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 1.2 + 0.45 * len(results) * (1 + measured))
     axes, seen = figure.subplots(), set()
     for place, result in enumerate(results):
         for shift, what in ((0, "predicted"), (1, "recorded")):
@@ -107,10 +104,9 @@ def chart(results: list[Result], path: Path) -> None:
     many = len({(result["zero"], result["micro_batches"]) for result in results}) > 1
     axes.set_yticklabels([
         r["name"] + (f"\nZeRO {r['zero']}, {r['micro_batches']} micro-batches" if many else "") for r in results
-    ], fontsize=8)  # fmt: skip
+    ], fontsize=8, parse_math=False)  # fmt: skip
     axes.invert_yaxis()
     axes.set_xlabel("MB that a rank gives to collectives in a step")
     axes.set_title("predicted" + (" (plain) and recorded (hatched)" if measured else ""))
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)

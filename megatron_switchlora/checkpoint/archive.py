@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,10 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_switchlora.config import UserError
-from megatron_switchlora.disk import make_durable
+from megatron_switchlora.disk import make_durable, parse_json
 from megatron_switchlora.parallel.parts import Part
 
 T = TypeVar("T")
+
+
+MEND = "The file was changed or damaged: restore it, or take another checkpoint."
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,25 @@ def grouped(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterato
     yield group
 
 
+def _boxes_of(file: Any, path: Path) -> Iterator[tuple[str, tuple[int, ...], Box]]:
+    """Name and full shape of the tensor of each box in an open file, and the box.
+
+    Raises:
+        UserError: the file's index is not what `write_parts` writes.
+    """
+    try:
+        for key, (name, shape, offset) in parse_json((file.metadata() or {}).get("boxes", "{}")).items():
+            size = tuple(file.get_slice(key).get_shape())
+            sides = list(zip(shape, offset, size, strict=True))
+            if not isinstance(name, str) or not all(type(n) is int for side in sides for n in side):
+                raise TypeError(f"of {key}")
+            if not all(0 <= at <= at + long <= whole for whole, at, long in sides):
+                raise ValueError(f"{key} lies outside of its tensor")
+            yield name, tuple(shape), Box(path, key, tuple(offset), size)
+    except (AttributeError, TypeError, ValueError, SafetensorError) as error:
+        raise UserError(f"The index in {path} is not valid ({error}). {MEND}") from None
+
+
 class Archive:
     """Files written by `write_parts`, for reading. A file is mapped for the time of a read only, so that what was read
     does not count as this process's memory."""
@@ -84,16 +108,17 @@ class Archive:
         self._boxes: dict[str, list[Box]] = {}
         for path in files:
             with self._open(path) as file:
-                index = json.loads((file.metadata() or {}).get("boxes", "{}"))
-                for key, (name, shape, offset) in index.items():
-                    size = tuple(file.get_slice(key).get_shape())
-                    self.shapes[name] = tuple(shape)
-                    self._boxes.setdefault(name, []).append(Box(path, key, tuple(offset), size))
+                for name, shape, box in _boxes_of(file, path):
+                    if self.shapes.setdefault(name, shape) != shape:
+                        raise UserError(f"{path} gives {name} the shape {list(shape)}, other files another. {MEND}")
+                    self._boxes.setdefault(name, []).append(box)
 
     @staticmethod
-    def _open(path: Path) -> Any:
+    @contextmanager
+    def _open(path: Path) -> Iterator[Any]:
         try:
-            return safe_open(path, framework="pt")
+            with safe_open(path, framework="pt") as file:
+                yield file
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read as safetensors: {error}.") from None
 
@@ -115,13 +140,14 @@ class Archive:
         shape = self.shapes[name]
         start = tuple(offset) if offset is not None else (0,) * len(shape)
         end = tuple(a + b for a, b in zip(start, size if size is not None else shape, strict=True))
-        if any(b > whole for b, whole in zip(end, shape, strict=True)):
+        if len(start) != len(shape) or any(b > whole for b, whole in zip(end, shape, strict=True)):
             raise UserError(f"The checkpoint's {name} has shape {list(shape)}, the model's is larger: {list(end)}.")
         found = [(box, *_overlap(box, start, end)) for box in self._boxes[name]]
         found = [entry for entry in found if all(a < b for a, b in zip(entry[1], entry[2], strict=True))]
         if len(found) == 1 and found[0][1:] == (start, end):  # the common case, without a copy
             return self._slice(*found[0])
-        if not found:
+        held = sum(prod(b - a for a, b in zip(*entry[1:], strict=True)) for entry in found)
+        if held < prod(b - a for a, b in zip(start, end, strict=True)):  # before memory is taken for what is not there
             raise _gap(name, start, end)
         pieces = [(first, last, self._slice(box, first, last)) for box, first, last in found]
         whole = pieces[0][2].new_empty([b - a for a, b in zip(start, end, strict=True)])

@@ -9,20 +9,22 @@ method, on any mesh, from these weights: its function is the checkpoint's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from megatron_switchlora.checkpoint.files import Checkpoint, published
-from megatron_switchlora.config import MethodConfig, ModelConfig, UserError
+from megatron_switchlora.checkpoint.files import Checkpoint, damaged, published
+from megatron_switchlora.config import MethodConfig, ModelConfig, RunConfig, UserError, check_model
 from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.parallel.parts import parameter_part
 
 T = TypeVar("T")
+OF_HEAD = re.compile(r"head_([0-9]+)/")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -43,14 +45,15 @@ class Weights:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.state: dict[str, Any] = checkpoint.state()
-        self.config: dict[str, Any] = self.state["config"]
+        self.config: dict[str, Any] = stored_config(checkpoint)
         self.archive = checkpoint.archive()
-        self.model = _known(ModelConfig, self.config["model"])
-        self.vocab_size: int = self.state["vocab_size"]
+        self.model = _known(ModelConfig, self.config.get("model", {}))
+        self.vocab_size: int = self.state.get("vocab_size", 0)
+        check_model(self.model)
         self.precision = PRECISIONS[self.config.get("train", {}).get("precision", "fp32")]
         self.method = _known(MethodConfig, self.config.get("method", {}))
-        found = {name.split("/")[0] for name in self.archive.names() if "/" in name}
-        self.heads = [f"{head}/" for head in sorted(found, key=lambda head: int(head.removeprefix("head_")))]
+        found = {match[1] for name in self.archive.names() if (match := OF_HEAD.match(name))}
+        self.heads = [f"head_{number}/" for number in sorted(found, key=int)]
         self.scaling = self.method.scaling / max(1, len(self.heads))
 
     def names(self) -> list[str]:
@@ -117,6 +120,51 @@ class Weights:
         return tensor.to(self.precision).float()
 
 
+def stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The configuration in a checkpoint's state, as nested dicts; an import's has a model section alone.
+
+    Raises:
+        UserError: it has none, or one whose fields have other types than this version's.
+    """
+    stored = checkpoint.state().get("config")
+    odd = odd_fields(RunConfig, stored)
+    if odd or not isinstance(stored, dict):
+        damaged(checkpoint.folder, f"state.json has no configuration of ours ({', '.join(odd[:3]) or 'none'})")
+    return stored
+
+
+def odd_fields(kind: Any, stored: Any, name: str = "config") -> list[str]:
+    """Fields of a stored configuration whose values do not have the types of dataclass `kind`; those that this version
+    does not know are passed over."""
+    if not isinstance(stored, dict):
+        return [name]
+    hints = get_type_hints(kind)
+    return [
+        odd
+        for key, value in stored.items()
+        if key in hints
+        for odd in (
+            odd_fields(hints[key], value, f"{name}.{key}")
+            if is_dataclass(hints[key])
+            else [f"{name}.{key}"] * (not _fits(value, hints[key]))
+        )
+    ]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON or YAML can be a field's of this type."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if kind is Union:
+        return any(_fits(value, each) for each in inner)
+    if kind is Literal:
+        return value in inner
+    if kind is list:
+        return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
+    return type(value) in ({float, int} if hint is float else {kind or hint})
+
+
 def _known(kind: type[T], stored: dict[str, Any]) -> T:
     """A section of a stored configuration, without what this version does not know."""
     inner: dict[str, Any] = {field.name: field.default_factory for field in fields(kind)}  # type: ignore[arg-type]
@@ -129,7 +177,7 @@ def _known(kind: type[T], stored: dict[str, Any]) -> T:
 def _model_order(name: str) -> tuple[int, int, str]:
     """Embedding, layers by number, final norm, head."""
     words = name.split(".")
-    if words[1] == "layers":
+    if words[1] == "layers" and words[2].isdecimal():
         return 1, int(words[2]), name
     return {"embed_tokens": 0, "norm": 2}.get(words[1], 3), 0, name
 

@@ -27,15 +27,8 @@ from jsonargparse import (
 )
 
 from megatron_switchlora.config import RunConfig, UserError, require
-from megatron_switchlora.field_checks import (
-    expand_paths,
-    expanded,
-    field_types,
-    fit,
-    fit_word,
-    read_word,
-    sections,
-)
+from megatron_switchlora.disk import shown
+from megatron_switchlora.field_checks import expand_paths, expanded, field_types, fit, fit_word, read_word, sections
 from megatron_switchlora.rules import validate
 from megatron_switchlora.yaml_text import FORBIDDEN, dump_yaml, read_yaml
 
@@ -120,6 +113,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     Raises:
         UserError: unknown keys, wrong types, unreadable files, or a rule of `rules.validate`.
     """
+    require_utf8(argv)
     files, words = split_config_files(argv)
     given: dict[str, Any] = {}
     for path in files:
@@ -150,6 +144,15 @@ def _parse_flags(given: dict[str, Any], words: Sequence[str]) -> Namespace:
     except (ArgumentError, TypeError, ValueError, OSError) as error:
         vars(parser).pop("print_config", None)  # a --print_config that the mistake has kept from printing
         raise _explain(error) from None
+
+
+def require_utf8(words: Sequence[str]) -> None:
+    """Raises: UserError, if a word holds bytes that are not UTF-8: libraries that we write files with refuse them."""
+    for word in words:
+        require(
+            word.isascii() or word == shown(word),
+            f"{shown(word)!r} on the command line is not UTF-8: give files and folders names that are.",
+        )
 
 
 def check_modes(namespace: Namespace) -> None:

@@ -83,14 +83,14 @@ def compare(config: RunConfig, stored: dict[str, Any], what: str) -> None:
 def compare_data(config: RunConfig, state: dict[str, Any], here: dict[str, Any]) -> None:
     """Raises: UserError, if a checkpoint's run had another text, tokenizer or vocabulary; `here` are this run's."""
     allowed = "data" in config.checkpoint.allow_changes
-    different = [key for key in here if state[key] != here[key] and not (allowed and key == "data")]
+    different = [key for key in here if state.get(key) != here[key] and not (allowed and key == "data")]
     if not different:
         return
-    mine, theirs = asdict(config)["data"], state["config"]["data"]
+    mine, theirs = asdict(config)["data"], state["config"].get("data", {})
     named = [f"data.{k} is {theirs.get(k)!r} there and {v!r} here" for k, v in mine.items() if theirs.get(k) != v]
     raise UserError(
         "The checkpoint's run read other text or another tokenizer: "
-        + "; ".join(f"{key} is {str(state[key])[:20]} there and {str(here[key])[:20]} here" for key in different)
+        + "; ".join(f"{key} is {str(state.get(key))[:20]} there and {str(here[key])[:20]} here" for key in different)
         + f" ({'; '.join(named) or 'the options are the same, so the files have changed'}). Give the same text and "
         "tokenizer, or --checkpoint.allow_changes '[\"data\"]' for another text with the same tokenizer."
     )

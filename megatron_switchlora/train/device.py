@@ -6,7 +6,9 @@ CPU. The table of peaks is for MFU: dense bf16 FLOP/s of the vendor's data sheet
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import sys
 from typing import Optional
 
@@ -16,6 +18,8 @@ from megatron_switchlora.config import require
 from megatron_switchlora.parallel.ranks import Ranks, cpu_threads
 
 BF16_PEAK = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12}
+
+OPEN_FILES = 64  # one rank alone has 40 open
 
 
 def choose_device(requested: str, ranks: Ranks, threads: int) -> torch.device:
@@ -40,6 +44,23 @@ def choose_device(requested: str, ranks: Ranks, threads: int) -> torch.device:
     check_deepspeed("cuda")
     torch.cuda.set_device(ranks.local_rank)
     return torch.device("cuda", ranks.local_rank)
+
+
+def allow_open_files() -> None:
+    """Let this process open as many files as it may: every group of ranks has sockets to its members.
+
+    Raises:
+        UserError: too few for one rank alone.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or hard > soft:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    require(
+        allowed == resource.RLIM_INFINITY or allowed >= OPEN_FILES,
+        f"A process may open {allowed} files here, a rank needs at least {OPEN_FILES}: raise it (ulimit -n 1024).",
+    )
 
 
 def check_deepspeed(kind: str) -> None:
@@ -71,7 +92,5 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Largest memory so far: allocated on the GPU, resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

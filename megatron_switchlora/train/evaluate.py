@@ -8,23 +8,24 @@ ranks as in the run if the world allows, else every rank holds all of it: the nu
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
-from megatron_switchlora.config import ParallelConfig, RunConfig, require
+from megatron_switchlora.config import ParallelConfig, RunConfig, UserError, require
 from megatron_switchlora.data.loader import eval_batches
 from megatron_switchlora.model.hf import load_merged
 from megatron_switchlora.model.llama import LlamaForCausalLM
-from megatron_switchlora.parallel.agree import on_one_rank
+from megatron_switchlora.parallel.agree import on_all_ranks, on_one_rank
 from megatron_switchlora.parallel.mesh import build_mesh
 from megatron_switchlora.parallel.ranks import Ranks
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.engine import mean_loss
 from megatron_switchlora.train.inputs import data_identity, prepare_data, vocabulary_size
 from megatron_switchlora.train.records import perplexity
+from megatron_switchlora.train.run_folder import read_meta
 
 
 def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float:
@@ -43,7 +44,10 @@ def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float
     mesh = build_mesh(ParallelConfig(tp=tp))
     data = prepare_data(stored, ranks, device)
     vocab_size = vocabulary_size(stored, data)
-    trained_on = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["data"]
+    trained_on = read_meta(folder).get("data")
+    require(
+        trained_on is not None, f"{folder}/meta.json is damaged: restore it. {folder}/final can be loaded all the same."
+    )
     tokens = on_one_rank(ranks.rank == 0, lambda: str(data_identity(data, vocab_size)["data"]), device)
     require(
         tokens == trained_on,
@@ -51,7 +55,7 @@ def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float
         f"was {trained_on}), so its numbers cannot be repeated: restore the files that its config.yaml names.",
     )
     model = LlamaForCausalLM(stored.model, vocab_size, mesh.axis("tp"))
-    load_merged(model, folder / "final")
+    on_all_ranks(lambda: _load(model, folder / "final"), device)
     train = stored.train
     batches = eval_batches(
         data.val.samples(train.seq_len), train.micro_batch_size, mesh.rank("dp"), mesh.size("dp"), train.eval_samples
@@ -61,3 +65,12 @@ def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float
         print(f"{folder}: validation loss {loss:.6f}, perplexity {perplexity(loss):.3f}", flush=True)
     dist.barrier()
     return loss
+
+
+def _load(model: LlamaForCausalLM, final: Path) -> None:
+    try:
+        load_merged(model, final)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{final} cannot be read ({error}): restore it, or export the run's newest checkpoint."
+        ) from None

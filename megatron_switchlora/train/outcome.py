@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from megatron_switchlora.checkpoint.files import replace_folder
 from megatron_switchlora.model.counts import model_flops_per_token
 from megatron_switchlora.model.hf import export_model
 from megatron_switchlora.model.llama import LlamaForCausalLM
@@ -45,18 +46,19 @@ def step_record(trainer: Trainer, step: int, result: StepResult, seconds: float,
 
 
 def write_results(trainer: Trainer, val_loss: float, model: LlamaForCausalLM) -> None:
-    """Raises: UserError, on a full or read-only disk."""
+    """Raises: UserError, on a full or read-only disk, or if the run folder has vanished."""
     with in_folder(trainer.run.path):
         _write_outcome(trainer, val_loss, model)
 
 
 def _write_outcome(trainer: Trainer, val_loss: float, model: LlamaForCausalLM) -> None:
+    trainer.run.require_there(f"the final model cannot be written to {trainer.run.path / 'final'}")
     steps = [record for record in trainer.run.history if "loss" in record]
     trainer.run.update_meta(
-        steps=len(steps),
+        steps=trainer.last_step,
         val_loss=val_loss,
         val_ppl=perplexity(val_loss),
-        dp_bytes_per_step=steps[-1]["dp_bytes"] if steps else 0,
+        dp_bytes_per_step=steps[-1].get("dp_bytes", 0) if steps else 0,
     )
     if trainer.mesh.axis("data").rank == 0:
         _export(trainer, model)
@@ -67,14 +69,13 @@ def _write_outcome(trainer: Trainer, val_loss: float, model: LlamaForCausalLM) -
 
 def _export(trainer: Trainer, model: LlamaForCausalLM) -> None:
     """Write `final/` from the first data rank's tensor-parallel ranks, aside and then renamed."""
-    building = trainer.run.path / "final.tmp"
-    if trainer.run.writes:
-        shutil.rmtree(building, ignore_errors=True)  # of a start that was killed right here
-        building.mkdir()
-    end_mark = trainer.tokenizer.eos_token_id if trainer.run.writes else None
-    export_model(model, building, trainer.config.train.seq_len, end_mark, writes=trainer.run.writes)
-    if trainer.run.writes:
-        trainer.tokenizer.save_pretrained(building)
-        if (trainer.run.path / "final").exists():  # likewise; it is this model
-            shutil.rmtree(trainer.run.path / "final")
-        building.rename(trainer.run.path / "final")
+    final, seq_len = trainer.run.path / "final", trainer.config.train.seq_len
+    if not trainer.run.writes:
+        export_model(model, final, seq_len, None, writes=False)
+        return
+
+    def fill(folder: Path) -> None:
+        export_model(model, folder, seq_len, trainer.tokenizer.eos_token_id)
+        trainer.tokenizer.save_pretrained(folder)
+
+    replace_folder(final, fill)

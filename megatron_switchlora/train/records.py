@@ -1,8 +1,8 @@
 """Records of a run: one JSON object a line, appended without buffering, numbers in full precision.
 
-A line that cannot be written (a full disk) waits for the next one, so a file never holds a torn line but
-after a crash of the machine, which may leave anything; readers stop there. A run that goes on keeps the
-records up to its checkpoint.
+A line that cannot be written (a full disk) waits for the next one, so a file never holds a torn line but after a crash
+of the machine or a fault of the disk, which may leave anything anywhere: readers pass over what is no record. A run
+that goes on keeps the records up to its checkpoint, in order; all else is set aside, byte by byte.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from megatron_switchlora.disk import replace_text
+from megatron_switchlora.disk import open_no_follow, parse_json, replace_bytes, write_all
+
+LONGEST = 1 << 20  # bytes of a line; a record has a thousandth of it
 
 
 def perplexity(loss: float) -> float:
@@ -27,28 +31,96 @@ def as_line(record: dict[str, Any]) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
 
 
+def _record(line: bytes) -> Optional[dict[str, Any]]:
+    """A line's record: an object of finite numbers, of which one is its step; None if it is no such thing."""
+    try:
+        found = parse_json(line)
+        whole = isinstance(found, dict) and type(found.get("step")) is int and found["step"] >= 0
+        return found if whole and all(map(_is_number, found.values())) else None
+    except (ValueError, OverflowError):  # also bytes that are no text, and numbers beyond a float
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and math.isfinite(value))
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, Optional[dict[str, Any]]]]:
+    """Every line as it is, with its record; none if there is no such file."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        while line := file.readline(LONGEST):
+            yield line, _record(line)
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file; what follows the first torn line is left out."""
-    records = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:  # also bytes that are no text
-            break
-        if not line.endswith(b"\n") or not isinstance(record, dict) or type(record.get("step")) is not int:
-            break
-        records.append(record)
-    return records
+    """The records of a file, without what is none.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return [record for _, record in _lines(path) if record is not None]
 
 
-def keep_records(path: Path, steps: int, dropped: Optional[Path] = None) -> None:
-    """Leave the records up to `steps`; later ones go to the end of `dropped`, if given."""
-    records = read_records(path)
-    kept = [record for record in records if steps and record["step"] <= steps]
-    if dropped is not None and len(kept) < len(records):
-        with dropped.open("a", encoding="utf-8") as file:
-            file.writelines(map(as_line, records[len(kept) :]))
-    replace_text(path, "".join(map(as_line, kept)))
+@dataclass
+class Sorted:
+    """Lines of a file of records: those kept, in order, and those set aside for being of later steps, repeated, or no
+    record."""
+
+    kept: list[tuple[dict[str, Any], bytes]] = field(default_factory=list)
+    aside: list[bytes] = field(default_factory=list)
+    later: int = 0
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [record for record, _ in self.kept]
+
+
+def sort_records(path: Path, steps: int) -> Sorted:
+    """What of a file goes on with a run from its checkpoint after `steps` steps.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    found = Sorted()
+    seen: set[tuple[int, bool]] = set()
+    for line, record in _lines(path):
+        whole = line if line.endswith(b"\n") else line + b"\n"
+        if record is None:
+            found.aside.append(whole)
+            continue
+        kind, later = (record["step"], "val_loss" in record), not steps or record["step"] > steps
+        if later or kind in seen:
+            found.aside.append(whole)
+            found.later += later
+        else:
+            seen.add(kind)
+            found.kept.append((record, whole))
+    found.kept.sort(key=lambda entry: entry[0]["step"])  # a step's loss stays before its evaluation
+    return found
+
+
+def keep_records(path: Path, steps: int) -> tuple[Sorted, str]:
+    """Leave the records up to `steps` in a file; the rest goes to the end of metrics.dropped*.jsonl. Returns what it
+    held and a sentence on what was set aside, if anything was.
+
+    Raises:
+        OSError: the folder cannot be written, or the other file is a link.
+    """
+    found = sort_records(path, steps)
+    note = ""
+    if found.aside:
+        dropped = path.with_name(path.name.replace("metrics.", "metrics.dropped.", 1))
+        with open_no_follow(dropped, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as file:
+            write_all(file, b"".join(found.aside))
+            os.fsync(file.fileno())
+        odd = len(found.aside) - found.later
+        parts = [f"{found.later} record(s) after step {steps}"] * (found.later > 0)
+        parts += [f"{odd} damaged or repeated line(s)"] * (odd > 0)
+        note = f"{path.name}: {' and '.join(parts)} moved to {dropped.name}"
+    replace_bytes(path, b"".join(line for _, line in found.kept))
+    return found, note
 
 
 class RecordFile:
@@ -56,9 +128,16 @@ class RecordFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file = path.open("ab", buffering=0)
+        self.file = open_no_follow(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         self._waiting: list[str] = []
-        self._written = path.stat().st_size
+        self._written = os.fstat(self.file.fileno()).st_size
+
+    def in_place(self) -> bool:
+        """Whether the file is still the one at its path."""
+        try:
+            return os.path.samestat(os.lstat(self.path), os.fstat(self.file.fileno()))
+        except FileNotFoundError:
+            return False
 
     def log(self, record: dict[str, Any]) -> None:
         """Append an object. Warns if it has to wait: the disk is full."""
@@ -80,11 +159,23 @@ class RecordFile:
         self._written += len(data)
 
     def flush(self) -> None:
-        """Make the records durable."""
+        """Make the records durable, or warn."""
         if self._waiting:
             self._write()
-        os.fsync(self.file.fileno())
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            warnings.warn(f"{self.path} cannot be written ({error}): its end may be lost.", stacklevel=2)
 
     def close(self) -> None:
-        self.flush()
-        self.file.close()
+        """Make the records durable.
+
+        Raises:
+            OSError: some of them cannot be written.
+        """
+        if self._waiting:
+            self._write()
+        with self.file:
+            if self._waiting:
+                raise OSError(f"{len(self._waiting)} records of {self.path.name} still wait for room")
+            os.fsync(self.file.fileno())

@@ -11,6 +11,7 @@ Between merges the heads' functions differ and one could only be lost: that is r
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from megatron_switchlora.config import RunConfig, require
 from megatron_switchlora.methods.lte import Merging
 from megatron_switchlora.model.weights import Weights
 from megatron_switchlora.parallel.parts import Part, shard_part
+from megatron_switchlora.train.compatible import flatten
 from megatron_switchlora.train.state import fill_parts
 
 if TYPE_CHECKING:  # importing it imports deepspeed, which is left to those who train
@@ -34,11 +36,11 @@ def regroups(config: RunConfig, state: dict[str, Any]) -> bool:
     Raises:
         UserError: they are, and the checkpoint was not written right after a merge.
     """
-    method, stored = config.method, state["config"]
-    if method.name != "lte" or stored["method"]["name"] != "lte":
+    method, stored = config.method, flatten(asdict(RunConfig())) | flatten(state["config"])
+    if method.name != "lte" or stored["method.name"] != "lte":
         return False
-    local, groups = stored["method"]["local_heads"], stored["parallel"]["lte_heads"]
-    shared = local > 1 or stored["method"]["base"] == "nf4"
+    local, groups = stored["method.local_heads"], stored["parallel.lte_heads"]
+    shared = local > 1 or stored["method.base"] == "nf4"
     if (local * groups, shared) == (config.heads, method.shares_base):
         return False
     interval = method.merge_interval

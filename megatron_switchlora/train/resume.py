@@ -11,14 +11,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, TextIO
+from typing import Any, BinaryIO, Optional
 
 import torch
 import torch.distributed as dist
 
-from megatron_switchlora.checkpoint.files import Checkpoint, open_checkpoint, published
+from megatron_switchlora.checkpoint.files import Checkpoint, damaged, open_checkpoint, published, strays
 from megatron_switchlora.config import RunConfig, UserError, require
-from megatron_switchlora.model.weights import find_folder
+from megatron_switchlora.disk import shown
+from megatron_switchlora.model.weights import find_folder, odd_fields, stored_config
 from megatron_switchlora.parallel.agree import gather_texts, on_all_ranks, on_one_rank
 from megatron_switchlora.train.compatible import compare
 from megatron_switchlora.train.run_folder import holds_run, lock_folder, read_meta, refuse_folder
@@ -34,7 +35,7 @@ class Start:
     keeps_records: bool = False
     finished: bool = False
     notes: list[str] = field(default_factory=list)
-    lock: Optional[TextIO] = None
+    lock: Optional[BinaryIO] = None
 
     @property
     def step(self) -> int:
@@ -47,7 +48,7 @@ def find_start(config: RunConfig, device: torch.device) -> Start:
     Raises:
         UserError: a folder that may not be used, a damaged checkpoint, or one of another configuration.
     """
-    locks: list[TextIO] = []
+    locks: list[BinaryIO] = []
     choice = json.loads(on_one_rank(dist.get_rank() == 0, lambda: json.dumps(choose(config, locks)), device))
     folder = choice.pop("folder")
     checkpoint = open_together(Path(folder), device) if folder else None
@@ -65,28 +66,31 @@ def open_together(folder: Path, device: torch.device) -> Checkpoint:
     texts = gather_texts("\n".join(checkpoint.faults(names)), device)
     faults = [fault for text in texts for fault in text.splitlines()]
     if faults:
-        others = [path.name for path in published(folder.parent) if path.name != folder.name]
-        advice = f"move it away to go on from {others[-1]}" if others else "the run has no other"
-        raise UserError(f"Checkpoint {folder} is damaged: {'; '.join(faults)}. Restore it, or {advice}.")
+        damaged(folder, "; ".join(faults))
     return checkpoint
 
 
-def choose(config: RunConfig, locks: list[TextIO]) -> dict[str, Any]:
+def choose(config: RunConfig, locks: list[BinaryIO]) -> dict[str, Any]:
     """What rank 0 finds: the checkpoint's folder or "", and `Start`'s other fields. A lock is added to `locks` where
     the run goes on in its folder."""
     output = Path(config.output_dir).absolute() if config.output_dir else None
     found: dict[str, Any] = {"folder": "", "keeps_records": False, "finished": False, "notes": []}
+    if output:
+        found["notes"] = [_passed_over(path) for path in strays(output / "checkpoints")]
     if config.resume == "none" or (config.resume == "auto" and (output is None or not holds_run(output))):
         if output:
             refuse_folder(output)
         return found
     source = None if config.resume == "auto" else find_folder(Path(config.resume)).resolve()
     if output and (source is None or (_branched(output, source) and published(output / "checkpoints"))):
-        return found | _own_run(config, output, locks)
+        return found | _own_run(config, output, locks, found["notes"])
     assert source is not None
-    state = open_checkpoint(source).state()
-    require("data" in state, f"{source} holds weights alone, no run to resume: start from it with --train.init_from.")
-    compare(config, state["config"], f"Checkpoint {source}")
+    checkpoint = open_checkpoint(source)
+    require(
+        "data" in checkpoint.state(),
+        f"{source} holds weights alone, no run to resume: start from it with --train.init_from.",
+    )
+    compare(config, stored_config(checkpoint), f"Checkpoint {source}")
     if output is None or source.parent != (output / "checkpoints").resolve():
         again = output is not None and (_branched(output, source) or _just_claimed(output))
         if output and again:  # killed before its first checkpoint
@@ -104,22 +108,27 @@ def choose(config: RunConfig, locks: list[TextIO]) -> dict[str, Any]:
     return found | {"folder": str(source), "keeps_records": True}
 
 
+def _passed_over(path: Path) -> str:
+    return f"{shown(path)} was passed over: it is no folder step-00000000 of eight digits with a checkpoint in it"
+
+
 def _branched(output: Path, source: Path) -> bool:
     """Whether the output folder's own run once began from this checkpoint: then the same command goes on with it."""
     return read_meta(output).get("branched_from") == str(source)
 
 
-def _own_run(config: RunConfig, output: Path, locks: list[TextIO]) -> dict[str, Any]:
+def _own_run(config: RunConfig, output: Path, locks: list[BinaryIO], notes: list[str]) -> dict[str, Any]:
     """Continue the run in the output folder."""
     stored_path = output / "config.yaml"
     if not stored_path.is_file() and not published(output / "checkpoints") and not _just_claimed(output):
         refuse_folder(output)
     locks.append(lock_folder(output))
     meta, checkpoints = read_meta(output), published(output / "checkpoints")
-    stored = open_checkpoint(checkpoints[-1]).state()["config"] if checkpoints else _read_config(stored_path)
+    stored = stored_config(open_checkpoint(checkpoints[-1])) if checkpoints else _read_config(stored_path)
     if stored is not None:
         compare(config, stored, f"The run in {output}")
-        same_length = all(stored["train"][name] == getattr(config.train, name) for name in ("steps", "epochs"))
+        train = stored.get("train", {})
+        same_length = all(train.get(name) == getattr(config.train, name) for name in ("steps", "epochs"))
         if meta.get("finished") and same_length:
             return {"finished": True}
     if checkpoints:
@@ -127,7 +136,7 @@ def _own_run(config: RunConfig, output: Path, locks: list[TextIO]) -> dict[str, 
     if (output / "final").exists():
         refuse_folder(output)
     note = f"{output} holds no published checkpoint: the run begins anew, its earlier records are set aside"
-    return {"keeps_records": True, "notes": [note]}
+    return {"keeps_records": True, "notes": [*notes, note]}
 
 
 def _read_config(path: Path) -> Optional[dict[str, Any]]:
@@ -138,7 +147,9 @@ def _read_config(path: Path) -> Optional[dict[str, Any]]:
         stored = read_yaml(path)
     except ValueError:
         stored = None
-    whole = isinstance(stored, dict) and isinstance(stored.get("train"), dict)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give access, or mend its disk.") from None
+    whole = isinstance(stored, dict) and "train" in stored and not odd_fields(RunConfig, stored)
     require(whole, f"{path} is damaged, and there is no checkpoint: move the folder away, or use another --output_dir.")
     return stored
 
@@ -146,4 +157,4 @@ def _read_config(path: Path) -> Optional[dict[str, Any]]:
 def _just_claimed(output: Path) -> bool:
     """Whether a run was killed here before it wrote its first file."""
     records = output / "metrics.jsonl"
-    return records.is_file() and not records.stat().st_size and not read_meta(output)
+    return not records.is_symlink() and records.is_file() and not records.stat().st_size and not read_meta(output)

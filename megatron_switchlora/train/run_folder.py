@@ -6,8 +6,10 @@
     metrics.head_XX.jsonl         one a step of each LTE head, from its first rank
     loss.png, tokenizer/, final/  curve, tokenizer, the merged model in Hugging Face's format
     checkpoints/                  published checkpoints
-    metrics.dropped.jsonl         records that were written after the checkpoint from which a run was resumed
-But for the heads' records only rank 0 writes, and holds a lock on the folder. Files are replaced by renames.
+    metrics.dropped*.jsonl        records that were written after the checkpoint from which a run was resumed, and
+                                  damaged lines
+But for the heads' records only rank 0 writes, and holds a lock on the folder. Files are replaced by renames; whatever
+is a link in the folder is replaced or refused, never written through. `checkpoints` alone may be one.
 """
 
 from __future__ import annotations
@@ -17,31 +19,54 @@ import fcntl
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Optional, TextIO
+from typing import Any, BinaryIO, Optional
 
 from safetensors import SafetensorError
 
 from megatron_switchlora.config import RunConfig, UserError
-from megatron_switchlora.disk import replace_text
-from megatron_switchlora.train.records import RecordFile, keep_records, read_records
+from megatron_switchlora.disk import open_no_follow, read_json, remove_asides, replace_text, shown
+from megatron_switchlora.figures import decorating, new_figure, save_figure
+from megatron_switchlora.train.records import RecordFile, as_line, keep_records, sort_records
 from megatron_switchlora.yaml_text import dump_yaml
 
 RUN_FILES = ("config.yaml", "ds_config.json", "metrics.jsonl", "meta.json", "tokenizer", "checkpoints", "final")
+ASIDES = (*map(re.escape, RUN_FILES), "loss\\.png", r"metrics\.head_\d+\.jsonl")
+META: dict[str, type] = {  # what is read of meta.json anywhere
+    "finished": bool, "branched_from": str, "resumed_at": list, "data": str, "val_loss": float, "device": str,
+    "parameters": dict, "vocab_size": int, "versions": dict,
+}  # fmt: skip
+
+
+def _files_of_run(folder: Path) -> list[str]:
+    """What there is of a run in the folder. An empty `checkpoints` made beforehand, a link to a larger disk perhaps, is
+    none of it."""
+    found = [name for name in RUN_FILES if os.path.lexists(folder / name)]
+    with contextlib.suppress(OSError):  # one that cannot be read: told by whoever reads it
+        if "checkpoints" in found and not os.listdir(folder / "checkpoints"):
+            found.remove("checkpoints")
+    return found
 
 
 def holds_run(folder: Path) -> bool:
     """Whether there is something of a run in the folder."""
-    return any((folder / name).exists() for name in RUN_FILES)
+    return bool(_files_of_run(folder))
 
 
 def refuse_folder(folder: Path) -> None:
     """Raises: UserError, if the folder holds a run or could not be made."""
-    found = [name for name in RUN_FILES if (folder / name).exists()]
+    for link in (folder / "checkpoints", folder, *folder.absolute().parents):
+        if link.is_symlink() and not link.exists():
+            raise UserError(
+                f"The output folder {folder} cannot be used: {link} is a link to {os.readlink(link)}, which is not "
+                "there. Make that folder, or remove the link."
+            )
+    found = _files_of_run(folder)
     if found:
         raise UserError(
             f"The output folder {folder} already holds a run ({', '.join(found)}), which is never overwritten: choose "
@@ -50,6 +75,12 @@ def refuse_folder(folder: Path) -> None:
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"The output folder {folder} cannot be made: {parent} is not a folder that can be written.")
+    if (folder / ".lock").is_symlink():
+        raise _is_link(folder / ".lock")
+
+
+def _is_link(path: Path) -> UserError:
+    return UserError(f"{path} is a link, and nothing is written through links: remove it, or choose another folder.")
 
 
 def create_folder(folder: Path) -> Path:
@@ -91,9 +122,10 @@ def _git(*arguments: str) -> Optional[str]:
     """What git says of the tree this package lies in, if it is one."""
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
+            ["git", "--no-optional-locks", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
+            timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, ValueError, subprocess.SubprocessError):  # also an answer that is not UTF-8
         return None
     return done.stdout.strip()
 
@@ -111,28 +143,33 @@ def versions() -> dict[str, Optional[str]]:
     return found
 
 
-def lock_folder(folder: Path) -> TextIO:
+def lock_folder(folder: Path) -> BinaryIO:
     """Lock a run folder for the life of the process, or of the returned file.
 
     Raises:
-        UserError: another process writes there, or nobody may.
+        UserError: another process writes there, nobody may, or the lock is a link.
     """
+    if (folder / ".lock").is_symlink():
+        raise _is_link(folder / ".lock")
     with in_folder(folder):
-        file = (folder / ".lock").open("w", encoding="utf-8")
+        file = open_no_follow(folder / ".lock", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"Another process is running in {folder}: wait for its end, or choose another.") from None
+        remove_asides(folder, ASIDES)
     return file
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """A run's meta.json; empty if there is none, or a crash of the machine has left it torn."""
+    """A run's meta.json, without what is of another type than we write; empty if there is none, or a crash of the
+    machine has left it torn."""
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = read_json(folder / "meta.json")
     except (OSError, ValueError):
         return {}
-    return meta if isinstance(meta, dict) else {}
+    meta = meta if isinstance(meta, dict) else {}
+    return {key: value for key, value in meta.items() if isinstance(value, META.get(key, object))}
 
 
 @contextlib.contextmanager
@@ -156,17 +193,32 @@ class RunFolder:
         self.path, self.writes = path, writes
         self.meta: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
+        self.notes: list[str] = []
         if keep_steps is not None:
-            self.history = [r for r in read_records(path / "metrics.jsonl") if keep_steps and r["step"] <= keep_steps]
-            if writes:
-                keep_records(path / "metrics.jsonl", keep_steps, path / "metrics.dropped.jsonl")
-                self.meta = read_meta(path)
+            self.meta = read_meta(path)
+            self.history = self._kept(path / "metrics.jsonl", keep_steps, writes)
         self.metrics = RecordFile(path / "metrics.jsonl") if writes else None
         self.heads: dict[int, RecordFile] = {}
         for head in heads:
             own = path / f"metrics.head_{head:02d}.jsonl"
-            keep_records(own, keep_steps or 0)
+            self._kept(own, keep_steps or 0, True)
             self.heads[head] = RecordFile(own)
+        stat = path.stat()
+        self._identity = (stat.st_dev, stat.st_ino)
+
+    def _kept(self, path: Path, steps: int, writes: bool) -> list[dict[str, Any]]:
+        """The records of a file with which the run goes on; `notes` say what becomes of the others."""
+        if not writes:
+            return sort_records(path, steps).records
+        there = path.exists()
+        found, note = keep_records(path, steps)
+        self.notes += [note] * bool(note)
+        lost = steps - sum("loss" in record for record in found.records)
+        if steps and not there:
+            self.notes.append(f"{path.name} was not there: it begins anew after step {steps}")
+        elif steps and lost > 0 and path.stem == "metrics" and "branched_from" not in self.meta:  # there it begins late
+            self.notes.append(f"{path.name} has no record of {lost} of the {steps} steps before")
+        return found.records
 
     def write_config(self, config: RunConfig, ds_config: dict[str, Any]) -> None:
         if self.writes:
@@ -193,25 +245,37 @@ class RunFolder:
         for file in self._files():
             file.flush()
 
+    def require_there(self, what: str = "nothing can be saved") -> None:
+        """Raises: UserError, if this is not the folder any more that the run began in; a metrics.jsonl that was
+        deleted or replaced is written again."""
+        found = self.path.stat() if self.path.is_dir() else None
+        if found is None or (found.st_dev, found.st_ino) != self._identity:
+            raise UserError(
+                f"The run folder {self.path} has vanished, so that {what} and the run stops: bring it back and start "
+                "again with the same command line."
+            )
+        if self.metrics is not None and not self.metrics.in_place():
+            keep_records(self.metrics.path, 0)  # what an editor has put there
+            replace_text(self.metrics.path, "".join(map(as_line, self.history)))
+            self.metrics.file.close()
+            self.metrics = RecordFile(self.metrics.path)
+
     def plot(self) -> None:
         """loss.png: training loss of every step and validation loss."""
-        if not self.writes:
-            return
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        if self.writes:
+            with decorating("drawing loss.png"):
+                self._plot()
 
-        figure = Figure(figsize=(7, 4.5))
-        FigureCanvasAgg(figure)
+    def _plot(self) -> None:
+        figure = new_figure(7, 4.5)
         axes = figure.add_subplot()
         for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
             points = [(r["step"], r[key]) for r in self.history if key in r]
             if points:
                 axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
-        axes.set(xlabel="step", ylabel="loss (nats a token)", title=self.path.name)
+        axes.set(xlabel="step", ylabel="loss (nats a token)", title=shown(self.path.name))
         axes.grid(alpha=0.3)
-        axes.legend()
-        figure.tight_layout()
-        figure.savefig(self.path / "loss.png", dpi=120)
+        save_figure(figure, self.path / "loss.png")
 
     def close(self) -> None:
         for file in self._files():

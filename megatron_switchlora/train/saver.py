@@ -9,6 +9,7 @@ warning.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
@@ -25,7 +26,7 @@ from torch import Tensor
 from megatron_switchlora.checkpoint.archive import write_parts
 from megatron_switchlora.checkpoint.files import describe, leftovers, prune, publish, published, step_name
 from megatron_switchlora.config import CheckpointConfig, UserError
-from megatron_switchlora.disk import make_durable
+from megatron_switchlora.disk import make_durable, remove
 from megatron_switchlora.parallel.agree import gather_texts, on_one_rank
 from megatron_switchlora.parallel.parts import Part
 from megatron_switchlora.train.memory import checkpoint_bytes
@@ -98,7 +99,7 @@ class Saver:
                 "bring it back and start again with the same command line."
             )
         try:
-            shutil.rmtree(building, ignore_errors=True)
+            remove(building)
             building.mkdir(parents=True)
         except OSError as error:
             return str(error)
@@ -166,17 +167,21 @@ class Saver:
         )
         try:
             prune(self.folder, self.keep.keep_last, self.keep.keep_every)
-        except OSError as error:
+        except (OSError, UserError) as error:
             self.say(f"warning: an old checkpoint could not be deleted: {error}")
 
     def _warn(self, step: int, problem: str) -> None:
-        last = published(self.folder)
-        kept = f"the last one is {last[-1].name}" if last else "there is none yet"
+        try:
+            last = published(self.folder)
+            kept = f"the last one is {last[-1].name}" if last else "there is none yet"
+        except UserError as error:
+            kept = str(error)
         self.say(f"warning: checkpoint {step_name(step)} was not written ({problem}); {kept}. Training goes on.")
 
     def clean(self) -> list[str]:
         """Remove saves and prunes that an earlier start left unfinished; a sentence for each."""
         found = leftovers(self.folder)
         for path in found:
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove(path)
         return [f"{path.name} was skipped and removed: it had not ended when the run did" for path in found]

@@ -40,21 +40,24 @@ def opening_words(trainer: Trainer) -> list[str]:
 
 
 def closing_words(trainer: Trainer, val_loss: float, seconds: float) -> str:
-    """What was trained, how well, how fast, what it saved, where it is, what to try next."""
+    """What was trained, how well, how fast, what it saved, where it is, what to try next; as far as there are records
+    of it."""
     config, counts, run = trainer.config, trainer.counts, trainer.run
     steps = [record for record in run.history if "loss" in record]
-    dp = trainer.mesh.size("dp")
+    dp, tokens = trainer.mesh.size("dp"), config.train.global_batch_size * config.train.seq_len
+    speeds = [record["tokens_per_second"] for record in steps if "tokens_per_second" in record]
     lines = [
-        f"Trained a LLaMA of {counts.full_total / 1e6:.2f} M parameters with {config.method.name}: {len(steps)} steps, "
-        f"{steps[-1]['tokens'] / 1e6:.2f} M tokens, {dp} data-parallel rank{'s' if dp > 1 else ''}, {seconds:.0f} s.",
+        f"Trained a LLaMA of {counts.full_total / 1e6:.2f} M parameters with {config.method.name}: "
+        f"{trainer.last_step} steps, {trainer.last_step * tokens / 1e6:.2f} M tokens, "
+        f"{dp} data-parallel rank{'s' if dp > 1 else ''}, {seconds:.0f} s.",
         f"Validation perplexity: {perplexity(val_loss):.2f} (unigram model of the training tokens on the "
         f"same text: {trainer.data.unigram_val_ppl:.2f}).",
-        f"Speed: {median(record['tokens_per_second'] for record in steps):,.0f} tokens per second (median step).",
+        *([f"Speed: {median(speeds):,.0f} tokens per second (median step)."] if speeds else []),
         f"Trainable: {counts.trainable:,} of {counts.full_total:,} parameters, "
         f"{counts.trainable / counts.full_total:.1%}"
         + (f", in each of {config.heads} heads." if config.heads > 1 else "."),
     ]
-    if dp > 1:
+    if dp > 1 and steps and "dp_bytes" in steps[-1]:
         given = steps[-1]["dp_bytes"]
         full = full_rank_bytes(given, config, trainer.vocab_size, trainer.mesh.size("tp"))
         lines.append(

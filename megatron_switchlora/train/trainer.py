@@ -19,9 +19,8 @@ from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-from megatron_switchlora.checkpoint.files import Checkpoint, published
+from megatron_switchlora.checkpoint.files import Checkpoint, published, replace_folder
 from megatron_switchlora.config import RunConfig, UserError, require
 from megatron_switchlora.data.loader import BatchOrder, eval_batches
 from megatron_switchlora.methods import Method, require_packages
@@ -52,6 +51,7 @@ from megatron_switchlora.train.saver import Saver
 from megatron_switchlora.train.state import load_state, state_file
 from megatron_switchlora.train.stop import StopRequest
 from megatron_switchlora.train.summary import opening_words
+from megatron_switchlora.train.terminal import Terminal
 
 
 class Trainer:
@@ -72,6 +72,8 @@ class Trainer:
     ) -> None:
         self.config, self.ranks, self.device = config, ranks, device
         self.start, self.stop = start or Start(), stop or StopRequest()
+        self.terminal = Terminal(ranks.rank == 0)
+        self.say = self.terminal.say
         on_all_ranks(partial(require_packages, config), device)
         self.data = prepare_data(config, ranks, device)
         self._load_data(given_ds_config)
@@ -197,7 +199,7 @@ class Trainer:
 
     def _write_head(self) -> None:
         config, counts, checkpoint = self.config, self.counts, self.start.checkpoint
-        if checkpoint and checkpoint.folder.parent != self.run.path.absolute() / "checkpoints":
+        if checkpoint and checkpoint.folder.parent.resolve() != (self.run.path / "checkpoints").resolve():
             self.run.update_meta(branched_from=str(checkpoint.folder))
         self.run.write_config(config, self.phases[-1].ds_config)
         if self.run.writes:
@@ -205,7 +207,7 @@ class Trainer:
 
             self.tokenizer = AutoTokenizer.from_pretrained(self.data.tokenizer_dir)
             folder = self.run.path / "tokenizer"
-            self.tokenizer.save_pretrained(folder)
+            replace_folder(folder, self.tokenizer.save_pretrained)
             files = sorted(path for path in folder.iterdir() if path.is_file())
             self.tokenizer_files = {f"tokenizer/{path.name}": path.read_bytes() for path in files}
         self.run.update_meta(
@@ -223,13 +225,10 @@ class Trainer:
         )
 
     def _say_head(self) -> None:
-        for line in [*opening_words(self), *self.start.notes, *(self.saver.clean() if self.run.writes else [])]:
+        kept = "\n".join(gather_texts("\n".join(self.run.notes), self.device)).split("\n")  # each rank's own files
+        cleaned = self.saver.clean() if self.run.writes else []
+        for line in filter(None, [*opening_words(self), *self.start.notes, *kept, *cleaned]):
             self.say(line)
-
-    def say(self, text: str) -> None:
-        """One line on the terminal, from rank 0."""
-        if self.ranks.rank == 0:
-            tqdm.write(text)
 
     def _validation_batches(self) -> Iterator[torch.Tensor]:
         """This data rank's share of the validation samples."""
@@ -244,16 +243,18 @@ class Trainer:
             f"The validation loss after step {step} is {loss}: the last update has destroyed the model, and the run "
             "stops. Lower optim.lr, lengthen train.warmup_steps or clip (optim.clip).",
         )
+        on_one_rank(self.run.writes, partial(self._require_folder, step), self.device)
         between_heads = {"eval_merge_bytes": sent} if self.mesh.size("lte") > 1 else {}
         self.run.log({"step": step, "val_loss": loss, "val_ppl": perplexity(loss), **between_heads})
         self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
-        self._monitor(step, {"val_loss": loss})
+        self.terminal.monitor(self.engine.ds.monitor, step, {"val_loss": loss})
         return loss
 
-    def _monitor(self, step: int, values: dict[str, float]) -> None:
-        """TensorBoard, W&B and CSV, as DeepSpeed's JSON asks."""
-        if self.engine.ds.monitor.enabled and self.ranks.rank == 0:
-            self.engine.ds.monitor.write_events([(f"Train/{key}", value, step) for key, value in values.items()])
+    def _require_folder(self, step: int) -> str:
+        final = f"the final model cannot be written to {self.run.path / 'final'}"
+        with in_folder(self.run.path):
+            self.run.require_there(final if step == self.last_step else "nothing can be saved")
+        return ""
 
     def _stop_unhealthy(self, step: int, result: StepResult, batches: list[torch.Tensor]) -> None:
         """Name the first layer that went bad, then stop every rank."""
@@ -281,9 +282,7 @@ class Trainer:
 
     def fit(self) -> Optional[float]:
         """Train, record, save, export; returns the final validation loss, or None if the run was asked to stop."""
-        bar: Optional[tqdm] = None
-        if self.ranks.rank == 0:
-            bar = tqdm(total=self.last_step, unit="step", disable=None, dynamic_ncols=True)
+        self.terminal.begin(self.last_step)
         if self.start.step == 0:
             self._evaluate_and_log(0)
         earlier = next((record["seconds"] for record in reversed(self.run.history) if "seconds" in record), 0.0)
@@ -291,19 +290,19 @@ class Trainer:
         start = time.perf_counter()
         try:
             for step in range(self.start.step, self.last_step):
-                if self._one_step(step, start, earlier, bar):
+                if self._one_step(step, start, earlier):
                     return None
         except UserError:  # on every rank alike: what was saved before stays saved
             self.saver.finish()
             raise
-        if bar is not None:
-            bar.close()
-        losses = [record["val_loss"] for record in self.run.history if "val_loss" in record]
+        self.terminal.end()
+        ends = (record for record in self.run.history if record["step"] == self.last_step)
+        losses = [record["val_loss"] for record in ends if "val_loss" in record]
         val_loss = losses[-1] if losses else self._evaluate_and_log(self.last_step)
         self._finish(val_loss)
         return val_loss
 
-    def _one_step(self, step: int, start: float, earlier: float, bar: Optional[tqdm]) -> bool:
+    def _one_step(self, step: int, start: float, earlier: float) -> bool:
         """Train, record, evaluate and save; returns whether the run stops here, as asked. This start has been training
         since `start`, those before it for `earlier` seconds."""
         if step == self.phases[-1].first and self.phase is not self.phases[-1]:
@@ -320,7 +319,9 @@ class Trainer:
         of_heads = zip(self.run.heads.values(), result.head_losses, result.head_norms, strict=False)
         for head, loss, norm in of_heads if self.phase is self.phases[-1] else ():
             head.log({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": result.lr})
-        self._show(record, bar)
+        self.terminal.show(record, self.last_step)
+        shown = {key: record[key] for key in ("loss", "lr", "grad_norm", "tokens_per_second")}
+        self.terminal.monitor(self.engine.ds.monitor, record["step"], shown)
         if self.config.train.check_interval and (step + 1) % self.config.train.check_interval == 0:
             self._check_replicas(step)
         last = step + 1 == self.last_step
@@ -365,7 +366,7 @@ class Trainer:
     def _stop(self, steps: int) -> None:
         """Asked to: leave a published checkpoint and say how to go on."""
         self.saver.finish()
-        self.run.close()
+        on_all_ranks(self._close_records, self.device)
         if self.run.writes:
             why = self.stop.asked or "another rank or train.stop_after_*"
             kept = [path.name for path in published(self.saver.folder)]
@@ -375,20 +376,9 @@ class Trainer:
             )
         dist.barrier()
 
-    def _show(self, record: dict[str, Any], bar: Optional[tqdm]) -> None:
-        """One readable line a step; on a terminal, a progress bar instead."""
-        if bar is None:
-            return
-        line = (
-            f"loss {record['loss']:.4f}  norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
-            f"{record['tokens_per_second']:,.0f} tok/s  switched {record['switched']}"
-        )
-        if bar.disable:
-            print(f"step {record['step']:>6}/{self.last_step}  {line}", flush=True)
-        else:
-            bar.set_postfix_str(line, refresh=False)
-            bar.update()
-        self._monitor(record["step"], {key: record[key] for key in ("loss", "lr", "grad_norm", "tokens_per_second")})
+    def _close_records(self) -> None:
+        with in_folder(self.run.path):
+            self.run.close()
 
     def _finish(self, val_loss: float) -> None:
         """Write the last checkpoint, the final model, the plot and the outcome."""

@@ -23,6 +23,7 @@ from typing import Any, Optional
 import yaml
 
 from megatron_switchlora.disk import replace_text, user_path
+from megatron_switchlora.figures import new_figure, save_figure
 from megatron_switchlora.train.run_folder import versions
 from tests.dist.launch import REPOSITORY, free_port
 from tests.system.cluster import Cluster
@@ -90,11 +91,7 @@ def summary(records: list[dict[str, Any]], target: float) -> dict[str, Any]:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.5))
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 4.5)
     axes = figure.subplots()
     for name, found in results["slow"].items():
         axes.plot([point[1] for point in found["curve"]], [point[2] for point in found["curve"]], label=name)
@@ -102,9 +99,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes.set(xlabel="seconds of training", ylabel="validation loss (nats a character)",
              title=f"Tiny Shakespeare on two hosts, {results['link']}/s between them", ylim=(None, 2.8))  # fmt: skip
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def main() -> None:

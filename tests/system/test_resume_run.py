@@ -193,16 +193,99 @@ def test_a_full_disk_keeps_the_run_and_the_last_checkpoint(place: Place, small_d
 
 
 @pytest.mark.full
-def test_a_vanished_folder_ends_the_run(place: Place) -> None:
-    process = place.start("alone", place.options("vanishing", *SAVING, "--train.steps", "100000"))
+@pytest.mark.parametrize("interval", ["4", "0"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_vanished_folder_ends_the_run(place: Place, interval: str, replaced: bool) -> None:
+    """Also when another one has its name by then, where all could be written; at the end or at a save before."""
+    name = f"vanishing{interval}{replaced}"
+    options = ["--checkpoint.interval", interval, "--train.steps", "600", "--train.eval_interval", "600"]
+    process = place.start("alone", place.options(name, *options))
     try:
         wait_for_steps(process)
-        (place.folder / "vanishing").rename(place.folder / "vanished")
-        output, _ = process.communicate(timeout=60)
+        (place.folder / name).rename(place.folder / f"{name} away")
+        if replaced:
+            (place.folder / name).mkdir()
+        output, _ = process.communicate(timeout=120)
     finally:
         end([process])
     assert process.returncode == 2 and "has vanished" in output, output
-    assert not (place.folder / "vanishing").exists()
+    assert replaced or not (place.folder / name).exists()
+    if interval == "0":
+        assert f"the final model cannot be written to {place.folder / name / 'final'} and the run stops" in output
+
+
+def unfinished(place: Place, name: str) -> Path:
+    """A copy of `whole` as if it had been killed before its export."""
+    run = place.folder / name
+    shutil.copytree(place.folder / "whole", run)
+    (run / "meta.json").write_text(json.dumps({**json.loads((run / "meta.json").read_text()), "finished": False}))
+    shutil.rmtree(run / "final")
+    return run
+
+
+def test_damaged_records_and_strays_cost_nothing_else(place: Place) -> None:
+    """A bad byte amid the records, lines of other types, and a stray in checkpoints/: told, set aside, gone on with, to
+    the same end."""
+    run = unfinished(place, "$5_b_$6")
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    bad = [b"\xff" + lines[3][1:], b'{"step": 7, "loss": "nan"}\n']
+    (run / "metrics.jsonl").write_bytes(b"".join([*lines[:3], *bad, *lines[4:]]))
+    (run / "checkpoints" / "step-00000099").mkdir()
+    statuses, output = place.run_pair(place.options(run.name, *SAVING))
+    assert statuses == [0, 0] and "step-00000099 was passed over" in output, output
+    assert output.count("metrics.jsonl: 2 damaged or repeated line(s) moved to metrics.dropped.jsonl\n") == 1
+    assert output.count("metrics.jsonl has no record of 1 of the 40 steps before\n") == 1
+    assert (run / "metrics.jsonl").read_bytes().splitlines(True) == [*lines[:3], *lines[4:]]
+    assert (run / "metrics.dropped.jsonl").read_bytes() == b"".join(bad)
+    ours, theirs = (load_file(place.folder / name / "final" / "model.safetensors") for name in (run.name, "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert json.loads((run / "meta.json").read_text())["finished"] and (run / "loss.png").exists()
+
+
+def test_a_run_without_its_records_ends_by_its_own_evaluation(place: Place) -> None:
+    run = unfinished(place, "unrecorded")
+    (run / "metrics.jsonl").unlink()
+    status, output = place.run("alone", place.options("unrecorded", *SAVING))
+    assert status == 0 and "metrics.jsonl was not there: it begins anew after step 40" in output, output
+    assert "Trained a LLaMA" in output and "warning" not in output
+    found, wanted = (json.loads((place.folder / name / "meta.json").read_text()) for name in (run.name, "whole"))
+    assert (found["val_loss"], found["steps"]) == (wanted["val_loss"], wanted["steps"])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("meta.json", b'{"data": [3]}', "meta.json is damaged: restore it"),
+        ("final/model.safetensors", b"\xff" * 50, "final cannot be read (Error while deserializing header"),
+    ],
+    ids=["metadata", "weights"],
+)
+def test_damage_is_told_at_evaluation(place: Place, file: str, content: bytes, message: str) -> None:
+    run = place.folder / "evaluated"
+    shutil.copytree(place.folder / "whole", run)
+    (run / file).write_bytes(content)
+    statuses, output = place.run_pair(["--evaluate_only", "--output_dir", str(run), "--train.device", "cpu"])
+    shutil.rmtree(run)
+    assert statuses == [2, 2] and output.count("error: ") == 1 and message in output, output
+
+
+def test_a_name_that_is_not_utf8_is_one_sentence(place: Place) -> None:
+    for words in (place.options("caf\udce9"), ["--resume", "caf\udce9"]):
+        status, output = place.run("alone", words)
+        assert status == 2 and "on the command line is not UTF-8: give" in output and output.count("\n") == 1, output
+    for tool, words in (("analyze", ["caf\udce9"]), ("convert_hf", ["export", "whole", "caf\udce9"])):
+        status, output = place.script(f"tools/{tool}.py", *words)
+        assert status == 2 and "on the command line is not UTF-8: give" in output and output.count("\n") == 1, output
+
+
+def test_too_few_open_files_are_told(place: Place) -> None:
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -n 40; exec "$@"', "bash", *place.command("alone", place.options("few"))],
+        env=place.env, cwd=place.folder, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1, done.stderr
+    assert "A process may open 40 files here, a rank needs at least 64" in done.stderr
+    assert not (place.folder / "few").exists()
 
 
 def convert(place: Place, *words: str) -> tuple[int, str]:

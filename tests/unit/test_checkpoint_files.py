@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
-from dataclasses import replace
+import os
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from megatron_switchlora.checkpoint.archive import Archive, write_parts
@@ -20,10 +25,14 @@ from megatron_switchlora.checkpoint.files import (
     prune,
     publish,
     published,
+    replace_folder,
+    seal,
+    strays,
     verified,
     write_manifest,
 )
-from megatron_switchlora.config import UserError
+from megatron_switchlora.config import RunConfig, UserError
+from megatron_switchlora.model.weights import stored_config
 from megatron_switchlora.parallel.parts import Part, flat_parts, parameter_part, shard_part
 from megatron_switchlora.parallel.shard import Axis, Split, declare
 
@@ -143,8 +152,10 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"is damaged: manifest.json .* Restore it, or move it away"):
             open_checkpoint(path)
     manifest.unlink()
-    with pytest.raises(UserError, match=r"is not a checkpoint: it has no manifest.json"):
+    with pytest.raises(UserError, match=r"is damaged: it has lost its manifest.json"):
         open_checkpoint(path)
+    with pytest.raises(UserError, match=r"is not a checkpoint: it has no manifest.json"):
+        open_checkpoint(tmp_path)
 
 
 def test_newer_formats_and_unfinished_saves_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,3 +198,145 @@ def test_a_manifest_that_reaches_outside_or_lies_about_its_step_is_refused(tmp_p
         write_manifest(path, 8, names)
         with pytest.raises(UserError, match=message):
             open_checkpoint(path)
+
+
+SHA = "0" * 64
+FILE = {"size": 2, "sha256": SHA}
+ODD_MANIFESTS = [
+    [], "x", None, {"format": "1", "step": 8, "files": {}}, {"format": 1, "step": "8", "files": {"state.json": FILE}},
+    {"format": 1, "step": -8, "files": {"state.json": FILE}}, {"format": 1, "step": 8, "files": ["state.json"]},
+    {"format": 1, "step": 8, "files": {"state.json": [2, SHA]}}, {"format": 1, "step": 8},
+    {"format": 1, "step": 8, "files": {"state.json": {"size": "2", "sha256": SHA}}},
+    {"format": 1, "step": 8, "files": {"state.json": {"size": 2, "sha256": 5}}},
+    {"format": 1, "step": 8, "files": {"state.json": {"size": 2, "sha256": "../x"}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ODD_MANIFESTS, ids=str)
+def test_a_manifest_of_other_types_with_the_right_digest_is_refused(tmp_path: Path, content: Any) -> None:
+    path = make_checkpoint(tmp_path, 8)
+    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps({"content": content, "sha256": own}))
+    with pytest.raises(UserError, match=r"is damaged: manifest.json .* Restore it, or move it away"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a\0b"])
+def test_a_manifest_that_reaches_outside_is_refused(tmp_path: Path, name: str) -> None:
+    path = make_checkpoint(tmp_path, 8)
+    write_manifest(path, 8, {**open_checkpoint(path).files, name: FILE})
+    with pytest.raises(UserError, match="its manifest names"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"content": ' + "[" * 100_000, "{" * 9, "\udce9", "1" * 9999])
+def test_json_of_any_kind_is_one_sentence(tmp_path: Path, text: str) -> None:
+    path = make_checkpoint(tmp_path, 8)
+    (path / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=r"is damaged: manifest.json cannot be read"):
+        open_checkpoint(path)
+
+
+ODD_STATES = ["[]", "3", '{"step": "8"}', '{"config": []}', '{"vocab_size": null}', '{"data": 3}', "[" * 100_000, "{"]
+ODD_CONFIGS = [
+    None, {"model": 3}, {"model": {"num_layers": "2"}}, {"method": {"rank": 2.5}}, {"method": {"ga": {"gamma": []}}},
+    {"optim": {"lr": None}}, {"checkpoint": {"allow_changes": [3]}}, {"train": {"precision": "fp8"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [*ODD_STATES, *(json.dumps({"config": config}) for config in ODD_CONFIGS)])
+def test_a_state_of_other_types_is_refused(tmp_path: Path, text: str) -> None:
+    path = make_checkpoint(tmp_path, 8)
+    (path / "state.json").write_text(text)
+    seal(path, 8)
+    with pytest.raises(UserError, match=r"step-00000008 is damaged: state.json .* Restore it, or move it away"):
+        stored_config(open_checkpoint(path))
+
+
+def test_what_this_version_writes_has_its_own_types(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, 8)
+    for config in (asdict(RunConfig()), {"model": {}, "unknown": 3, "train": {"of_a_later_version": []}}):
+        (path / "state.json").write_text(json.dumps({"config": config}))
+        seal(path, 8)
+        assert stored_config(open_checkpoint(path)) == config
+
+
+ODD_BOXES = [
+    [], 3, {"w": 3}, {"w": ["w", [2], [0], 1]}, {"w": [["w"], [2], [0]]}, {"w": ["w", "22", [0]]},
+    {"v": ["w", [2], [0]]}, {"w": ["w", [2], [1]]}, {"w": ["w", [2.0], [0]]}, {"w": ["w", [2, 2], [0, 0]]},
+    {"w": ["w", [2], [-1]]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("boxes", ODD_BOXES, ids=str)
+def test_a_file_whose_index_is_not_ours_is_refused(tmp_path: Path, boxes: Any) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors", metadata={"boxes": json.dumps(boxes)})
+    with pytest.raises(UserError, match=r"The index in .*a\.safetensors is not valid"):
+        Archive([tmp_path / "a.safetensors"])
+
+
+def test_no_memory_is_taken_for_what_a_file_only_claims(tmp_path: Path) -> None:
+    huge = [1 << 40, 1 << 20]
+    index = json.dumps({"w": ["w", huge, [0, 0]]})
+    save_file({"w": torch.ones(2, 2)}, tmp_path / "a.safetensors", metadata={"boxes": index})
+    with pytest.raises(UserError, match="do not hold all of w"):
+        Archive([tmp_path / "a.safetensors"]).read("w")
+
+
+def test_what_cannot_be_read_is_a_fault_with_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_checkpoint(tmp_path, 8)
+    checkpoint = open_checkpoint(path)
+
+    def fail(*args: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("megatron_switchlora.checkpoint.files.digest", fail)
+    assert checkpoint.faults(["state.json"]) == ["state.json cannot be read (Input/output error)"]
+    monkeypatch.setattr(Path, "iterdir", fail)
+    with pytest.raises(UserError, match=r"cannot be read \(Input/output error\)"):
+        published(tmp_path)
+
+
+def test_what_is_only_named_like_a_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 8)
+    (tmp_path / "step-00000009").touch()
+    (tmp_path / "step-00000010").mkdir()
+    (tmp_path / "step-00000011" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "step-00000012").symlink_to(tmp_path / "nowhere")
+    for name in ("step-0000000000013", "step-٠٠٠٠٠٠١٤", "step-99999999999999999999", "step-15", "step-caf\udce9"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").touch()
+    assert [path.name for path in published(tmp_path)] == ["step-00000008"]
+    assert len(strays(tmp_path)) == 9
+    (tmp_path / "step-00000011" / "tensors-00000.safetensors").touch()  # of one that has lost its manifest
+    assert published(tmp_path)[-1].name == "step-00000011"
+    with pytest.raises(UserError, match=r"lost its manifest\.json.*move it away to go on from step-00000008"):
+        open_checkpoint(published(tmp_path)[-1])
+
+
+def test_a_folder_is_replaced_whole_and_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`final/` and `tokenizer/`: what is in them is durable before they have their name."""
+    target, theirs = tmp_path / "final", tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "a").write_text("private")
+    target.symlink_to(theirs)
+    synced: list[str] = []
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        real(handle)
+
+    def fill(folder: Path) -> None:
+        (folder / "sub").mkdir()
+        for name in ("a", "sub/b"):
+            (folder / name).write_text("new")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    replace_folder(target, fill)
+    assert {Path(name).name for name in synced[:-2]} == {"a", "sub", "b"} and synced[-1] == str(tmp_path)
+    assert synced[-2].startswith(f"{tmp_path}/.final.")
+    assert (target / "sub" / "b").read_text() == "new" and (theirs / "a").read_text() == "private"
+    with pytest.raises(OSError, match="full"):
+        replace_folder(target, lambda folder: (_ for _ in ()).throw(OSError("full")))
+    assert (target / "a").read_text() == "new" and {path.name for path in tmp_path.iterdir()} == {"final", "theirs"}

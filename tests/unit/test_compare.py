@@ -363,3 +363,25 @@ def test_shipped_settings_are_accepted(tool: ModuleType, path: Path) -> None:
             name
         )
     assert len(setting.methods) >= (2 if path.stem.endswith(("_seeds", "_long")) else 8)
+
+
+def test_results_of_other_types_are_refused(tool: ModuleType, tmp_path: Path) -> None:
+    content = start(tool, tmp_path, sweep="none", seeds=1, best={"methods": 0})
+    key, run = next(iter(content["runs"].items()))
+    odd = [("val_loss", "low"), ("curve", [[1, 2]]), ("curve", {}), ("machine", []), ("machine", {}), ("lr", None)]
+    for change in odd:
+        (tmp_path / "out.json").write_text(json.dumps({**content, "runs": {key: {**run, **dict([change])}}}))
+        with pytest.raises(UserError, match="does not hold results of this tool"):
+            start(tool, tmp_path, "--report")
+
+
+@pytest.mark.parametrize(("name", "content"), [("meta.json", "{}"), ("metrics.jsonl", '{"step": 1, "loss": 1.0}\n')])
+def test_the_numbers_of_a_damaged_run_are_not_taken(tmp_path: Path, tool: ModuleType, name: str, content: str) -> None:
+    """Of a run that was found finished, by the name of its folder."""
+    start(tool, tmp_path, sweep="none", seeds=1, best={"methods": 0})
+    (folder, *_) = (path for path in (tmp_path / "work").iterdir() if path.is_dir())
+    (folder / name).write_text(content)
+    from compare_runs import read_run  # type: ignore[import-not-found]
+
+    with pytest.raises(UserError, match="is damaged, so the run's numbers are lost: move the folder away"):
+        read_run(folder, diverged=False)

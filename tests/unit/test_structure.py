@@ -15,12 +15,13 @@ ALLOWED = {
     "method_config": set(),
     "config": {"method_config"},
     "disk": set(),
+    "figures": {"disk"},
     "rules_model": {"config"},
     "rules_data": {"rules_model", "config"},
     "yaml_text": set(),
     "field_checks": {"yaml_text", "disk", "config"},
     "rules": {"rules_model", "rules_data", "field_checks", "config"},
-    "parallel": {"config"},
+    "parallel": {"disk", "config"},
     "checkpoint": {"parallel", "disk", "config"},
     "lowrank": {"parallel", "config"},
     "optim": {"parallel", "config"},
@@ -29,7 +30,7 @@ ALLOWED = {
     "methods": {"lowrank", "optim", "model", "checkpoint", "parallel", "config"},
     "train": {
         "methods", "lowrank", "optim", "model", "data", "checkpoint", "parallel", "rules", "field_checks", "yaml_text",
-        "disk", "config",
+        "figures", "disk", "config",
     },
 }  # fmt: skip
 
