@@ -205,6 +205,9 @@ class ParallelConfig:
     """Tensor-parallel ranks, the innermost axis. Heads and key/value heads must divide; other sizes are padded."""
     start_timeout: float = 300.0
     """Seconds that ranks wait for one another at the start."""
+    timeout: float = 300.0
+    """Seconds, at least 1, after which a rank that is stopped, gone or not coming to a collective is named with its
+    host, and all ranks end. What one rank does alone (data, checkpoints, export) may take longer while it lives."""
 
 
 @dataclass

@@ -369,8 +369,9 @@ def _validate_switching_heads(config: RunConfig) -> None:
 
 
 def _validate_parallel(config: RunConfig) -> None:
-    m, tp = config.model, config.parallel.tp
+    m, tp, seconds = config.model, config.parallel.tp, config.parallel.timeout
     require(tp >= 1, f"parallel.tp must be at least 1, not {tp}.")
+    require(1 <= seconds <= 1e6, f"parallel.timeout must be from 1 to 1e6 seconds, not {seconds}: 300 suits most.")
     for name, count in (("num_heads", m.num_heads), ("num_kv_heads", m.kv_heads)):
         require(
             count % tp == 0,

@@ -85,26 +85,30 @@ def meet(env: Mapping[str, str], ranks: Ranks, same: dict[str, Any], timeout_s: 
     return PrefixStore("groups", store)
 
 
-def tell(env: MutableMapping[str, str], error: UserError | PeerError) -> None:
+def tell(env: MutableMapping[str, str], error: UserError | PeerError) -> bool:
     """Print why this start ends: once, by rank 0, but for what only another rank knows. Launchers end all ranks when
-    one has ended, so the others return when rank 0 has spoken."""
+    one has ended, so the others return when rank 0 has spoken. Returns whether it was said here, or rank 0 has heard
+    of it from here."""
     met = dist.is_initialized() or isinstance(error, (Verdict, RankError, PeerError))
     if is_first(env):
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        if not met and env.get("RANK") == "0" and _by_agent(env):
+        if not met and env.get("RANK") == "0" and by_agent(env):
             with contextlib.suppress(UserError):
                 report(env, discover_ranks(env), str(error))
-        return
+        return True
+    heard = False
     with contextlib.suppress(KeyboardInterrupt):  # the launcher's signal: rank 0 has spoken
         if isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
+            heard = True
         elif not met:
-            _tell_rank_0(env, str(error))
+            heard = _tell_rank_0(env, str(error))
         time.sleep(1.0)
+    return heard
 
 
-def _tell_rank_0(env: MutableMapping[str, str], problem: str) -> None:
+def _tell_rank_0(env: MutableMapping[str, str], problem: str) -> bool:
     """Before the ranks have met a rank may see what rank 0 does not: a file that its host lacks."""
     try:
         ranks = discover_ranks(env)
@@ -112,11 +116,12 @@ def _tell_rank_0(env: MutableMapping[str, str], problem: str) -> None:
     except UserError:  # it cannot even find the others, who may see nothing wrong: once a host
         if is_first_here(env):
             print(f"error: on {own_host(env)}: {problem}", file=sys.stderr, flush=True)
-        return
+        return False
     told = report(env, ranks, problem)
     if not told and ranks.local_size < ranks.world_size and ranks.local_rank == 0:
         # Rank 0 said the same, or is too far behind to be told: better twice than never.
         print(f"error: rank {ranks.rank}, on {own_host(env)}: {problem}", file=sys.stderr, flush=True)
+    return told
 
 
 def report(env: Mapping[str, str], ranks: Ranks, problem: str, timeout_s: float = 5, patience_s: float = 120) -> bool:
@@ -143,14 +148,15 @@ def _key(rank: int) -> str:
     return f"here/{rank}"
 
 
-def _by_agent(env: Mapping[str, str]) -> bool:
+def by_agent(env: Mapping[str, str]) -> bool:
+    """Whether torchrun's agent, which outlives its ranks, keeps the store."""
     return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _open_store(env: Mapping[str, str], ranks: Ranks, timeout_s: float) -> Store:
     """Rank 0 serves, but under torchrun, whose agent does."""
     host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    serves = ranks.rank == 0 and not _by_agent(env)
+    serves = ranks.rank == 0 and not by_agent(env)
     try:
         store = _connect(host, port, ranks.world_size, serves, timeout_s)
     except (DistError, RuntimeError) as error:

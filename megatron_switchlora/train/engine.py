@@ -63,9 +63,9 @@ class StepResult:
     """How many ranks voted yes, for each of the questions given to `train_step`."""
 
 
-def start_distributed(device: torch.device, timeout_s: float = 1800.0, store: Optional[dist.Store] = None) -> None:
+def start_distributed(device: torch.device, timeout_s: float = 300.0, store: Optional[dist.Store] = None) -> None:
     """Initialise DeepSpeed's and torch's communication from the launcher's environment, through the store in which its
-    ranks have met, where they have."""
+    ranks have met, where they have. A process alone listens to nobody."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     complete_environment(os.environ)
@@ -73,8 +73,11 @@ def start_distributed(device: torch.device, timeout_s: float = 1800.0, store: Op
         # It would be compiled at the first start, for a minute, and a killed build blocks every later one.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world == 1:
+        store = dist.HashStore()
+        os.environ |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
     if store is not None:
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         bound = device if device.type == "cuda" else None  # as DeepSpeed would
         store.set_timeout(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=bound)
@@ -90,10 +93,11 @@ def communication_log() -> dict[str, int]:
     return found
 
 
-def stop_distributed() -> None:
-    """Leave the process groups."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def limit_waiting(timeout_s: float) -> None:
+    """Give the time-out to all groups: those that DeepSpeed makes take torch's default, half an hour under gloo."""
+    for group in dist.distributed_c10d._world.pg_map:
+        if isinstance(group, dist.ProcessGroup):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 class Engine:
@@ -116,6 +120,7 @@ class Engine:
         self.ds, *_ = deepspeed.initialize(
             model=model.to(device), optimizer=self.optimizer, config=ds_config, mpu=mesh, dist_init_required=False
         )
+        limit_waiting(config.parallel.timeout)
         self.model: LlamaForCausalLM = self.ds.module
         self.optimizer.attach(deepspeed_layout(self.ds.optimizer, self.params))
         if config.method.heads_here > 1:
