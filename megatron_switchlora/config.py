@@ -123,7 +123,8 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU for every local rank; the CPU where none is seen."""
     threads: int = 0
-    """CPU threads of a rank; 0 divides the cores by the local ranks."""
+    """CPU threads of a rank; 0: as OMP_NUM_THREADS or MKL_NUM_THREADS says (torchrun sets OMP_NUM_THREADS to 1 for
+    several ranks of a host where it is not set), else the host's usable cores divided by its ranks."""
     check_interval: int = 100
     """Steps between checks that replicated tensors are still equal on all ranks that hold them; 0 switches them off."""
     init_from: Optional[str] = None

@@ -7,13 +7,43 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
+import tempfile
+from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Optional
 
 
 def user_path(text: str) -> Path:
-    """A path that a user has typed, with ~ expanded. The shell does not expand it in --option=~/x or in a file."""
-    return Path(text).expanduser()
+    """A path that a user has typed, with ~ expanded. The shell does not expand it in --option=~/x or in a file.
+
+    Raises:
+        ValueError: nobody is known by that name here.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{text} begins with a home folder that is not known here: write the path in full") from None
+
+
+def settle_home(env: MutableMapping[str, str]) -> Optional[str]:
+    """Where there is no home folder, as in containers with arbitrary user ids (some call it /), name one for the caches of
+    all libraries, before they are imported; returns what to say of it.
+
+    Raises:
+        ValueError: somebody else has taken its place.
+    """
+    home = os.path.expanduser("~")
+    existing = next((path for path in (Path(home), *Path(home).parents) if path.is_dir()), Path("/"))
+    if home != "~" and ((home != "/" and str(existing) == home) or os.access(existing, os.W_OK)):
+        return None
+    place = Path(tempfile.gettempdir()) / f"megatron_switchlora-{os.getuid()}"
+    place.mkdir(mode=0o700, exist_ok=True)
+    found = place.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise ValueError(f"{place} belongs to somebody else: set HOME to a folder of your own")
+    env["HOME"] = str(place)
+    return f"there is no home folder (HOME): caches are kept in {place}; set HOME to choose another"
 
 
 def read_json(path: Path) -> Any:

@@ -10,6 +10,7 @@ its host lacks) can still tell why (`report`). Nothing is pickled.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import socket
 import sys
@@ -27,7 +28,7 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from megatron_switchlora.config import UserError
 from megatron_switchlora.parallel.agree import PeerError
 from megatron_switchlora.parallel.launchers import expected_hosts, is_first, is_first_here, own_host
-from megatron_switchlora.parallel.ranks import RankError, Ranks, complete_environment, discover_ranks
+from megatron_switchlora.parallel.ranks import RankError, Ranks, complete_environment, discover_ranks, meets_on_loopback
 
 
 class Verdict(UserError):
@@ -183,10 +184,12 @@ def _connect(host: str, port: int, world: int, serves: bool, timeout_s: float) -
 
     def connect() -> None:
         try:
-            outcome.append(TCPStore(host, port, world, serves, timedelta(seconds=timeout_s), wait_for_workers=False))
+            limit = timedelta(seconds=timeout_s)
+            outcome.append(TCPStore(host, port, world, serves, limit, wait_for_workers=False, master_listen_fd=ours))
         except Exception as error:
             outcome.append(error)
 
+    ours = _listen(port) if serves and meets_on_loopback({"MASTER_ADDR": host}) else None
     if not serves:
         _wait_for_listener(host, port, deadline)
     Thread(target=connect, daemon=True).start()
@@ -196,6 +199,18 @@ def _connect(host: str, port: int, world: int, serves: bool, timeout_s: float) -
     if isinstance(found, Exception):
         raise found
     return found
+
+
+def _listen(port: int) -> int:
+    """A socket within this host, whose owner is whoever gets it; torch's own would listen on every interface."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise DistError(f"{errno.errorcode.get(error.errno or 0)}: {error.strerror}") from None
+        listener.listen(2048)
+        return listener.detach()
 
 
 def _wait_for_listener(host: str, port: int, deadline: float) -> None:

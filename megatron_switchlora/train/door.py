@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_switchlora.config import UserError
+from megatron_switchlora.disk import settle_home
 from megatron_switchlora.parallel.agree import PeerError
 from megatron_switchlora.parallel.launchers import is_first, own_host
 from megatron_switchlora.parallel.ranks import RankError, Ranks, end_rank
@@ -62,6 +63,7 @@ def the_door() -> Iterator[Door]:
     """What is done inside may raise anything but SystemExit: then this process ends here."""
     door = Door()
     try:
+        settle(is_first(os.environ))
         yield door
     except SystemExit:
         raise
@@ -75,6 +77,16 @@ def the_door() -> Iterator[Door]:
         with contextlib.suppress(KeyboardInterrupt):  # launchers signal all ranks once one has ended
             status = leave(door.watch, error)
         end_rank(status)
+
+
+def settle(first: bool) -> None:
+    """Raises: UserError, if there is no home folder and none can be made."""
+    try:
+        said = settle_home(os.environ)
+    except (OSError, ValueError) as error:
+        raise UserError(f"There is no home folder, and none can be made: {error}.") from None
+    if said and first:
+        print(f"warning: {said}.", flush=True)
 
 
 def leave(watch: Optional[Watch], error: BaseException) -> int:

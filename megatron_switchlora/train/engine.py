@@ -15,8 +15,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Optional
@@ -33,7 +34,7 @@ from megatron_switchlora.optim.head_clip import HeadClip
 from megatron_switchlora.optim.layout import deepspeed_layout, partition_gradients
 from megatron_switchlora.parallel.agree import gather_texts
 from megatron_switchlora.parallel.mesh import Mesh
-from megatron_switchlora.parallel.ranks import complete_environment
+from megatron_switchlora.parallel.ranks import complete_environment, meets_on_loopback
 from megatron_switchlora.parallel.shard import Axis, is_split
 from megatron_switchlora.train.comm import CommRecorder
 from megatron_switchlora.train.integrity import differing
@@ -76,12 +77,19 @@ def start_distributed(device: torch.device, timeout_s: float = 300.0, store: Opt
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world == 1:
         store = dist.HashStore()
-        os.environ |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
+    keep_within_host(os.environ, world)
     if store is not None:
         bound = device if device.type == "cuda" else None  # as DeepSpeed would
         store.set_timeout(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=bound)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def keep_within_host(env: MutableMapping[str, str], world: int) -> None:
+    """Let nobody outside reach the ports of ranks that meet within this host, unless an interface is named."""
+    if meets_on_loopback(env) and "lo" in [name for _, name in socket.if_nameindex()]:
+        for name in ("GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if world == 1 else [])):
+            env.setdefault(name, "lo")
 
 
 def communication_log() -> dict[str, int]:
