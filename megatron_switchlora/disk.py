@@ -27,8 +27,8 @@ def user_path(text: str) -> Path:
 
 
 def settle_home(env: MutableMapping[str, str]) -> Optional[str]:
-    """Where there is no home folder, as in containers with arbitrary user ids (some call it /), name one for the caches of
-    all libraries, before they are imported; returns what to say of it.
+    """Where there is no home folder, as in containers with arbitrary user ids (some call it /), name one for the caches
+    of all libraries, before they are imported; returns what to say of it.
 
     Raises:
         ValueError: somebody else has taken its place.

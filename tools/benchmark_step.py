@@ -38,6 +38,7 @@ from megatron_switchlora.parallel.linear import ColumnParallelLinear
 from megatron_switchlora.parallel.ranks import discover_ranks, end_rank
 from megatron_switchlora.parallel.shard import Axis
 from megatron_switchlora.train.device import choose_device
+from megatron_switchlora.train.door import Door, the_door
 from megatron_switchlora.train.run_folder import versions
 
 if TYPE_CHECKING:
@@ -247,25 +248,14 @@ def policies(options: argparse.Namespace, precision: str, device: torch.device) 
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--hidden_size", type=int, default=1024)
-    parser.add_argument("--intermediate_size", type=int, default=2736)
-    parser.add_argument("--num_layers", type=int, default=1)
-    parser.add_argument("--vocab_size", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--divisors", type=int, nargs="+", default=[4, 8, 16], help="of the hidden size, giving ranks")
-    parser.add_argument("--device", default="auto")
-    options = parser.parse_args()
+def run(options: argparse.Namespace, door: Door) -> None:
+    """Measure on the launcher's ranks; rank 0 writes the result."""
     ranks = discover_ranks(os.environ)
     device = choose_device(options.device, ranks, 0)
     from megatron_switchlora.train.engine import start_distributed
 
     start_distributed(device)
+    door.watch_others(ranks, 300)
     result: dict[str, Any] = {
         "setting": {key: value for key, value in vars(options).items() if key != "out"},
         "machine": {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(),
@@ -281,7 +271,25 @@ def main() -> None:
             }
     if ranks.rank == 0:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    end_rank(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--hidden_size", type=int, default=1024)
+    parser.add_argument("--intermediate_size", type=int, default=2736)
+    parser.add_argument("--num_layers", type=int, default=1)
+    parser.add_argument("--vocab_size", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--divisors", type=int, nargs="+", default=[4, 8, 16], help="of the hidden size, giving ranks")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    with the_door() as door:
+        run(options, door)
+        end_rank(0)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from compare_setting import ROOT, Point, Setting, read_setting, validate_points
 from compare_timing import time_methods
 
 from megatron_switchlora.config import UserError, require
+from megatron_switchlora.train.door import settle
 from megatron_switchlora.train.stop import REQUEUE
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -161,6 +162,7 @@ def main() -> None:
     for number in STOPS:
         signal.signal(number, leave)
     try:
+        settle(first=True)
         act(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

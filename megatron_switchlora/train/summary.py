@@ -28,8 +28,8 @@ def opening_words(trainer: Trainer) -> list[str]:
         f"{config.method.name}: {counts.trainable / 1e6:.2f} M of {counts.full_total / 1e6:.2f} M parameters train"
         f"{heads} ({counts.trainable / counts.full_total:.1%}); mesh {mesh} on "
         f"{trainer.device.type}, CPU threads of a rank {torch.get_num_threads()} (by {source}); "
-        f"{len(trainer.train_store)} training and {len(trainer.val_store)} validation samples of {config.train.seq_len} tokens; a unigram model reaches "
-        f"perplexity {trainer.data.unigram_val_ppl:.1f}"
+        f"{len(trainer.train_store)} training and {len(trainer.val_store)} validation samples of "
+        f"{config.train.seq_len} tokens; a unigram model reaches perplexity {trainer.data.unigram_val_ppl:.1f}"
     ]
     if config.method.base == "nf4":
         by = "bitsandbytes" if bitsandbytes_works(trainer.device) else "plain torch, much slower than bitsandbytes"
