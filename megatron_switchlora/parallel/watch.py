@@ -220,7 +220,7 @@ class Watch:
 
     def _count(self) -> None:
         """Turns without an answer, or since it is known why a rank ends, in a thread that nothing can hold up."""
-        seen, turns, grace = -1, 0, GRACE_S / self.turn_s
+        seen, turns, grace = -1, 0, min(GRACE_S, self.timeout_s) / self.turn_s
         while not self._stopped.wait(self.turn_s):
             ending = self.ending
             turns = turns + 1 if ending is not None or self._exchanges == seen else 0

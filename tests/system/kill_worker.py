@@ -1,5 +1,5 @@
 """launch/pretrain.py in a process that does something to itself at a chosen point, the count-th arrival there:
-KILL_AT="point:count". KILL_BY says what: a signal, by default SIGKILL, or an error that it raises.
+KILL_AT="point:count". KILL_BY says what: a signal, by default SIGKILL, a sleep, or an error that it raises.
 
 Points lie in the data, the switch, the optimizer step, the evaluation and the record, and before, between and after all
 that a save does.
@@ -11,6 +11,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 from typing import Any
 
 from megatron_switchlora.config import UserError
@@ -40,6 +41,8 @@ RANK_0_ONLY = {"between files", "publish", "manifest", "prune", "delete", "reope
 def strike(what: str) -> None:
     if what.startswith("SIG"):
         os.kill(os.getpid(), signal.Signals[what])
+    elif what.startswith("sleep "):
+        time.sleep(float(what.split()[1]))
     else:
         raise {
             "TypeError": TypeError("struck"),

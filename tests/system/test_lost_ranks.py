@@ -19,11 +19,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("lost"))
 
 
-def struck(place: Place, run: str, rank: int, by: str, at: str) -> tuple[list[Optional[int]], list[str]]:
+def struck(
+    place: Place, run: str, rank: int, by: str, at: str, timeout: float = 4
+) -> tuple[list[Optional[int]], list[str]]:
     """Two ranks of which one is struck: exit statuses (None: still there when the other has ended) and outputs."""
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     world |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    words = place.options(run, "--parallel.timeout", "5", "--checkpoint.interval", "4")
+    words = place.options(run, "--parallel.timeout", str(timeout), "--checkpoint.interval", "4")
     outputs = [place.folder / f"{run}-{number}.txt" for number in range(2)]
     ranks: list[Any] = []
     try:
@@ -74,3 +76,16 @@ def test_a_failing_rank_says_why_and_the_other_ends(
         assert output.count("Traceback") == (by == "TypeError" and expected is not None), output
         assert output.count("error: ") == (expected is not None and by != "TypeError"), output
         assert expected is None or output.count(expected) == 1, output
+
+
+def test_a_rank_that_lives_and_does_not_come_is_named_with_its_place(place: Place) -> None:
+    statuses, outputs = struck(place, "late", 1, "sleep 60", "data:3")
+    assert statuses == [2, 2], (statuses, outputs)
+    told = f"did not come: rank 1 (on {HOST}) is at system/kill_worker.py:"
+    assert outputs[0].count("error: Rank 0, on") == outputs[0].count(told) == 1, outputs
+    assert "in strike" in outputs[0] and "error" not in outputs[1], outputs
+
+
+def test_what_one_rank_does_alone_may_take_longer_than_the_time_out(place: Place) -> None:
+    statuses, outputs = struck(place, "alone", 0, "sleep 6", "publish:1")
+    assert statuses == [0, 0], (statuses, outputs)
