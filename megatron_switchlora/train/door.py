@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -158,7 +159,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory(error: BaseException) -> str:
     """What to lower."""
-    cuda = isinstance(error, torch.OutOfMemoryError) or "CU" in str(error)
+    cuda = isinstance(error, torch.OutOfMemoryError) or re.search("CUDA|CUBLAS|CUSOLVER|NCCL", str(error))
     return (
         f"{this_rank()} {OUT_OF_MEMORY} {'GPU' if cuda else 'host'} memory ({first_line(error)}): lower "
         "train.micro_batch_size, set train.activation_checkpointing true or method.merged_cache recompute, or raise "

@@ -17,9 +17,8 @@ from megatron_switchlora.parallel.agree import PeerError
 from megatron_switchlora.train.door import the_door
 from megatron_switchlora.train.stop import Stopped
 
-ALLOCATOR = (
-    "[enforce fail at alloc_cpu.cpp:116] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
-)
+ALLOCATOR = "[enforce fail at alloc_cpu.cpp:116] DefaultCPUAllocator: can't allocate memory"
+HOST_MEMORY, GPU_MEMORY, NO_EXCHANGE = "ran out of host memory (", "ran out of GPU memory (", "could not exchange data"
 
 
 @pytest.mark.parametrize(
@@ -27,14 +26,14 @@ ALLOCATOR = (
     [
         (UserError("give another"), 2, "error: give another"),
         (PeerError("somebody has said it"), 2, ""),
-        (MemoryError(), 2, "ran out of host memory (MemoryError): lower train.micro_batch_size, set train.activation_c"),
-        (RuntimeError(ALLOCATOR), 2, "ran out of host memory ([enforce fail"),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "ran out of host memory"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), 2, "ran out of GPU memory (CUDA"),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), 2, "ran out of GPU memory"),
-        (dist.DistBackendError("NCCL error in x.cpp:1\nmore"), 2, "could not exchange data .* .NCCL error in x.cpp:1.\\."),
-        (RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed"), 2, "could not exchange data"),
-        (TypeError("odd"), 1, "Traceback (.|\n)*TypeError: odd"),
+        (MemoryError(), 2, f"{HOST_MEMORY}MemoryError): lower train.micro_batch_size"),
+        (RuntimeError(ALLOCATOR), 2, f"{HOST_MEMORY}[enforce fail"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, HOST_MEMORY),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), 2, f"{GPU_MEMORY}CUDA"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), 2, GPU_MEMORY),
+        (dist.DistBackendError("NCCL error in x.cpp:1\nmore"), 2, "with the other ranks (NCCL error in x.cpp:1)."),
+        (RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed"), 2, NO_EXCHANGE),
+        (TypeError("odd"), 1, "TypeError: odd"),
         (KeyboardInterrupt(), 1, "KeyboardInterrupt"),
         (Stopped("SIGTERM"), 75, "stopped by SIGTERM"),
         (Stopped("SIGINT"), 130, "stopped by SIGINT"),
@@ -52,10 +51,8 @@ def test_what_is_said_and_the_status(
         raise error
     said = capsys.readouterr().err
     assert left.value.code == status
-    import re
-
-    assert re.search(words.replace("(MemoryError)", r"\(MemoryError\)").replace("([", r"\(\["), said), said
-    assert ("Traceback" in said) == (status == 1) and said.count("error: ") <= 1
+    assert words in said and ("Traceback" in said) == (status == 1), said
+    assert len(said.splitlines()) <= 2 or status == 1, said
 
 
 @pytest.mark.parametrize("home", [None, "/", "/nowhere/x"])
