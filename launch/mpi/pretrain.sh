@@ -22,7 +22,7 @@ fi
 hosts=$1 each=$2
 shift 2
 if [ -f "$hosts" ]; then  # a scheduler's file may name a host once a slot
-  hosts="$(sed 's/[#\r].*//; s/:[0-9]*[[:space:]]*$//' "$hosts" | awk 'NF && !seen[$1]++ { printf "%s%s", comma, $1; comma = "," }')"
+  hosts="$(sed -E 's/[#\r].*//; s/^([^:]+):[0-9]+([[:space:]].*)?$/\1/' "$hosts" | awk 'NF && !seen[$1]++ { printf "%s%s", comma, $1; comma = "," }')"
 fi
 [ -n "$hosts" ] || { echo "error: no hosts are named." >&2; exit 2; }
 [[ "$hosts" != */* ]] || { echo "error: there is no file $hosts, and no host has such a name." >&2; exit 2; }
