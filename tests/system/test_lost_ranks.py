@@ -45,7 +45,14 @@ def struck(
     return statuses, [output.read_text(errors="replace") for output in outputs]
 
 
-@pytest.mark.parametrize(("rank", "at"), [(1, "step:3"), (0, "step:3"), (1, "evaluate:2"), (0, "write:1")])
+@pytest.mark.parametrize(
+    ("rank", "at"),
+    [
+        (1, "step:3"),
+        (0, "write:1"),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in [(0, "step:3"), (1, "evaluate:2")]),
+    ],
+)
 def test_a_stopped_rank_is_named(place: Place, rank: int, at: str) -> None:
     """In training, in an evaluation, while a checkpoint is written; also the rank that keeps the store."""
     statuses, outputs = struck(place, f"stopped-{rank}-{at[:4]}", rank, "SIGSTOP", at)
@@ -58,12 +65,17 @@ def test_a_stopped_rank_is_named(place: Place, rank: int, at: str) -> None:
 @pytest.mark.parametrize(
     ("rank", "by", "statuses", "words"),
     [
-        (1, "SIGKILL", [2, -9], [f"error: No sign of life from rank 1 (on {HOST})", None]),
         (1, "TypeError", [2, 1], [None, "TypeError: struck"]),
-        (0, "TypeError", [1, 2], ["TypeError: struck", None]),
-        (0, "MemoryError", [2, 2], [f"error: Rank 0, on {HOST}, ran out of host memory (struck): lower train", None]),
-        (1, "cpu", [2, 2], [None, f"error: Rank 1, on {HOST}, ran out of host memory ([enforce fail"]),
-        (1, "UserError", [2, 2], [f"error: rank 1, on {HOST}: struck", None]),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in [
+                (1, "SIGKILL", [2, -9], [f"error: No sign of life from rank 1 (on {HOST})", None]),
+                (0, "TypeError", [1, 2], ["TypeError: struck", None]),
+                (0, "MemoryError", [2, 2], [f"error: Rank 0, on {HOST}, ran out of host memory (struck): lower", None]),
+                (1, "cpu", [2, 2], [None, f"error: Rank 1, on {HOST}, ran out of host memory ([enforce fail"]),
+                (1, "UserError", [2, 2], [f"error: rank 1, on {HOST}: struck", None]),
+            ]
+        ),
     ],
 )
 def test_a_failing_rank_says_why_and_the_other_ends(
@@ -78,6 +90,7 @@ def test_a_failing_rank_says_why_and_the_other_ends(
         assert expected is None or output.count(expected) == 1, output
 
 
+@pytest.mark.full
 def test_a_rank_that_lives_and_does_not_come_is_named_with_its_place(place: Place) -> None:
     statuses, outputs = struck(place, "late", 1, "sleep 60", "data:3")
     assert statuses == [2, 2], (statuses, outputs)

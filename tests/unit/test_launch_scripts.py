@@ -53,9 +53,7 @@ def test_a_host_named_twice_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("in_file", [False, True])
 def test_names_and_addresses_reach_mpirun(tmp_path: Path, in_file: bool) -> None:
-    (tmp_path / "hosts.txt").write_text(
-        "# all\ngpu-01.example.org slots=8\n10.0.0.2:8 if=e\n\n10.0.0.2\nn3:8 \r\n"
-    )
+    (tmp_path / "hosts.txt").write_text("# all\ngpu-01.example.org slots=8\n10.0.0.2:8 if=e\n\n10.0.0.2\nn3:8 \r\n")
     done = mpi(tmp_path, "hosts.txt" if in_file else "gpu-01.example.org,10.0.0.2,n3")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("-hosts gpu-01.example.org,10.0.0.2,n3 -ppn 8 -n 24 -genv MASTER_ADDR gpu-01.example")
