@@ -6,8 +6,11 @@ STAMP := $(VENV)/.installed
 
 .PHONY: pretrain test test-full checks clean
 
+# Two ranks, or one where there is exactly one GPU; without any the two compute on the CPU. The batch is the same.
+RANKS = import torch; print(min(2, torch.cuda.device_count()) or 2)
+
 pretrain: $(STAMP)
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/cpu_quickstart.yaml --ds_config ds_configs/zero1.json
+	ranks="$$($(BIN)/python -c '$(RANKS)')" && PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus "$$ranks" launch/pretrain.py --config launch/configs/cpu_quickstart.yaml --ds_config ds_configs/zero1.json
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not full"

@@ -3,47 +3,31 @@
 
 deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/cpu_quickstart.yaml --ds_config ds_configs/zero1.json
 
-A mistake in the input is told once, by rank 0, and ends every rank with status 2.
+A mistake in the input is told once, by rank 0, and ends every rank with status 2. See train/door.py for all other ends.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from typing import Optional
 
 import torch
 
-from megatron_switchlora.config import MethodConfig, UserError, require
-from megatron_switchlora.parallel.agree import PeerError, on_one_rank
+from megatron_switchlora.config import MethodConfig, require
+from megatron_switchlora.parallel.agree import on_one_rank
 from megatron_switchlora.parallel.launchers import is_first
 from megatron_switchlora.parallel.ranks import Ranks, complete_environment, discover_ranks, end_rank
-from megatron_switchlora.parallel.rollcall import meet, tell
+from megatron_switchlora.parallel.rollcall import meet
 from megatron_switchlora.train.arguments import Arguments, parse_arguments
 from megatron_switchlora.train.compatible import what_must_agree
 from megatron_switchlora.train.device import allow_open_files, choose_device, precision_warning
+from megatron_switchlora.train.door import Door, the_door
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
 from megatron_switchlora.train.monitors import check_monitors
-from megatron_switchlora.train.stop import REQUEUE, Stopped, StopRequest
-
-
-@contextlib.contextmanager
-def told_once(first: bool) -> Iterator[None]:
-    """Turn the errors that people cause, and Ctrl-C, into one line and an exit status."""
-    try:
-        yield
-    except (UserError, PeerError) as error:
-        tell(os.environ, error)
-        end_rank(2)
-    except Stopped as stop:
-        if first:
-            text = f"stopped by {stop}: all ranks end; what was saved and recorded so far is in the run folder"
-            print(f"\n{text}", file=sys.stderr, flush=True)
-        end_rank(130 if str(stop) == "SIGINT" else REQUEUE)
+from megatron_switchlora.train.stop import REQUEUE, StopRequest
 
 
 def check_early(arguments: Arguments, ranks: Ranks) -> None:
@@ -106,28 +90,30 @@ def meet_others(arguments: Arguments, ranks: Ranks, device: torch.device) -> tor
     return meet(os.environ, ranks, same, arguments.config.parallel.start_timeout)
 
 
-def run(arguments: Arguments, ranks: Ranks, stop: StopRequest) -> int:
+def run(arguments: Arguments, ranks: Ranks, stop: StopRequest, door: Door) -> int:
     """Train or evaluate; returns the exit status."""
     allow_open_files()
+    timeout = arguments.config.parallel.timeout
     device = choose_device(arguments.config.train.device, ranks, arguments.config.train.threads)
     store = meet_others(arguments, ranks, device) if ranks.world_size > 1 else None
-    from megatron_switchlora.train.engine import start_distributed, stop_distributed
+    door.watch_others(ranks, timeout, store)
+    from megatron_switchlora.train.engine import start_distributed
 
-    start_distributed(device, store=store)
+    start_distributed(device, timeout, store)
+    status = 0
     if arguments.evaluate_only:
         from megatron_switchlora.train.evaluate import evaluate_run
 
         evaluate_run(arguments.config, ranks, device)
     else:
-        return train(arguments, ranks, device, stop)
-    stop_distributed()
-    return 0
+        status = train(arguments, ranks, device, stop)
+    door.close()
+    return status
 
 
 def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRequest) -> int:
     """A run, or what is left of it; returns the exit status."""
     from megatron_switchlora.figures import decorating, outlive_terminal
-    from megatron_switchlora.train.engine import stop_distributed
     from megatron_switchlora.train.resume import find_start
     from megatron_switchlora.train.summary import closing_words
     from megatron_switchlora.train.trainer import Trainer
@@ -140,7 +126,6 @@ def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRe
     if start.finished:
         if ranks.rank == 0:
             print(f"The run in {arguments.config.output_dir} is finished: give another --output_dir for a new one.")
-        stop_distributed()
         return 0
     if ranks.rank == 0:
         warn(unused_options(arguments.config.method), precision_warning(device, arguments.config.train.precision))
@@ -149,7 +134,6 @@ def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRe
     if val_loss is not None:
         with decorating("the summary"):
             trainer.say("\n" + closing_words(trainer, val_loss, time.perf_counter() - began))
-    stop_distributed()
     return REQUEUE if val_loss is None else 0
 
 
@@ -158,7 +142,7 @@ def main() -> None:
     first = is_first(os.environ)
     if not first and any(arg.split("=")[0] in quiet for arg in sys.argv[1:]):
         return  # rank 0 prints
-    with told_once(first):
+    with the_door() as door:
         stop = StopRequest()
         stop.install()
         arguments = parse_arguments(sys.argv[1:])  # --help works wherever it is typed
@@ -171,7 +155,7 @@ def main() -> None:
         ranks = discover_ranks(os.environ)
         complete_environment(os.environ)
         check_early(arguments, ranks)
-        end_rank(run(arguments, ranks, stop))
+        end_rank(run(arguments, ranks, stop, door))
 
 
 if __name__ == "__main__":

@@ -114,7 +114,8 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU for every local rank; the CPU where none is seen."""
     threads: int = 0
-    """CPU threads of a rank; 0 divides the cores by the local ranks."""
+    """CPU threads of a rank; 0: as OMP_NUM_THREADS or MKL_NUM_THREADS says (torchrun sets OMP_NUM_THREADS to 1 for
+    several ranks of a host where it is not set), else the host's usable cores divided by its ranks."""
     check_interval: int = 100
     """Steps between checks that replicated tensors are still equal on all ranks that hold them; 0 switches them off."""
     init_from: Optional[str] = field(default=None, metadata=PATH)
@@ -196,6 +197,9 @@ class ParallelConfig:
     """Tensor-parallel ranks, the innermost axis. Heads and key/value heads must divide; other sizes are padded."""
     start_timeout: float = 300.0
     """Seconds that ranks wait for one another at the start."""
+    timeout: float = 300.0
+    """Seconds, at least 1, after which a rank that is stopped, gone or not coming to a collective is named with its
+    host, and all ranks end. What one rank does alone (data, checkpoints, export) may take longer while it lives."""
 
 
 @dataclass

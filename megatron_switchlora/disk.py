@@ -11,9 +11,10 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, MutableMapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Optional
 
 LARGEST_JSON = 1 << 28  # bytes; a manifest of ten thousand ranks has a hundredth of it
 
@@ -30,6 +31,26 @@ def user_path(text: str) -> Path:
         raise ValueError(
             f"{text!r} begins with a home folder that this machine does not know: write the whole path, or ./ before it"
         ) from None
+
+
+def settle_home(env: MutableMapping[str, str]) -> Optional[str]:
+    """Where there is no home folder, as in containers with arbitrary user ids (some call it /), name one for the caches
+    of all libraries, before they are imported; returns what to say of it.
+
+    Raises:
+        ValueError: somebody else has taken its place.
+    """
+    home = os.path.expanduser("~")
+    existing = next((path for path in (Path(home), *Path(home).parents) if path.is_dir()), Path("/"))
+    if home != "~" and ((home != "/" and str(existing) == home) or os.access(existing, os.W_OK)):
+        return None
+    place = Path(tempfile.gettempdir()) / f"megatron_switchlora-{os.getuid()}"
+    place.mkdir(mode=0o700, exist_ok=True)
+    found = place.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise ValueError(f"{place} belongs to somebody else: set HOME to a folder of your own")
+    env["HOME"] = str(place)
+    return f"there is no home folder (HOME): caches are kept in {place}; set HOME to choose another"
 
 
 def shown(path: object) -> str:

@@ -351,12 +351,14 @@ def _validate_switching_heads(config: RunConfig) -> None:
 
 
 def _validate_parallel(config: RunConfig) -> None:
-    m, tp = config.model, config.parallel.tp
+    m, tp, seconds = config.model, config.parallel.tp, config.parallel.timeout
     require(tp >= 1, f"parallel.tp must be at least 1, not {tp}.")
-    wait = config.parallel.start_timeout
-    require(
-        0 < wait <= 604_800, f"parallel.start_timeout must be above 0 and at most 604800 seconds, a week; it is {wait}."
-    )
+    for name in ("start_timeout", "timeout"):
+        wait = getattr(config.parallel, name)
+        require(
+            0 < wait <= 604_800, f"parallel.{name} must be above 0 and at most 604800 seconds, a week; it is {wait}."
+        )
+    require(seconds >= 1, f"parallel.timeout must be at least 1 second, not {seconds}: 300 suits most.")
     for name, count in (("num_heads", m.num_heads), ("num_kv_heads", m.kv_heads)):
         require(
             count % tp == 0,

@@ -40,6 +40,7 @@ from megatron_switchlora.parallel.linear import ColumnParallelLinear
 from megatron_switchlora.parallel.ranks import discover_ranks, end_rank
 from megatron_switchlora.parallel.shard import Axis
 from megatron_switchlora.train.device import choose_device
+from megatron_switchlora.train.door import Door, the_door
 from megatron_switchlora.train.run_folder import versions
 
 if TYPE_CHECKING:
@@ -249,6 +250,31 @@ def policies(options: argparse.Namespace, precision: str, device: torch.device) 
     return found
 
 
+def run(options: argparse.Namespace, door: Door) -> None:
+    """Measure on the launcher's ranks; rank 0 writes the result."""
+    ranks = discover_ranks(os.environ)
+    device = choose_device(options.device, ranks, 0)
+    from megatron_switchlora.train.engine import start_distributed
+
+    start_distributed(device)
+    door.watch_others(ranks, 300)
+    result: dict[str, Any] = {
+        "setting": {key: value for key, value in vars(options).items() if key != "out"},
+        "machine": {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(),
+                    "threads": torch.get_num_threads(), "device": str(device)},
+        "versions": versions(),
+    }  # fmt: skip
+    for precision in options.precisions:
+        result[precision] = {"forms": forms(options, precision, device)}
+        if options.tp == 1:
+            result[precision] |= {
+                "linears": linears(options, precision, device),
+                "policies": policies(options, precision, device),
+            }
+    if ranks.rank == 0:
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=user_path, required=True)
@@ -265,27 +291,9 @@ def main() -> None:
     )
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    ranks = discover_ranks(os.environ)
-    device = choose_device(options.device, ranks, 0)
-    from megatron_switchlora.train.engine import start_distributed
-
-    start_distributed(device)
-    result: dict[str, Any] = {
-        "setting": {key: value for key, value in vars(options).items() if key != "out"},
-        "machine": {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(),
-                    "threads": torch.get_num_threads(), "device": str(device)},
-        "versions": versions(),
-    }  # fmt: skip
-    for precision in options.precisions:
-        result[precision] = {"forms": forms(options, precision, device)}
-        if options.tp == 1:
-            result[precision] |= {
-                "linears": linears(options, precision, device),
-                "policies": policies(options, precision, device),
-            }
-    if ranks.rank == 0:
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    end_rank(0)
+    with the_door() as door:
+        run(options, door)
+        end_rank(0)
 
 
 if __name__ == "__main__":

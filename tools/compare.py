@@ -37,6 +37,7 @@ from megatron_switchlora.disk import shown, user_path
 from megatron_switchlora.field_checks import field_types, fit_word, number_from, takes_text
 from megatron_switchlora.figures import outlive_terminal
 from megatron_switchlora.train.arguments import require_utf8
+from megatron_switchlora.train.door import settle
 from megatron_switchlora.train.stop import REQUEUE
 from megatron_switchlora.yaml_text import load_yaml
 
@@ -174,6 +175,7 @@ def main() -> None:
         signal.signal(number, leave)
     try:
         require_utf8(sys.argv[1:])
+        settle(first=True)
         act(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -34,8 +34,8 @@ from megatron_switchlora.figures import decorating
 from megatron_switchlora.parallel.agree import on_all_ranks
 from megatron_switchlora.parallel.mesh import mesh_sizes
 from megatron_switchlora.parallel.ranks import end_rank
-from megatron_switchlora.parallel.rollcall import tell
 from megatron_switchlora.train.arguments import parse_arguments
+from megatron_switchlora.train.door import the_door
 from megatron_switchlora.train.dry_run import planned_vocabulary
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config, zero_settings
 from megatron_switchlora.train.traffic import axis_size, flows, on_the_wire
@@ -181,7 +181,7 @@ def measure_cases(arguments: argparse.Namespace, options: list[str]) -> None:
 
 def main() -> None:
     arguments, options = make_parser().parse_known_args()
-    try:
+    with the_door():  # without its watch, whose words would be counted on the wire
         check(arguments)
         if not arguments.measure:
             cases = make_cases(arguments, options, arguments.world)
@@ -189,9 +189,6 @@ def main() -> None:
             return
         measure_cases(arguments, options)
         end_rank(0)
-    except UserError as error:
-        tell(os.environ, error)
-        end_rank(2)
 
 
 if __name__ == "__main__":

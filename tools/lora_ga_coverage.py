@@ -31,6 +31,7 @@ from megatron_switchlora.parallel.mesh import lone_mesh
 from megatron_switchlora.parallel.ranks import discover_ranks
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.device import choose_device
+from megatron_switchlora.train.door import settle
 from megatron_switchlora.train.ga_gradients import mean_gradients
 from megatron_switchlora.train.inputs import vocabulary_size
 
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--out", type=user_path, required=True, help="writes OUT.json and OUT.png")
     arguments, options = parser.parse_known_args()
     try:
+        settle(first=True)
         config = parse_arguments(options).config
         found = measure(config, choose_device(config.train.device, discover_ranks(os.environ), config.train.threads))
     except UserError as error:

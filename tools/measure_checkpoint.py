@@ -31,6 +31,7 @@ from megatron_switchlora.field_checks import number_from
 from megatron_switchlora.parallel.ranks import discover_ranks, end_rank
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.device import choose_device
+from megatron_switchlora.train.door import the_door
 from megatron_switchlora.train.run_folder import versions
 
 VOCABULARY = 8192
@@ -111,15 +112,16 @@ def main() -> None:
     parser.add_argument("--folder", type=user_path, help="disk to write on (default: that of temporary files)")
     parser.add_argument("--out", type=user_path, default=None, help="also write the JSON here")
     arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(dir=arguments.folder))
-    try:
-        text = json.dumps(measure(arguments.rounds, folder), indent=1)
-    finally:
-        shutil.rmtree(folder)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.write_text(text + "\n", encoding="utf-8")
-    end_rank(0)
+    with the_door():
+        folder = Path(tempfile.mkdtemp(dir=arguments.folder))
+        try:
+            text = json.dumps(measure(arguments.rounds, folder), indent=1)
+        finally:
+            shutil.rmtree(folder)
+        print(text)
+        if arguments.out is not None:
+            arguments.out.write_text(text + "\n", encoding="utf-8")
+        end_rank(0)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from megatron_switchlora.parallel.mesh import build_mesh
 from megatron_switchlora.parallel.ranks import discover_ranks, end_rank
 from megatron_switchlora.train.arguments import parse_arguments
 from megatron_switchlora.train.device import choose_device
+from megatron_switchlora.train.door import the_door
 from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
 from megatron_switchlora.train.run_folder import versions
 
@@ -124,11 +125,12 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=number_from(1), default=1024)
     parser.add_argument("--out", type=user_path, default=None, help="also write the JSON here")
     arguments = parser.parse_args()
-    text = json.dumps(measure(arguments.steps, arguments.vocab_size), indent=1)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.write_text(text + "\n", encoding="utf-8")
-    end_rank(0)
+    with the_door():
+        text = json.dumps(measure(arguments.steps, arguments.vocab_size), indent=1)
+        print(text)
+        if arguments.out is not None:
+            arguments.out.write_text(text + "\n", encoding="utf-8")
+        end_rank(0)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 #   launch/mpi/pretrain.sh n1,n2,n3,n4 8 --config launch/configs/llama_1.3b.yaml ...
 #   launch/mpi/pretrain.sh hosts.txt 8 --config ...      # a name a line; what follows (slots=8, :8) is ignored
 #
-# The hosts, the ranks on each, then the options of launch/pretrain.py. mpirun must reach the hosts (mostly by ssh),
+# Names and IPv4 addresses as they are: no user@ (that belongs into ssh's configuration), no n[1-4], no IPv6. The hosts, the ranks on each, then the options of launch/pretrain.py. mpirun must reach the hosts (mostly by ssh),
 # and the repository must lie at the same place on all of them. Without Slurm nobody warns of a time limit: give
 # --train.stop_after_seconds; the run then ends with status 75, and the same line goes on. Taken from the environment:
 #   MPIRUN        else mpirun
@@ -22,11 +22,22 @@ fi
 hosts=$1 each=$2
 shift 2
 if [ -f "$hosts" ]; then  # a scheduler's file may name a host once a slot
-  hosts="$(sed 's/[#\r].*//; s/:.*//' "$hosts" | awk 'NF && !seen[$1]++ { printf "%s%s", comma, $1; comma = "," }')"
+  hosts="$(sed -E 's/[#\r].*//; s/^([^:]+):[0-9]+([[:space:]].*)?$/\1/' "$hosts" | awk 'NF && !seen[$1]++ { printf "%s%s", comma, $1; comma = "," }')"
 fi
 [ -n "$hosts" ] || { echo "error: no hosts are named." >&2; exit 2; }
 [[ "$hosts" != */* ]] || { echo "error: there is no file $hosts, and no host has such a name." >&2; exit 2; }
-IFS=, read -ra names <<<"$hosts"
+IFS=, read -ra names <<<"$hosts,"
+for name in "${names[@]}"; do
+  [[ "$name" =~ ^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$ ]] || {
+    echo "error: '$name' in the hosts $hosts is no host's name or IPv4 address: write every name out, as n1,n2,n3" \
+      "(scontrol show hostnames 'n[1-3]' does it for Slurm's lists); a user belongs into ssh's configuration." >&2
+    exit 2
+  }
+  [[ ",$hosts," != *",$name,"*",$name,"* && ",$hosts," != *",$name,$name,"* ]] || {
+    echo "error: the host $name is named twice in $hosts: name each once; the ranks on each are the second word." >&2
+    exit 2
+  }
+done
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 
 mpirun="${MPIRUN:-mpirun}" python="${PYTHON:-$root/.venv/bin/python}"

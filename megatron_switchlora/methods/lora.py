@@ -24,6 +24,7 @@ from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.methods.base import Method, Replica
 from megatron_switchlora.model.llama import decoder_linears
 from megatron_switchlora.optim.row_adamw import RowAdamW
+from megatron_switchlora.parallel.agree import await_all
 from megatron_switchlora.parallel.parts import Part, parameter_part, replica_line
 from megatron_switchlora.parallel.shard import named_generator, shard_of
 
@@ -146,6 +147,8 @@ class Lora(Method):
                 A, B = principal_factors(whole, linear.rank, linear.scaling)
                 self._fill_factor(linear.lora_A, A)
                 self._fill_factor(linear.lora_B, B)
+        if dp.size > 1:
+            await_all()
         for number, linear in enumerate(self.linears.values()):
             for factor in (linear.lora_A, linear.lora_B):
                 if dp.size > 1:

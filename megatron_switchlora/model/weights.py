@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from megatron_switchlora.checkpoint.files import Checkpoint, damaged, published
-from megatron_switchlora.config import MethodConfig, ModelConfig, RunConfig, UserError, check_model
+from megatron_switchlora.config import MethodConfig, ModelConfig, RunConfig, UserError
 from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.parallel.parts import parameter_part
+from megatron_switchlora.rules_model import check_model
 
 T = TypeVar("T")
 OF_HEAD = re.compile(r"head_([0-9]+)/")

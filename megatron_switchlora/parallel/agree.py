@@ -7,6 +7,7 @@ outcome travels as JSON in a byte tensor: no pickle.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -38,11 +39,25 @@ def gather_texts(text: str, device: torch.device, group: dist.ProcessGroup | Non
     return [bytes(g[: int(s)].tolist()).decode() for g, s in zip(gathered, sizes, strict=True)]
 
 
-def on_one_rank(
-    acts: bool, action: Callable[[], str], device: torch.device, group: dist.ProcessGroup | None = None
-) -> str:
-    """Run `action` on the ranks where `acts`; the first such rank's result goes to everyone. Collective over the
-    group, whose time-out must allow for the action.
+def await_all() -> None:
+    """Wait until every rank of the world has come here, however long it takes: not in a collective, whose time-out does
+    not know that a rank still works. One that stops is found by the watch (watch.py). Collective."""
+    world = dist.get_world_size()
+    if world == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    call = store.add(f"await_all/calls of {dist.get_rank()}", 1)
+    here = f"await_all/{call}"
+    count, pause = store.add(here, 1), 0.001
+    while count < world:
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+        count = store.add(here, 0)
+
+
+def on_one_rank(acts: bool, action: Callable[[], str], device: torch.device) -> str:
+    """Run `action` on the ranks where `acts`, for as long as it takes; the first such rank's result goes to everyone.
+    Collective over the world.
 
     Raises:
         UserError: on every rank, if the action raised one somewhere (the first such rank's).
@@ -56,7 +71,8 @@ def on_one_rank(
         except Exception as error:  # told to the others first
             failure = error
             outcome = {"error": str(error), "by_user": isinstance(error, UserError)}
-    outcomes = [json.loads(text) for text in gather_texts(json.dumps(outcome), device, group)]
+    await_all()
+    outcomes = [json.loads(text) for text in gather_texts(json.dumps(outcome), device)]
     mistakes = [entry["error"] for entry in outcomes if entry.get("by_user")]
     if mistakes:
         raise UserError(mistakes[0])

@@ -26,8 +26,9 @@ RESERVED_STEPS = [str(2**32 - below) for below in range(1, 7)]
 
 def host_names(nodelist: str) -> list[str]:
     """Slurm's compressed list of hosts in full: gpu001, gpu002, login of "gpu[001-002],login"."""
-    name = r"(?:[^,\[\]\s]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\])+"
-    if not re.fullmatch(f"{name}(?:,{name})*", nodelist):
+    name = r"(?:[\w.-]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\])+"
+    spans = re.findall(r"(?<![\w.-])(\d+)-(\d+)(?=[,\]])", nodelist)
+    if not re.fullmatch(f"{name}(?:,{name})*", nodelist) or any(int(a) > int(b) for a, b in spans):
         raise UserError(
             f"Slurm's list of hosts must read like n1,gpu[001-003], but it is {nodelist!r}: set MASTER_ADDR to the "
             "host of rank 0."
@@ -62,7 +63,7 @@ def slurm_host(env: Mapping[str, str]) -> Optional[str]:
 def expected_hosts(env: Mapping[str, str]) -> list[str]:
     """All hosts of this start, as far as somebody tells: launch/mpi/pretrain.sh in LAUNCH_HOSTS, or Slurm."""
     told = env.get("LAUNCH_HOSTS")
-    return told.split(",") if told else slurm_hosts(env)
+    return [host for host in told.split(",") if host] if told else slurm_hosts(env)
 
 
 def own_host(env: Mapping[str, str]) -> str:

@@ -11,6 +11,7 @@ norm is summed over `tp`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -101,13 +102,13 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
     position = (grid == dist.get_rank()).nonzero()[0].tolist()
     lines = {axis: grid.movedim(index, -1).reshape(-1, sizes[axis]) for index, axis in enumerate(AXES)}
     lines["head"] = grid.reshape(sizes["lte"], -1)
-    groups = {}
+    groups, timeout = {}, timedelta(seconds=parallel.timeout)
     if sizes["lte"] > 1:
         lines["data"] = grid.reshape(-1, sizes["tp"]).t()
         lines["world"] = grid.reshape(1, -1)
     for axis, members in lines.items():
         for line in members.tolist():
-            group = dist.new_group(line)
+            group = dist.new_group(line, timeout=timeout)
             if dist.get_rank() in line:
                 groups[axis] = group
     if sizes["lte"] == 1:

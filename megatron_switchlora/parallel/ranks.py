@@ -100,6 +100,11 @@ def discover_ranks(env: Mapping[str, str]) -> Ranks:
     if "MASTER_PORT" in env:
         port = number(env, "MASTER_PORT")
         require(0 < port < 65536, f"MASTER_PORT must lie between 1 and 65535, but it is {port}: give a free port.")
+    address = env.get("MASTER_ADDR", "")
+    require(
+        re.fullmatch(r"[\w.:%-]*", address) is not None,
+        f"MASTER_ADDR must be the name or address of one host, that of rank 0, but it is {address!r}: give that alone.",
+    )
     world = number(env, launcher.size)
     local_size = read_local_size(env, launcher, world)
     ranks = Ranks(number(env, launcher.rank), world, number(env, launcher.local_rank), local_size)
@@ -134,6 +139,12 @@ def meeting_place(env: Mapping[str, str], launcher: Launcher, ranks: Ranks) -> t
     )
 
 
+def meets_on_loopback(env: Mapping[str, str]) -> bool:
+    """Whether the ranks of a completed environment meet within this host, so that nobody else need reach them."""
+    address = env["MASTER_ADDR"]
+    return address == "localhost" or re.fullmatch(r"127(\.\d+){3}", address) is not None
+
+
 def complete_environment(env: MutableMapping[str, str]) -> None:
     """Put the ranks and where they meet under torch's names, where the launcher has not.
 
@@ -155,10 +166,17 @@ def complete_environment(env: MutableMapping[str, str]) -> None:
     )  # fmt: skip
 
 
-def cpu_threads(requested: int, local_size: int) -> int:
-    """CPU threads of one rank: as requested, else the usable cores divided by the local ranks."""
+def cpu_threads(requested: int, local_size: int, env: Mapping[str, str]) -> tuple[int, str]:
+    """CPU threads of one rank, and who says so: the option, else the environment, else the usable cores divided by the
+    local ranks."""
+    if requested:
+        return requested, "train.threads"
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        first = env.get(name, "").split(",")[0].strip()  # one number for each level of nesting
+        if re.fullmatch(r"[0-9]{1,4}", first) and int(first):  # others OpenMP ignores, too
+            return int(first), name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return requested or max(1, cores // local_size)
+    return max(1, cores // local_size), "the usable cores"
 
 
 def end_rank(status: int) -> NoReturn:

@@ -10,6 +10,7 @@ its host lacks) can still tell why (`report`). Nothing is pickled.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import socket
 import sys
@@ -27,7 +28,7 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from megatron_switchlora.config import UserError
 from megatron_switchlora.parallel.agree import PeerError
 from megatron_switchlora.parallel.launchers import expected_hosts, is_first, is_first_here, own_host
-from megatron_switchlora.parallel.ranks import RankError, Ranks, complete_environment, discover_ranks
+from megatron_switchlora.parallel.ranks import RankError, Ranks, complete_environment, discover_ranks, meets_on_loopback
 
 
 class Verdict(UserError):
@@ -85,26 +86,30 @@ def meet(env: Mapping[str, str], ranks: Ranks, same: dict[str, Any], timeout_s: 
     return PrefixStore("groups", store)
 
 
-def tell(env: MutableMapping[str, str], error: UserError | PeerError) -> None:
+def tell(env: MutableMapping[str, str], error: UserError | PeerError) -> bool:
     """Print why this start ends: once, by rank 0, but for what only another rank knows. Launchers end all ranks when
-    one has ended, so the others return when rank 0 has spoken."""
+    one has ended, so the others return when rank 0 has spoken. Returns whether it was said here, or rank 0 has heard
+    of it from here."""
     met = dist.is_initialized() or isinstance(error, (Verdict, RankError, PeerError))
     if is_first(env):
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        if not met and env.get("RANK") == "0" and _by_agent(env):
+        if not met and env.get("RANK") == "0" and by_agent(env):
             with contextlib.suppress(UserError):
                 report(env, discover_ranks(env), str(error))
-        return
+        return True
+    heard = False
     with contextlib.suppress(KeyboardInterrupt):  # the launcher's signal: rank 0 has spoken
         if isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
+            heard = True
         elif not met:
-            _tell_rank_0(env, str(error))
+            heard = _tell_rank_0(env, str(error))
         time.sleep(1.0)
+    return heard
 
 
-def _tell_rank_0(env: MutableMapping[str, str], problem: str) -> None:
+def _tell_rank_0(env: MutableMapping[str, str], problem: str) -> bool:
     """Before the ranks have met a rank may see what rank 0 does not: a file that its host lacks."""
     try:
         ranks = discover_ranks(env)
@@ -112,11 +117,12 @@ def _tell_rank_0(env: MutableMapping[str, str], problem: str) -> None:
     except UserError:  # it cannot even find the others, who may see nothing wrong: once a host
         if is_first_here(env):
             print(f"error: on {own_host(env)}: {problem}", file=sys.stderr, flush=True)
-        return
+        return False
     told = report(env, ranks, problem)
     if not told and ranks.local_size < ranks.world_size and ranks.local_rank == 0:
         # Rank 0 said the same, or is too far behind to be told: better twice than never.
         print(f"error: rank {ranks.rank}, on {own_host(env)}: {problem}", file=sys.stderr, flush=True)
+    return told
 
 
 def report(env: Mapping[str, str], ranks: Ranks, problem: str, timeout_s: float = 5, patience_s: float = 120) -> bool:
@@ -143,14 +149,15 @@ def _key(rank: int) -> str:
     return f"here/{rank}"
 
 
-def _by_agent(env: Mapping[str, str]) -> bool:
+def by_agent(env: Mapping[str, str]) -> bool:
+    """Whether torchrun's agent, which outlives its ranks, keeps the store."""
     return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _open_store(env: Mapping[str, str], ranks: Ranks, timeout_s: float) -> Store:
     """Rank 0 serves, but under torchrun, whose agent does."""
     host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    serves = ranks.rank == 0 and not _by_agent(env)
+    serves = ranks.rank == 0 and not by_agent(env)
     try:
         store = _connect(host, port, ranks.world_size, serves, timeout_s)
     except (DistError, RuntimeError) as error:
@@ -177,10 +184,12 @@ def _connect(host: str, port: int, world: int, serves: bool, timeout_s: float) -
 
     def connect() -> None:
         try:
-            outcome.append(TCPStore(host, port, world, serves, timedelta(seconds=timeout_s), wait_for_workers=False))
+            limit = timedelta(seconds=timeout_s)
+            outcome.append(TCPStore(host, port, world, serves, limit, wait_for_workers=False, master_listen_fd=ours))
         except Exception as error:
             outcome.append(error)
 
+    ours = _listen(port) if serves and meets_on_loopback({"MASTER_ADDR": host}) else None
     if not serves:
         _wait_for_listener(host, port, deadline)
     Thread(target=connect, daemon=True).start()
@@ -190,6 +199,18 @@ def _connect(host: str, port: int, world: int, serves: bool, timeout_s: float) -
     if isinstance(found, Exception):
         raise found
     return found
+
+
+def _listen(port: int) -> int:
+    """A socket within this host, whose owner is whoever gets it; torch's own would listen on every interface."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise DistError(f"{errno.errorcode.get(error.errno or 0)}: {error.strerror}") from None
+        listener.listen(2048)
+        return listener.detach()
 
 
 def _wait_for_listener(host: str, port: int, deadline: float) -> None:

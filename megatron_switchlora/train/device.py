@@ -28,7 +28,7 @@ def choose_device(requested: str, ranks: Ranks, threads: int) -> torch.device:
     Raises:
         UserError: fewer GPUs than local ranks, unless the CPU is asked for or there are none to be had.
     """
-    torch.set_num_threads(cpu_threads(threads, ranks.local_size))
+    torch.set_num_threads(cpu_threads(threads, ranks.local_size, os.environ)[0])
     gpus = torch.cuda.device_count()
     if requested == "cuda" or (requested == "auto" and gpus):
         require(

@@ -15,8 +15,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Optional
@@ -33,7 +34,7 @@ from megatron_switchlora.optim.head_clip import HeadClip
 from megatron_switchlora.optim.layout import deepspeed_layout, partition_gradients
 from megatron_switchlora.parallel.agree import gather_texts
 from megatron_switchlora.parallel.mesh import Mesh
-from megatron_switchlora.parallel.ranks import complete_environment
+from megatron_switchlora.parallel.ranks import complete_environment, meets_on_loopback
 from megatron_switchlora.parallel.shard import Axis, is_split
 from megatron_switchlora.train.comm import CommRecorder
 from megatron_switchlora.train.integrity import differing
@@ -63,9 +64,9 @@ class StepResult:
     """How many ranks voted yes, for each of the questions given to `train_step`."""
 
 
-def start_distributed(device: torch.device, timeout_s: float = 1800.0, store: Optional[dist.Store] = None) -> None:
+def start_distributed(device: torch.device, timeout_s: float = 300.0, store: Optional[dist.Store] = None) -> None:
     """Initialise DeepSpeed's and torch's communication from the launcher's environment, through the store in which its
-    ranks have met, where they have."""
+    ranks have met, where they have. A process alone listens to nobody."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     complete_environment(os.environ)
@@ -73,12 +74,22 @@ def start_distributed(device: torch.device, timeout_s: float = 1800.0, store: Op
         # It would be compiled at the first start, for a minute, and a killed build blocks every later one.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world == 1:
+        store = dist.HashStore()
+    keep_within_host(os.environ, world)
     if store is not None:
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         bound = device if device.type == "cuda" else None  # as DeepSpeed would
         store.set_timeout(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=bound)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def keep_within_host(env: MutableMapping[str, str], world: int) -> None:
+    """Let nobody outside reach the ports of ranks that meet within this host, unless an interface is named."""
+    if meets_on_loopback(env) and "lo" in [name for _, name in socket.if_nameindex()]:
+        for name in ("GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if world == 1 else [])):
+            env.setdefault(name, "lo")
 
 
 def communication_log() -> dict[str, int]:
@@ -90,10 +101,11 @@ def communication_log() -> dict[str, int]:
     return found
 
 
-def stop_distributed() -> None:
-    """Leave the process groups."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def limit_waiting(timeout_s: float) -> None:
+    """Give the time-out to all groups: those that DeepSpeed makes take torch's default, half an hour under gloo."""
+    for group in dist.distributed_c10d._world.pg_map:
+        if isinstance(group, dist.ProcessGroup):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 class Engine:
@@ -116,6 +128,7 @@ class Engine:
         self.ds, *_ = deepspeed.initialize(
             model=model.to(device), optimizer=self.optimizer, config=ds_config, mpu=mesh, dist_init_required=False
         )
+        limit_waiting(config.parallel.timeout)
         self.model: LlamaForCausalLM = self.ds.module
         self.optimizer.attach(deepspeed_layout(self.ds.optimizer, self.params))
         if config.method.heads_here > 1:

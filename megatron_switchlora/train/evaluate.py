@@ -41,7 +41,7 @@ def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float
     )
     stored = parse_arguments(["--config", str(folder / "config.yaml")]).config
     tp = stored.parallel.tp if ranks.world_size % stored.parallel.tp == 0 else 1
-    mesh = build_mesh(ParallelConfig(tp=tp))
+    mesh = build_mesh(ParallelConfig(tp=tp, timeout=config.parallel.timeout))
     data = prepare_data(stored, ranks, device)
     vocab_size = vocabulary_size(stored, data)
     trained_on = read_meta(folder).get("data")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from megatron_switchlora.checkpoint.files import Checkpoint
@@ -27,9 +25,8 @@ def prepare_data(config: RunConfig, ranks: Ranks, device: torch.device) -> Prepa
     """
     commit = on_one_rank(ranks.rank == 0, lambda: pinned(config.data).hf_revision or "", device)
     config.data.hf_revision = commit or None
-    waiting = dist.new_group(timeout=timedelta(days=7))  # a large corpus takes hours, collectives give up sooner
     first = ranks.local_rank == 0
-    folder = on_one_rank(first, lambda: str(prepare(config.data, progress=ranks.rank == 0).folder), device, waiting)
+    folder = on_one_rank(first, lambda: str(prepare(config.data, progress=ranks.rank == 0).folder), device)
     return open_prepared(Path(folder))
 
 

@@ -20,7 +20,7 @@ from megatron_switchlora.checkpoint.files import Checkpoint, damaged, open_check
 from megatron_switchlora.config import RunConfig, UserError, require
 from megatron_switchlora.disk import shown
 from megatron_switchlora.model.weights import find_folder, odd_fields, stored_config
-from megatron_switchlora.parallel.agree import gather_texts, on_all_ranks, on_one_rank
+from megatron_switchlora.parallel.agree import await_all, gather_texts, on_all_ranks, on_one_rank
 from megatron_switchlora.train.compatible import compare
 from megatron_switchlora.train.run_folder import holds_run, lock_folder, read_meta, refuse_folder
 from megatron_switchlora.yaml_text import read_yaml
@@ -63,7 +63,9 @@ def open_together(folder: Path, device: torch.device) -> Checkpoint:
     """
     checkpoint = on_all_ranks(lambda: open_checkpoint(folder), device)  # a host may not see it
     names = sorted(checkpoint.files)[dist.get_rank() :: dist.get_world_size()]
-    texts = gather_texts("\n".join(checkpoint.faults(names)), device)
+    found = checkpoint.faults(names)
+    await_all()  # files differ in size
+    texts = gather_texts("\n".join(found), device)
     faults = [fault for text in texts for fault in text.splitlines()]
     if faults:
         damaged(folder, "; ".join(faults))

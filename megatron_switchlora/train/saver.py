@@ -27,7 +27,7 @@ from megatron_switchlora.checkpoint.archive import write_parts
 from megatron_switchlora.checkpoint.files import describe, leftovers, prune, publish, published, step_name
 from megatron_switchlora.config import CheckpointConfig, UserError
 from megatron_switchlora.disk import make_durable, remove
-from megatron_switchlora.parallel.agree import gather_texts, on_one_rank
+from megatron_switchlora.parallel.agree import await_all, gather_texts, on_one_rank
 from megatron_switchlora.parallel.parts import Part
 from megatron_switchlora.train.memory import checkpoint_bytes
 from megatron_switchlora.train.state import own_share, state_parts
@@ -142,11 +142,13 @@ class Saver:
             return
         if writing.thread:
             writing.thread.join()
+        await_all()  # a disk may take longer than a collective waits
         report = {"files": writing.files, "error": writing.error, "seconds": writing.seconds}
         reports = [json.loads(text) for text in gather_texts(json.dumps(report), self.device)]
         errors = [each["error"] for each in reports if each["error"]]
         if self.rank == 0:
             self._publish(writing, reports, errors)
+        await_all()
 
     def _publish(self, writing: Writing, reports: list[dict[str, Any]], errors: list[str]) -> None:
         files = {name: entry for report in reports for name, entry in report["files"].items()}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from statistics import mean, median
 from typing import TYPE_CHECKING
 
+import torch
+
 from megatron_switchlora.lowrank.nf4 import bitsandbytes_works
 from megatron_switchlora.parallel.mesh import AXES
+from megatron_switchlora.parallel.ranks import cpu_threads
 from megatron_switchlora.train.records import perplexity
 from megatron_switchlora.train.traffic import full_rank_bytes, saved_words
 
@@ -18,13 +22,14 @@ def opening_words(trainer: Trainer) -> list[str]:
     """What is trained, on what, from where."""
     config, counts, start = trainer.config, trainer.counts, trainer.start
     mesh = " x ".join(f"{axis} {trainer.mesh.size(axis)}" for axis in AXES)
+    _, source = cpu_threads(config.train.threads, trainer.ranks.local_size, os.environ)
     heads = f" in each of {config.heads} heads" if config.heads > 1 else ""
     lines = [
         f"{config.method.name}: {counts.trainable / 1e6:.2f} M of {counts.full_total / 1e6:.2f} M parameters train"
         f"{heads} ({counts.trainable / counts.full_total:.1%}); mesh {mesh} on "
-        f"{trainer.device.type}; {len(trainer.train_store)} training and "
-        f"{len(trainer.val_store)} validation samples of {config.train.seq_len} tokens; a unigram model reaches "
-        f"perplexity {trainer.data.unigram_val_ppl:.1f}"
+        f"{trainer.device.type}, CPU threads of a rank {torch.get_num_threads()} (by {source}); "
+        f"{len(trainer.train_store)} training and {len(trainer.val_store)} validation samples of "
+        f"{config.train.seq_len} tokens; a unigram model reaches perplexity {trainer.data.unigram_val_ppl:.1f}"
     ]
     if config.method.base == "nf4":
         by = "bitsandbytes" if bitsandbytes_works(trainer.device) else "plain torch, much slower than bitsandbytes"

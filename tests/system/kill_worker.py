@@ -1,7 +1,8 @@
-"""launch/pretrain.py in a process that kills itself, with SIGKILL, at a chosen point: KILL_AT="point:count".
+"""launch/pretrain.py in a process that does something to itself at a chosen point, the count-th arrival there:
+KILL_AT="point:count". KILL_BY says what: a signal, by default SIGKILL, a sleep, or an error that it raises.
 
-The count-th arrival at the point is the last thing the process does. Points lie in the data, the switch, the
-optimizer step and the record, and before, between and after all that a save does.
+Points lie in the data, the switch, the optimizer step, the evaluation and the record, and before, between and after all
+that a save does.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import os
 import runpy
 import signal
 import sys
+import time
 from typing import Any
 
+from megatron_switchlora.config import UserError
 from tests.dist.launch import REPOSITORY
 
 POINTS = {
     "data": ("megatron_switchlora.data.loader", "TrainLoader.micro_batches"),
     "switch": ("megatron_switchlora.lowrank.bank", "CandidateBank.put_back"),
     "step": ("megatron_switchlora.optim.row_adamw", "RowAdamW.step"),
+    "evaluate": ("megatron_switchlora.train.engine", "Engine.evaluate"),
     "record": ("megatron_switchlora.train.run_folder", "RunFolder.log"),
     "save": ("megatron_switchlora.train.saver", "Saver.save"),
     "write": ("megatron_switchlora.train.saver", "write_parts"),
@@ -34,6 +38,20 @@ POINTS = {
 RANK_0_ONLY = {"between files", "publish", "manifest", "prune", "delete", "reopen"}
 
 
+def strike(what: str) -> None:
+    if what.startswith("SIG"):
+        os.kill(os.getpid(), signal.Signals[what])
+    elif what.startswith("sleep "):
+        time.sleep(float(what.split()[1]))
+    else:
+        raise {
+            "TypeError": TypeError("struck"),
+            "MemoryError": MemoryError("struck"),
+            "UserError": UserError("struck"),
+            "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:116] DefaultCPUAllocator: can't allocate memory"),
+        }[what]
+
+
 def arm(point: str, count: int) -> None:
     """Replace the point's function by one that kills at its count-th call."""
     module, _, dotted = POINTS[point][0], None, POINTS[point][1]
@@ -47,7 +65,7 @@ def arm(point: str, count: int) -> None:
         nonlocal calls
         calls += 1
         if calls == count:
-            os.kill(os.getpid(), signal.SIGKILL)
+            strike(os.environ.get("KILL_BY", "SIGKILL"))
         return original(*args, **kwargs)
 
     setattr(owner, name, deadly)

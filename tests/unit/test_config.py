@@ -149,6 +149,8 @@ def test_a_mistake_after_print_config_leaves_nothing_behind() -> None:
             "--model.intermediate_size 9 --method.rank 2 --parallel.tp 4",
             r"model.intermediate_size 9 .* shards of 3.*padding",
         ),
+        ("--parallel.timeout 0.5", r"parallel.timeout must be from 1 to 1e6 seconds, not 0.5"),
+        ("--parallel.timeout .nan", r"parallel.timeout must be from 1 to 1e6 seconds, not nan"),
         ("--parallel.tp 0", r"parallel.tp must be at least 1, not 0"),
         ("--parallel.lte_heads 4", r"lte_heads 4 needs method.name lte, which trains heads apart; it is switchlora"),
         ("--parallel.lte_heads 0", r"lte_heads must be at least 1, not 0"),

@@ -15,6 +15,7 @@ from megatron_switchlora.parallel.ranks import (
     RankError,
     Ranks,
     complete_environment,
+    cpu_threads,
     discover_ranks,
     meeting_place,
     tasks_on_node,
@@ -225,10 +226,32 @@ def test_host_names(nodelist: str, names: str) -> None:
     assert slurm_host({"SLURM_JOB_NODELIST": nodelist}) == names.split()[0]
 
 
-@pytest.mark.parametrize("nodelist", ["", "n[", "n[1-3", "n[]", "n]1[", ",n1", "n1 n2", "n[a-b]"])
+@pytest.mark.parametrize(
+    "nodelist",
+    ["", "n[", "n[1-3", "n[]", "n]1[", ",n1", "n1,,n2", "n1 n2", "n[a-b]", "n[3-1]", "n[1,4-2]", "user@n1", "fe80::1"],
+)
 def test_broken_list_of_hosts(nodelist: str) -> None:
     with pytest.raises(UserError, match="set MASTER_ADDR"):
         host_names(nodelist)
+
+
+@pytest.mark.parametrize("address", ["n1,n2", "n[1-4]", "user@n1", "n1 "])
+def test_rank_0_is_on_one_host(address: str) -> None:
+    with pytest.raises(UserError, match="MASTER_ADDR must be the name or address of one host"):
+        discover_ranks({**SLURM, "MASTER_ADDR": address})
+    for fine in ("n-1.example.org", "10.0.0.1", "fe80::1%eth0"):
+        assert discover_ranks({**SLURM, "MASTER_ADDR": fine})
+
+
+@pytest.mark.parametrize(
+    ("requested", "env", "threads", "source"),
+    [(3, {"OMP_NUM_THREADS": "1"}, 3, "train.threads"), (0, {"OMP_NUM_THREADS": "1"}, 1, "OMP_NUM_THREADS"),
+     (0, {"OMP_NUM_THREADS": "5,2"}, 5, "OMP_NUM_THREADS"), (0, {"MKL_NUM_THREADS": "7"}, 7, "MKL_NUM_THREADS"),
+     (0, {"OMP_NUM_THREADS": "0", "MKL_NUM_THREADS": "many"}, 4, "the usable cores"), (0, {}, 4, "the usable cores")],
+)  # fmt: skip
+def test_threads(monkeypatch: pytest.MonkeyPatch, requested: int, env: Env, threads: int, source: str) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8))
+    assert cpu_threads(requested, 2, env) == (threads, source)
 
 
 def test_tasks_on_each_node() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,6 +125,14 @@ def test_a_port_in_use() -> None:
             meet(on_host("n1", port), Ranks(0, 2, 0, 1), SAME, 2)
         with pytest.raises(RankError, match="Rank 1, on n2, found nobody"):
             meet(on_host("n2", port), Ranks(1, 2, 0, 1), SAME, 1)
+
+
+def test_ranks_that_meet_within_the_host_listen_there_alone() -> None:
+    port = free_port()
+    stores = call("n1 n2", [SAME, SAME], port=port)
+    rows = [line.split() for kind in ("tcp", "tcp6") for line in Path("/proc/net", kind).read_text().splitlines()]
+    places = {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
+    assert places == {"0100007F"} and len(stores) == 2, places
 
 
 def test_spans() -> None:

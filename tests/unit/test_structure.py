@@ -96,10 +96,10 @@ def test_nothing_is_unpickled() -> None:
 
 
 def test_programs_with_ranks_end_them() -> None:
-    """Left to the interpreter's end, gloo's threads sometimes abort a rank whose peers are gone."""
+    """Through the door: left to the interpreter's end, gloo's threads sometimes abort a rank whose peers are gone."""
     starts = ("train.engine import start_distributed", "volume_ranks import")
     programs = [p for p in sources() if p.parent.name in ("launch", "tools") and "def main(" in p.read_text()]
-    found = {p.name: "end_rank(" in p.read_text() for p in programs if any(word in p.read_text() for word in starts)}
+    found = {p.name: "the_door(" in p.read_text() for p in programs if any(word in p.read_text() for word in starts)}
     assert len(found) == 5
     assert all(found.values()), found
 

@@ -127,7 +127,7 @@ def test_mistakes(
     monkeypatch.chdir(ROOT)
     import gradient_volume  # type: ignore[import-not-found]
 
-    monkeypatch.setattr(gradient_volume, "end_rank", sys.exit)
+    monkeypatch.setattr("megatron_switchlora.train.door.end_rank", sys.exit)
     monkeypatch.setattr(sys, "argv", ["gradient_volume.py", "--config", "launch/configs/llama_1.3b.yaml", *words])
     with pytest.raises(SystemExit) as end:
         gradient_volume.main()
