@@ -184,6 +184,17 @@ def test_a_tokenizer_with_gaps_is_refused(data: DataConfig, monkeypatch: pytest.
         prepare(data)
 
 
+@pytest.mark.parametrize("victim", ["train", "val"])
+def test_a_text_of_unknown_characters_only(data: DataConfig, tmp_path: Path, victim: str) -> None:
+    data.tokenizer = "char"
+    if victim == "train":  # a tokenizer from elsewhere
+        data.tokenizer = str(prepare(data).tokenizer_dir)
+    (tmp_path / f"{victim}.jsonl").write_text(json.dumps({"text": "ЖЖЖ"}))
+    name = {"train": "training", "val": "validation"}[victim]
+    with pytest.raises(UserError, match=rf"The {name} text holds nothing but .* each of its tokens is <unk>"):
+        prepare(data)
+
+
 def test_no_array_of_objects_is_loaded(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match=r"a\.npy cannot be read \(its header"):
