@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import resource
 import sqlite3
 import tarfile
 from collections.abc import Callable
@@ -272,14 +273,18 @@ def test_no_document_is_larger_than_any(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(list(documents(tmp_path / "plain.txt", "text"))) == 1
 
 
-def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full(io.BytesIO):
-        def read(self, size: int | None = -1) -> bytes:
-            raise MemoryError
-
-        readline = read  # type: ignore[assignment]
-
-    monkeypatch.setattr("megatron_switchlora.data.files._decompressed", lambda raw, compression: Full())
-    for name in ("a.txt", "a.jsonl.gz"):
-        (tmp_path / name).write_bytes(LINES)
-        refused(tmp_path, f"{name} cannot be read", "memory", files=str(tmp_path / name))
+def test_too_little_memory(tmp_path: Path) -> None:
+    """A bomb of some kB, under a limit that it breaks before it is found to be longer than any document."""
+    for name, head in (("a.txt.zst", b""), ("a.jsonl.zst", b'{"text": "')):
+        with pa.CompressedOutputStream(str(tmp_path / name), "zstd") as stream:
+            stream.write(head)
+            for _ in range(600):
+                stream.write(b"x" * (1 << 20))
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (now + (300 << 20), limits[1]))
+            with pytest.raises(UserError, match=rf"{name} cannot be read: a document in it needs more memory"):
+                list(documents(tmp_path / name, "text"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
