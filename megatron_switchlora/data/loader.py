@@ -82,12 +82,10 @@ class TokenStore:
             found = np.frombuffer(content, self.dtype)
         except (OSError, ValueError) as error:  # the latter: half a token
             raise UserError(f"{self.path} cannot be read ({error}): check its disk.") from error
-        require(len(found) == max(end - first, 0), f"{self.path} ends before token {end}: {REBUILD}.")
-        largest = int(found.max(initial=0))
-        require(
-            largest < self._vocab_size,
-            f"{self.path} holds token {largest}, and the tokenizer has only {self._vocab_size}: {REBUILD}.",
-        )
+        if len(found) < end - first:
+            raise UserError(f"{self.path} ends before token {end}: {REBUILD}.")
+        if (largest := int(found.max(initial=0))) >= self._vocab_size:
+            raise UserError(f"{self.path} holds token {largest}, but the vocabulary is {self._vocab_size}: {REBUILD}.")
         return found
 
     def fingerprint(self) -> bytes:

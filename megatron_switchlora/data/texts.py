@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
-from ..config import require
+from ..config import UserError, require
 from .findings import EMPTY, JSON_OBJECTS, MARKUP, BadDocument, Findings
 from .forms import (
     MARK,
@@ -44,7 +44,8 @@ def _decoded(source: Source, stream: BinaryIO, findings: Findings) -> str:
     """A file's text. Raises: BadDocument, if it is something else."""
     refuse_name(source)
     content = stream.read(LONGEST + 1) if form_of(source)[1] else stream.read()
-    require(len(content) <= LONGEST or not form_of(source)[1], _too_long(f"{source}"))
+    if form_of(source)[1] and len(content) > LONGEST:
+        raise UserError(_too_long(f"{source}"))
     if what := not_text_by_content(content):
         raise BadDocument(f"this is {what}, no plain text in UTF-8", ADVICE)
     content = content.removeprefix(MARK)
@@ -99,7 +100,8 @@ def _lines(source: Source, stream: BinaryIO) -> Iterator[bytes]:
     reader = stream if isinstance(stream, io.BufferedIOBase) else io.BufferedReader(cast(io.RawIOBase, stream))
     number = 1
     while line := reader.readline(LONGEST + 1):
-        require(len(line) <= LONGEST, _too_long(f"{source}, line {number}"))
+        if len(line) > LONGEST:
+            raise UserError(_too_long(f"{source}, line {number}"))
         yield line
         number += 1
 

@@ -145,7 +145,7 @@ def test_a_damaged_cache_that_cannot_be_built_anew(data: DataConfig, monkeypatch
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (odd_token, "holds token 65535, and the tokenizer has only 2"),
+        (odd_token, "holds token 65535, but the vocabulary is 2"),
         (lambda content: content[: len(content) // 2 * 2 - 40], "ends before token"),
     ],
 )
