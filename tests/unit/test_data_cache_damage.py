@@ -139,6 +139,19 @@ def test_a_damaged_cache_that_cannot_be_built_anew(data: DataConfig, monkeypatch
         prepare(data)
 
 
+def test_why_it_is_built_anew_is_told_where_that_fails(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = prepare(data).folder
+    harm(folder / "train.npy", zeros)
+
+    def fail(*args: object) -> None:
+        raise UserError("The dataset cannot be opened.")
+
+    monkeypatch.setattr(packing, "_build", fail)
+    with pytest.raises(UserError, match=r"cannot be opened\. The data cache .* is damaged \(the content of train\.npy"):
+        prepare(data)
+    assert folder.exists()
+
+
 # --- what a start does not see is found when it is read
 
 
