@@ -77,6 +77,7 @@ def prepare_only(arguments: Arguments, first: bool) -> None:
 
     if first:
         data = prepare(arguments.config.data, progress=True)
+        warn(*data.notes)
         print(
             f"{data.folder}: {data.train.num_tokens:,} tokens to train on, {data.val.num_tokens:,} to validate, a "
             f"vocabulary of {data.vocab_size:,}. Runs with the same data options open it."

@@ -157,7 +157,10 @@ class DataConfig:
     val_fraction: float = 0.1
     """Share of the text (by characters, at its end) held out when there are no val_files."""
     text_field: str = "text"
-    """Field of a JSON object, or column of a Parquet file, that holds the text."""
+    """Field of a JSON object, or column of a Parquet file, that holds the text; a.b: field b of a."""
+    on_bad_document: Literal["error", "skip"] = "error"
+    """What a document that cannot be read does (no such field, broken JSON, not UTF-8, no text): error ends the build,
+    skip leaves it out and counts it. Files that are cut off or damaged always end it."""
     hf_name: str = field(default="allenai/c4", metadata=PATH)
     """Dataset of source hf: a name on the hub, or a folder laid out like one. Its files: JSON lines or Parquet."""
     hf_config: Optional[str] = "en"

@@ -253,6 +253,8 @@ def text_of(config: RunConfig) -> Optional[str]:
     from megatron_switchlora.train.inputs import data_identity
 
     data = prepare(config.data, progress=True)
+    for note in data.notes:
+        print(f"warning: {note}", flush=True)
     return str(data_identity(data, data.vocab_size)["data"])
 
 

@@ -46,6 +46,8 @@ def measure(config: RunConfig, device: torch.device) -> dict[str, Any]:
     """The mean curve of each kind of layer, and what the run's rank and twice of it cover."""
     require(config.parallel.tp == 1, f"This tool is one process, and parallel.tp is {config.parallel.tp}: set it to 1.")
     data = prepare(config.data)
+    for note in data.notes:
+        print(f"warning: {note}", file=sys.stderr)
     model = LlamaForCausalLM(config.model, vocabulary_size(config, data))
     initialize_weights(model, config.train.seed)
     if config.train.init_from:

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 
 from ..config import DataConfig, UserError, require
 from .files import file_texts, files_identity
+from .findings import Findings
 from .stream import stream_identity, stream_texts
 
 FEATURES = datasets.Features({"text": datasets.Value("large_string")})  # 64-bit offsets: a document may exceed 2 GB
@@ -37,14 +38,16 @@ class Corpus:
     train: Iterable[dict[str, str]]
     val: Iterable[dict[str, str]]
     identity: dict[str, object]
+    findings: Findings
+    """What is left out or odd: all of it once the documents have been read."""
 
 
 def corpus_identity(data: DataConfig) -> dict[str, object]:
     """What the corpus depends on, without reading it: file names, sizes and modification times (ns), and options.
 
     Raises:
-        UserError: a file that is missing, empty or a directory, a pattern without match, no standard library, a hub
-            dataset whose commit cannot be looked up.
+        UserError: a file that is missing, a directory or no text by its name, a pattern without match, no standard
+            library, a hub dataset whose commit cannot be looked up.
     """
     if data.source == "stdlib":
         listed = [[name, size] for name, size in _stdlib_files(data.max_bytes)]
@@ -56,19 +59,23 @@ def load_corpus(data: DataConfig, scratch: Path, *, progress: bool = False) -> C
     """Read the corpus; its Arrow files lie in the folder `scratch`, which must outlive the datasets.
 
     Raises:
-        UserError: as `corpus_identity`, and for every file that is unreadable, damaged, cut off, not UTF-8, without
-            text, neither JSON lines nor Parquet or without the text field; nothing to hold out. Of a stream: these and
-            broken connections as it is read.
+        UserError: as `corpus_identity`, and for every file that is unreadable, damaged, cut off, not UTF-8, not what
+            its name says or without the text field; no text at all; nothing to hold out. Of a stream: these and broken
+            connections as it is read.
     """
     identity = corpus_identity(data)
+    findings = Findings(skip=data.on_bad_document == "skip")
     if data.source == "hf":
-        streamed_train, streamed_val = stream_texts(data, scratch)
-        return Corpus(_rows(streamed_train), _rows(streamed_val), identity)
-    train_texts, val_texts = _stdlib_texts(data.max_bytes) if data.source == "stdlib" else file_texts(data)
+        streamed_train, streamed_val = stream_texts(data, scratch, findings)
+        return Corpus(_rows(streamed_train), _rows(streamed_val), identity, findings)
+    if data.source == "stdlib":
+        train_texts, val_texts = _stdlib_texts(data.max_bytes)
+    else:
+        train_texts, val_texts = file_texts(data, findings)
     train = _store(train_texts, scratch / "train", progress)
     if val_texts is None:
-        return Corpus(*_split(train, data.val_fraction), identity)
-    return Corpus(train, _store(val_texts, scratch / "val", progress), identity)
+        return Corpus(*_split(train, data.val_fraction), identity, findings)
+    return Corpus(train, _store(val_texts, scratch / "val", progress), identity, findings)
 
 
 def characters(documents: datasets.Dataset) -> np.ndarray:
@@ -96,7 +103,7 @@ def _store(texts: Iterable[str], folder: Path, progress: bool) -> datasets.Datas
             datasets.Dataset.from_generator(rows, features=FEATURES, cache_dir=str(folder), fingerprint="documents"),
         )
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, (UserError, OSError)):
+        if isinstance(error.__cause__, (UserError, OSError, MemoryError)):
             raise error.__cause__ from None
         raise
     finally:
@@ -147,7 +154,7 @@ def _stdlib_files(max_bytes: int) -> list[tuple[str, int]]:
     return fitting
 
 
-def _stdlib_texts(max_bytes: int) -> tuple[Iterator[str], Iterator[str]]:
+def _stdlib_texts(max_bytes: int) -> tuple[Iterator[str], Iterator[str] | None]:
     names = [name for name, _ in _stdlib_files(max_bytes)]
     train = [name for i, name in enumerate(names) if i % HOLD_OUT_EVERY != HOLD_OUT_AT]
     val = [name for i, name in enumerate(names) if i % HOLD_OUT_EVERY == HOLD_OUT_AT]

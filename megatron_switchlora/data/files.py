@@ -1,10 +1,11 @@
 """Files of documents: text, JSON lines and Parquet, read strictly.
 
-Plain text is one document a file, exactly as it stands; JSON lines hold one document a line, Parquet one a row. Text
-and JSON lines may be compressed. The loaders of `datasets` are lenient (numbers become text, dates are rewritten, a
-missing field becomes None, "\\r\\n" becomes "\\n", one number among the texts of a block turns its neighbours into
-quoted JSON) and therefore not used: a damaged corpus must never pass silently. Every fault is a `UserError` that names
-the file and the place.
+Plain text is one document a file; JSON lines hold one document a line, Parquet one a row (`forms.py` tells them apart,
+`texts.py` and `parquet.py` read them). Text and JSON lines may be compressed. The loaders of `datasets` are lenient
+(numbers become text, dates are rewritten, a missing field becomes None, "\\r\\n" becomes "\\n", one number among the
+texts of a block turns its neighbours into quoted JSON) and therefore not used: a damaged corpus must never pass
+silently. Every fault is a `UserError` that names the file and the place; documents without text are left out and
+counted (`findings.py`), on request also those that cannot be read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
-import json
 import lzma
 import os
 import zlib
@@ -23,15 +23,18 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from huggingface_hub import HfFileSystem
 
 from ..config import DataConfig, UserError, require
+from ..disk import user_path
+from .findings import BadDocument, Findings
+from .forms import Source, form_of, may_be_julia, starts_with_object
+from .parquet import parquet_texts
+from .texts import json_texts, plain_text, refuse_name
 
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-ROWS = 1024  # of a Parquet file, decoded at once; bounds memory
 HUB = "hf://"
-Source = Path | str  # a file here, or the address of one on the hub
+FAULTS = (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError)  # of a file that cannot be read
+AS_EVER = (".json", ".jsonl", ".parquet")  # read as by the versions whose caches do not say how
 
 
 # --- data.source files
@@ -40,26 +43,43 @@ Source = Path | str  # a file here, or the address of one on the hub
 def files_identity(data: DataConfig) -> dict[str, object]:
     """Names, sizes and modification times (ns) of the files, and options."""
     train, val = _chosen_files(data)
-    return {
+    identity: dict[str, object] = {
         "source": "files",
         "text_field": data.text_field,
         "train": [_stamp(path) for path in train],
         "val": [_stamp(path) for path in val] if val else data.val_fraction,
     }
+    if not all(str(path).lower().removesuffix(form_of(path)[1]).endswith(AS_EVER) for path in train + val):
+        identity["reading"] = 2
+    return identity | reading_options(data)
 
 
-def file_texts(data: DataConfig) -> tuple[Iterator[str], Iterator[str] | None]:
-    """Training and validation documents (the latter None where they are to be held out)."""
+def reading_options(data: DataConfig) -> dict[str, object]:
+    """The options of reading that identify a corpus, where they are not the default."""
+    return {} if data.on_bad_document == "error" else {"on_bad_document": data.on_bad_document}
+
+
+def file_texts(data: DataConfig, findings: Findings) -> tuple[Iterator[str], Iterator[str] | None]:
+    """Training and validation documents (the latter None where they are to be held out).
+
+    Raises:
+        UserError: as `documents`; at the end, if there are none.
+    """
     train, val = _chosen_files(data)
-    train_texts = (text for path in train for text in documents(path, data.text_field))
-    val_texts = (text for path in val for text in documents(path, data.text_field))
-    return train_texts, val_texts if val else None
+    return _texts(data, train, findings), _texts(data, val, findings) if val else None
+
+
+def _texts(data: DataConfig, paths: list[Path], findings: Findings) -> Iterator[str]:
+    texts = (text for path in paths for text in documents(path, data.text_field, findings))
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return some(texts, f"{paths[0]}{more}", findings)
 
 
 def _chosen_files(data: DataConfig) -> tuple[list[Path], list[Path]]:
     """Training and validation files (the latter may be none)."""
-    train = _expand("data.files", data.patterns())
-    val = _expand("data.val_files", data.patterns(validation=True))
+    skip = data.on_bad_document == "skip"
+    train = _expand("data.files", data.patterns(), skip)
+    val = _expand("data.val_files", data.patterns(validation=True), skip)
     require(bool(train), "data.source files needs data.files: give file names or glob patterns.")
     known = {path.resolve() for path in train}
     for path in val:
@@ -67,11 +87,11 @@ def _chosen_files(data: DataConfig) -> tuple[list[Path], list[Path]]:
     return train, val
 
 
-def _expand(option: str, patterns: list[str]) -> list[Path]:
-    """The files the patterns name, absolute, each once, every pattern's sorted."""
+def _expand(option: str, patterns: list[str], skip: bool) -> list[Path]:
+    """The files the patterns name, absolute, each once, every pattern's sorted. With `skip`, of any name."""
     found: dict[Path, Path] = {}
     for pattern in patterns:
-        literal = Path(pattern).expanduser()
+        literal = user_path(pattern)
         if os.path.exists(literal) or not has_magic(pattern):
             require(
                 not os.path.isdir(literal), f"{option}: {pattern} is a directory: give {pattern}/*.txt or the like."
@@ -81,48 +101,73 @@ def _expand(option: str, patterns: list[str]) -> list[Path]:
         matches = [Path(name) for name in names if os.path.isfile(name)]
         require(bool(matches), f"{option}: no file matches the pattern {pattern}: correct it.")
         for path in matches:
-            require(path.stat().st_size > 0, f"{option}: the file {path} is empty (0 bytes): fill it or leave it out.")
+            if not skip:
+                _require_form(option, path)
             found.setdefault(path.resolve(), path.absolute())  # a link's own name tells the format
     return list(found.values())
 
 
+def _require_form(option: str, path: Path) -> None:
+    """Refuse at the start what would be refused when its turn comes."""
+    if form_of(path)[0] == "text":
+        try:
+            refuse_name(path)
+        except BadDocument as document:
+            raise UserError(
+                f"{option}: {path}: {document}, or leave such files out with data.on_bad_document skip."
+            ) from None
+
+
 def _stamp(path: Path) -> list[str | int]:
-    status = path.stat()
+    status = status_of(path)
     return [path.name, str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def status_of(path: Path) -> os.stat_result:
+    """A file's size and times. Raises: UserError."""
+    try:
+        return path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}): check the file and its disk.") from error
 
 
 # --- one file
 
 
-def form_of(source: Source) -> tuple[str, str]:
-    """What a file holds by its name, "json", "parquet" or "text", and the suffix of its compression or ""."""
-    name = str(source).lower()
-    compression = next((suffix for suffix in COMPRESSED if name.endswith(suffix)), "")
-    name = name.removesuffix(compression)
-    if name.endswith((".json", ".jsonl")):
-        return "json", compression
-    return "parquet" if name.endswith(".parquet") else "text", compression
-
-
-def documents(source: Source, text_field: str) -> Iterator[str]:
-    """The documents of one file that have text, in order.
+def documents(source: Source, text_field: str, findings: Findings | None = None) -> Iterator[str]:
+    """The documents of one file that have text, in order. What is left out, or odd, goes to `findings`.
 
     Raises:
-        UserError: the file is unreadable, damaged, cut off, not UTF-8, without text, not what its name says or without
-            the field.
+        UserError: the file is unreadable, damaged, cut off or not what its name says; a document that is not UTF-8 or
+            without the field, unless such are to be left out; one that is larger than any.
     """
-    form, _ = form_of(source)
+    findings = findings or Findings()
     with _reading(source) as stream:
-        if form == "text":
-            texts = _plain_text(source, stream)
-        else:
-            texts = (_json_texts if form == "json" else _parquet_texts)(source, stream, text_field)
-        empty = True
-        for text in texts:
-            if text.strip():
-                empty = False
-                yield text
-    require(not empty, f"{source} holds no document with text: fill it or leave it out of the data files.")
+        match _form(source, stream):
+            case "text":
+                yield from plain_text(source, stream, findings)
+            case "json":
+                yield from json_texts(source, stream, text_field, findings)
+            case _:
+                yield from parquet_texts(source, stream, text_field, findings)
+
+
+def some(texts: Iterator[str], where: str, findings: Findings) -> Iterator[str]:
+    """The texts. Raises: UserError, at the end, if there are none."""
+    empty = True
+    for text in texts:
+        empty = False
+        yield text
+    left_out = " ".join(["", *findings.sentences()]) if findings.skip else ""
+    require(not empty, f"There is no document with text in {where}: fill the files or give others.{left_out}")
+
+
+def _form(source: Source, stream: BinaryIO) -> str:
+    form, _ = form_of(source)
+    if form == "json" and may_be_julia(source) and isinstance(source, Path):
+        head = cast(io.BufferedReader, stream).peek(1000)
+        return "json" if starts_with_object(head) else "text"
+    return form
 
 
 @contextmanager
@@ -131,7 +176,12 @@ def _reading(source: Source) -> Iterator[BinaryIO]:
     try:
         with _open(source) as stream:
             yield stream
-    except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError) as error:
+    except MemoryError as error:
+        raise UserError(
+            f"{source} cannot be read: a document in it needs more memory than there is: check what made the file, or "
+            "split it."
+        ) from error
+    except FAULTS as error:
         form, compression = form_of(source)
         damaged = bool(compression) or form == "parquet"
         advice = "if it is damaged or cut off, fetch it again" if damaged else "check the file and its rights"
@@ -150,11 +200,14 @@ def _open(source: Source) -> Iterator[BinaryIO]:
         not (form == "parquet" and compression),
         f"{source}: a Parquet file is compressed inside, not as a whole: decompress it first.",
     )
-    with (
-        source.open("rb") if isinstance(source, Path) else HfFileSystem().open(source, "rb") as raw,
-        _decompressed(raw, compression) as stream,
-    ):
-        yield stream
+    whole = compression or (".parquet" if form == "parquet" else "")
+    with source.open("rb") if isinstance(source, Path) else HfFileSystem().open(source, "rb") as raw:
+        if whole:
+            filled = raw.seek(0, os.SEEK_END) > 0
+            require(filled, f"{source} is empty (0 bytes), no whole {whole} file: fetch it again or leave it out.")
+            raw.seek(0)
+        with _decompressed(raw, compression) as stream:
+            yield stream
 
 
 def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
@@ -168,73 +221,3 @@ def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
         case ".zst":
             return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, pa.CompressedInputStream(raw, "zstd"))))
     return raw
-
-
-def _plain_text(source: Source, stream: BinaryIO) -> Iterator[str]:
-    content = stream.read()
-    try:
-        yield content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{source}, line {line}: not UTF-8 ({error.reason}): convert the file to UTF-8.") from None
-
-
-def _json_texts(source: Source, stream: BinaryIO, text_field: str) -> Iterator[str]:
-    for number, line in enumerate(stream, start=1):
-        if not line.strip():
-            continue
-        where = f"{source}, line {number}"
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
-            raise UserError(f"{where}: not JSON in UTF-8, one object a line ({error}): repair the file.") from None
-        require(isinstance(row, dict), f"{where}: a JSON {type(row).__name__}, not an object: give one object a line.")
-        if text_field not in row:
-            there = ", ".join(map(repr, row)) or "none"
-            raise UserError(f"{where}: no field {text_field!r} (there are: {there}): set data.text_field.")
-        text = row[text_field]
-        require(
-            isinstance(text, str),
-            f"{where}: field {text_field!r} holds {type(text).__name__}, not a string: repair it, or set "
-            "data.text_field to the field of the text.",
-        )
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: half a surrogate pair (\\ud800) is no text: repair the line.") from None
-        yield text
-
-
-def _parquet_texts(source: Source, stream: BinaryIO, text_field: str) -> Iterator[str]:
-    # Buffered instead of read ahead: a column of a row group need not fit into memory.
-    file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
-    schema = file.schema_arrow
-    if text_field not in schema.names:
-        there = ", ".join(map(repr, schema.names)) or "none"
-        raise UserError(f"{source}: no column {text_field!r} (there are: {there}): set data.text_field.")
-    kind = schema.field(text_field).type
-    require(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind),
-        f"{source}: column {text_field!r} holds {kind}, not strings: set data.text_field to the column of the text.",
-    )
-    for group in range(file.num_row_groups):
-        row = 0
-        for batch in file.iter_batches(ROWS, row_groups=[group], columns=[text_field]):
-            for value in batch.column(0):
-                yield _parquet_text(value, f"{source}, row group {group}, row {row}")
-                row += 1
-        expected = file.metadata.row_group(group).num_rows
-        require(
-            row == expected,
-            f"{source}, row group {group}: {row} rows instead of {expected}: the file is damaged, fetch it again.",
-        )
-
-
-def _parquet_text(value: pa.Scalar, where: str) -> str:
-    """A cell's text; `where` counts groups and rows from 0, as pyarrow does."""
-    try:
-        text = value.as_py()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 ({error.reason}): write the file again.") from None
-    require(isinstance(text, str), f"{where}: a null, not a string: leave such rows out of the file.")
-    return text

@@ -10,22 +10,24 @@ that of the ranks changes the order. The permutations sort Philox's raw 64-bit s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..config import require
+from ..config import UserError, require
 
 STREAM = 0xDA7A << 32  # keeps the data order's random streams apart from others of the same seed
+REBUILD = "remove its folder, and the next start tokenises the text again"
 
 
 class Samples:
     """Samples of seq_len + 1 tokens; sample i starts at token i * seq_len, so neighbours share one token."""
 
-    def __init__(self, tokens: np.ndarray, seq_len: int) -> None:
+    def __init__(self, tokens: np.ndarray | TokenStore, seq_len: int) -> None:
         self._tokens, self.seq_len = tokens, seq_len
 
     def __len__(self) -> int:
@@ -43,29 +45,63 @@ class Samples:
 
 
 class TokenStore:
-    """A flat array of tokens, mapped from a .npy file (uint16 or uint32 [tokens])."""
+    """A flat array of tokens, each below `vocab_size`, in a .npy file (uint16 or uint32 [tokens]).
 
-    def __init__(self, path: Path) -> None:
-        self._tokens: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    Slices are read as they are asked for. A mapped file that is cut off, or a disk that fails, would kill the process.
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self._tokens)
+    Raises:
+        UserError: here, the file is no such array; from a slice, it cannot be read, or holds a larger token. Names it.
+    """
+
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        self.path, self._vocab_size = path, vocab_size
+        try:
+            self._file = path.open("rb", buffering=0)
+            np.lib.format.read_magic(self._file)  # of version 1.0, or the next line fails
+            shape, _, self.dtype = np.lib.format.read_array_header_1_0(self._file)
+        except Exception as error:  # numpy raises all kinds, and its sentences advise pickle
+            reason = error.strerror if isinstance(error, OSError) else "its header is damaged"
+            raise UserError(f"{path} cannot be read ({reason}): {REBUILD}.") from error
+        self._head = self._file.tell()
+        self.num_tokens = int(shape[0]) if len(shape) == 1 else -1
+        whole = self._head + self.num_tokens * self.dtype.itemsize == os.fstat(self._file.fileno()).st_size
+        require(
+            self.dtype in (np.uint16, np.uint32) and whole,
+            f"{path} cannot be read (its header names {self.dtype} {list(shape)}): {REBUILD}.",
+        )
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """A copy of consecutive tokens."""
+        first, end, _ = part.indices(self.num_tokens)
+        width = self.dtype.itemsize
+        try:
+            content = os.pread(self._file.fileno(), max(end - first, 0) * width, self._head + first * width)
+            found = np.frombuffer(content, self.dtype)
+        except (OSError, ValueError) as error:  # the latter: half a token
+            raise UserError(f"{self.path} cannot be read ({error}): check its disk.") from error
+        if len(found) < end - first:
+            raise UserError(f"{self.path} ends before token {end}: {REBUILD}.")
+        if (largest := int(found.max(initial=0))) >= self._vocab_size:
+            raise UserError(f"{self.path} holds token {largest}, but the vocabulary is {self._vocab_size}: {REBUILD}.")
+        return found
 
     def fingerprint(self) -> bytes:
         """SHA-256 of length and content: all of it up to 64 Mi tokens, beyond that 1,024 blocks spread evenly."""
-        found = hashlib.sha256(f"{self._tokens.dtype} {self.num_tokens}".encode())
+        found = hashlib.sha256(f"{self.dtype} {self.num_tokens}".encode())
         count, block = 1024, 1 << 16
-        if len(self._tokens) <= count * block:
-            found.update(self._tokens.tobytes())
-        else:
-            for start in np.linspace(0, len(self._tokens) - block, count).astype(np.int64):
-                found.update(self._tokens[start : start + block].tobytes())
+        starts: Iterable[int] = range(0, self.num_tokens, block)
+        if self.num_tokens > count * block:
+            starts = np.linspace(0, self.num_tokens - block, count).astype(np.int64).tolist()
+        for start in starts:
+            found.update(self[start : start + block].tobytes())
         return found.digest()
 
     def samples(self, seq_len: int) -> Samples:
         """The array cut into (num_tokens - 1) // seq_len samples; tokens that fill no sample are left out."""
-        return Samples(self._tokens, seq_len)
+        return Samples(self, seq_len)
 
 
 class BatchOrder:

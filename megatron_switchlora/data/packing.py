@@ -3,23 +3,21 @@
 `prepare` tokenises into `<cache>/<key>/`: train.npy and val.npy (all documents one after the other, an end mark after
 each), tokenizer/ and meta.json. The key hashes what the content depends on, so another file, option or library
 version is another folder. The folder is built aside, made durable and renamed: it is there whole or not at all. Of
-several processes, on nodes that share the disk too, one builds and the others wait for it.
-meta.json also holds the size of every file; a folder that does not match is built anew.
+several processes, on nodes that share the disk too, one builds and the others wait for it. A folder that is not as it
+was built (`cache.py`) is built anew.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import BinaryIO, cast
 
 import datasets
@@ -29,6 +27,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from ..config import DataConfig, UserError, require
+from ..disk import user_path
+from . import cache
 from .corpus import characters, corpus_identity, load_corpus
 from .loader import TokenStore
 from .stream import pinned
@@ -54,6 +54,8 @@ class PreparedData:
     """Perplexity of the validation tokens under the training tokens' frequencies, add-one smoothed."""
     bytes_per_val_token: float
     """UTF-8 bytes of validation text per token, end marks counted as tokens."""
+    notes: list[str] = field(default_factory=list)
+    """What to tell of the build, if there has been one: documents left out, odd files, damage."""
 
 
 def prepare(data: DataConfig, *, progress: bool = False) -> PreparedData:
@@ -63,23 +65,26 @@ def prepare(data: DataConfig, *, progress: bool = False) -> PreparedData:
         UserError: anything wrong with the corpus or the tokenizer; a cache folder that cannot be written.
     """
     data = pinned(data)  # once, so that the name of the cache and what goes into it are of one commit
-    cache = _cache_dir(data)
-    folder = cache / _cache_key(data)
-    if _fault(folder) is None:
-        return open_prepared(folder)
+    place = _cache_dir(data)
+    folder = place / _cache_key(data)
+    with contextlib.suppress(cache.Damaged):
+        if not cache.touched(folder):
+            return open_prepared(folder)
+    if folder.exists() and not os.access(place, os.W_OK):
+        return _open_read_only(folder)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _alone(cache / f".{folder.name}.lock"):
-            if _fault(folder) is None:
-                return open_prepared(folder)
-            prefix = f".{folder.name}-{os.getpid()}-"  # a killed build leaves such a folder, which nothing ever reads
-            with TemporaryDirectory(prefix=prefix, dir=cache, ignore_cleanup_errors=True) as name:
-                scratch = Path(name)
-                _build(data, scratch / "build", scratch / "documents", progress)
-                _publish(scratch / "build", folder, scratch)
+        place.mkdir(parents=True, exist_ok=True)
+        with cache.alone(place / f".{folder.name}.lock"):
+            damage = cache.fault(folder)
+            notes = [] if damage is None else _fill(data, folder, damage, progress)
     except OSError as error:
-        raise UserError(f"Cannot write the data cache {cache} ({error}): make room or set data.cache_dir.") from error
-    return open_prepared(folder)
+        raise UserError(f"Cannot write the data cache {place} ({error}): make room or set data.cache_dir.") from error
+    except MemoryError as error:
+        raise UserError(
+            f"There is not enough memory to tokenise the corpus ({error or 'out of memory'}): give more, or cut long "
+            "documents."
+        ) from error
+    return replace(open_prepared(folder), notes=notes)
 
 
 def open_prepared(folder: Path) -> PreparedData:
@@ -88,13 +93,16 @@ def open_prepared(folder: Path) -> PreparedData:
     Raises:
         UserError: the folder is not a whole cache.
     """
-    fault = _fault(folder)
-    require(fault is None, f"{folder} is not a complete data cache ({fault}): prepare the data again.")
-    meta = json.loads((folder / "meta.json").read_text())
+    try:
+        cache.touched(folder)
+        meta = cache.read_meta(folder)
+        train, val = (cache.open_tokens(folder, split) for split in cache.SPLITS)
+    except cache.Damaged as damage:
+        raise UserError(f"{folder} is not a complete data cache ({damage}): prepare the data again.") from None
     return PreparedData(
         folder=folder,
-        train=TokenStore(folder / "train.npy"),
-        val=TokenStore(folder / "val.npy"),
+        train=train,
+        val=val,
         tokenizer_dir=folder / "tokenizer",
         vocab_size=int(meta["vocab_size"]),
         unigram_val_ppl=float(meta["unigram_val_ppl"]),
@@ -102,13 +110,40 @@ def open_prepared(folder: Path) -> PreparedData:
     )
 
 
+def _open_read_only(folder: Path) -> PreparedData:
+    damage = cache.fault(folder)
+    require(
+        damage is None,
+        f"The data cache {folder} is damaged ({damage}), and nothing can be written beside it to build it anew: "
+        "remove it or set data.cache_dir.",
+    )
+    return open_prepared(folder)
+
+
+def _fill(data: DataConfig, folder: Path, damage: str, progress: bool) -> list[str]:
+    """Build the folder, for what is wrong with it or because it is not there; what there is to tell."""
+    notes = [f"The data cache {folder} was damaged ({damage}) and has been built anew."] if folder.exists() else []
+    if removed := cache.remove_leftovers(folder.parent):
+        notes.append(f"Removed from {folder.parent} what killed builds had left there ({removed} in number).")
+    with cache.scratch_folder(folder) as scratch:
+        try:
+            notes += _build(data, scratch / "build", scratch / "documents", progress)
+        except UserError as error:
+            because = (
+                f" The data cache {folder} is damaged ({damage}), else it would be used." if folder.exists() else ""
+            )
+            raise UserError(f"{error}{because}") from error
+        cache.publish(scratch / "build", folder, scratch)
+    return notes
+
+
 # --- the cache folder
 
 
 def _cache_dir(data: DataConfig) -> Path:
     if data.cache_dir:
-        return Path(data.cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "megatron_switchlora"
+        return user_path(data.cache_dir)
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "megatron_switchlora"
 
 
 def _cache_key(data: DataConfig) -> str:
@@ -121,59 +156,11 @@ def _cache_key(data: DataConfig) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def _fault(folder: Path) -> str | None:
-    """Why a folder is no complete cache, or None: meta.json is missing or a file has not the size it names."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        for name, size in meta["files"].items():
-            found = (folder / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes, not {size}"
-    except (OSError, ValueError, KeyError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One builder at a time, also of several nodes that share the disk; who is killed lets go."""
-    with path.open("a") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: each builds its own, one is published
-            fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:  # who waits for the file that goes finds the cache; if there is none, two may build it
-            path.unlink(missing_ok=True)
-
-
-def _publish(build: Path, folder: Path, scratch: Path) -> None:
-    """Move a build to its place, unless another process has published a sound one; a damaged one gives way."""
-    for attempt in range(3):
-        try:
-            os.rename(build, folder)
-            _sync(folder.parent)
-            return
-        except OSError:
-            if attempt == 2 or not folder.exists():
-                raise
-        if _fault(folder) is None:
-            return
-        os.rename(folder, scratch / f"damaged{attempt}")
-
-
-def _sync(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 # --- building
 
 
-def _build(data: DataConfig, build: Path, documents: Path, progress: bool) -> None:
+def _build(data: DataConfig, build: Path, documents: Path, progress: bool) -> list[str]:
+    """Make the content of a cache folder; what its user should know of the corpus."""
     build.mkdir()
     built = data.tokenizer in BUILT
     if not built:  # before the corpus is read: a mistyped name shows at once
@@ -189,18 +176,27 @@ def _build(data: DataConfig, build: Path, documents: Path, progress: bool) -> No
     tokenizer.save_pretrained(build / "tokenizer")
     train, train_counts = _tokenise(tokenizer, corpus.train, longest, build / "train.npy", progress)
     val, val_counts = _tokenise(tokenizer, corpus.val, longest, build / "val.npy", progress)
-    files = [path for path in build.rglob("*") if path.is_file()]
+    for text, counts in (("training", train_counts), ("validation", val_counts)):
+        _require_known(data, tokenizer, text, counts)
     meta = {
         "vocab_size": len(tokenizer),
         "train": train,
         "val": val,
         "unigram_val_ppl": _unigram_perplexity(train_counts, val_counts),
         "corpus": corpus.identity,
-        "files": {path.relative_to(build).as_posix(): path.stat().st_size for path in files},
     }
-    (build / "meta.json").write_text(json.dumps(meta, indent=1))
-    for path in [*build.rglob("*"), build]:
-        _sync(path)
+    cache.seal(build, meta)
+    return corpus.findings.sentences()
+
+
+def _require_known(data: DataConfig, tokenizer: PreTrainedTokenizerFast, text: str, counts: np.ndarray) -> None:
+    """Raises: UserError, if a text gives unknown tokens only, of which no perplexity means anything."""
+    marks = {tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
+    require(
+        int(counts.sum()) > int(counts[list(marks)].sum()),
+        f"The {text} text holds nothing but what the tokenizer {data.tokenizer} does not know, so that each of its "
+        f"tokens is {tokenizer.unk_token or 'an end mark'}: choose another text or data.tokenizer.",
+    )
 
 
 def _pieces(documents: Iterable[dict[str, str]], longest: int | None) -> Iterator[tuple[str, bool]]:

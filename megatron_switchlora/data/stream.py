@@ -19,7 +19,10 @@ import datasets
 from huggingface_hub import DatasetCard, HfApi
 
 from ..config import DataConfig, UserError, require
-from .files import HUB, Source, documents, first_line, form_of
+from ..disk import user_path
+from .files import HUB, documents, first_line, reading_options, some, status_of
+from .findings import Findings
+from .forms import Source, form_of
 
 COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -52,16 +55,16 @@ def stream_identity(data: DataConfig) -> dict[str, object]:
     data = pinned(data)
     folder = _folder(data)
     names = ("hf_config", "hf_split", "hf_val_split", "max_documents", "max_val_documents", "text_field")
-    options = {"source": "hf", **{name: getattr(data, name) for name in names}}
+    options = {"source": "hf", **{name: getattr(data, name) for name in names}, **reading_options(data)}
     if folder is None:
         return {**options, "name": data.hf_name, "revision": data.hf_revision}
     found = sorted(glob("**", root_dir=folder, recursive=True))  # without hidden ones, such as .git
-    stats = [(name, (folder / name).stat()) for name in found if (folder / name).is_file()]
+    stats = [(name, status_of(folder / name)) for name in found if (folder / name).is_file()]
     files = [[name, status.st_size, status.st_mtime_ns] for name, status in stats]
     return {**options, "name": str(folder.resolve()), "files": files}
 
 
-def stream_texts(data: DataConfig, scratch: Path) -> tuple[Iterator[str], Iterator[str]]:
+def stream_texts(data: DataConfig, scratch: Path, findings: Findings) -> tuple[Iterator[str], Iterator[str]]:
     """Training and validation documents, read as they are asked for.
 
     Raises:
@@ -71,8 +74,8 @@ def stream_texts(data: DataConfig, scratch: Path) -> tuple[Iterator[str], Iterat
     found = _files(pinned(data), scratch)
     train, val = (_split_files(data, split, found) for split in (data.hf_split, data.hf_val_split))
     return (
-        _stream(data, data.hf_split, train, data.max_documents),
-        _stream(data, data.hf_val_split, val, data.max_val_documents),
+        _stream(data, data.hf_split, train, data.max_documents, findings),
+        _stream(data, data.hf_val_split, val, data.max_val_documents, findings),
     )
 
 
@@ -92,11 +95,15 @@ def _split_files(data: DataConfig, split: str, found: dict[str, list[Source]]) -
     return found[split]
 
 
-def _stream(data: DataConfig, split: str, files: list[Source], limit: int | None) -> Iterator[str]:
+def _stream(data: DataConfig, split: str, files: list[Source], limit: int | None, findings: Findings) -> Iterator[str]:
     """The first documents of the files; an end before the limit is the end of the last file."""
+    return some(_head(data, split, files, limit, findings), f"split {split!r} of {_title(data)}", findings)
+
+
+def _head(data: DataConfig, split: str, files: list[Source], limit: int | None, findings: Findings) -> Iterator[str]:
     count = 0
     for name in files:
-        texts = documents(name, data.text_field)
+        texts = documents(name, data.text_field, findings)
         while limit is None or count < limit:
             try:
                 text = next(texts, None)
@@ -141,7 +148,7 @@ def _names_configs(folder: Path) -> bool:
 
 def _folder(data: DataConfig) -> Path | None:
     """The local folder that data.hf_name is, or None."""
-    folder = Path(data.hf_name).expanduser()
+    folder = user_path(data.hf_name)
     if not folder.is_dir():
         return None
     require(

@@ -14,19 +14,30 @@ from megatron_switchlora.checkpoint.files import Checkpoint
 from megatron_switchlora.config import RunConfig, require, require_shard
 from megatron_switchlora.data.packing import PreparedData, open_prepared, prepare
 from megatron_switchlora.data.stream import pinned
-from megatron_switchlora.parallel.agree import on_one_rank
+from megatron_switchlora.parallel.agree import gather_texts, on_one_rank
 from megatron_switchlora.parallel.ranks import Ranks
 
 
 def prepare_data(config: RunConfig, ranks: Ranks, device: torch.device) -> PreparedData:
-    """Tokenise on the first rank of every node, tell the others where the cache is. Collective.
+    """Tokenise on the first rank of every node, tell the others where the cache is. Collective. What there is to say of
+    a build comes from rank 0, wherever it was.
 
     The commit of a hub dataset is looked up once, for all nodes, and stays in `config`: the run can name its data.
     """
     commit = on_one_rank(ranks.rank == 0, lambda: pinned(config.data).hf_revision or "", device)
     config.data.hf_revision = commit or None
     first = ranks.local_rank == 0
-    folder = on_one_rank(first, lambda: str(prepare(config.data, progress=ranks.rank == 0).folder), device)
+    notes: list[str] = []
+
+    def fill() -> str:
+        data = prepare(config.data, progress=ranks.rank == 0)
+        notes.extend(data.notes)
+        return str(data.folder)
+
+    folder = on_one_rank(first, fill, device)
+    everyones = [note for text in gather_texts(json.dumps(notes), device) for note in json.loads(text)]
+    for note in dict.fromkeys(everyones if ranks.rank == 0 else []):
+        print(f"warning: {note}", flush=True)
     return open_prepared(Path(folder))
 
 

@@ -25,7 +25,9 @@ ZERO1 = ["--ds_config", str(REPOSITORY / "ds_configs" / "zero1.json")]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("system"))
+    found = Place(tmp_path_factory.mktemp("system"))
+    (found.corpus / "empty.txt").touch()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +38,12 @@ def finished(place: Place) -> str:
     return output
 
 
-def test_terminal_output(finished: str) -> None:
+def test_terminal_output(place: Place, finished: str) -> None:
     assert finished.count("step     12/12  loss") == 1
     for words in ("Trained a LLaMA", "Validation perplexity", "tokens per second", "Trainable:", "Gradient bytes",
                   "Run folder:", "tools/generate.py"):  # fmt: skip
         assert finished.count(words) == 1, words
+    assert finished.count(f"warning: Documents without text, left out: 1 ({place.corpus}/empty.txt).") == 1
     assert "Traceback" not in finished
 
 

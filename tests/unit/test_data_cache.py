@@ -1,10 +1,8 @@
-"""The token cache: built whole or not at all, found again, rebuilt when damaged."""
+"""The token cache: built whole or not at all, by one, and found again."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,11 +13,11 @@ import numpy as np
 import pytest
 
 from megatron_switchlora.config import DataConfig, UserError
-from megatron_switchlora.data import packing
+from megatron_switchlora.data import cache, packing
 from megatron_switchlora.data.packing import PreparedData, open_prepared, prepare
 from tests.dist.launch import REPOSITORY, end_ranks, join_all, stand_alone, warm_interpreters
 
-from .test_data_packing import TRAIN, config, documents, tokens
+from .test_data_packing import config, tokens
 
 
 @pytest.fixture
@@ -54,10 +52,10 @@ def prepare_slowly(data: DataConfig, place: Path, env: dict[str, str]) -> None:
     stand_alone(place.with_suffix(".out"), env)
     build = packing._build
 
-    def slow(*given: Any) -> None:
+    def slow(*given: Any) -> list[str]:
         place.write_text("built\n")
         time.sleep(2)
-        build(*given)
+        return build(*given)
 
     packing._build = slow
     folder = prepare(data).folder
@@ -120,25 +118,6 @@ def test_cache_dir_is_chosen(data: DataConfig, tmp_path: Path, monkeypatch: pyte
     assert prepare(data).folder.parent == tmp_path / "home/mine"
 
 
-def test_leftovers_of_a_killed_build_are_no_cache(data: DataConfig, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({**vars(data), "cache_dir": str(tmp_path / "cache")}))
-    program = (
-        "import json, os, signal, sys; from megatron_switchlora.config import DataConfig;"
-        "from megatron_switchlora.data import packing;"
-        "packing._publish = lambda *args: os.kill(os.getpid(), signal.SIGKILL);"
-        "packing.prepare(DataConfig(**json.load(open(sys.argv[1]))))"
-    )
-    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path / "config.json")], timeout=120)
-    assert killed.returncode == -signal.SIGKILL
-    leftovers = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]  # and the file of its lock
-    assert len(leftovers) == 1 and leftovers[0].name.startswith(".")
-    assert (leftovers[0] / "build/meta.json").exists()  # killed just before publication
-    data.cache_dir = str(tmp_path / "cache")
-    prepared = prepare(data)
-    assert documents(prepared, prepared.train) == TRAIN
-    assert prepared.folder != leftovers[0] and leftovers[0].exists()
-
-
 def test_failed_build_leaves_nothing(data: DataConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(*args: object) -> None:
         raise KeyboardInterrupt
@@ -149,62 +128,28 @@ def test_failed_build_leaves_nothing(data: DataConfig, monkeypatch: pytest.Monke
     assert list((tmp_path / "xdg/megatron_switchlora").iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["short", "long", "gone", "meta cut", "meta gone", "tokenizer"])
-def test_damaged_cache_is_rebuilt(data: DataConfig, damage: str) -> None:
-    first = prepare(data)
-    folder, expected = first.folder, tokens(first.train).tolist()
-    victim = {"meta cut": "meta.json", "meta gone": "meta.json", "tokenizer": "tokenizer/tokenizer.json"}.get(damage)
-    path = folder / (victim or "train.npy")
-    content = path.read_bytes()
-    if damage in ("gone", "meta gone"):
-        path.unlink()
-    else:
-        path.write_bytes(content + b"\0\0" if damage == "long" else content[:-2])
-    with pytest.raises(UserError, match="not a complete data cache"):
-        open_prepared(folder)
-    again = prepare(data)
-    assert again.folder == folder
-    assert tokens(again.train).tolist() == expected
-    assert path.read_bytes() == content
-    assert list(folder.parent.iterdir()) == [folder]
-
-
 def test_a_cache_published_meanwhile_is_used(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a file system without locks, which two build on at once."""
 
     def no_locks(*args: object) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(packing.fcntl, "flock", no_locks)
+    monkeypatch.setattr(cache.fcntl, "flock", no_locks)
     original = packing._build
     theirs: list[PreparedData] = []
     before: dict[str, tuple[int, int]] = {}
 
-    def slow(*args: object) -> None:
+    def slow(*args: object) -> list[str]:
         monkeypatch.setattr(packing, "_build", original)
         theirs.append(prepare(data))
         before.update(stamps(theirs[0].folder))
-        original(*args)  # type: ignore[arg-type]
+        return original(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(packing, "_build", slow)
     ours = prepare(data)
     assert ours.folder == theirs[0].folder
     assert before and stamps(ours.folder) == before
     assert list(ours.folder.parent.iterdir()) == [ours.folder]
-
-
-def test_a_damaged_cache_published_meanwhile_gives_way(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = packing._build
-
-    def slow(*args: object) -> None:
-        original(*args)  # type: ignore[arg-type]
-        folder = packing._cache_dir(data) / packing._cache_key(data)
-        folder.mkdir()
-        (folder / "train.npy").write_bytes(b"half")
-
-    monkeypatch.setattr(packing, "_build", slow)
-    prepared = prepare(data)
-    assert documents(prepared, prepared.train) == TRAIN
 
 
 def test_unwritable_cache(data: DataConfig, tmp_path: Path) -> None:

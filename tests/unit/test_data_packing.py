@@ -41,7 +41,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
 
 
 def tokens(store: TokenStore) -> np.ndarray:
-    return np.asarray(store._tokens)
+    return store[:]
 
 
 def documents(prepared: PreparedData, store: TokenStore) -> list[str]:
@@ -150,6 +150,7 @@ def test_dtype_follows_the_vocabulary(data: DataConfig, tmp_path: Path) -> None:
     for size, dtype in ((65535, np.uint16), (65536, np.uint32)):
         text = "".join(map(chr, range(0x10000, 0x10000 + size - 2)))
         (tmp_path / "all.txt").write_text(text, encoding="utf-8")
+        (tmp_path / "val.jsonl").write_text(json.dumps({"text": f"x{text[0]}"}))  # one of them is unknown
         prepared = prepare(data)
         assert (prepared.vocab_size, tokens(prepared.train).dtype) == (size, dtype)
         assert tokens(prepared.train).tolist() == list(range(size - 1))
@@ -183,10 +184,21 @@ def test_a_tokenizer_with_gaps_is_refused(data: DataConfig, monkeypatch: pytest.
         prepare(data)
 
 
+@pytest.mark.parametrize("victim", ["train", "val"])
+def test_a_text_of_unknown_characters_only(data: DataConfig, tmp_path: Path, victim: str) -> None:
+    data.tokenizer = "char"
+    if victim == "train":  # a tokenizer from elsewhere
+        data.tokenizer = str(prepare(data).tokenizer_dir)
+    (tmp_path / f"{victim}.jsonl").write_text(json.dumps({"text": "ЖЖЖ"}))
+    name = {"train": "training", "val": "validation"}[victim]
+    with pytest.raises(UserError, match=rf"The {name} text holds nothing but .* each of its tokens is <unk>"):
+        prepare(data)
+
+
 def test_no_array_of_objects_is_loaded(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match=r"[Oo]bject arrays|Python objects"):
-        TokenStore(tmp_path / "a.npy")
+    with pytest.raises(UserError, match=r"a\.npy cannot be read \(its header"):
+        TokenStore(tmp_path / "a.npy", 10)
 
 
 @pytest.mark.skipif(not SHAKESPEARE.is_file(), reason="needs ../shared/data/shakespeare")
