@@ -25,7 +25,7 @@ def user_path(text: str) -> Path:
 
 def shown(path: object) -> str:
     """A path for people to read: a name that is not UTF-8 gets marks for what cannot be shown."""
-    return os.fsencode(str(path)).decode(errors="replace")
+    return str(path).encode(errors="replace").decode()
 
 
 def parse_json(text: str | bytes) -> Any:
