@@ -55,7 +55,7 @@ def settle_home(env: MutableMapping[str, str]) -> Optional[str]:
 
 def shown(path: object) -> str:
     """A path for people to read: a name that is not UTF-8 gets marks for what cannot be shown."""
-    return os.fsencode(str(path)).decode(errors="replace")
+    return str(path).encode(errors="replace").decode()
 
 
 def parse_json(text: str | bytes) -> Any:

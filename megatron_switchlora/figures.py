@@ -99,8 +99,9 @@ def outlive_terminal() -> None:
         if stream is None:  # closed before Python began
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
             continue
-        with contextlib.suppress(OSError, ValueError):  # no file of this process
+        with contextlib.suppress(OSError, ValueError):
             stream.flush()
+        with contextlib.suppress(OSError, ValueError):  # no file of this process
             handle = _Patient(stream.fileno(), "wb", closefd=False)
             text = io.TextIOWrapper(
                 io.BufferedWriter(handle), stream.encoding, "backslashreplace", line_buffering=True, write_through=True

@@ -199,13 +199,15 @@ def take_options(words: Sequence[str], given: dict[str, Any]) -> list[str]:
         name, adds = option.removeprefix("--").removesuffix("+"), option.endswith("+")
         _refuse_section(option, name)
         owner, _, key = name.rpartition(".")
-        inside = isinstance(given.get(owner, {}), dict) and types.get(owner) == Optional[dict[str, Any]]
+        inside = types.get(owner) == Optional[dict[str, Any]]
+        if not inside and any(name.startswith(f"{known}.") for known in types):
+            raise _unknown(name)  # which the parser might take, for nobody
         if not option.startswith("--") or not (name in types or inside) or not (equals or _is_value(rest[:1])):
             others.append(word)  # a flag, or a mistake
             continue
         text = value if equals else rest.pop(0)
         if inside:
-            given[owner] = given.get(owner, {}) | {key: read_word(text)}
+            given[owner] = (given.get(owner) or {}) | {key: read_word(text)}
         elif adds:
             given[name] = fit(name, _listed(given.get(name)) + _listed(fit_word(name, text, types[name])), types[name])
         else:

@@ -210,7 +210,7 @@ class RunFolder:
         """The records of a file with which the run goes on; `notes` say what becomes of the others."""
         if not writes:
             return sort_records(path, steps).records
-        there = path.exists()
+        there = path.exists() and not path.is_symlink()
         found, note = keep_records(path, steps)
         self.notes += [note] * bool(note)
         lost = steps - sum("loss" in record for record in found.records)

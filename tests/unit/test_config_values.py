@@ -136,6 +136,13 @@ def test_values_in_quotes_and_lists_on_the_command_line() -> None:
         "model.rope_scaling": {"rope_type": "linear", "factor": 2},
     }  # fmt: skip
     assert fit("optim.lr", "0.1", float) == 0.1
+    found = {"model.rope_scaling": None}
+    assert not take_options(["--model.rope_scaling.factor", "2"], found) and found["model.rope_scaling"] == {
+        "factor": 2
+    }
+    for name in ("model.rope_scaling.a.b", "train.steps.x", "data.files.x"):
+        with pytest.raises(UserError, match=f"Unknown option or key '{name}'"):
+            parse_arguments([f"--{name}", "3"])
 
 
 def test_texts_arrive_as_typed_and_come_back(tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, name: str, target: st
         except (UserError, OSError) as error:
             assert str(run) in str(error)
         assert theirs.exists() == (target == "there") and (target != "there" or theirs.read_text() == "private")
+        own = [path for path in run.rglob("*") if path.is_file() and not path.is_symlink()]
+        assert not any(b"private" in path.read_bytes() for path in own)  # nor does anything get out
 
 
 def test_a_lock_that_is_a_link_or_a_pipe_is_named(tmp_path: Path) -> None:
