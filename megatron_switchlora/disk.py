@@ -66,3 +66,18 @@ def replace_text(path: Path, text: str) -> None:
         except OSError:
             aside.unlink(missing_ok=True)
             raise
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a path in a folder leads out of it through links. In the cache of the Hugging Face hub, whose snapshots
+    are links into blobs/, the folder is that of the whole repository."""
+    home = folder.resolve()
+    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
+        home = home.parents[1]
+    return not path.resolve().is_relative_to(home)
+
+
+def make_tree_durable(folder: Path) -> None:
+    """Flush all that a folder holds to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        make_durable(path)

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from megatron_switchlora.checkpoint.archive import Archive
 from megatron_switchlora.config import UserError
-from megatron_switchlora.disk import make_durable
+from megatron_switchlora.disk import make_durable, make_tree_durable
 
 FORMAT = 1  # raise it when older code could not read what is written
 MEND = "Restore it, or move it away."
@@ -82,8 +82,7 @@ def write_manifest(building: Path, step: int, files: dict[str, dict[str, Any]]) 
 def seal(folder: Path, step: int) -> None:
     """Make a folder that this process alone has filled a checkpoint."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    for path in paths:
-        make_durable(path)
+    make_tree_durable(folder)
     write_manifest(folder, step, {str(path.relative_to(folder)): describe(path) for path in paths})
 
 
@@ -93,15 +92,16 @@ def build_folder(out: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         UserError: `out` exists, or cannot be written.
     """
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already and is not overwritten: give a new folder.")
     building = out.with_name(f".building-{out.name}")
     try:
         shutil.rmtree(building, ignore_errors=True)  # of an earlier conversion that was killed
         building.mkdir(parents=True)
         fill(building)
-        make_durable(building)
+        make_tree_durable(building)
         building.rename(out)
+        make_durable(out.absolute().parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out} cannot be written ({error}): make room, or give another folder.") from None
     finally:

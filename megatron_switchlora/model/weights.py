@@ -44,6 +44,9 @@ class Weights:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.state: dict[str, Any] = checkpoint.state()
         self.config: dict[str, Any] = self.state["config"]
+        self.imported: dict[str, Any] = (
+            self.state.get("imported") or {}
+        )  # the marks of the model that it all began from
         self.archive = checkpoint.archive()
         self.model = _known(ModelConfig, self.config["model"])
         self.vocab_size: int = self.state["vocab_size"]

@@ -1,14 +1,18 @@
-"""What a run writes of itself: the record of a step, and at its end the outcome and the final model."""
+"""What a run writes of itself: its tokenizer, the record of a step, and at its end the outcome and the final model."""
 
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerFast
 
+from megatron_switchlora.disk import make_durable, make_tree_durable
+from megatron_switchlora.hf_tokenizer import as_trained, load_tokenizer, save_tokenizer
 from megatron_switchlora.model.counts import model_flops_per_token
-from megatron_switchlora.model.hf import export_model
+from megatron_switchlora.model.hf import export_model, joined_marks
 from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.train.device import peak_flops, peak_memory_bytes
 from megatron_switchlora.train.engine import StepResult
@@ -17,6 +21,18 @@ from megatron_switchlora.train.run_folder import in_folder
 
 if TYPE_CHECKING:
     from megatron_switchlora.train.trainer import Trainer
+
+
+def write_tokenizer(source: Path, folder: Path, add_bos: bool) -> tuple[PreTrainedTokenizerFast, dict[str, bytes]]:
+    """Write the tokenizer of the data as it is trained with into a run's folder tokenizer/.
+
+    Returns:
+        It, and its files by their names beside tokenizer/, for checkpoints and the final model.
+    """
+    tokenizer = as_trained(load_tokenizer(str(source)), add_bos)
+    save_tokenizer(tokenizer, folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return tokenizer, {path.relative_to(folder.parent).as_posix(): path.read_bytes() for path in files}
 
 
 def step_record(trainer: Trainer, step: int, result: StepResult, seconds: float, elapsed: float) -> dict[str, Any]:
@@ -71,10 +87,15 @@ def _export(trainer: Trainer, model: LlamaForCausalLM) -> None:
     if trainer.run.writes:
         shutil.rmtree(building, ignore_errors=True)  # of a start that was killed right here
         building.mkdir()
-    end_mark = trainer.tokenizer.eos_token_id if trainer.run.writes else None
-    export_model(model, building, trainer.config.train.seq_len, end_mark, writes=trainer.run.writes)
+    marks = joined_marks(trainer.tokenizer, trainer.imported) if trainer.run.writes else {}
+    export_model(model, building, trainer.config.train.seq_len, marks, writes=trainer.run.writes)
     if trainer.run.writes:
-        trainer.tokenizer.save_pretrained(building)
+        for name, content in trainer.tokenizer_files.items():
+            path = building / Path(name).relative_to("tokenizer")
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+        make_tree_durable(building)
         if (trainer.run.path / "final").exists():  # likewise; it is this model
             shutil.rmtree(trainer.run.path / "final")
         building.rename(trainer.run.path / "final")
+        make_durable(trainer.run.path)

@@ -17,7 +17,7 @@ from megatron_switchlora.checkpoint.files import Checkpoint, seal, verified
 from megatron_switchlora.config import ModelConfig, UserError
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.hf_export import export_dense, export_peft
-from megatron_switchlora.model.hf_import import import_model
+from megatron_switchlora.model.hf_start import import_model
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.model.weights import Weights, find_folder, load_initial
 from megatron_switchlora.optim.layout import plain_layout
