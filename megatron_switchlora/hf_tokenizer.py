@@ -81,8 +81,8 @@ def _reason(error: Exception) -> str:
         return ": it needs Python code that lies beside it, which is never run. Save it as a fast tokenizer first."
     if find_spec("sentencepiece") is None and "tiktoken" in str(error):  # what transformers says without the package
         return (
-            ": it is a SentencePiece model only, which the package sentencepiece reads. "
-            "pip install 'megatron_switchlora[sentencepiece]'"
+            ": its words lie in a SentencePiece model only, and the package that reads it is missing. Install it with "
+            "pip install sentencepiece."
         )
     offline = " (the Hugging Face hub cannot be reached from here)" if _is_offline(error) else ""
     return f"{offline}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"

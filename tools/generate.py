@@ -13,6 +13,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -37,7 +38,7 @@ def model_folder(run: Path) -> Path:
     raise UserError(f"neither {run / 'final'} nor {run} holds a model to load: {exported}{advice}.")
 
 
-def load(folder: Path) -> tuple[transformers.PreTrainedTokenizerBase, transformers.PreTrainedModel]:
+def load(folder: Path) -> tuple[Any, Any]:
     """Tokenizer and model; code beside them is never run.
 
     Raises:
@@ -74,7 +75,9 @@ def generate(arguments: argparse.Namespace) -> str:
     tokens = tokenizer(arguments.prompt)["input_ids"] or begin[:1]  # nothing to continue: begin a document
     require(len(tokens) > 0, "The prompt is empty and the tokenizer has no mark to begin with: give a prompt.")
     prompt = torch.tensor([tokens])
-    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {}
+    sampling: dict[str, Any] = {"do_sample": False}  # whatever the model's generation_config.json says
+    if arguments.temperature > 0:
+        sampling = {"do_sample": True, "temperature": arguments.temperature}
     with torch.no_grad():
         out = model.generate(
             prompt,
