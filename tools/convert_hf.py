@@ -49,7 +49,8 @@ def import_(arguments: argparse.Namespace) -> str:
     )
 
 
-def main() -> None:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line; `act` is what it asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("export", help="a checkpoint to Hugging Face or PEFT")
@@ -65,7 +66,11 @@ def main() -> None:
     into.add_argument("out", type=Path, metavar="OUT")
     into.add_argument("--base", type=Path, metavar="HF_DIR", help="of an adapter: its base, if that has moved")
     into.set_defaults(act=import_)
-    arguments = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    arguments = parse()
     try:
         print(arguments.act(arguments))
     except UserError as error:

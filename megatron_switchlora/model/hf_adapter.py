@@ -18,7 +18,15 @@ from torch import Tensor
 
 from megatron_switchlora.config import require
 from megatron_switchlora.disk import user_path
-from megatron_switchlora.model.hf_import import Stored, first_names, read_number, read_object, read_stored, scan
+from megatron_switchlora.model.hf_import import (
+    Stored,
+    first_names,
+    read_number,
+    read_object,
+    read_stored,
+    read_whole,
+    scan,
+)
 
 CONFIG, FILE, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 KNOWN = (  # what does not change the sum; every other entry must be unset
@@ -32,12 +40,14 @@ INSTEAD = "merge it in PEFT (merge_and_unload, then save_pretrained) and give th
 
 @dataclass(frozen=True)
 class Adapter:
-    """A[r, in] and B[out, r] by the name of the weight that they add to."""
+    """A [r, in] and B [out, r] by the name of the weight that they add to; `own` are weights that PEFT stores beside
+    them (of an adapted head) and puts in the base's place."""
 
     folder: Path
     base: Path
     scaling: float
     factors: dict[str, tuple[Stored, Stored]]
+    own: dict[str, Stored]
 
     def merged(
         self, tensors: Iterator[tuple[str, Tensor]], shapes: dict[str, list[int]]
@@ -50,8 +60,9 @@ class Adapter:
         for name, (A, B) in self.factors.items():
             wanted = shapes.get(name)
             require(wanted is not None, f"{self.folder} adapts {name}, which its base {self.base} does not have.")
+            own = self.own[name].shape if name in self.own else wanted
             require(
-                wanted == [B.shape[0], A.shape[1]],
+                wanted == [B.shape[0], A.shape[1]] == own,
                 f"{self.folder} adapts {name} with B {B.shape} and A {A.shape}, but the base's has shape {wanted}: "
                 "give the adapter's own base with --base.",
             )
@@ -61,6 +72,7 @@ class Adapter:
         if name not in self.factors:
             return weight
         A, B = map(read_stored, self.factors[name])
+        weight = read_stored(self.own[name]) if name in self.own else weight
         return torch.addmm(weight, B, A, alpha=self.scaling)
 
 
@@ -86,41 +98,38 @@ def read_adapter(folder: Path, base: Path | None = None) -> Adapter:
         any(start is plain or start == plain for plain in PLAIN_STARTS),
         f"{path} has {_values(config, ['init_lora_weights'])}, which changes the base: {INSTEAD}",
     )
-    rank, alpha = (read_number(path, config, key, float("nan")) for key in ("r", "lora_alpha"))
-    require(rank >= 1, f"{path} must hold r of at least 1, not {config['r']!r}: correct it.")
-    factors = _factors(folder / FILE, int(rank))
+    rank, alpha = read_whole(path, config, "r"), read_number(path, config, "lora_alpha", math.nan)
+    require(rank >= 1, f"{path} must hold r of at least 1, not {rank}: correct it.")
+    factors, own = _factors(folder / FILE, rank)
     named = str(config.get("base_model_name_or_path") or "")
     found = base or user_path(named)
     require(
         bool(named or base) and found.is_dir(),
         f"{path} names its base {named!r}, which is no folder here: fetch the base and give its folder with --base.",
     )
-    return Adapter(folder, found, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), factors)
+    return Adapter(folder, found, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), factors, own)
 
 
 def _values(config: dict[str, Any], keys: list[str]) -> str:
-    return ", ".join(f"{key} {str(config[key])[:60]}" for key in keys)
+    return ", ".join(f"{key} {str(config.get(key))[:60]}" for key in keys)
 
 
-def _factors(path: Path, rank: int) -> dict[str, tuple[Stored, Stored]]:
+def _factors(path: Path, rank: int) -> tuple[dict[str, tuple[Stored, Stored]], dict[str, Stored]]:
     require(
         path.is_file(),
         f"{path} does not exist, and an adapter is read from no other file: save it with PEFT's save_pretrained, which "
         "writes safetensors.",
     )
     stored = scan(path)
-    names = {name[: -len(".lora_A.weight")] for name in stored if name.endswith(".lora_A.weight")}
+    names = sorted(name[: -len(".lora_A.weight")] for name in stored if name.endswith(".lora_A.weight"))
     wanted = {f"{name}.lora_{side}.weight" for name in names for side in "AB"}
-    strange = sorted(stored.keys() ^ wanted) + sorted(name for name in names if not name.startswith(PREFIX))
-    require(
-        not strange and bool(names),
-        f"{path} holds or lacks {first_names(strange)}: not a plain LoRA's. Instead {INSTEAD}",
-    )
-    for name in wanted:
+    own = {f"{name}.base_layer.weight" for name in names} & stored.keys()
+    strange = sorted((stored.keys() - own) ^ wanted) + [name for name in names if not name.startswith(PREFIX)]
+    require(not strange and bool(names), f"{path} holds or lacks {first_names(strange)}, not a plain LoRA's: {INSTEAD}")
+    for name in wanted | own:
         shape = stored[name].shape
-        require(
-            len(shape) == 2 and shape["B" in name[-9:]] == rank,
-            f"{path} holds {name} of shape {shape}, but r in {CONFIG} is {rank}: fetch both again.",
-        )
-    pairs = {name: tuple(stored[f"{name}.lora_{side}.weight"] for side in "AB") for name in sorted(names)}
-    return {f"{name.removeprefix(PREFIX)}.weight": pair for name, pair in pairs.items()}  # type: ignore[misc]
+        fits = len(shape) == 2 and (name in own or shape["lora_B" in name] == rank)
+        require(fits, f"{path} holds {name} of shape {shape}, but r in {CONFIG} is {rank}: fetch both again.")
+    inner = {name: f"{name.removeprefix(PREFIX)}.weight" for name in names}
+    pairs = {inner[name]: (stored[f"{name}.lora_A.weight"], stored[f"{name}.lora_B.weight"]) for name in names}
+    return pairs, {inner[name.removesuffix(".base_layer.weight")]: stored[name] for name in own}

@@ -42,17 +42,17 @@ def read_hf_config(folder: Path) -> tuple[ModelConfig, int]:
     path = folder / "config.json"
     content = read_object(path)
     _require_llama(path, content)
-    vocab_size = _whole(path, content, "vocab_size")
-    context = _whole(path, content, "max_position_embeddings", 2048)
-    heads = _whole(path, content, "num_attention_heads")
+    vocab_size = read_whole(path, content, "vocab_size")
+    context = read_whole(path, content, "max_position_embeddings", 2048)
+    heads = read_whole(path, content, "num_attention_heads")
     theta, scaling = _read_rope(path, content, context)
     config = ModelConfig(
         vocab_size=vocab_size,
-        hidden_size=_whole(path, content, "hidden_size"),
-        intermediate_size=_whole(path, content, "intermediate_size"),
-        num_layers=_whole(path, content, "num_hidden_layers"),
+        hidden_size=read_whole(path, content, "hidden_size"),
+        intermediate_size=read_whole(path, content, "intermediate_size"),
+        num_layers=read_whole(path, content, "num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=_whole(path, content, "num_key_value_heads", heads),
+        num_kv_heads=read_whole(path, content, "num_key_value_heads", heads),
         rope_theta=theta,
         rope_scaling=scaling,
         max_position_embeddings=context,
@@ -64,7 +64,7 @@ def read_hf_config(folder: Path) -> tuple[ModelConfig, int]:
         check_model(config)
     except UserError as error:
         raise UserError(f"{path} describes a model that cannot be trained here. {error}") from None
-    head_dim = _whole(path, content, "head_dim", config.head_dim)
+    head_dim = read_whole(path, content, "head_dim", config.head_dim)
     require(
         head_dim == config.head_dim,
         f"{path} has head_dim {head_dim}, but heads here have hidden_size {config.hidden_size} / num_attention_heads "
@@ -88,7 +88,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _whole(path: Path, content: dict[str, Any], key: str, default: Optional[int] = None) -> int:
+def read_whole(path: Path, content: dict[str, Any], key: str, default: Optional[int] = None) -> int:
     value: Any = default if content.get(key) is None else content[key]
     require(
         isinstance(value, int) and not isinstance(value, bool),

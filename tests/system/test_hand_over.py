@@ -20,50 +20,58 @@ GENERATION = {"eos_token_id": [2, 7], "temperature": 0.6, "do_sample": True}
 MARKS = {"bos_token_id": 1, "eos_token_id": [2, 9], "pad_token_id": 0}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("hand_over"))
-
-
-def folders(place: Place, run: str, out: str) -> list[Path]:
-    """All that hold the tokenizer of a run: its own, its checkpoint's, the final model and an export."""
-    status, output = place.script("tools/convert_hf.py", "export", run, out)
-    assert status == 0, output
-    last = place.folder / run / "checkpoints" / "step-00000002" / "tokenizer"
-    return [place.folder / run / "tokenizer", last, place.folder / run / "final", place.folder / out]
-
-
 def content(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
+
+
+def marks(folder: Path) -> dict[str, Any]:
+    config = content(folder / "config.json")
+    return {key: config[key] for key in MARKS}
 
 
 def modes(folder: Path) -> set[int]:
     return {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_prompts_of_a_t5_tokenizer_do_not_end(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the pipeline goes on with the text. The group may read everything, others nothing, as the umask says."""
-    options = place.options("t5", *SHORT, "--data.tokenizer", str(t5_like(place.folder / "t5_like")))
-    monkeypatch.setitem(place.env, "UMASK", "027")
-    status, output = place.run("alone", options)
-    assert status == 0, output
-    for folder in folders(place, "t5", "t5_out"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        assert tokenizer("the text")["input_ids"] == tokenizer("the text", add_special_tokens=False)["input_ids"]
-    final = place.folder / "t5" / "final"
-    assert {key: content(final / "config.json")[key] for key in MARKS} == {
-        "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0
-    }  # fmt: skip
-    pipeline = transformers.pipeline("text-generation", model=str(final), max_new_tokens=3, return_tensors=True)
-    tokens = pipeline("the text")[0]["generated_token_ids"]
-    prompt = tokenizer("the text", add_special_tokens=False)["input_ids"]
-    assert tokens[: len(prompt)] == prompt and len(tokens) > len(prompt)
-    assert modes(place.folder / "t5") | modes(place.folder / "t5_out") == {0o640}
+def ids(folder: Path, text: str, **options: Any) -> list[int]:
+    return transformers.AutoTokenizer.from_pretrained(folder)(text, **options)["input_ids"]
 
 
 @pytest.fixture(scope="module")
-def start(place: Place) -> Path:
-    """An imported LLaMA with a begin mark, several end marks and chat templates."""
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("hand_over"))
+
+
+def folders(place: Path, run: str) -> list[Path]:
+    """What a run leaves that holds its tokenizer: its own folder, a checkpoint's, the final model."""
+    return [
+        place / run / "tokenizer",
+        place / run / "checkpoints" / "step-00000002" / "tokenizer",
+        place / run / "final",
+    ]
+
+
+def test_prompts_of_a_t5_tokenizer_do_not_end(place: Place) -> None:
+    """And the pipeline goes on with the text."""
+    options = place.options("t5", *SHORT, "--data.tokenizer", str(t5_like(place.folder / "t5_like")))
+    status, output = place.run("alone", options)
+    assert status == 0, output
+    plain = ids(place.folder / "t5_like", "the text", add_special_tokens=False)
+    assert ids(place.folder / "t5_like", "the text") == [*plain, 1]
+    for folder in folders(place.folder, "t5"):
+        assert ids(folder, "the text") == plain
+    final = place.folder / "t5" / "final"
+    assert marks(final) == {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    pipeline = transformers.pipeline("text-generation", model=str(final), max_new_tokens=3, return_tensors=True)
+    tokens = pipeline("the text")[0]["generated_token_ids"]
+    assert tokens[: len(plain)] == plain and len(tokens) > len(plain)
+    assert modes(place.folder / "t5") == {0o644}
+
+
+@pytest.fixture
+def start(place: Place, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An imported LLaMA with a begin mark, several end marks and chat templates; what follows is for the group only."""
+    monkeypatch.setitem(place.env, "UMASK", "027")
     source = llama_like(place.folder / "source", chat_template=TEMPLATES)
     config = transformers.LlamaConfig(
         vocab_size=280, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, **MARKS
@@ -78,32 +86,20 @@ def start(place: Place) -> Path:
 
 
 def test_an_imported_model_is_handed_on(place: Place, start: Path) -> None:
-    status, output = place.script("tools/convert_hf.py", "export", "start", "back")
-    assert status == 0, output
-    back = content(place.folder / "back" / "config.json")
-    assert {key: back[key] for key in MARKS} == MARKS
-    assert content(place.folder / "back" / "generation_config.json").items() >= GENERATION.items()
-    theirs = transformers.AutoTokenizer.from_pretrained(place.folder / "source")
-    assert transformers.AutoTokenizer.from_pretrained(place.folder / "back")("one").input_ids == theirs("one").input_ids
-
+    """Through a run with begin marks, stopped and resumed, to its final model and an export."""
     options = ["--config", str(start / "model.yaml"), "--train.init_from", str(start), "--method.name", "lora"]
     options += ["--data.tokenizer", str(start / "tokenizer"), "--data.add_bos", "true"]
-    status, output = place.run("alone", [*place.options("first", *SHORT), *options])
+    for stop, wanted in ((["--train.stop_after_steps", "1"], 75), ([], 0)):
+        status, output = place.run("alone", [*place.options("run", *SHORT), *options, *stop])
+        assert status == wanted, output
+    status, output = place.script("tools/convert_hf.py", "export", "run", "out")
     assert status == 0, output
-    second = ["--config", str(start / "model.yaml"), "--train.init_from", "first", "--method.name", "lora"]
-    second += ["--data.tokenizer", "first/tokenizer", "--train.stop_after_steps", "1"]
-    status, output = place.run("alone", [*place.options("second", *SHORT), *second])
-    assert status == 75, output
-    status, output = place.run("alone", [*place.options("second", *SHORT), *second[:-2]])  # and resumed
-    assert status == 0, output
-    for run, begin in (("first", [1]), ("second", [])):
-        for folder in folders(place, run, f"{run}_out"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            assert tokenizer("one two")["input_ids"] == begin + theirs("one two", add_special_tokens=False)["input_ids"]
-            assert tokenizer.chat_template == TEMPLATES
-            if (folder / "config.json").exists():
-                assert {key: content(folder / "config.json")[key] for key in MARKS} == MARKS
-                generation = content(folder / "generation_config.json")
-                assert generation.items() >= {**GENERATION, "bos_token_id": 1, "pad_token_id": 0}.items()
-    for name in ("start", "first", "first_out"):
-        assert modes(place.folder / name) == {0o644}, name
+    plain = ids(place.folder / "source", "one two", add_special_tokens=False)
+    for folder in [*folders(place.folder, "run"), place.folder / "out"]:
+        assert ids(folder, "one two") == [1, *plain]
+        assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == TEMPLATES
+    for folder in (place.folder / "run" / "final", place.folder / "out"):
+        assert marks(folder) == MARKS
+        generation = {**GENERATION, "bos_token_id": 1, "pad_token_id": 0}
+        assert content(folder / "generation_config.json").items() >= generation.items()
+    assert modes(start) | modes(place.folder / "run") | modes(place.folder / "out") == {0o640}

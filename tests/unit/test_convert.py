@@ -127,6 +127,22 @@ def test_peft_loads_the_adapters(tmp_path: Path, method: str, changes: dict[str,
     assert len(adapters) == 2 * 7 * run.config.model.num_layers
 
 
+def test_an_adapter_finds_its_base_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exported to a relative path; and imported again it is the model."""
+    peft = pytest.importorskip("peft")
+    run = trained("lora", method__alpha=3.0)
+    monkeypatch.chdir(tmp_path)
+    export_peft(save(run, tmp_path / "step"), Path("out"), "fp32")
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    model = peft.AutoPeftModelForCausalLM.from_pretrained("../out/adapter")
+    assert float((logits(model) - logits(run.model)).abs().max()) < 1e-5
+    import_model(tmp_path / "out" / "adapter", tmp_path / "start")
+    weights = Weights(verified(tmp_path / "start"))
+    network = started("full", weights.model, weights.vocab_size, weights)
+    assert float((logits(network) - logits(run.model)).abs().max()) < 1e-5
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_peft_loads_an_adapter_of_twice_the_rank_over_the_original_base(tmp_path: Path, tied: bool) -> None:
     """LoRA-GA's base is the matrices that the run began from, to rounding, not the shifted W."""
