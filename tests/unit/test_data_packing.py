@@ -90,7 +90,7 @@ def test_a_begin_mark_before_every_document(data: DataConfig, tmp_path: Path, mo
         end = tokenizer.eos_token_id
         for texts, ours in ((TRAIN, begun.train), (VAL, begun.val)):
             expected = [[begin, *tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in texts]
-            assert tokens(ours).tolist() == sum(expected, [])
+            assert tokens(ours).tolist() == [token for document in expected for token in document]
             assert [[*tokenizer(text)["input_ids"], end] for text in texts] == expected
     with pytest.raises(UserError, match="add_bos needs a tokenizer with a begin mark"):
         prepare(replace(data, tokenizer=str(llama_like(tmp_path / "endless", begin=False)), add_bos=True))

@@ -100,6 +100,20 @@ def test_nothing_is_unpickled() -> None:
         assert "torch.load(" not in text or "weights_only=True" in text, path
 
 
+def test_no_code_beside_a_model_is_run() -> None:
+    loads = 0
+    for path in sources():
+        calls = [
+            n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and "tests" not in path.parts
+        ]
+        for call in calls:
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "from_pretrained":
+                given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+                assert given.get("trust_remote_code") == "False", f"{path}:{call.lineno}"
+                loads += 1
+    assert loads == 3
+
+
 def test_programs_with_ranks_end_them() -> None:
     """Left to the interpreter's end, gloo's threads sometimes abort a rank whose peers are gone."""
     starts = ("train.engine import start_distributed", "volume_ranks import")
