@@ -102,11 +102,9 @@ def test_nothing_is_unpickled() -> None:
 
 def test_no_code_beside_a_model_is_run() -> None:
     loads = 0
-    for path in sources():
-        calls = [
-            n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and "tests" not in path.parts
-        ]
-        for call in calls:
+    for path in (path for path in sources() if "tests" not in path.parts):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
             if isinstance(call.func, ast.Attribute) and call.func.attr == "from_pretrained":
                 given = {word.arg: ast.unparse(word.value) for word in call.keywords}
                 assert given.get("trust_remote_code") == "False", f"{path}:{call.lineno}"
