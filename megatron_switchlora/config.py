@@ -181,6 +181,8 @@ class DataConfig:
     """bpe: byte-level BPE trained on the training text; char: its characters; else a Hugging Face folder or name."""
     vocab_size: int = 2048
     """Vocabulary of a trained bpe tokenizer."""
+    add_bos: bool = False
+    """Begin every document with the tokenizer's begin mark, for imported models that were pre-trained with one."""
     cache_dir: Optional[str] = field(default=None, metadata=PATH)
     """Where tokenised data is kept; by default ~/.cache/megatron_switchlora (or under XDG_CACHE_HOME)."""
 

@@ -160,3 +160,12 @@ def replace_bytes(path: Path, content: bytes) -> None:
 def replace_text(path: Path, text: str) -> None:
     """The same for text, as UTF-8."""
     replace_bytes(path, text.encode())
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a path in a folder leads out of it through links. In the cache of the Hugging Face hub, whose snapshots
+    are links into blobs/, the folder is that of the whole repository."""
+    home = folder.resolve()
+    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
+        home = home.parents[1]
+    return not path.resolve().is_relative_to(home)

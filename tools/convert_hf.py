@@ -2,12 +2,13 @@
 """Between this project's checkpoints and Hugging Face's folders.
 
     python tools/convert_hf.py export RUN_OR_CHECKPOINT OUT [--dtype fp32] [--peft [--original_base]]
-    python tools/convert_hf.py import HF_DIR OUT
+    python tools/convert_hf.py import HF_DIR OUT [--base HF_DIR]
 
 export folds the adapters and writes what AutoModelForCausalLM loads; with --peft OUT/base and OUT/adapter, which
 PeftModel loads; with --original_base too, of a run begun by LoRA-GA, an adapter of twice the rank over the matrices
-that the run began from. import makes a LLaMA the starting point of a run: --config OUT/model.yaml
---train.init_from OUT. Both need memory for a few layers only.
+that the run began from. The adapter names OUT/base by its absolute path, which AutoPeftModel follows from anywhere;
+after a move, give PeftModel the base. import makes a LLaMA, or a LoRA of PEFT merged into its base, the starting point
+of a run: --config OUT/model.yaml --train.init_from OUT. Both need memory for a few layers only.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from megatron_switchlora.config import UserError, require
 from megatron_switchlora.disk import user_path
 from megatron_switchlora.field_checks import number_from
 from megatron_switchlora.model.hf_export import DTYPES, export_dense, export_peft
-from megatron_switchlora.model.hf_import import import_model
+from megatron_switchlora.model.hf_start import import_model
 from megatron_switchlora.model.weights import find_folder
 from megatron_switchlora.train.arguments import require_utf8
 
@@ -40,15 +41,18 @@ def export(arguments: argparse.Namespace) -> str:
 
 
 def import_(arguments: argparse.Namespace) -> str:
-    import_model(arguments.source, arguments.out)
-    tokenizer = f" --data.tokenizer {arguments.out}/tokenizer" if (arguments.out / "tokenizer").is_dir() else ""
+    out = arguments.out
+    import_model(arguments.source, out, base=arguments.base)
+    found = (out / "tokenizer").is_dir()
+    tokenizer = f"{out}/tokenizer" if found else "THE_TOKENIZER_IT_WAS_TRAINED_WITH"
     return (
-        f"{arguments.source} imported. Start from it: launch/pretrain.py --config {arguments.out}/model.yaml "
-        f"--train.init_from {arguments.out}{tokenizer} ..."
+        f"{arguments.source} imported{'' if found else ' without a tokenizer, which is not in its folder'}. Start from "
+        f"it: launch/pretrain.py --config {out}/model.yaml --train.init_from {out} --data.tokenizer {tokenizer} ..."
     )
 
 
-def main() -> None:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line; `act` is what it asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("export", help="a checkpoint to Hugging Face or PEFT")
@@ -64,8 +68,13 @@ def main() -> None:
     into = commands.add_parser("import", help="a Hugging Face LLaMA to a starting point")
     into.add_argument("source", type=user_path, metavar="HF_DIR")
     into.add_argument("out", type=user_path, metavar="OUT")
+    into.add_argument("--base", type=user_path, metavar="HF_DIR", help="of an adapter: its base, if that has moved")
     into.set_defaults(act=import_)
-    arguments = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    arguments = parse()
     try:
         require_utf8(sys.argv[1:])
         print(arguments.act(arguments))

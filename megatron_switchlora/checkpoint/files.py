@@ -84,8 +84,7 @@ def write_manifest(building: Path, step: int, files: dict[str, dict[str, Any]]) 
 def seal(folder: Path, step: int) -> None:
     """Make a folder that this process alone has filled a checkpoint."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    for path in paths:
-        make_durable(path)
+    make_tree_durable(folder)
     write_manifest(folder, step, {str(path.relative_to(folder)): describe(path) for path in paths})
 
 
@@ -102,7 +101,7 @@ def build_folder(out: Path, fill: Callable[[Path], None]) -> None:
         remove(building)  # of an earlier conversion that was killed
         _fill_durably(building, fill)
         building.rename(out)
-        make_durable(out.parent)
+        make_durable(out.absolute().parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out} cannot be written ({error}): make room, or give another folder.") from None
     finally:

@@ -1,10 +1,10 @@
 """Tokens: the corpus as two flat arrays on disk, made once and mapped into memory afterwards.
 
 `prepare` tokenises into `<cache>/<key>/`: train.npy and val.npy (all documents one after the other, an end mark after
-each), tokenizer/ and meta.json. The key hashes what the content depends on, so another file, option or library
-version is another folder. The folder is built aside, made durable and renamed: it is there whole or not at all. Of
-several processes, on nodes that share the disk too, one builds and the others wait for it. A folder that is not as it
-was built (`cache.py`) is built anew.
+each, with data.add_bos a begin mark before), tokenizer/ and meta.json. The key hashes what the content depends on, so
+another file, option or library version is another folder. The folder is built aside, made durable and renamed: it is
+there whole or not at all. Of several processes, on nodes that share the disk too, one builds and the others wait for
+it. A folder that is not as it was built (`cache.py`) is built anew.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..config import DataConfig, UserError, require
 from ..disk import user_path
+from ..hf_tokenizer import save_tokenizer
 from . import cache
 from .corpus import characters, corpus_identity, load_corpus
 from .loader import TokenStore
@@ -173,9 +174,9 @@ def _build(data: DataConfig, build: Path, documents: Path, progress: bool) -> li
         stride = math.ceil(int(characters(stored).sum()) / TRAINING_CHARACTERS) if data.tokenizer == "bpe" else 1
         texts = (text for text, _ in _pieces(corpus.train, longest))
         tokenizer = build_tokenizer(data, islice(texts, 0, None, stride))
-    tokenizer.save_pretrained(build / "tokenizer")
-    train, train_counts = _tokenise(tokenizer, corpus.train, longest, build / "train.npy", progress)
-    val, val_counts = _tokenise(tokenizer, corpus.val, longest, build / "val.npy", progress)
+    save_tokenizer(tokenizer, build / "tokenizer")
+    train, train_counts = _tokenise(tokenizer, corpus.train, longest, build / "train.npy", progress, data.add_bos)
+    val, val_counts = _tokenise(tokenizer, corpus.val, longest, build / "val.npy", progress, data.add_bos)
     for text, counts in (("training", train_counts), ("validation", val_counts)):
         _require_known(data, tokenizer, text, counts)
     meta = {
@@ -242,19 +243,22 @@ def _tokenise(
     longest: int | None,
     path: Path,
     progress: bool,
+    add_bos: bool,
 ) -> tuple[dict[str, int], np.ndarray]:
-    """Write the tokens of all documents, an end mark after each, to a .npy file.
+    """Write the tokens of all documents, an end mark after each and perhaps a begin mark before, to a .npy file.
 
     Returns:
         Numbers of documents, tokens and UTF-8 bytes, and how often each token occurs (int64 [vocabulary]).
     """
     dtype = np.dtype(np.uint16 if len(tokenizer) < 65536 else np.uint32)
     end = np.array([tokenizer.eos_token_id], dtype=dtype)
+    begin = np.array([tokenizer.bos_token_id] if add_bos else [], dtype=dtype)
     backend = tokenizer.backend_tokenizer  # its plain batch call is half again as fast as the one around it
     backend.no_truncation()
     backend.no_padding()
     counts = np.zeros(len(tokenizer), dtype=np.int64)
     num_bytes = num_documents = 0
+    first = True  # whether the next piece begins a document
     rows = tqdm(documents, desc=f"Tokenising {path.stem}", unit=" documents", disable=not progress)
     with path.open("wb") as file:
         _write_header(file, dtype, 0)
@@ -262,7 +266,8 @@ def _tokenise(
             encodings = backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
             parts: list[np.ndarray] = []
             for (text, last), encoding in zip(batch, encodings, strict=True):
-                parts += [np.array(encoding.ids, dtype=dtype), end[: int(last)]]
+                parts += [begin[: int(first)], np.array(encoding.ids, dtype=dtype), end[: int(last)]]
+                first = last
                 num_bytes += len(text.encode())
                 num_documents += last
             tokens = np.concatenate(parts)

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from ..config import DataConfig, UserError, require
+from ..hf_tokenizer import TEMPLATES, as_trained, load_tokenizer
 
 END = "<|endoftext|>"
 UNKNOWN = "<unk>"
@@ -23,13 +23,17 @@ BUILT = ("bpe", "char")
 
 
 def tokenizer_identity(data: DataConfig) -> dict[str, object]:
-    """What the tokenizer depends on besides the training text (JSON-able, for the cache key)."""
+    """What the tokens depend on besides the text (JSON-able, for the cache key)."""
+    return {**_tokenizer_source(data), **({"add_bos": True} if data.add_bos else {})}
+
+
+def _tokenizer_source(data: DataConfig) -> dict[str, object]:
     if data.tokenizer == "bpe":
         return {"bpe": data.vocab_size}
     folder = Path(data.tokenizer).expanduser()
     if data.tokenizer == "char" or not folder.is_dir():
         return {"name": data.tokenizer}
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(path for path in [*folder.iterdir(), *(folder / TEMPLATES).glob("*")] if path.is_file())
     return {"name": str(folder.resolve()), "files": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]}
 
 
@@ -37,16 +41,20 @@ def build_tokenizer(data: DataConfig, train_texts: Iterator[str]) -> PreTrainedT
     """Train or load the tokenizer `data.tokenizer` names; `train_texts` is read only where one is trained.
 
     Returns:
-        A fast tokenizer with an end mark (eos). "bpe" has at most data.vocab_size entries, end mark included.
+        A fast tokenizer with an end mark (eos), which puts before a prompt what training puts before a text. "bpe" has
+        at most data.vocab_size entries, end mark included.
 
     Raises:
-        UserError: a tokenizer that cannot be loaded, is not a fast one or has no end mark.
+        UserError: a tokenizer that cannot be loaded, is not a fast one, has no end mark or lacks the begin mark that
+            data.add_bos asks for.
     """
     if data.tokenizer == "bpe":
-        return _wrap(_train_bpe(train_texts, data.vocab_size))
-    if data.tokenizer == "char":
-        return _wrap(_characters(train_texts), unk_token=UNKNOWN)
-    return _load(data.tokenizer)
+        tokenizer = _wrap(_train_bpe(train_texts, data.vocab_size))
+    elif data.tokenizer == "char":
+        tokenizer = _wrap(_characters(train_texts), unk_token=UNKNOWN)
+    else:
+        tokenizer = _load(data.tokenizer)
+    return as_trained(tokenizer, data.add_bos)
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -84,30 +92,14 @@ def _wrap(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
 def _load(name: str) -> PreTrainedTokenizerFast:
     folder = Path(name).expanduser()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, JSON and network errors alike
-        offline = " (the Hugging Face hub cannot be reached from here)" if _is_offline(error) else ""
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        tokenizer = load_tokenizer(str(folder) if folder.is_dir() else name)
+    except UserError as error:
         raise UserError(
-            f"data.tokenizer {name!r} is neither bpe nor char and does not load as a Hugging Face tokenizer{offline}: "
-            f"{reason} Give bpe, char, the folder of a saved tokenizer or a hub name."
+            f"data.tokenizer {name!r} is neither bpe nor char, and {error} Give bpe, char, the folder of a saved "
+            "tokenizer or a hub name."
         ) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        kind = type(tokenizer).__name__
-        raise UserError(f"data.tokenizer {name!r} is a {kind}, not a fast tokenizer: choose one with a tokenizer.json.")
     require(
         tokenizer.eos_token_id is not None,
         f"data.tokenizer {name!r} has no end mark to separate documents: set its eos_token and save it again.",
     )
-    tokenizer.clean_up_tokenization_spaces = False
     return tokenizer
-
-
-def _is_offline(error: BaseException) -> bool:
-    """Whether an error or one of its causes says that the hub was not reached."""
-    chain: BaseException | None = error
-    while chain is not None:
-        if isinstance(chain, (ConnectionError, OfflineModeIsEnabled, LocalEntryNotFoundError)):
-            return True
-        chain = chain.__cause__ or chain.__context__
-    return False

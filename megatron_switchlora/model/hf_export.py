@@ -2,7 +2,8 @@
 
 `export_dense` folds the adapters and writes sharded safetensors that `AutoModelForCausalLM` loads;
 `export_peft` writes the frozen base likewise and the adapters beside it, as a LoRA that `PeftModel` loads
-(its lora_B is [out, r]: ours transposed). Folders are built aside and renamed: complete or absent.
+(its lora_B is [out, r]: ours transposed) and that names its base by its absolute path. Folders are built aside and
+renamed: complete or absent.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 from megatron_switchlora.checkpoint.archive import grouped, save_durably
 from megatron_switchlora.checkpoint.files import Checkpoint, build_folder
 from megatron_switchlora.config import UserError
-from megatron_switchlora.model.hf import hf_config, write_configs
+from megatron_switchlora.hf_tokenizer import as_trained, load_tokenizer, save_tokenizer
+from megatron_switchlora.model.hf import hf_config, joined_marks, write_configs
 from megatron_switchlora.model.weights import Weights
 
 SHARD_BYTES = 1 << 30
@@ -66,21 +68,23 @@ def _write_model(
     target = DTYPES[dtype]
     sizes = {name: torch.Size(weights.shape(name)).numel() * target.itemsize for name in weights.names()}
     write_shards(folder, sizes, lambda name: read(name).to(target), limit)
-    end_mark = _copy_tokenizer(checkpoint.folder / "tokenizer", folder)
+    marks = joined_marks(_hand_on_tokenizer(weights, checkpoint.folder / "tokenizer", folder), weights.imported)
     seq_len = weights.config.get("train", {}).get("seq_len", weights.model.max_position_embeddings)
     stored = str(target).removeprefix("torch.")
-    write_configs(folder, hf_config(weights.model, weights.vocab_size, seq_len, end_mark, stored))
+    write_configs(folder, hf_config(weights.model, weights.vocab_size, seq_len, marks, stored), marks["generation"])
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> int | None:
-    """Copy the tokenizer, if there is one; returns its end mark's number."""
+def _hand_on_tokenizer(weights: Weights, source: Path, folder: Path) -> Any:
+    """Write the tokenizer, if there is one: a run's as it was trained with, an import's as it came. Returns the one
+    that trained, or None."""
     if not source.is_dir():
         return None
-    from transformers import AutoTokenizer
-
-    for path in source.iterdir():
-        shutil.copyfile(path, folder / path.name)
-    return AutoTokenizer.from_pretrained(source).eos_token_id
+    if "data" not in weights.config:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        return None if weights.imported else load_tokenizer(str(source))
+    tokenizer = as_trained(load_tokenizer(str(source)), weights.config["data"].get("add_bos", False))
+    save_tokenizer(tokenizer, folder)
+    return tokenizer
 
 
 def export_peft(
@@ -120,7 +124,7 @@ def export_peft(
             tensors[f"{stem}.lora_A.weight"] = A.to(DTYPES[dtype])
             tensors[f"{stem}.lora_B.weight"] = B.t().to(DTYPES[dtype])
         save_tensors(tensors, folder / "adapter" / "adapter_model.safetensors")
-        config = json.dumps(peft_config(weights, adapted, str(out / "base"), 1 + original), indent=2)
+        config = json.dumps(peft_config(weights, adapted, str(out.absolute() / "base"), 1 + original), indent=2)
         (folder / "adapter" / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
 
     build_folder(out, fill)

@@ -11,30 +11,24 @@ supported: quantized weights, biases, heads of a size other than hidden / heads,
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_switchlora.checkpoint.archive import grouped, write_parts
-from megatron_switchlora.checkpoint.files import build_folder, seal
 from megatron_switchlora.config import ModelConfig, UserError, require
+from megatron_switchlora.disk import read_json
+from megatron_switchlora.hf_tokenizer import require_own
 from megatron_switchlora.model.llama import LlamaForCausalLM
-from megatron_switchlora.parallel.parts import Part
 from megatron_switchlora.parallel.shard import full_shape
 from megatron_switchlora.rules_model import check_model
 
 ARCHITECTURES = ("LlamaForCausalLM", "LlamaModel")  # of LlamaModel only tied embeddings make a language model
 FLOATS = ("F64", "F32", "F16", "BF16")
-TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges")  # beginnings of their names
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -47,31 +41,31 @@ def read_hf_config(folder: Path) -> tuple[ModelConfig, int]:
     """
     require(folder.is_dir(), f"{folder} is not a folder: give the one that holds config.json and model.safetensors.")
     path = folder / "config.json"
-    content = _read_json(path)
+    content = read_object(path)
     _require_llama(path, content)
-    vocab_size = _whole(path, content, "vocab_size")
-    context = _whole(path, content, "max_position_embeddings", 2048)
-    heads = _whole(path, content, "num_attention_heads")
+    vocab_size = read_whole(path, content, "vocab_size")
+    context = read_whole(path, content, "max_position_embeddings", 2048)
+    heads = read_whole(path, content, "num_attention_heads")
     theta, scaling = _read_rope(path, content, context)
     config = ModelConfig(
         vocab_size=vocab_size,
-        hidden_size=_whole(path, content, "hidden_size"),
-        intermediate_size=_whole(path, content, "intermediate_size"),
-        num_layers=_whole(path, content, "num_hidden_layers"),
+        hidden_size=read_whole(path, content, "hidden_size"),
+        intermediate_size=read_whole(path, content, "intermediate_size"),
+        num_layers=read_whole(path, content, "num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=_whole(path, content, "num_key_value_heads", heads),
+        num_kv_heads=read_whole(path, content, "num_key_value_heads", heads),
         rope_theta=theta,
         rope_scaling=scaling,
         max_position_embeddings=context,
-        rms_norm_eps=_number(path, content, "rms_norm_eps", 1e-6),
-        initializer_range=_number(path, content, "initializer_range", 0.02),
+        rms_norm_eps=read_number(path, content, "rms_norm_eps", 1e-6),
+        initializer_range=read_number(path, content, "initializer_range", 0.02),
         tie_embeddings=_flag(path, content, "tie_word_embeddings"),
     )
     try:
         check_model(config)
     except UserError as error:
         raise UserError(f"{path} describes a model that cannot be trained here. {error}") from None
-    head_dim = _whole(path, content, "head_dim", config.head_dim)
+    head_dim = read_whole(path, content, "head_dim", config.head_dim)
     require(
         head_dim == config.head_dim,
         f"{path} has head_dim {head_dim}, but heads here have hidden_size {config.hidden_size} / num_attention_heads "
@@ -80,20 +74,22 @@ def read_hf_config(folder: Path) -> tuple[ModelConfig, int]:
     return config, vocab_size
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Raises: UserError, if it is not the JSON object that it should be, or a link out of its folder."""
+    require_own(path.parent, [path])
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise UserError(
             f"{path} cannot be read: {error.strerror}. Give a folder that transformers' save_pretrained wrote."
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): fetch the file again.") from None
     require(isinstance(content, dict), f"{path} must hold a JSON object, not {type(content).__name__}: fetch it again.")
     return content
 
 
-def _whole(path: Path, content: dict[str, Any], key: str, default: Optional[int] = None) -> int:
+def read_whole(path: Path, content: dict[str, Any], key: str, default: Optional[int] = None) -> int:
     value: Any = default if content.get(key) is None else content[key]
     require(
         isinstance(value, int) and not isinstance(value, bool),
@@ -102,7 +98,7 @@ def _whole(path: Path, content: dict[str, Any], key: str, default: Optional[int]
     return value
 
 
-def _number(path: Path, content: dict[str, Any], key: str, default: float) -> float:
+def read_number(path: Path, content: dict[str, Any], key: str, default: float) -> float:
     value = default if content.get(key) is None else content[key]
     require(
         isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30,
@@ -145,7 +141,7 @@ def _read_rope(path: Path, content: dict[str, Any], context: int) -> tuple[float
     """rope_theta and scaling, filled in where transformers 5 does, so that nothing depends on the context length."""
     given = content.get("rope_scaling") or content.get("rope_parameters") or {}
     require(isinstance(given, dict), f"{path} must hold the rope parameters as an object, not {given!r}: correct it.")
-    theta = _number(path, {"rope_theta": content.get("rope_theta"), **given}, "rope_theta", 10000.0)
+    theta = read_number(path, {"rope_theta": content.get("rope_theta"), **given}, "rope_theta", 10000.0)
     for partial in (given.get("partial_rotary_factor"), content.get("partial_rotary_factor")):
         require(
             partial is None or partial == 1,
@@ -163,7 +159,7 @@ def _read_rope(path: Path, content: dict[str, Any], context: int) -> tuple[float
     return theta, {"rope_type": kind, **scaling}
 
 
-class _Stored(NamedTuple):
+class Stored(NamedTuple):
     """Where a tensor lies, and what the header of its file says of it."""
 
     path: Path
@@ -185,24 +181,30 @@ def hf_tensors(folder: Path, config: ModelConfig, vocab_size: int) -> Iterator[t
     if config.tie_embeddings and "lm_head.weight" in stored:
         head, embedding = stored.pop("lm_head.weight"), stored.get("model.embed_tokens.weight")
         require(
-            embedding is None or (head.shape == embedding.shape and torch.equal(_read(head), _read(embedding))),
+            embedding is None
+            or (head.shape == embedding.shape and torch.equal(read_stored(head), read_stored(embedding))),
             f"{folder} holds a lm_head.weight that is not its model.embed_tokens.weight, but its config.json has "
             "tie_word_embeddings true: set that to false, or take the tensor out.",
         )
+    shapes = hf_shapes(config, vocab_size)
+    _require_fit(folder, shapes, stored)
+    return ((name, read_stored(stored[name])) for name in shapes)
+
+
+def hf_shapes(config: ModelConfig, vocab_size: int) -> dict[str, list[int]]:
+    """The names and full shapes of all parameters."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config, vocab_size)
-    shapes = {name: full_shape(param) for name, param in model.named_parameters()}
-    _require_fit(folder, shapes, stored)
-    return ((name, _read(stored[name])) for name in shapes)
+    return {name: full_shape(param) for name, param in model.named_parameters()}
 
 
-def _require_fit(folder: Path, shapes: dict[str, list[int]], stored: dict[str, _Stored]) -> None:
+def _require_fit(folder: Path, shapes: dict[str, list[int]], stored: dict[str, Stored]) -> None:
     missing, surplus = [n for n in shapes if n not in stored], [n for n in stored if n not in shapes]
-    require(not missing, f"{folder} lacks {_first(missing)}, which its config.json asks for: fetch all its files.")
+    require(not missing, f"{folder} lacks {first_names(missing)}, which its config.json asks for: fetch all its files.")
     require(
         not surplus,
-        f"{folder} holds {_first(surplus)}, which the LLaMA of its config.json does not have: take out what does not "
-        "belong to it, or correct config.json.",
+        f"{folder} holds {first_names(surplus)}, which the LLaMA of its config.json does not have: take out what does "
+        "not belong to it, or correct config.json.",
     )
     for name, shape in shapes.items():
         found = stored[name]
@@ -218,16 +220,16 @@ def _require_fit(folder: Path, shapes: dict[str, list[int]], stored: dict[str, _
         )
 
 
-def _first(names: list[str]) -> str:
+def first_names(names: list[str]) -> str:
     others = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + others
 
 
-def _stored_tensors(folder: Path) -> dict[str, _Stored]:
+def _stored_tensors(folder: Path) -> dict[str, Stored]:
     """All weights of the folder by the names of `transformers.LlamaForCausalLM`."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():  # transformers takes it first, too
-        tensors = _scan(single)
+        tensors = scan(single)
     else:
         require(index.is_file(), _nothing_to_read(folder))
         tensors = _scan_sharded(folder, index)
@@ -243,15 +245,15 @@ def _nothing_to_read(folder: Path) -> str:
     if not pickles:
         return f"{folder} holds neither model.safetensors nor model.safetensors.index.json: fetch the model's weights."
     return (
-        f"{folder} holds {_first(pickles)}, but no safetensors. Such files are pickles, which run code of whoever "
+        f"{folder} holds {first_names(pickles)}, but no safetensors. Such files are pickles, which run code of whoever "
         "wrote them when they are loaded, so they are not read here. Where you trust them, load the folder with "
         "LlamaForCausalLM.from_pretrained of transformers, write it with save_pretrained(new_folder, "
         "safe_serialization=True) (version 5 always writes safetensors), and give the new folder."
     )
 
 
-def _scan_sharded(folder: Path, index: Path) -> dict[str, _Stored]:
-    places: Any = _read_json(index).get("weight_map")
+def _scan_sharded(folder: Path, index: Path) -> dict[str, Stored]:
+    places: Any = read_object(index).get("weight_map")
     require(
         isinstance(places, dict) and len(places) > 0 and all(isinstance(file, str) for file in places.values()),
         f"{index} must hold a weight_map from names of tensors to files: fetch it again.",
@@ -262,26 +264,27 @@ def _scan_sharded(folder: Path, index: Path) -> dict[str, _Stored]:
             "/" not in file and "\\" not in file and file.endswith(".safetensors"),
             f"{index} names the file {file!r}, but its files must be safetensors in its own folder: correct it.",
         )
-    tensors: dict[str, _Stored] = {}
+    tensors: dict[str, Stored] = {}
     for file in files:
-        found = _scan(folder / file)
+        found = scan(folder / file)
         differing = sorted(found.keys() ^ {name for name, place in places.items() if place == file})
         require(
             not differing,
-            f"{index} does not say what {file} holds: they differ in {_first(differing)}. Fetch both again.",
+            f"{index} does not say what {file} holds: they differ in {first_names(differing)}. Fetch both again.",
         )
         tensors |= found
     return tensors
 
 
-def _scan(path: Path) -> dict[str, _Stored]:
+def scan(path: Path) -> dict[str, Stored]:
     """What the header of a file names."""
+    require_own(path.parent, [path])
     with _opened(path) as file:
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {name: _Stored(path, name, list(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+        return {name: Stored(path, name, list(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
 
 
-def _read(at: _Stored) -> Tensor:
+def read_stored(at: Stored) -> Tensor:
     """The tensor in fp32, in memory of its own."""
     with _opened(at.path) as file:
         tensor = file.get_tensor(at.name).to(torch.float32, copy=True)  # what get_tensor gives is a view of the file
@@ -301,33 +304,3 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(
             f"{path} cannot be read as safetensors ({error}): it is missing, damaged or incomplete; fetch it again."
         ) from None
-
-
-def import_model(source: Path, out: Path, limit: int = 1 << 30) -> None:
-    """Make a Hugging Face folder the starting point of runs: a checkpoint of weights alone, in files of about `limit`
-    bytes, with its tokenizer, if it has one, and model.yaml for --config.
-
-    Raises:
-        UserError: as `read_hf_config` and `hf_tensors`; `out` exists or cannot be written.
-    """
-    config, vocab_size = read_hf_config(source)
-    tensors = hf_tensors(source, config, vocab_size)  # refuses here, before anything is written
-
-    def fill(folder: Path) -> None:
-        parts = (Part(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor, None) for name, tensor in tensors)
-        for number, group in enumerate(grouped(parts, lambda part: part.tensor.nbytes, limit)):
-            write_parts(folder / f"tensors-{number:05d}.safetensors", group)
-            group.clear()  # before the next tensors are read
-        model = asdict(config)
-        state = {"step": 0, "config": {"model": model}, "vocab_size": vocab_size, "imported_from": str(source)}
-        (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        given = {key: value for key, value in model.items() if value is not None}
-        (folder / "model.yaml").write_text(yaml.safe_dump({"model": given}, sort_keys=False), encoding="utf-8")
-        if any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-            (folder / "tokenizer").mkdir()
-            for path in source.iterdir():
-                if path.is_file() and path.name.startswith(TOKENIZER_FILES):
-                    shutil.copyfile(path, folder / "tokenizer" / path.name)
-        seal(folder, 0)
-
-    build_folder(out, fill)

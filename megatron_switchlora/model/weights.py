@@ -47,6 +47,7 @@ class Weights:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.state: dict[str, Any] = checkpoint.state()
         self.config: dict[str, Any] = stored_config(checkpoint)
+        self.imported: dict[str, Any] = self.state.get("imported") or {}  # marks of the model that it all began from
         self.archive = checkpoint.archive()
         self.model = _known(ModelConfig, self.config.get("model", {}))
         self.vocab_size: int = self.state.get("vocab_size", 0)

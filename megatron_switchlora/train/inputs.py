@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from megatron_switchlora.checkpoint.files import Checkpoint
-from megatron_switchlora.config import RunConfig, require, require_shard
+from megatron_switchlora.config import RunConfig, UserError, require, require_shard
 from megatron_switchlora.data.packing import PreparedData, open_prepared, prepare
 from megatron_switchlora.data.stream import pinned
 from megatron_switchlora.parallel.agree import gather_texts, on_one_rank
@@ -69,8 +69,16 @@ def data_identity(data: PreparedData, vocab_size: int) -> dict[str, Any]:
 
 
 def vocabulary_digest(folder: Path) -> str:
-    """SHA-256 of a tokenizer's vocabulary, the same however its folder was written."""
-    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    """SHA-256 of a tokenizer's vocabulary, the same however its folder was written.
+
+    Raises:
+        UserError: its tokenizer.json is damaged.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # tokenizers raises no narrower one
+        raise UserError(f"{path} cannot be read as a tokenizer ({error}): fetch it again.") from None
     return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
 
 

@@ -1,15 +1,18 @@
-"""What a run writes of itself: the record of a step, and at its end the outcome and the final model."""
+"""What a run writes of itself: its tokenizer, the record of a step, and at its end the outcome and the final model."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerFast
 
 from megatron_switchlora.checkpoint.files import replace_folder
+from megatron_switchlora.hf_tokenizer import as_trained, load_tokenizer, save_tokenizer
 from megatron_switchlora.model.counts import model_flops_per_token
-from megatron_switchlora.model.hf import export_model
+from megatron_switchlora.model.hf import export_model, joined_marks
 from megatron_switchlora.model.llama import LlamaForCausalLM
 from megatron_switchlora.train.device import peak_flops, peak_memory_bytes
 from megatron_switchlora.train.engine import StepResult
@@ -18,6 +21,18 @@ from megatron_switchlora.train.run_folder import in_folder
 
 if TYPE_CHECKING:
     from megatron_switchlora.train.trainer import Trainer
+
+
+def write_tokenizer(source: Path, folder: Path, add_bos: bool) -> tuple[PreTrainedTokenizerFast, dict[str, bytes]]:
+    """Write the tokenizer of the data as it is trained with into a run's folder tokenizer/.
+
+    Returns:
+        It, and its files by their names beside tokenizer/, for checkpoints and the final model.
+    """
+    tokenizer = as_trained(load_tokenizer(str(source)), add_bos)
+    replace_folder(folder, partial(save_tokenizer, tokenizer))
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return tokenizer, {path.relative_to(folder.parent).as_posix(): path.read_bytes() for path in files}
 
 
 def step_record(trainer: Trainer, step: int, result: StepResult, seconds: float, elapsed: float) -> dict[str, Any]:
@@ -71,11 +86,14 @@ def _export(trainer: Trainer, model: LlamaForCausalLM) -> None:
     """Write `final/` from the first data rank's tensor-parallel ranks, aside and then renamed."""
     final, seq_len = trainer.run.path / "final", trainer.config.train.seq_len
     if not trainer.run.writes:
-        export_model(model, final, seq_len, None, writes=False)
+        export_model(model, final, seq_len, {}, writes=False)
         return
 
     def fill(folder: Path) -> None:
-        export_model(model, folder, seq_len, trainer.tokenizer.eos_token_id)
-        trainer.tokenizer.save_pretrained(folder)
+        export_model(model, folder, seq_len, joined_marks(trainer.tokenizer, trainer.imported))
+        for name, content in trainer.tokenizer_files.items():
+            path = folder / Path(name).relative_to("tokenizer")
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
 
     replace_folder(final, fill)

@@ -20,7 +20,7 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 
-from megatron_switchlora.checkpoint.files import Checkpoint, published, replace_folder
+from megatron_switchlora.checkpoint.files import Checkpoint, published
 from megatron_switchlora.config import RunConfig, UserError, require
 from megatron_switchlora.data.loader import BatchOrder, eval_batches
 from megatron_switchlora.methods import Method, require_packages
@@ -34,7 +34,7 @@ from megatron_switchlora.train.compatible import compare_data
 from megatron_switchlora.train.diagnose import find_bad_layer
 from megatron_switchlora.train.engine import Engine, StepResult
 from megatron_switchlora.train.inputs import data_identity, prepare_data, require_tokenizer, vocabulary_size
-from megatron_switchlora.train.outcome import step_record, write_results
+from megatron_switchlora.train.outcome import step_record, write_results, write_tokenizer
 from megatron_switchlora.train.phase import Phase, build_phases, start_engine
 from megatron_switchlora.train.records import perplexity
 from megatron_switchlora.train.regroup import load_regrouped, regroups
@@ -100,12 +100,16 @@ class Trainer:
         train, checkpoint = self.config.train, self.start.checkpoint
         model = self._fresh_model()
         begins = checkpoint is None or 0 < self.phase.first == checkpoint.step
+        self.imported: dict[str, Any] = {}  # marks of the model that it all began from
         regrouped = False
         if checkpoint is None and train.init_from:
             initial = open_together(find_folder(Path(train.init_from)), self.device)
             require_tokenizer(initial, self.data)
-            on_all_ranks(partial(load_initial, model, Weights(initial)), self.device)
+            weights = Weights(initial)
+            self.imported = weights.imported
+            on_all_ranks(partial(load_initial, model, weights), self.device)
         elif checkpoint is not None:
+            self.imported = checkpoint.state().get("imported") or {}
             self._check_start(checkpoint)
             in_method = not begins and self.phase is self.phases[-1]
             regrouped = in_method and regroups(self.config, checkpoint.state())
@@ -203,13 +207,8 @@ class Trainer:
             self.run.update_meta(branched_from=str(checkpoint.folder))
         self.run.write_config(config, self.phases[-1].ds_config)
         if self.run.writes:
-            from transformers import AutoTokenizer
-
-            self.tokenizer = AutoTokenizer.from_pretrained(self.data.tokenizer_dir)
-            folder = self.run.path / "tokenizer"
-            replace_folder(folder, self.tokenizer.save_pretrained)
-            files = sorted(path for path in folder.iterdir() if path.is_file())
-            self.tokenizer_files = {f"tokenizer/{path.name}": path.read_bytes() for path in files}
+            source, folder = self.data.tokenizer_dir, self.run.path / "tokenizer"
+            self.tokenizer, self.tokenizer_files = write_tokenizer(source, folder, config.data.add_bos)
         self.run.update_meta(
             versions=versions(),
             mesh={axis: self.mesh.size(axis) for axis in AXES},
@@ -360,7 +359,7 @@ class Trainer:
         mesh = {axis: self.mesh.size(axis) for axis in AXES}
         factor = self.method.lr_factor(steps - self.phase.first)
         more = {"lr_factor": factor, "ds_config": self.phase.ds_config, "mesh": mesh}
-        more["versions"] = self.run.meta["versions"]
+        more |= {"versions": self.run.meta["versions"], "imported": self.imported}
         return {"state.json": state_file(self.config, steps, self.identity | more), **self.tokenizer_files}
 
     def _stop(self, steps: int) -> None:

@@ -172,6 +172,7 @@ def stand_alone(output: Path, env: dict[str, str]) -> None:
     os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
     os.environ.clear()
     os.environ.update(env)
+    os.umask(int(env.get("UMASK", "022"), 8))
     torch.set_num_threads(1)
 
 

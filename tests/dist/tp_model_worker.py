@@ -36,7 +36,7 @@ def against_transformers(shape: dict[str, Any], vocab: int, mesh: Mesh) -> dict[
     whole = LlamaForCausalLM(config, vocab)
     initialize_weights(whole, SEED)
     with tempfile.TemporaryDirectory() as name:
-        export_model(whole, Path(name), LENGTH, None)
+        export_model(whole, Path(name), LENGTH)
         theirs = transformers.LlamaForCausalLM.from_pretrained(name)
         loaded = LlamaForCausalLM(config, vocab, mesh.axis("tp"))
         load_merged(loaded, Path(name))

@@ -17,7 +17,7 @@ from megatron_switchlora.checkpoint.files import Checkpoint, seal, verified
 from megatron_switchlora.config import ModelConfig, UserError
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.hf_export import export_dense, export_peft
-from megatron_switchlora.model.hf_import import import_model
+from megatron_switchlora.model.hf_start import import_model
 from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.model.weights import Weights, find_folder, load_initial
 from megatron_switchlora.optim.layout import plain_layout
@@ -125,6 +125,22 @@ def test_peft_loads_the_adapters(tmp_path: Path, method: str, changes: dict[str,
     assert float((logits(model) - logits(run.model)).abs().max()) < 1e-5
     adapters = [name for name, _ in model.named_parameters() if "lora_" in name]
     assert len(adapters) == 2 * 7 * run.config.model.num_layers
+
+
+def test_an_adapter_finds_its_base_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exported to a relative path; and imported again it is the model."""
+    peft = pytest.importorskip("peft")
+    run = trained("lora", method__alpha=3.0)
+    monkeypatch.chdir(tmp_path)
+    export_peft(save(run, tmp_path / "step"), Path("out"), "fp32")
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    model = peft.AutoPeftModelForCausalLM.from_pretrained("../out/adapter")
+    assert float((logits(model) - logits(run.model)).abs().max()) < 1e-5
+    import_model(tmp_path / "out" / "adapter", tmp_path / "start")
+    weights = Weights(verified(tmp_path / "start"))
+    network = started("full", weights.model, weights.vocab_size, weights)
+    assert float((logits(network) - logits(run.model)).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("tied", [False, True])

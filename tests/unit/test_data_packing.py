@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from megatron_switchlora.config import DataConfig, UserError
 from megatron_switchlora.data import packing
 from megatron_switchlora.data.loader import TokenStore
 from megatron_switchlora.data.packing import PreparedData, prepare
+from tests.hf_tokenizers import llama_like
 
 SHAKESPEARE = Path(__file__).parents[3] / "shared/data/shakespeare/input.txt"
 TRAIN = ["the cat sat on the mat, the end.\n" * 5, "a dog  ran\r\n\tto the cat\n" * 3, "ünï 日本 🎉"]
@@ -75,6 +77,23 @@ def test_tokens_are_those_of_the_tokenizer(data: DataConfig) -> None:
     assert tokens(prepared.train).tolist() == expected
     assert prepared.train.num_tokens == len(expected)
     assert prepared.vocab_size == len(tokenizer)
+
+
+def test_a_begin_mark_before_every_document(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One a document, in another cache: of a tokenizer that has one, and of a built one whose pieces are cut."""
+    monkeypatch.setattr(packing, "PIECE", 40)
+    for name, begin in (("bpe", 0), (str(llama_like(tmp_path / "llama")), 1)):
+        plain = prepare(replace(data, tokenizer=name))
+        begun = prepare(replace(data, tokenizer=name, add_bos=True))
+        assert begun.folder != plain.folder
+        tokenizer = AutoTokenizer.from_pretrained(begun.tokenizer_dir)
+        end = tokenizer.eos_token_id
+        for texts, ours in ((TRAIN, begun.train), (VAL, begun.val)):
+            expected = [[begin, *tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in texts]
+            assert tokens(ours).tolist() == [token for document in expected for token in document]
+            assert [[*tokenizer(text)["input_ids"], end] for text in texts] == expected
+    with pytest.raises(UserError, match="add_bos needs a tokenizer with a begin mark"):
+        prepare(replace(data, tokenizer=str(llama_like(tmp_path / "endless", begin=False)), add_bos=True))
 
 
 def test_statistics(data: DataConfig) -> None:

@@ -89,7 +89,9 @@ def test_identity_names_what_matters(tmp_path: Path) -> None:
     def identity(name: str, vocab_size: int = 600) -> dict[str, object]:
         return tokenizer_identity(DataConfig(tokenizer=name, vocab_size=vocab_size))
 
+    assert identity("bpe") == {"bpe": 600}  # caches of earlier versions keep their names
     assert identity("bpe") != identity("bpe", 601)
+    assert tokenizer_identity(DataConfig(vocab_size=600, add_bos=True)) == {"bpe": 600, "add_bos": True}
     assert identity("char") == identity("char", 601)
     build("char", ["abc"]).save_pretrained(tmp_path)
     before = identity(str(tmp_path))

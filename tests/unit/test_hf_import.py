@@ -76,7 +76,7 @@ def test_import_and_export_agree(name: str, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     save(first, num_key_value_heads=2, **MODELS[name])
     second.mkdir()
-    export_model(ours(first), second, seq_len=8, eos_token_id=None)
+    export_model(ours(first), second, seq_len=8)
     before, after = theirs(first), theirs(second)
     assert after.config.rope_parameters == before.config.rope_parameters
     for key in ("max_position_embeddings", "tie_word_embeddings", "rms_norm_eps", "num_key_value_heads"):
@@ -176,12 +176,16 @@ def test_stored_frequencies_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_links_into_a_cache_are_followed(tmp_path: Path) -> None:
-    """As the cache of the Hugging Face hub lays its files out."""
-    save(tmp_path / "blobs", shard="40KB")
-    (tmp_path / "snapshot").mkdir()
-    for path in (tmp_path / "blobs").iterdir():
-        (tmp_path / "snapshot" / path.name).symlink_to(path)
-    assert gap(ours(tmp_path / "snapshot"), theirs(tmp_path / "blobs")) < 1e-5
+    """As the cache of the Hugging Face hub lays its files out; the same links anywhere else are refused."""
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "abc"
+    save(blobs, shard="40KB")
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert gap(ours(snapshot), theirs(blobs)) < 1e-5
+    (tmp_path / "models--a--b").rename(tmp_path / "b")
+    with pytest.raises(UserError, match=r"config.json is a link to .*blobs/config.json, out of its folder, and is not"):
+        read_hf_config(tmp_path / "b" / "snapshots" / "abc")
 
 
 def test_a_tensor_is_read_when_asked_for_and_owns_its_memory(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def tokens(count: int = 2, length: int = 40) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_equal_transformers(shape: str, tmp_path: Path) -> None:
     model = make_model(**SHAPES[shape])
-    export_model(model, tmp_path, seq_len=40, eos_token_id=0)
+    export_model(model, tmp_path, seq_len=40)
     theirs, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_logits_equal_transformers(shape: str, tmp_path: Path) -> None:
 
 def test_gradients_equal_transformers(tmp_path: Path) -> None:
     model = make_model(num_kv_heads=2)
-    export_model(model, tmp_path, seq_len=40, eos_token_id=0)
+    export_model(model, tmp_path, seq_len=40)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
     data = tokens()
     model(data[:, :-1], data[:, 1:]).backward()
@@ -71,7 +71,7 @@ def test_export_of_an_adapted_model_is_its_function(tmp_path: Path) -> None:
     run = PlainRun(config)
     for step, batch in enumerate(make_batches(config, 10)):
         run.step(step, batch)
-    export_model(run.model, tmp_path, seq_len=16, eos_token_id=None)
+    export_model(run.model, tmp_path, seq_len=16)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(run.model(tokens(2, 16)), theirs(tokens(2, 16)).logits, rtol=0, atol=1e-5)
@@ -82,7 +82,7 @@ def test_export_of_an_adapted_model_is_its_function(tmp_path: Path) -> None:
 
 
 def test_loading_a_misfit_names_the_tensor(tmp_path: Path) -> None:
-    export_model(make_model(), tmp_path, seq_len=16, eos_token_id=None)
+    export_model(make_model(), tmp_path, seq_len=16)
     with pytest.raises(UserError, match=r"does not fit.*k_proj"):
         load_merged(make_model(num_kv_heads=2), tmp_path)
     with pytest.raises(UserError, match="does not exist"):

@@ -93,7 +93,7 @@ def test_factor_one_is_the_plain_embedding() -> None:
 def test_export_keeps_scaling_and_context(name: str, tmp_path: Path) -> None:
     """Exported after training on shorter sequences than the scaling is made for."""
     model = make_model(ROPES[name], max_position_embeddings=512)
-    export_model(model, tmp_path, seq_len=40, eos_token_id=0)
+    export_model(model, tmp_path, seq_len=40)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
     assert theirs.config.rope_parameters == {**ROPES[name], "rope_theta": 500.0}
     assert theirs.config.max_position_embeddings == 512
@@ -106,7 +106,7 @@ def test_export_keeps_scaling_and_context(name: str, tmp_path: Path) -> None:
 
 def test_export_announces_the_longer_length(tmp_path: Path) -> None:
     for given, expected in ((None, 40), (8, 40), (64, 64)):
-        export_model(make_model(None, max_position_embeddings=given), tmp_path, seq_len=40, eos_token_id=0)
+        export_model(make_model(None, max_position_embeddings=given), tmp_path, seq_len=40)
         written = json.loads((tmp_path / "config.json").read_text())
         assert written["max_position_embeddings"] == expected and "rope_scaling" not in written
 

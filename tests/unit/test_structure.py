@@ -16,6 +16,7 @@ ALLOWED = {
     "config": {"method_config"},
     "disk": set(),
     "figures": {"disk"},
+    "hf_tokenizer": {"disk", "config"},
     "rules_model": {"config"},
     "rules_data": {"rules_model", "config"},
     "yaml_text": set(),
@@ -25,12 +26,12 @@ ALLOWED = {
     "checkpoint": {"parallel", "disk", "config"},
     "lowrank": {"parallel", "config"},
     "optim": {"parallel", "config"},
-    "model": {"checkpoint", "parallel", "rules_model", "disk", "config"},
-    "data": {"disk", "config"},
+    "model": {"checkpoint", "parallel", "rules_model", "hf_tokenizer", "disk", "config"},
+    "data": {"hf_tokenizer", "disk", "config"},
     "methods": {"lowrank", "optim", "model", "checkpoint", "parallel", "config"},
     "train": {
         "methods", "lowrank", "optim", "model", "data", "checkpoint", "parallel", "rules", "field_checks", "yaml_text",
-        "figures", "disk", "config",
+        "figures", "hf_tokenizer", "disk", "config",
     },
 }  # fmt: skip
 
@@ -93,6 +94,18 @@ def test_nothing_is_unpickled() -> None:
         text = path.read_text(encoding="utf-8")
         assert "import pickle" not in text and "allow_pickle=True" not in text, path
         assert "torch.load(" not in text or "weights_only=True" in text, path
+
+
+def test_no_code_beside_a_model_is_run() -> None:
+    loads = 0
+    for path in (path for path in sources() if "tests" not in path.parts):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "from_pretrained":
+                given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+                assert given.get("trust_remote_code") == "False", f"{path}:{call.lineno}"
+                loads += 1
+    assert loads == 3
 
 
 def test_programs_with_ranks_end_them() -> None:
