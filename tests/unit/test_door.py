@@ -76,5 +76,5 @@ def test_a_home_folder_is_left_alone_and_a_taken_place_refused(tmp_path: Path, m
     (tmp_path / f"megatron_switchlora-{os.getuid()}").symlink_to(tmp_path)
     with pytest.raises((ValueError, OSError)):
         settle_home(env)
-    with pytest.raises(ValueError, match="~nobody-here/x .* begins with a home folder that this machine does not know"):
+    with pytest.raises(ValueError, match="nobody-here/x' begins with a home folder that this machine does not know"):
         user_path("~nobody-here/x")
