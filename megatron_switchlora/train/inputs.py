@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from megatron_switchlora.checkpoint.files import Checkpoint
-from megatron_switchlora.config import RunConfig, require, require_shard
+from megatron_switchlora.config import RunConfig, UserError, require, require_shard
 from megatron_switchlora.data.packing import PreparedData, open_prepared, prepare
 from megatron_switchlora.data.stream import pinned
 from megatron_switchlora.parallel.agree import on_one_rank
@@ -61,8 +61,15 @@ def data_identity(data: PreparedData, vocab_size: int) -> dict[str, Any]:
 
 
 def vocabulary_digest(folder: Path) -> str:
-    """SHA-256 of a tokenizer's vocabulary, the same however its folder was written."""
-    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    """SHA-256 of a tokenizer's vocabulary, the same however its folder was written.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library's only kind
+        raise UserError(f"{folder / 'tokenizer.json'} is damaged ({error}): restore it.") from None
     return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
 
 
