@@ -22,6 +22,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any, Optional
@@ -32,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_switchlora.checkpoint.files import published, verified
-from megatron_switchlora.config import UserError, require
+from megatron_switchlora.config import TrainConfig, UserError, require
 from megatron_switchlora.disk import replace_text, user_path
 from megatron_switchlora.figures import decorating
 from megatron_switchlora.lowrank.schedule import switch_rate
@@ -86,7 +87,8 @@ def _head_prefixes(weights: Weights) -> list[str]:
 
 def make_base(weights: list[Weights], choice: str) -> tuple[Base, str]:
     """What updates are measured from, and words for it."""
-    first, start = weights[0], weights[0].config["train"].get("init_from")
+    first, train = weights[0], _train_section(weights[0])
+    start = train["init_from"]
     if choice == "first" or first.state["step"] == 0:
         return first.read, f"the checkpoint of step {first.state['step']}"
     if start:
@@ -94,12 +96,16 @@ def make_base(weights: list[Weights], choice: str) -> tuple[Base, str]:
             return Weights(verified(find_folder(Path(start)))).read, f"train.init_from {start}"
         except UserError as error:
             raise UserError(f"The run began at train.init_from {start}: {error} Or give --base first.") from None
-    seed = first.config["train"]["seed"]
+    seed = train["seed"]
 
     def drawn(name: str) -> Tensor:
         return initial_matrix(name, first.shape(name), first.model, seed)
 
     return drawn, f"the initial weights of seed {seed}"
+
+
+def _train_section(weights: Weights) -> dict[str, Any]:
+    return asdict(TrainConfig()) | weights.config.get("train", {})
 
 
 def describe(values: list[Tensor]) -> dict[str, Any]:
@@ -148,7 +154,7 @@ def switching(run: Path, weights: list[Weights]) -> dict[str, Any]:
     """Vectors switched by each step, beside the schedule's expectation before its caps, and slots seen in use; of
     several heads those of head 0, whose records these are."""
     last = weights[-1]
-    method, train = last.method, last.config["train"]
+    method, train = last.method, _train_section(last)
     if not method.switches:
         return {}
     head = next((f"{name}/" for name in _head_prefixes(last)), "")

@@ -224,7 +224,7 @@ class Checkpoint:
             damaged(self.folder, f"state.json cannot be read ({error})")
         if not _is_state(state):
             damaged(self.folder, "state.json does not hold what a checkpoint's does")
-        return state
+        return {"step": self.step, **state}
 
     def archive(self) -> Archive:
         """Its tensors. Verify `faults` first."""

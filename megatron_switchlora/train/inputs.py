@@ -72,13 +72,12 @@ def vocabulary_digest(folder: Path) -> str:
     """SHA-256 of a tokenizer's vocabulary, the same however its folder was written.
 
     Raises:
-        UserError: its tokenizer.json is damaged.
+        UserError: it cannot be read.
     """
-    path = folder / "tokenizer.json"
     try:
-        vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # tokenizers raises no narrower one
-        raise UserError(f"{path} cannot be read as a tokenizer ({error}): fetch it again.") from None
+        vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library's only kind
+        raise UserError(f"{folder / 'tokenizer.json'} is damaged ({error}): restore it.") from None
     return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
 
 

@@ -255,3 +255,14 @@ def test_odd_input_is_one_line_and_status_2(call: Call, tmp_path: Path) -> None:
             (tmp_path / "run" / "config.yaml").touch()
         status, output = call(*words)
         assert status == 2 and message in output and output.count("\n") == 1, output
+
+
+def test_a_failing_plot_costs_no_analysis(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "analyze.analyze", lambda *given: {"run": "$x_", "checkpoints": []}
+    )  # of which none can be drawn
+    monkeypatch.setattr("analyze.words_of", lambda *given: "the numbers")
+    status, output = call(tmp_path)
+    assert status == 0 and output.splitlines()[1] == "the numbers", output
+    assert output.startswith("warning: drawing the plots failed (") and output.count("\n") == 2
+    assert json.loads((tmp_path / "analysis" / "analysis.json").read_text())["run"] == "$x_"

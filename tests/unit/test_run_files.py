@@ -13,6 +13,7 @@ import pytest
 
 from megatron_switchlora.config import UserError
 from megatron_switchlora.disk import read_json, replace_text
+from megatron_switchlora.train.inputs import vocabulary_digest
 from megatron_switchlora.train.records import read_records
 from megatron_switchlora.train.run_folder import RunFolder, create_folder, lock_folder, read_meta, refuse_folder
 from tests.unit.test_resume import choose, make_run
@@ -209,3 +210,10 @@ def test_records_that_never_found_room_are_not_forgotten_at_the_end(tmp_path: Pa
         run.log({"step": 1, "loss": 3.0})
     with pytest.raises(OSError, match=r"1 records of metrics\.jsonl still wait for room"):
         run.close()
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
+    for content in (b"[" * 100_000, b"{}", b"\xff", b""):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"tokenizer\.json is damaged \(.*\): restore it"):
+            vocabulary_digest(tmp_path)
