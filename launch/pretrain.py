@@ -3,7 +3,7 @@
 
 deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/cpu_quickstart.yaml --ds_config ds_configs/zero1.json
 
-A mistake in the input is told once, by rank 0, and ends every rank with status 2. See train/door.py for all other ends.
+A mistake in the input is told once, by rank 0, and ends every rank with status 2. See startup/door.py for all other ends.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from typing import Optional
 
 import torch
 
-from megatron_switchlora.config import MethodConfig, require
-from megatron_switchlora.parallel.agree import on_one_rank
-from megatron_switchlora.parallel.launchers import is_first
-from megatron_switchlora.parallel.ranks import Ranks, complete_environment, discover_ranks, end_rank
-from megatron_switchlora.parallel.rollcall import meet
-from megatron_switchlora.train.arguments import Arguments, parse_arguments
-from megatron_switchlora.train.compatible import what_must_agree
-from megatron_switchlora.train.device import allow_open_files, choose_device, precision_warning
-from megatron_switchlora.train.door import Door, the_door
-from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
-from megatron_switchlora.train.monitors import check_monitors
-from megatron_switchlora.train.stop import REQUEUE, StopRequest
+from megatron_switchlora.checkpoint.resume_rules import what_must_agree
+from megatron_switchlora.config.command_line import Arguments, parse_arguments
+from megatron_switchlora.config.deepspeed import read_ds_config, resolve_ds_config
+from megatron_switchlora.config.run import MethodConfig, require
+from megatron_switchlora.distributed.consensus import on_one_rank
+from megatron_switchlora.startup.device import allow_open_files, choose_device, precision_warning
+from megatron_switchlora.startup.door import Door, the_door
+from megatron_switchlora.startup.environment import Ranks, complete_environment, discover_ranks, end_rank
+from megatron_switchlora.startup.launchers import is_first
+from megatron_switchlora.startup.monitors import check_monitors
+from megatron_switchlora.startup.preflight import meet
+from megatron_switchlora.startup.signals import REQUEUE, StopRequest
 
 
 def check_early(arguments: Arguments, ranks: Ranks) -> None:
     """What can be refused before deepspeed is imported."""
-    from megatron_switchlora.parallel.mesh import mesh_sizes
+    from megatron_switchlora.distributed.mesh import mesh_sizes
 
     if arguments.evaluate_only:  # mesh and batch are those of the run's own configuration
         require(
@@ -46,7 +46,7 @@ def check_early(arguments: Arguments, ranks: Ranks) -> None:
 
 def show_plan(arguments: Arguments, first: bool) -> None:
     """The plan of the run, from rank 0; raises what the run would on every rank."""
-    from megatron_switchlora.train.dry_run import plan
+    from megatron_switchlora.planning.dry_run import plan
 
     world_size = arguments.dry_run_world or discover_ranks(os.environ).world_size
     given = read_ds_config(arguments.ds_config)
@@ -114,8 +114,8 @@ def run(arguments: Arguments, ranks: Ranks, stop: StopRequest, door: Door) -> in
 
 def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRequest) -> int:
     """A run, or what is left of it; returns the exit status."""
-    from megatron_switchlora.figures import decorating, outlive_terminal
-    from megatron_switchlora.train.resume import find_start
+    from megatron_switchlora.checkpoint.resume import find_start
+    from megatron_switchlora.run.figures import decorating, outlive_terminal
     from megatron_switchlora.train.summary import closing_words
     from megatron_switchlora.train.trainer import Trainer
 

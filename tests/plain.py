@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_switchlora.config import MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from megatron_switchlora.config.run import MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from megatron_switchlora.data.loader import Samples
+from megatron_switchlora.distributed.mesh import Mesh, lone_mesh
+from megatron_switchlora.distributed.shard import Axis
 from megatron_switchlora.methods import build_method
-from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.methods.ga_gradients import find_factors
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.optim.head_clip import HeadClip
 from megatron_switchlora.optim.layout import plain_layout
-from megatron_switchlora.parallel.mesh import Mesh, lone_mesh
-from megatron_switchlora.parallel.shard import Axis
-from megatron_switchlora.train.ga_gradients import find_factors
 
 VOCAB = 61
 

@@ -33,16 +33,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_switchlora.checkpoint.files import published, verified
-from megatron_switchlora.config import TrainConfig, UserError, require
+from megatron_switchlora.checkpoint.weights import Weights, find_folder
+from megatron_switchlora.config.command_line import require_utf8
+from megatron_switchlora.config.run import TrainConfig, UserError, require
 from megatron_switchlora.disk import replace_text, user_path
-from megatron_switchlora.figures import decorating
 from megatron_switchlora.lowrank.schedule import switch_rate
-from megatron_switchlora.model.analysis import effective_rank, head_alignment, numerical_rank, spectrum
-from megatron_switchlora.model.counts import projections
-from megatron_switchlora.model.llama import initial_matrix
-from megatron_switchlora.model.weights import Weights, find_folder
-from megatron_switchlora.train.arguments import require_utf8
-from megatron_switchlora.train.records import read_records
+from megatron_switchlora.model.llama.model import initial_matrix
+from megatron_switchlora.planning.counts import projections
+from megatron_switchlora.run.figures import decorating
+from megatron_switchlora.run.metrics_log import read_records
+from megatron_switchlora.study.spectra import effective_rank, head_alignment, numerical_rank, spectrum
 
 MATRIX = re.compile(r"(?:head_\d+/)?(model\.layers\.(\d+)\.\w+\.(\w+)\.weight)")
 Base = Callable[[str], Tensor]

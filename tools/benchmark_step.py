@@ -31,17 +31,24 @@ import torch
 from measure_switching import make_engine
 from torch.autograd.graph import saved_tensors_hooks
 
-from megatron_switchlora.config import MethodConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_switchlora.config.field_checks import number_from
+from megatron_switchlora.config.run import (
+    MethodConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megatron_switchlora.disk import user_path
-from megatron_switchlora.field_checks import number_from
+from megatron_switchlora.distributed.linear import ColumnParallelLinear
+from megatron_switchlora.distributed.shard import Axis
 from megatron_switchlora.lowrank.linear import LowRankLinear
-from megatron_switchlora.model.counts import decoder_shapes, projections
-from megatron_switchlora.parallel.linear import ColumnParallelLinear
-from megatron_switchlora.parallel.ranks import discover_ranks, end_rank
-from megatron_switchlora.parallel.shard import Axis
-from megatron_switchlora.train.device import choose_device
-from megatron_switchlora.train.door import Door, the_door
-from megatron_switchlora.train.run_folder import versions
+from megatron_switchlora.planning.counts import decoder_shapes, projections
+from megatron_switchlora.run.folder import versions
+from megatron_switchlora.startup.device import choose_device
+from megatron_switchlora.startup.door import Door, the_door
+from megatron_switchlora.startup.environment import discover_ranks, end_rank
 
 if TYPE_CHECKING:
     from megatron_switchlora.train.engine import Engine

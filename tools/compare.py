@@ -32,14 +32,14 @@ from compare_runs import Results, Runner, Stopped, text_of
 from compare_setting import ROOT, Point, Setting, read_setting, validate_points
 from compare_timing import time_methods
 
-from megatron_switchlora.config import UserError, require
+from megatron_switchlora.config.command_line import require_utf8
+from megatron_switchlora.config.field_checks import field_types, fit_word, number_from, takes_text
+from megatron_switchlora.config.run import UserError, require
+from megatron_switchlora.config.yaml_text import load_yaml
 from megatron_switchlora.disk import shown, user_path
-from megatron_switchlora.field_checks import field_types, fit_word, number_from, takes_text
-from megatron_switchlora.figures import outlive_terminal
-from megatron_switchlora.train.arguments import require_utf8
-from megatron_switchlora.train.door import settle
-from megatron_switchlora.train.stop import REQUEUE
-from megatron_switchlora.yaml_text import load_yaml
+from megatron_switchlora.run.figures import outlive_terminal
+from megatron_switchlora.startup.door import settle
+from megatron_switchlora.startup.signals import REQUEUE
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

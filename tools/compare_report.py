@@ -3,7 +3,7 @@
 A method's row is its best point: that of its finished sweep, else the best so far, marked. Losses are in nats a token;
 a deviation is the sample's over seeds. Perplexity is exp(loss), seed by seed. Gradient bytes are those that a rank
 handed to data-parallel collectives in a step; where a single data rank communicates nothing they are the formula's
-(`train/memory.py`) for two data ranks. The plot has all runs pale and the best points' bold, over steps and tokens.
+(`planning/memory.py`) for two data ranks. The plot has all runs pale and the best points' bold, over steps and tokens.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any, Optional
 from compare_runs import Results
 from compare_setting import ROOT, Point, Setting, run_key
 
-from megatron_switchlora.config import RunConfig
+from megatron_switchlora.config.deepspeed import read_ds_config, resolve_ds_config, zero_settings
+from megatron_switchlora.config.field_checks import expanded
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.disk import replace_text
-from megatron_switchlora.field_checks import expanded
-from megatron_switchlora.figures import decorating, new_figure, save_figure
-from megatron_switchlora.parallel.mesh import mesh_sizes
-from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config, zero_settings
-from megatron_switchlora.train.records import perplexity
-from megatron_switchlora.train.traffic import gradient_bytes
+from megatron_switchlora.distributed.mesh import mesh_sizes
+from megatron_switchlora.planning.traffic import gradient_bytes
+from megatron_switchlora.run.figures import decorating, new_figure, save_figure
+from megatron_switchlora.run.metrics_log import perplexity
 
 Run = dict[str, Any]
 HEAD = (

@@ -32,11 +32,11 @@ from typing import Any, Optional
 
 from compare_setting import ROOT, Point, Setting, run_key
 
-from megatron_switchlora.config import RunConfig, UserError, require
+from megatron_switchlora.config.run import RunConfig, UserError, require
 from megatron_switchlora.disk import open_no_follow, read_json, replace_text
-from megatron_switchlora.train.records import read_records
-from megatron_switchlora.train.run_folder import lock_folder, read_meta
-from megatron_switchlora.train.stop import REQUEUE
+from megatron_switchlora.run.folder import lock_folder, read_meta
+from megatron_switchlora.run.metrics_log import read_records
+from megatron_switchlora.startup.signals import REQUEUE
 
 SCRIPT = ROOT / "launch" / "pretrain.py"
 NUMBER = (int, float)
@@ -250,7 +250,7 @@ def text_of(config: RunConfig) -> Optional[str]:
     if config.data.source == "hf":
         return None
     from megatron_switchlora.data.packing import prepare  # seconds, for which --help and --report need not wait
-    from megatron_switchlora.train.inputs import data_identity
+    from megatron_switchlora.train.dataset import data_identity
 
     data = prepare(config.data, progress=True)
     for note in data.notes:

@@ -20,14 +20,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Optional
 
-from megatron_switchlora.config import RunConfig, UserError, require
-from megatron_switchlora.field_checks import expanded
+from megatron_switchlora.checkpoint.resume_rules import flatten
+from megatron_switchlora.config.command_line import parse_arguments
+from megatron_switchlora.config.deepspeed import read_ds_config, resolve_ds_config
+from megatron_switchlora.config.field_checks import expanded
+from megatron_switchlora.config.run import RunConfig, UserError, require
+from megatron_switchlora.config.yaml_text import read_yaml
+from megatron_switchlora.distributed.mesh import mesh_sizes
 from megatron_switchlora.methods import require_packages
-from megatron_switchlora.parallel.mesh import mesh_sizes
-from megatron_switchlora.train.arguments import parse_arguments
-from megatron_switchlora.train.compatible import flatten
-from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
-from megatron_switchlora.yaml_text import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 # Options that leave a run's numbers as they are, up to rounding: changing them does not make it another run.

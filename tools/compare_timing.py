@@ -16,8 +16,8 @@ from typing import Any
 from compare_runs import Runner, machine, step_seconds
 from compare_setting import Setting
 
-from megatron_switchlora.config import require
-from megatron_switchlora.train.records import read_records
+from megatron_switchlora.config.run import require
+from megatron_switchlora.run.metrics_log import read_records
 
 
 def time_methods(setting: Setting, runner: Runner) -> None:

@@ -28,17 +28,17 @@ from typing import Any, Optional
 
 from volume_report import chart, table
 
-from megatron_switchlora.config import RunConfig, UserError, full_rank_config, method_config, require
+from megatron_switchlora.config.command_line import parse_arguments
+from megatron_switchlora.config.deepspeed import read_ds_config, resolve_ds_config, zero_settings
+from megatron_switchlora.config.run import RunConfig, UserError, full_rank_config, method_config, require
 from megatron_switchlora.disk import replace_text, user_path
-from megatron_switchlora.figures import decorating
-from megatron_switchlora.parallel.agree import on_all_ranks
-from megatron_switchlora.parallel.mesh import mesh_sizes
-from megatron_switchlora.parallel.ranks import end_rank
-from megatron_switchlora.train.arguments import parse_arguments
-from megatron_switchlora.train.door import the_door
-from megatron_switchlora.train.dry_run import planned_vocabulary
-from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config, zero_settings
-from megatron_switchlora.train.traffic import axis_size, flows, on_the_wire
+from megatron_switchlora.distributed.consensus import on_all_ranks
+from megatron_switchlora.distributed.mesh import mesh_sizes
+from megatron_switchlora.planning.dry_run import planned_vocabulary
+from megatron_switchlora.planning.traffic import axis_size, flows, on_the_wire
+from megatron_switchlora.run.figures import decorating
+from megatron_switchlora.startup.door import the_door
+from megatron_switchlora.startup.environment import end_rank
 
 
 @dataclass(frozen=True)

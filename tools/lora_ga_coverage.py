@@ -21,19 +21,19 @@ import torch
 from torch import Tensor
 
 from megatron_switchlora.checkpoint.files import verified
-from megatron_switchlora.config import RunConfig, UserError, require
+from megatron_switchlora.checkpoint.weights import Weights, find_folder, load_initial
+from megatron_switchlora.config.command_line import parse_arguments
+from megatron_switchlora.config.run import RunConfig, UserError, require
 from megatron_switchlora.data.packing import prepare
 from megatron_switchlora.disk import replace_text, user_path
-from megatron_switchlora.figures import decorating, new_figure, save_figure
-from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
-from megatron_switchlora.model.weights import Weights, find_folder, load_initial
-from megatron_switchlora.parallel.mesh import lone_mesh
-from megatron_switchlora.parallel.ranks import discover_ranks
-from megatron_switchlora.train.arguments import parse_arguments
-from megatron_switchlora.train.device import choose_device
-from megatron_switchlora.train.door import settle
-from megatron_switchlora.train.ga_gradients import mean_gradients
-from megatron_switchlora.train.inputs import vocabulary_size
+from megatron_switchlora.distributed.mesh import lone_mesh
+from megatron_switchlora.methods.ga_gradients import mean_gradients
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.run.figures import decorating, new_figure, save_figure
+from megatron_switchlora.startup.device import choose_device
+from megatron_switchlora.startup.door import settle
+from megatron_switchlora.startup.environment import discover_ranks
+from megatron_switchlora.train.dataset import vocabulary_size
 
 
 def covered(gradient: Tensor) -> Tensor:

@@ -25,14 +25,14 @@ from typing import Any
 import torch
 from measure_switching import make_engine
 
-from megatron_switchlora.config import RunConfig
+from megatron_switchlora.config.command_line import parse_arguments
+from megatron_switchlora.config.field_checks import number_from
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.disk import user_path
-from megatron_switchlora.field_checks import number_from
-from megatron_switchlora.parallel.ranks import discover_ranks, end_rank
-from megatron_switchlora.train.arguments import parse_arguments
-from megatron_switchlora.train.device import choose_device
-from megatron_switchlora.train.door import the_door
-from megatron_switchlora.train.run_folder import versions
+from megatron_switchlora.run.folder import versions
+from megatron_switchlora.startup.device import choose_device
+from megatron_switchlora.startup.door import the_door
+from megatron_switchlora.startup.environment import discover_ranks, end_rank
 
 VOCABULARY = 8192
 MODEL = {"hidden_size": 512, "intermediate_size": 1376, "num_layers": 8, "num_heads": 8}
@@ -52,8 +52,8 @@ def batches() -> Iterator[list[torch.Tensor]]:
 
 def measure(rounds: int, folder: Path) -> dict[str, Any]:
     device = choose_device("cpu", discover_ranks(os.environ), 0)
+    from megatron_switchlora.checkpoint.saver import Saver
     from megatron_switchlora.train.engine import start_distributed
-    from megatron_switchlora.train.saver import Saver
 
     start_distributed(device)
     config = configuration()

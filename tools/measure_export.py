@@ -27,14 +27,14 @@ import torch
 
 from megatron_switchlora.checkpoint.archive import write_parts
 from megatron_switchlora.checkpoint.files import seal
-from megatron_switchlora.config import RunConfig
+from megatron_switchlora.config.command_line import parse_arguments
+from megatron_switchlora.config.field_checks import number_from
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.disk import user_path
-from megatron_switchlora.field_checks import number_from
-from megatron_switchlora.model.counts import count_parameters
-from megatron_switchlora.model.llama import LlamaForCausalLM, decoder_linears
-from megatron_switchlora.parallel.parts import Part
-from megatron_switchlora.train.arguments import parse_arguments
-from megatron_switchlora.train.run_folder import versions
+from megatron_switchlora.distributed.slices import Part
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, decoder_linears
+from megatron_switchlora.planning.counts import count_parameters
+from megatron_switchlora.run.folder import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 

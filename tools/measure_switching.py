@@ -22,18 +22,18 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
-from megatron_switchlora.config import RunConfig
+from megatron_switchlora.config.command_line import parse_arguments
+from megatron_switchlora.config.deepspeed import read_ds_config, resolve_ds_config
+from megatron_switchlora.config.field_checks import number_from
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.disk import user_path
-from megatron_switchlora.field_checks import number_from
+from megatron_switchlora.distributed.mesh import build_mesh
 from megatron_switchlora.methods import build_method
-from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
-from megatron_switchlora.parallel.mesh import build_mesh
-from megatron_switchlora.parallel.ranks import discover_ranks, end_rank
-from megatron_switchlora.train.arguments import parse_arguments
-from megatron_switchlora.train.device import choose_device
-from megatron_switchlora.train.door import the_door
-from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
-from megatron_switchlora.train.run_folder import versions
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.run.folder import versions
+from megatron_switchlora.startup.device import choose_device
+from megatron_switchlora.startup.door import the_door
+from megatron_switchlora.startup.environment import discover_ranks, end_rank
 
 if TYPE_CHECKING:
     from megatron_switchlora.train.engine import Engine

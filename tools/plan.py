@@ -6,7 +6,7 @@
 
 Tensor-parallel sizes 1, 2, 4, ... up to --max_tp, ZeRO stages 0 to 2, micro-batches that divide the batch, activation
 checkpointing and the bank's spread are tried; the fastest that fits is shown in full, the next in a line each. The
-formulas are those of --dry_run (`train/memory.py`, `train/traffic.py`) and `train/cost.py`, which says what is left
+formulas are those of --dry_run (`planning/memory.py`, `planning/traffic.py`) and `planning/step_time.py`, which says what is left
 out; no GPU is needed. --link is one adapter's, of which a node has --adapters. --efficiency, the share of the peak that
 products reach, is an assumption: take it from a run's MFU where you have one. Options of launch/pretrain.py may follow;
 of those that are tried, parallel.tp and train.micro_batch_size stay as they are where they are among these.
@@ -24,16 +24,16 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, Optional
 
-from megatron_switchlora.config import RunConfig, UserError, full_rank_config, method_config, require
+from megatron_switchlora.config.command_line import parse_arguments
+from megatron_switchlora.config.deepspeed import Zero, read_ds_config, resolve_ds_config, zero_settings
+from megatron_switchlora.config.rules import validate
+from megatron_switchlora.config.run import RunConfig, UserError, full_rank_config, method_config, require
 from megatron_switchlora.disk import replace_text, user_path
-from megatron_switchlora.model.counts import model_flops_per_token
-from megatron_switchlora.parallel.mesh import mesh_sizes
-from megatron_switchlora.rules import validate
-from megatron_switchlora.train.arguments import parse_arguments
-from megatron_switchlora.train.cost import GPUS, Machine, StepTime, flops_per_token, step_time
-from megatron_switchlora.train.dry_run import memory_lines, planned_vocabulary
-from megatron_switchlora.train.ds_config import Zero, read_ds_config, resolve_ds_config, zero_settings
-from megatron_switchlora.train.memory import Item, checkpoint_bytes, memory_items, peak_bytes
+from megatron_switchlora.distributed.mesh import mesh_sizes
+from megatron_switchlora.planning.counts import model_flops_per_token
+from megatron_switchlora.planning.dry_run import memory_lines, planned_vocabulary
+from megatron_switchlora.planning.memory import Item, checkpoint_bytes, memory_items, peak_bytes
+from megatron_switchlora.planning.step_time import GPUS, Machine, StepTime, flops_per_token, step_time
 
 WORKSPACE = 2.5e9  # CUDA's context, cuBLAS, NCCL's buffers and the allocator's gaps: assumed
 

@@ -21,15 +21,15 @@ import torch
 import torch.distributed as dist
 from measure_switching import make_engine
 
-from megatron_switchlora.config import UserError, require
-from megatron_switchlora.parallel.agree import gather_texts, on_all_ranks
-from megatron_switchlora.parallel.launchers import own_host
-from megatron_switchlora.parallel.mesh import AXES, Mesh
-from megatron_switchlora.parallel.ranks import Ranks, discover_ranks
-from megatron_switchlora.train.comm import Record
-from megatron_switchlora.train.device import choose_device
-from megatron_switchlora.train.dry_run import planned_vocabulary
-from megatron_switchlora.train.traffic import PARTS, axis_size, on_the_wire
+from megatron_switchlora.config.run import UserError, require
+from megatron_switchlora.distributed.consensus import gather_texts, on_all_ranks
+from megatron_switchlora.distributed.mesh import AXES, Mesh
+from megatron_switchlora.distributed.recorder import Record
+from megatron_switchlora.planning.dry_run import planned_vocabulary
+from megatron_switchlora.planning.traffic import PARTS, axis_size, on_the_wire
+from megatron_switchlora.startup.device import choose_device
+from megatron_switchlora.startup.environment import Ranks, discover_ranks
+from megatron_switchlora.startup.launchers import own_host
 
 if TYPE_CHECKING:
     from gradient_volume import Case

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_switchlora.figures import new_figure, save_figure
-from megatron_switchlora.train.traffic import PARTS
+from megatron_switchlora.planning.traffic import PARTS
+from megatron_switchlora.run.figures import new_figure, save_figure
 
 Result = dict[str, Any]
 OTHERS = ("parameters", "bank", "tensor parallel", "merges", "control")

@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_switchlora.config import UserError
+from megatron_switchlora.config.run import UserError
 from megatron_switchlora.disk import make_durable, parse_json
-from megatron_switchlora.parallel.parts import Part
+from megatron_switchlora.distributed.slices import Part
 
 T = TypeVar("T")
 

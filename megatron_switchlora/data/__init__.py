@@ -4,10 +4,10 @@
 `TrainLoader` say which samples a rank sees at which step.
 """
 
-from .corpus import Corpus, corpus_identity, load_corpus
-from .loader import BatchOrder, Reader, Samples, TokenStore, TrainLoader, eval_batches
-from .packing import PreparedData, open_prepared, prepare
-from .tokenizer import build_tokenizer
+from megatron_switchlora.data.corpus import Corpus, corpus_identity, load_corpus
+from megatron_switchlora.data.loader import BatchOrder, Reader, Samples, TokenStore, TrainLoader, eval_batches
+from megatron_switchlora.data.packing import PreparedData, open_prepared, prepare
+from megatron_switchlora.data.tokenizer import build_tokenizer
 
 __all__ = [
     "BatchOrder",

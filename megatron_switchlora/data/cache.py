@@ -23,9 +23,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..config import UserError
-from ..disk import make_durable, open_no_follow, read_json, replace_text
-from .loader import TokenStore
+from megatron_switchlora.config.run import UserError
+from megatron_switchlora.data.loader import TokenStore
+from megatron_switchlora.disk import make_durable, open_no_follow, read_json, replace_text
 
 SPLITS = ("train", "val")
 BUILDING = re.compile(r"\.[0-9a-f]{20}-\d+-\w+")

@@ -20,10 +20,10 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
-from ..config import DataConfig, UserError, require
-from .files import file_texts, files_identity
-from .findings import Findings
-from .stream import stream_identity, stream_texts
+from megatron_switchlora.config.run import DataConfig, UserError, require
+from megatron_switchlora.data.files import file_texts, files_identity
+from megatron_switchlora.data.findings import Findings
+from megatron_switchlora.data.stream import stream_identity, stream_texts
 
 FEATURES = datasets.Features({"text": datasets.Value("large_string")})  # 64-bit offsets: a document may exceed 2 GB
 # pydoc_data is one generated file, a tenth of all; wherever it fell, it would dominate the held-out text

@@ -25,12 +25,12 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 from huggingface_hub import HfFileSystem
 
-from ..config import DataConfig, UserError, require
-from ..disk import user_path
-from .findings import BadDocument, Findings
-from .forms import Source, form_of, may_be_julia, starts_with_object
-from .parquet import parquet_texts
-from .texts import json_texts, plain_text, refuse_name
+from megatron_switchlora.config.run import DataConfig, UserError, require
+from megatron_switchlora.data.findings import BadDocument, Findings
+from megatron_switchlora.data.forms import Source, form_of, may_be_julia, starts_with_object
+from megatron_switchlora.data.parquet import parquet_texts
+from megatron_switchlora.data.texts import json_texts, plain_text, refuse_name
+from megatron_switchlora.disk import user_path
 
 HUB = "hf://"
 FAULTS = (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError)  # of a file that cannot be read

@@ -26,14 +26,14 @@ import tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from ..config import DataConfig, UserError, require
-from ..disk import user_path
-from ..hf_tokenizer import save_tokenizer
-from . import cache
-from .corpus import characters, corpus_identity, load_corpus
-from .loader import TokenStore
-from .stream import pinned
-from .tokenizer import BUILT, build_tokenizer, tokenizer_identity
+from megatron_switchlora.config.run import DataConfig, UserError, require
+from megatron_switchlora.data import cache
+from megatron_switchlora.data.corpus import characters, corpus_identity, load_corpus
+from megatron_switchlora.data.hf_tokenizer import save_tokenizer
+from megatron_switchlora.data.loader import TokenStore
+from megatron_switchlora.data.stream import pinned
+from megatron_switchlora.data.tokenizer import BUILT, build_tokenizer, tokenizer_identity
+from megatron_switchlora.disk import user_path
 
 FORMAT = 1  # raise it whenever the same input would give other files
 TRAINING_CHARACTERS = 32_000_000  # a BPE learns from about so much text at most, taken evenly from all of it

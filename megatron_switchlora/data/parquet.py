@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..config import UserError, require
-from .findings import EMPTY, BadDocument, Findings
-from .forms import Source
+from megatron_switchlora.config.run import UserError, require
+from megatron_switchlora.data.findings import EMPTY, BadDocument, Findings
+from megatron_switchlora.data.forms import Source
 
 ROWS = 1024  # of a Parquet file, decoded at once; bounds memory
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import datasets
 from huggingface_hub import DatasetCard, HfApi
 
-from ..config import DataConfig, UserError, require
-from ..disk import user_path
-from .files import HUB, documents, first_line, reading_options, some, status_of
-from .findings import Findings
-from .forms import Source, form_of
+from megatron_switchlora.config.run import DataConfig, UserError, require
+from megatron_switchlora.data.files import HUB, documents, first_line, reading_options, some, status_of
+from megatron_switchlora.data.findings import Findings
+from megatron_switchlora.data.forms import Source, form_of
+from megatron_switchlora.disk import user_path
 
 COMMIT = re.compile("[0-9a-f]{40}")
 

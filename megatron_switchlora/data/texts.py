@@ -11,9 +11,9 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
-from ..config import UserError, require
-from .findings import EMPTY, JSON_OBJECTS, MARKUP, BadDocument, Findings
-from .forms import (
+from megatron_switchlora.config.run import UserError, require
+from megatron_switchlora.data.findings import EMPTY, JSON_OBJECTS, MARKUP, BadDocument, Findings
+from megatron_switchlora.data.forms import (
     MARK,
     Source,
     form_of,

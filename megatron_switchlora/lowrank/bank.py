@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_switchlora.distributed.mesh import Mesh
+from megatron_switchlora.distributed.shard import Axis, Split
 from megatron_switchlora.lowrank.schedule import LayerSwitch
-from megatron_switchlora.parallel.mesh import Mesh
-from megatron_switchlora.parallel.shard import Axis, Split
 
 Key = tuple[str, int]  # side and layer
 

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_switchlora.config import MethodConfig
+from megatron_switchlora.config.run import MethodConfig
+from megatron_switchlora.distributed.collectives import leave
+from megatron_switchlora.distributed.linear import ParallelLinear
+from megatron_switchlora.distributed.shard import Split, declare
 from megatron_switchlora.lowrank.nf4 import Nf4Matrix
-from megatron_switchlora.parallel.collectives import leave
-from megatron_switchlora.parallel.linear import ParallelLinear
-from megatron_switchlora.parallel.shard import Split, declare
 
 
 def stack(tensors: Iterable[Tensor]) -> Tensor:

@@ -20,10 +20,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from megatron_switchlora.config import LoraGaConfig, MethodConfig
-from megatron_switchlora.parallel.collectives import leave
-from megatron_switchlora.parallel.linear import ParallelLinear
-from megatron_switchlora.parallel.shard import Axis, Split, named_generator
+from megatron_switchlora.config.run import LoraGaConfig, MethodConfig
+from megatron_switchlora.distributed.collectives import leave
+from megatron_switchlora.distributed.linear import ParallelLinear
+from megatron_switchlora.distributed.shard import Axis, Split, named_generator
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_switchlora.config import MethodConfig
+from megatron_switchlora.config.run import MethodConfig
 
 
 @torch.no_grad()

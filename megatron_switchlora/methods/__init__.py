@@ -4,7 +4,8 @@ from typing import Optional
 
 from torch import Tensor
 
-from megatron_switchlora.config import MethodConfig, RunConfig
+from megatron_switchlora.config.run import MethodConfig, RunConfig
+from megatron_switchlora.distributed.mesh import Mesh, lone_mesh
 from megatron_switchlora.methods.base import Method
 from megatron_switchlora.methods.full import Full
 from megatron_switchlora.methods.galore import Galore
@@ -12,9 +13,8 @@ from megatron_switchlora.methods.lora import Lora, MhLora
 from megatron_switchlora.methods.lte import LocalLte, Lte, LteSwitchLora
 from megatron_switchlora.methods.relora import Relora
 from megatron_switchlora.methods.switchlora import SwitchLora
-from megatron_switchlora.model.llama import LlamaForCausalLM
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
 from megatron_switchlora.optim.galore import load_projector
-from megatron_switchlora.parallel.mesh import Mesh, lone_mesh
 
 __all__ = [
     "Full", "Galore", "LocalLte", "Lora", "Lte", "LteSwitchLora", "Method", "MhLora", "Relora", "SwitchLora",

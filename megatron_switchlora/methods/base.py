@@ -14,12 +14,12 @@ from typing import Any, Optional
 
 from torch import Tensor, nn
 
-from megatron_switchlora.config import RunConfig
-from megatron_switchlora.model.llama import LlamaForCausalLM
-from megatron_switchlora.optim.lr import lr_factor
+from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.distributed.mesh import Mesh
+from megatron_switchlora.distributed.slices import Part, replica_line, shard_part
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
 from megatron_switchlora.optim.row_adamw import RowAdamW
-from megatron_switchlora.parallel.mesh import Mesh
-from megatron_switchlora.parallel.parts import Part, replica_line, shard_part
+from megatron_switchlora.optim.schedules import lr_factor
 
 
 @dataclass(frozen=True)

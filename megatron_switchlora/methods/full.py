@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from megatron_switchlora.methods.base import Method
-from megatron_switchlora.model.llama import decoder_linears
+from megatron_switchlora.model.llama.model import decoder_linears
 
 
 class Full(Method):

@@ -18,15 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_switchlora.config import RunConfig, accumulation_steps
+from megatron_switchlora.config.run import RunConfig, accumulation_steps
+from megatron_switchlora.distributed.consensus import await_all
+from megatron_switchlora.distributed.shard import named_generator, shard_of
+from megatron_switchlora.distributed.slices import Part, parameter_part, replica_line
 from megatron_switchlora.lowrank.init import Side, draw_orthogonal, draw_vectors, factor_std, principal_factors
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.methods.base import Method, Replica
-from megatron_switchlora.model.llama import decoder_linears
+from megatron_switchlora.model.llama.model import decoder_linears
 from megatron_switchlora.optim.row_adamw import RowAdamW
-from megatron_switchlora.parallel.agree import await_all
-from megatron_switchlora.parallel.parts import Part, parameter_part, replica_line
-from megatron_switchlora.parallel.shard import named_generator, shard_of
 
 
 def head_seed(seed: int, head: int) -> int:

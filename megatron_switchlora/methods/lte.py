@@ -20,6 +20,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from megatron_switchlora.distributed.shard import Axis, Split, shard_of
+from megatron_switchlora.distributed.slices import Part, parameter_part, replica_line, shard_part
 from megatron_switchlora.lowrank.heads import HeadsLinear
 from megatron_switchlora.lowrank.nf4 import bitsandbytes_works
 from megatron_switchlora.methods.base import Method, Replica
@@ -27,11 +29,9 @@ from megatron_switchlora.methods.lora import Lora, draw_factor, part_sides
 from megatron_switchlora.methods.merging import mean_dense, mean_matrices, mean_products
 from megatron_switchlora.methods.switchlora import SwitchLora
 from megatron_switchlora.model.heads import split_dense_tensors
-from megatron_switchlora.model.llama import LlamaForCausalLM, decoder_linears
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, decoder_linears
 from megatron_switchlora.optim.layout import at_least_fp32
 from megatron_switchlora.optim.row_adamw import RowAdamW
-from megatron_switchlora.parallel.parts import Part, parameter_part, replica_line, shard_part
-from megatron_switchlora.parallel.shard import Axis, Split, shard_of
 
 
 class Origin:

@@ -20,12 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_switchlora.checkpoint.archive import grouped
-from megatron_switchlora.config import RunConfig
+from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.distributed.shard import Axis
 from megatron_switchlora.lowrank.linear import LowRankLinear
-from megatron_switchlora.model.counts import merge_sends_factors
 from megatron_switchlora.optim.layout import at_least_fp32
 from megatron_switchlora.optim.row_adamw import RowAdamW
-from megatron_switchlora.parallel.shard import Axis
+from megatron_switchlora.planning.counts import merge_sends_factors
 
 BUCKET_BYTES = 64 << 20  # of what a rank holds of one collective, unless one tensor is larger
 

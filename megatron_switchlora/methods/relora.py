@@ -12,11 +12,11 @@ Published code starts with A = B = 0, which trains nothing in the first cycle; t
 
 from __future__ import annotations
 
+from megatron_switchlora.distributed.shard import named_generator
 from megatron_switchlora.lowrank.init import draw_vectors, factor_std
 from megatron_switchlora.methods.lora import Lora
-from megatron_switchlora.optim.lr import jagged_factor
-from megatron_switchlora.optim.prune import prune_moments
-from megatron_switchlora.parallel.shard import named_generator
+from megatron_switchlora.optim.pruning import prune_moments
+from megatron_switchlora.optim.schedules import jagged_factor
 
 
 class Relora(Lora):

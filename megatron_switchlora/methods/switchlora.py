@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megatron_switchlora.distributed.slices import Part, shard_part
 from megatron_switchlora.lowrank.bank import CandidateBank, Fetch
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.lowrank.schedule import (
@@ -33,7 +34,6 @@ from megatron_switchlora.lowrank.switch import fold, switch_rows
 from megatron_switchlora.methods.base import Replica
 from megatron_switchlora.methods.lora import Lora, head_seed
 from megatron_switchlora.optim.row_adamw import RowAdamW
-from megatron_switchlora.parallel.parts import Part, shard_part
 
 
 @dataclass

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_switchlora.model.llama import LlamaForCausalLM, RMSNorm, normalised
-from megatron_switchlora.parallel.collectives import leave
-from megatron_switchlora.parallel.linear import ColumnParallelLinear, VocabParallelEmbedding
-from megatron_switchlora.parallel.shard import declare
+from megatron_switchlora.distributed.collectives import leave
+from megatron_switchlora.distributed.linear import ColumnParallelLinear, VocabParallelEmbedding
+from megatron_switchlora.distributed.shard import declare
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, RMSNorm, normalised
 
 
 def copies(param: nn.Parameter, heads: int) -> nn.ParameterList:

@@ -17,9 +17,9 @@ from typing import Any, Optional, Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron_switchlora.config import UserError
+from megatron_switchlora.config.run import UserError
+from megatron_switchlora.distributed.slices import Part, shard_part
 from megatron_switchlora.optim.row_adamw import RowAdamW
-from megatron_switchlora.parallel.parts import Part, shard_part
 
 SAVED = ("exp_avg", "exp_avg_sq", "projector", "row_step")
 

@@ -18,8 +18,8 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from megatron_switchlora.parallel.parts import row_blocks
-from megatron_switchlora.parallel.shard import has_rows
+from megatron_switchlora.distributed.shard import has_rows
+from megatron_switchlora.distributed.slices import row_blocks
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:

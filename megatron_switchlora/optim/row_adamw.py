@@ -17,10 +17,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from megatron_switchlora.distributed.shard import has_rows
+from megatron_switchlora.distributed.slices import Part, flat_parts
 from megatron_switchlora.optim.head_clip import HeadClip, gradient
 from megatron_switchlora.optim.layout import Piece, RowLayout, at_least_fp32
-from megatron_switchlora.parallel.parts import Part, flat_parts
-from megatron_switchlora.parallel.shard import has_rows
 
 
 def adamw_(

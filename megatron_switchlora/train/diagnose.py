@@ -13,7 +13,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from megatron_switchlora.model.llama import LlamaForCausalLM
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
 
 
 def _finite(tensor: Tensor) -> bool:

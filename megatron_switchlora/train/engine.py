@@ -27,17 +27,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_switchlora.config import RunConfig, UserError
+from megatron_switchlora.config.run import RunConfig, UserError
+from megatron_switchlora.distributed.consensus import gather_texts
+from megatron_switchlora.distributed.mesh import Mesh
+from megatron_switchlora.distributed.recorder import CommRecorder
+from megatron_switchlora.distributed.replica_check import differing
+from megatron_switchlora.distributed.shard import Axis, is_split
 from megatron_switchlora.methods.base import Method
-from megatron_switchlora.model.llama import LlamaForCausalLM
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
 from megatron_switchlora.optim.head_clip import HeadClip
 from megatron_switchlora.optim.layout import deepspeed_layout, partition_gradients
-from megatron_switchlora.parallel.agree import gather_texts
-from megatron_switchlora.parallel.mesh import Mesh
-from megatron_switchlora.parallel.ranks import complete_environment, meets_on_loopback
-from megatron_switchlora.parallel.shard import Axis, is_split
-from megatron_switchlora.train.comm import CommRecorder
-from megatron_switchlora.train.integrity import differing
+from megatron_switchlora.startup.environment import complete_environment, meets_on_loopback
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,18 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from megatron_switchlora.config import ParallelConfig, RunConfig, UserError, require
+from megatron_switchlora.config.command_line import parse_arguments
+from megatron_switchlora.config.run import ParallelConfig, RunConfig, UserError, require
 from megatron_switchlora.data.loader import eval_batches
-from megatron_switchlora.model.hf import load_merged
-from megatron_switchlora.model.llama import LlamaForCausalLM
-from megatron_switchlora.parallel.agree import on_all_ranks, on_one_rank
-from megatron_switchlora.parallel.mesh import build_mesh
-from megatron_switchlora.parallel.ranks import Ranks
-from megatron_switchlora.train.arguments import parse_arguments
+from megatron_switchlora.distributed.consensus import on_all_ranks, on_one_rank
+from megatron_switchlora.distributed.mesh import build_mesh
+from megatron_switchlora.hf.folders import load_merged
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.run.folder import read_meta
+from megatron_switchlora.run.metrics_log import perplexity
+from megatron_switchlora.startup.environment import Ranks
+from megatron_switchlora.train.dataset import data_identity, prepare_data, vocabulary_size
 from megatron_switchlora.train.engine import mean_loss
-from megatron_switchlora.train.inputs import data_identity, prepare_data, vocabulary_size
-from megatron_switchlora.train.records import perplexity
-from megatron_switchlora.train.run_folder import read_meta
 
 
 def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_switchlora.distributed.mesh import AXES
 from megatron_switchlora.lowrank.nf4 import bitsandbytes_works
-from megatron_switchlora.parallel.mesh import AXES
-from megatron_switchlora.parallel.ranks import cpu_threads
-from megatron_switchlora.train.records import perplexity
-from megatron_switchlora.train.traffic import full_rank_bytes, saved_words
+from megatron_switchlora.planning.traffic import full_rank_bytes, saved_words
+from megatron_switchlora.run.metrics_log import perplexity
+from megatron_switchlora.startup.environment import cpu_threads
 
 if TYPE_CHECKING:
     from megatron_switchlora.train.trainer import Trainer

@@ -20,26 +20,21 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 
+from megatron_switchlora.checkpoint.engine_state import load_state, state_file
 from megatron_switchlora.checkpoint.files import Checkpoint, published
-from megatron_switchlora.config import RunConfig, UserError, require
+from megatron_switchlora.checkpoint.lte_regroup import load_regrouped, regroups
+from megatron_switchlora.checkpoint.resume import Start, open_together
+from megatron_switchlora.checkpoint.resume_rules import compare_data
+from megatron_switchlora.checkpoint.saver import Saver
+from megatron_switchlora.checkpoint.weights import Weights, find_folder, load_initial
+from megatron_switchlora.config.run import RunConfig, UserError, require
 from megatron_switchlora.data.loader import BatchOrder, eval_batches
+from megatron_switchlora.distributed.consensus import gather_texts, on_all_ranks, on_one_rank
+from megatron_switchlora.distributed.mesh import AXES, Mesh
 from megatron_switchlora.methods import Method, require_packages
-from megatron_switchlora.model.counts import count_parameters
-from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
-from megatron_switchlora.model.weights import Weights, find_folder, load_initial
-from megatron_switchlora.parallel.agree import gather_texts, on_all_ranks, on_one_rank
-from megatron_switchlora.parallel.mesh import AXES, Mesh
-from megatron_switchlora.parallel.ranks import Ranks
-from megatron_switchlora.train.compatible import compare_data
-from megatron_switchlora.train.diagnose import find_bad_layer
-from megatron_switchlora.train.engine import Engine, StepResult
-from megatron_switchlora.train.inputs import data_identity, prepare_data, require_tokenizer, vocabulary_size
-from megatron_switchlora.train.outcome import step_record, write_results, write_tokenizer
-from megatron_switchlora.train.phase import Phase, build_phases, start_engine
-from megatron_switchlora.train.records import perplexity
-from megatron_switchlora.train.regroup import load_regrouped, regroups
-from megatron_switchlora.train.resume import Start, open_together
-from megatron_switchlora.train.run_folder import (
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.planning.counts import count_parameters
+from megatron_switchlora.run.folder import (
     RunFolder,
     create_folder,
     default_folder,
@@ -47,11 +42,16 @@ from megatron_switchlora.train.run_folder import (
     lock_folder,
     versions,
 )
-from megatron_switchlora.train.saver import Saver
-from megatron_switchlora.train.state import load_state, state_file
-from megatron_switchlora.train.stop import StopRequest
+from megatron_switchlora.run.metrics_log import perplexity
+from megatron_switchlora.run.terminal import Terminal
+from megatron_switchlora.startup.environment import Ranks
+from megatron_switchlora.startup.signals import StopRequest
+from megatron_switchlora.train.dataset import data_identity, prepare_data, require_tokenizer, vocabulary_size
+from megatron_switchlora.train.diagnose import find_bad_layer
+from megatron_switchlora.train.engine import Engine, StepResult
+from megatron_switchlora.train.phases import Phase, build_phases, start_engine
+from megatron_switchlora.train.results import step_record, write_results, write_tokenizer
 from megatron_switchlora.train.summary import opening_words
-from megatron_switchlora.train.terminal import Terminal
 
 
 class Trainer:

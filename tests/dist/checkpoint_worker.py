@@ -10,17 +10,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_switchlora.checkpoint import saver
 from megatron_switchlora.checkpoint.archive import write_parts
+from megatron_switchlora.checkpoint.engine_state import load_state, state_parts
 from megatron_switchlora.checkpoint.files import Checkpoint, open_checkpoint, published, verified
-from megatron_switchlora.config import CheckpointConfig
+from megatron_switchlora.checkpoint.lte_regroup import OF_HEAD, load_regrouped, regroups
+from megatron_switchlora.checkpoint.weights import Weights
+from megatron_switchlora.config.run import CheckpointConfig
+from megatron_switchlora.distributed.replica_check import fingerprint
+from megatron_switchlora.hf.folders import merged_state_dict
 from megatron_switchlora.methods import SwitchLora
 from megatron_switchlora.methods.lora import draw_factor
-from megatron_switchlora.model.hf import merged_state_dict
-from megatron_switchlora.model.weights import Weights
-from megatron_switchlora.train import saver
-from megatron_switchlora.train.integrity import fingerprint
-from megatron_switchlora.train.regroup import OF_HEAD, load_regrouped, regroups
-from megatron_switchlora.train.state import load_state, state_parts
 from tests.dist.engines import build_engine, micro_batches, start
 from tests.plain import VOCAB, make_batches, small_config
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_switchlora.config import UserError
+from megatron_switchlora.config.deepspeed import resolve_ds_config
+from megatron_switchlora.config.run import UserError
+from megatron_switchlora.distributed.replica_check import differing
 from megatron_switchlora.methods import SwitchLora
-from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.train.diagnose import find_bad_layer
-from megatron_switchlora.train.ds_config import resolve_ds_config
-from megatron_switchlora.train.integrity import differing
 from tests.dist.engines import DS_JSON, build_engine, full_rows, micro_batches, start
 from tests.plain import VOCAB, make_batches, small_config
 

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_switchlora.config import ParallelConfig, RunConfig
+from megatron_switchlora.config.deepspeed import resolve_ds_config
+from megatron_switchlora.config.run import ParallelConfig, RunConfig
+from megatron_switchlora.distributed.mesh import Mesh, build_mesh
 from megatron_switchlora.methods import build_method
-from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
-from megatron_switchlora.parallel.mesh import Mesh, build_mesh
-from megatron_switchlora.train.ds_config import resolve_ds_config
-from megatron_switchlora.train.ga_gradients import find_factors
+from megatron_switchlora.methods.ga_gradients import find_factors
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
 from tests.plain import VOCAB, by_heads, make_samples
 
 DS_JSON: dict[str, dict[str, Any]] = {

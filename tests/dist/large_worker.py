@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from megatron_switchlora.config.command_line import parse_arguments
+from megatron_switchlora.config.deepspeed import resolve_ds_config
 from megatron_switchlora.methods import build_method
-from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
-from megatron_switchlora.train.arguments import parse_arguments
-from megatron_switchlora.train.ds_config import resolve_ds_config
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
 from tests.dist.engines import start
 from tests.dist.launch import REPOSITORY
 

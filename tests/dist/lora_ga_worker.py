@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_switchlora.config import LoraGaConfig, ParallelConfig, RunConfig
+from megatron_switchlora.config.run import LoraGaConfig, ParallelConfig, RunConfig
+from megatron_switchlora.distributed.mesh import Mesh, build_mesh, lone_mesh
+from megatron_switchlora.distributed.recorder import CommRecorder
+from megatron_switchlora.distributed.shard import Split
 from megatron_switchlora.lowrank import lora_ga
-from megatron_switchlora.model.llama import LlamaForCausalLM, decoder_linears, initialize_weights
-from megatron_switchlora.parallel.mesh import Mesh, build_mesh, lone_mesh
-from megatron_switchlora.parallel.shard import Split
-from megatron_switchlora.train.comm import CommRecorder
-from megatron_switchlora.train.ga_gradients import find_factors, mean_gradients
+from megatron_switchlora.methods.ga_gradients import find_factors, mean_gradients
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, decoder_linears, initialize_weights
 from tests.plain import VOCAB, make_samples, small_config
 
 CPU = torch.device("cpu")

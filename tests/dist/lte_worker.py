@@ -9,15 +9,15 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from megatron_switchlora.config import ParallelConfig, RunConfig
+from megatron_switchlora.config.run import ParallelConfig, RunConfig
+from megatron_switchlora.distributed.mesh import Mesh, build_mesh
+from megatron_switchlora.distributed.recorder import CommRecorder
+from megatron_switchlora.distributed.shard import shard_of
 from megatron_switchlora.methods import merging
 from megatron_switchlora.methods.lte import Merging
-from megatron_switchlora.model.counts import merge_sends_factors
-from megatron_switchlora.optim.lr import lr_factor
-from megatron_switchlora.parallel.mesh import Mesh, build_mesh
-from megatron_switchlora.parallel.shard import shard_of
-from megatron_switchlora.train.comm import CommRecorder
-from megatron_switchlora.train.traffic import merge_bytes
+from megatron_switchlora.optim.schedules import lr_factor
+from megatron_switchlora.planning.counts import merge_sends_factors
+from megatron_switchlora.planning.traffic import merge_bytes
 from tests.dist.engines import build_engine, full_rows, start
 from tests.numerics.lte_pairs import (
     equal_runs,

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from megatron_switchlora.config import ModelConfig
-from megatron_switchlora.train.ds_config import resolve_ds_config, zero_settings
-from megatron_switchlora.train.memory import memory_items, phase_bytes
-from megatron_switchlora.train.traffic import gradient_bytes
+from megatron_switchlora.config.deepspeed import resolve_ds_config, zero_settings
+from megatron_switchlora.config.run import ModelConfig
+from megatron_switchlora.planning.memory import memory_items, phase_bytes
+from megatron_switchlora.planning.traffic import gradient_bytes
 from tests.dist.engines import DS_JSON, build_engine, micro_batches, start
 from tests.plain import VOCAB, make_batches, small_config
 

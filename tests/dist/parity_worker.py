@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from megatron_switchlora.hf.folders import merged_state_dict
 from megatron_switchlora.methods import Relora, SwitchLora
-from megatron_switchlora.model.hf import merged_state_dict
-from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
-from megatron_switchlora.optim.prune import kept_count
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.optim.pruning import kept_count
 from tests.dist.engines import build_engine, full_rows, micro_batches, start
 from tests.plain import VOCAB, make_batches, small_config
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megatron_switchlora.methods import SwitchLora
-from megatron_switchlora.optim.lr import lr_factor
+from megatron_switchlora.optim.schedules import lr_factor
 from tests.dist.engines import build_engine, full_rows, micro_batches, start
 from tests.numerics.pairing import make_reference, parameter_states
 from tests.plain import make_batches, small_config

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_switchlora.config.command_line import parse_arguments
+from megatron_switchlora.distributed.mesh import Mesh
+from megatron_switchlora.distributed.shard import Axis
 from megatron_switchlora.methods import build_method
-from megatron_switchlora.model.counts import count_shard
-from megatron_switchlora.model.llama import LlamaForCausalLM
-from megatron_switchlora.parallel.mesh import Mesh
-from megatron_switchlora.parallel.shard import Axis
-from megatron_switchlora.train.arguments import parse_arguments
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.planning.counts import count_shard
 from tests.dist.launch import REPOSITORY, run_ranks
 
 CONFIGS = REPOSITORY / "launch" / "configs"

@@ -1,4 +1,4 @@
-"""`train/memory.py` against the tensors DeepSpeed 0.19.8 really keeps, on two data ranks, at tp 1 and 2."""
+"""`planning/memory.py` against the tensors DeepSpeed 0.19.8 really keeps, on two data ranks, at tp 1 and 2."""
 
 from __future__ import annotations
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 import transformers
 
-from megatron_switchlora.config import MethodConfig, ModelConfig, RunConfig
+from megatron_switchlora.config.run import MethodConfig, ModelConfig, RunConfig
+from megatron_switchlora.distributed.mesh import Mesh, lone_mesh
+from megatron_switchlora.distributed.recorder import CommRecorder
+from megatron_switchlora.hf.folders import export_model, load_merged, merged_state_dict
 from megatron_switchlora.methods import build_method
-from megatron_switchlora.model.hf import export_model, load_merged, merged_state_dict
-from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.optim.layout import plain_layout
 from megatron_switchlora.optim.row_adamw import RowAdamW
-from megatron_switchlora.parallel.mesh import Mesh, lone_mesh
-from megatron_switchlora.train.comm import CommRecorder
 from tests.dist.engines import start
 
 BATCH, LENGTH, SEED = 2, 24, 3

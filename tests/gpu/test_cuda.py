@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_switchlora.config import LoraGaConfig, ModelConfig
-from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
-from megatron_switchlora.parallel.mesh import lone_mesh
-from megatron_switchlora.train.ds_config import Zero
-from megatron_switchlora.train.ga_gradients import find_factors
-from megatron_switchlora.train.memory import memory_items, peak_bytes
+from megatron_switchlora.config.deepspeed import Zero
+from megatron_switchlora.config.run import LoraGaConfig, ModelConfig
+from megatron_switchlora.distributed.mesh import lone_mesh
+from megatron_switchlora.methods.ga_gradients import find_factors
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.planning.memory import memory_items, peak_bytes
 from tests.plain import VOCAB, PlainRun, make_batches, make_samples, small_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from megatron_switchlora.parallel.ranks import Ranks
-from megatron_switchlora.train.arguments import parse_arguments
+from megatron_switchlora.config.command_line import parse_arguments
+from megatron_switchlora.startup.environment import Ranks
 from tests.dist.launch import REPOSITORY, free_port
 
 

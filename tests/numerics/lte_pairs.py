@@ -9,12 +9,12 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from megatron_switchlora.config import RunConfig
+from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.distributed.mesh import AXES, Mesh
 from megatron_switchlora.lowrank.heads import HeadsLinear
 from megatron_switchlora.methods import Lora
 from megatron_switchlora.methods.lte import Merging
 from megatron_switchlora.optim.row_adamw import RowAdamW
-from megatron_switchlora.parallel.mesh import AXES, Mesh
 from tests.numerics.lte_reference import LteReference, QuantisedLteReference
 from tests.numerics.pairing import make_reference, reference_config
 from tests.numerics.reference import Reference

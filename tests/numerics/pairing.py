@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_switchlora.config import RunConfig
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.lowrank import schedule as draws
 from megatron_switchlora.methods import SwitchLora
 from megatron_switchlora.methods.base import Method

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_switchlora.config import MethodConfig
+from megatron_switchlora.config.run import MethodConfig
+from megatron_switchlora.distributed.linear import ColumnParallelLinear
+from megatron_switchlora.distributed.mesh import lone_mesh
+from megatron_switchlora.distributed.shard import Axis, named_generator
 from megatron_switchlora.lowrank.bank import CandidateBank
 from megatron_switchlora.lowrank.init import draw_vectors, factor_std
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.lowrank.schedule import ScheduleConfig, end_step, initial_state, plan_step
 from megatron_switchlora.lowrank.switch import fold, switch_rows
-from megatron_switchlora.parallel.linear import ColumnParallelLinear
-from megatron_switchlora.parallel.mesh import lone_mesh
-from megatron_switchlora.parallel.shard import Axis, named_generator
 
 M, N, R = 160, 96, 12
 

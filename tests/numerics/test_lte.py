@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_switchlora.config import RunConfig
+from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.distributed.shard import Axis
 from megatron_switchlora.methods.lte import LocalLte, Merging
 from megatron_switchlora.methods.merging import mean_products
-from megatron_switchlora.optim.lr import lr_factor
-from megatron_switchlora.parallel.shard import Axis
+from megatron_switchlora.optim.schedules import lr_factor
 from megatron_switchlora.train.diagnose import find_bad_layer
 from tests.numerics.lte_pairs import (
     equal_runs,

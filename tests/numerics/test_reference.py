@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_switchlora.methods import SwitchLora
-from megatron_switchlora.optim.lr import lr_factor
+from megatron_switchlora.optim.schedules import lr_factor
 from tests.numerics.pairing import differences, make_reference
 from tests.plain import PlainRun, make_batches, small_config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_switchlora.config import RunConfig
+from megatron_switchlora.config.run import RunConfig
 from tests.plain import PlainRun, make_batches, small_config
 
 RANK = 5

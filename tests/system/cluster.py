@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from megatron_switchlora.train.records import read_records
+from megatron_switchlora.run.metrics_log import read_records
 from tests.dist.launch import REPOSITORY, clean_environment, free_port
 from tests.system.commands import BIN, SMALL, write_corpus
 from tests.system.hosts import Hosts

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from megatron_switchlora.config import UserError
-from megatron_switchlora.parallel.ranks import discover_ranks
-from megatron_switchlora.train.arguments import parse_arguments
+from megatron_switchlora.config.command_line import parse_arguments
+from megatron_switchlora.config.run import UserError
+from megatron_switchlora.startup.environment import discover_ranks
 
 
 def act(payload: dict[str, Any]) -> dict[str, str]:

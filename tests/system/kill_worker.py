@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any
 
-from megatron_switchlora.config import UserError
+from megatron_switchlora.config.run import UserError
 from tests.dist.launch import REPOSITORY
 
 POINTS = {
@@ -22,18 +22,18 @@ POINTS = {
     "switch": ("megatron_switchlora.lowrank.bank", "CandidateBank.put_back"),
     "step": ("megatron_switchlora.optim.row_adamw", "RowAdamW.step"),
     "evaluate": ("megatron_switchlora.train.engine", "Engine.evaluate"),
-    "record": ("megatron_switchlora.train.run_folder", "RunFolder.log"),
-    "save": ("megatron_switchlora.train.saver", "Saver.save"),
-    "write": ("megatron_switchlora.train.saver", "write_parts"),
-    "between files": ("megatron_switchlora.train.saver", "make_durable"),
-    "describe": ("megatron_switchlora.train.saver", "describe"),
-    "gather": ("megatron_switchlora.train.saver", "Saver.finish"),
-    "publish": ("megatron_switchlora.train.saver", "publish"),
+    "record": ("megatron_switchlora.run.folder", "RunFolder.log"),
+    "save": ("megatron_switchlora.checkpoint.saver", "Saver.save"),
+    "write": ("megatron_switchlora.checkpoint.saver", "write_parts"),
+    "between files": ("megatron_switchlora.checkpoint.saver", "make_durable"),
+    "describe": ("megatron_switchlora.checkpoint.saver", "describe"),
+    "gather": ("megatron_switchlora.checkpoint.saver", "Saver.finish"),
+    "publish": ("megatron_switchlora.checkpoint.saver", "publish"),
     "manifest": ("megatron_switchlora.checkpoint.files", "make_durable"),
-    "prune": ("megatron_switchlora.train.saver", "prune"),
+    "prune": ("megatron_switchlora.checkpoint.saver", "prune"),
     "delete": ("megatron_switchlora.checkpoint.files", "shutil.rmtree"),
     "load": ("megatron_switchlora.checkpoint.archive", "Archive.fill"),
-    "reopen": ("megatron_switchlora.train.records", "replace_text"),
+    "reopen": ("megatron_switchlora.run.metrics_log", "replace_text"),
 }
 RANK_0_ONLY = {"between files", "publish", "manifest", "prune", "delete", "reopen"}
 

@@ -23,8 +23,8 @@ from typing import Any, Optional
 import yaml
 
 from megatron_switchlora.disk import replace_text, user_path
-from megatron_switchlora.figures import new_figure, save_figure
-from megatron_switchlora.train.run_folder import versions
+from megatron_switchlora.run.figures import new_figure, save_figure
+from megatron_switchlora.run.folder import versions
 from tests.dist.launch import REPOSITORY, free_port
 from tests.system.cluster import Cluster
 from tests.system.hosts import Hosts, missing_parts

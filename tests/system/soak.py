@@ -23,7 +23,7 @@ from typing import Any
 
 from megatron_switchlora.checkpoint.files import open_checkpoint, published
 from megatron_switchlora.disk import user_path
-from megatron_switchlora.train.run_folder import versions
+from megatron_switchlora.run.folder import versions
 from tests.dist.launch import REPOSITORY, end, free_port
 from tests.system.commands import Place
 from tests.system.kill_worker import POINTS, RANK_0_ONLY

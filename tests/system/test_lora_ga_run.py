@@ -20,7 +20,7 @@ LORA_GA = [
 ]  # fmt: skip
 NO_GRADIENT = """
 import sys
-from megatron_switchlora.train import ga_gradients
+from megatron_switchlora.methods import ga_gradients
 
 def refuse(*_):
     raise SystemExit("the gradient was taken again")

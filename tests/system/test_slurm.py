@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_switchlora.train.records import read_records
+from megatron_switchlora.run.metrics_log import read_records
 from tests.dist.launch import REPOSITORY
 from tests.system.hosts import Hosts, missing_parts
 from tests.system.slurm import Slurm

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from megatron_switchlora.checkpoint.archive import write_parts
 from megatron_switchlora.checkpoint.files import seal
-from megatron_switchlora.model.analysis import (
+from megatron_switchlora.distributed.slices import Part
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.study.spectra import (
     effective_rank,
     grassmann_distance,
     head_alignment,
@@ -23,8 +25,6 @@ from megatron_switchlora.model.analysis import (
     spectrum,
     update_cosine,
 )
-from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
-from megatron_switchlora.parallel.parts import Part
 from tests.dist.launch import REPOSITORY
 from tests.numerics.lte_pairs import lte_config
 from tests.plain import VOCAB, PlainRun, make_batches, small_config

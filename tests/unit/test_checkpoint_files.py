@@ -31,10 +31,10 @@ from megatron_switchlora.checkpoint.files import (
     verified,
     write_manifest,
 )
-from megatron_switchlora.config import RunConfig, UserError
-from megatron_switchlora.model.weights import stored_config
-from megatron_switchlora.parallel.parts import Part, flat_parts, parameter_part, shard_part
-from megatron_switchlora.parallel.shard import Axis, Split, declare
+from megatron_switchlora.checkpoint.weights import stored_config
+from megatron_switchlora.config.run import RunConfig, UserError
+from megatron_switchlora.distributed.shard import Axis, Split, declare
+from megatron_switchlora.distributed.slices import Part, flat_parts, parameter_part, shard_part
 
 
 def whole(tensor: torch.Tensor, name: str = "w") -> Part:

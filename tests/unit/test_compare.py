@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_switchlora.config import DataConfig, RunConfig, UserError
+from megatron_switchlora.config.run import DataConfig, RunConfig, UserError
 from tests.dist.launch import REPOSITORY
 
 # The least loss is at lr 0.02, dense_lr 0.04; lr 0.16 diverges; a run writes its command to calls.txt.

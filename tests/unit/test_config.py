@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_switchlora.config import RunConfig, UserError
-from megatron_switchlora.parallel.mesh import mesh_sizes
-from megatron_switchlora.rules import validate
-from megatron_switchlora.train import run_folder
-from megatron_switchlora.train.arguments import parse_arguments
-from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config
-from megatron_switchlora.train.run_folder import create_folder, default_folder
+from megatron_switchlora.config.command_line import parse_arguments
+from megatron_switchlora.config.deepspeed import read_ds_config, resolve_ds_config
+from megatron_switchlora.config.rules import validate
+from megatron_switchlora.config.run import RunConfig, UserError
+from megatron_switchlora.distributed.mesh import mesh_sizes
+from megatron_switchlora.run import folder as run_folder
+from megatron_switchlora.run.folder import create_folder, default_folder
 
 ISSUE_LINE = (
     "--method.name switchlora --method.rank 24 --method.interval0 40 --optim.lr 0.02 --optim.dense_lr 0.02 "

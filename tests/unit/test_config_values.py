@@ -11,8 +11,8 @@ from typing import Any, Optional, get_args
 
 import pytest
 
-from megatron_switchlora.config import RunConfig, UserError
-from megatron_switchlora.field_checks import (
+from megatron_switchlora.config.command_line import option_types, parse_arguments, read_options, take_options
+from megatron_switchlora.config.field_checks import (
     check_fields,
     expand_paths,
     field_types,
@@ -21,9 +21,9 @@ from megatron_switchlora.field_checks import (
     number_from,
     sections,
 )
-from megatron_switchlora.rules import validate
-from megatron_switchlora.train.arguments import option_types, parse_arguments, read_options, take_options
-from megatron_switchlora.yaml_text import dump_yaml
+from megatron_switchlora.config.rules import validate
+from megatron_switchlora.config.run import RunConfig, UserError
+from megatron_switchlora.config.yaml_text import dump_yaml
 from tests.unit.test_yaml_text import TEXTS
 
 FIELDS = sorted(field_types())

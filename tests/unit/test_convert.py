@@ -13,19 +13,19 @@ import transformers
 from torch import Tensor
 
 from megatron_switchlora.checkpoint.archive import write_parts
+from megatron_switchlora.checkpoint.engine_state import own_share, state_parts
 from megatron_switchlora.checkpoint.files import Checkpoint, seal, verified
-from megatron_switchlora.config import ModelConfig, UserError
+from megatron_switchlora.checkpoint.weights import Weights, find_folder, load_initial
+from megatron_switchlora.config.run import ModelConfig, UserError
+from megatron_switchlora.distributed.mesh import lone_mesh
+from megatron_switchlora.distributed.shard import Axis, shard_of
+from megatron_switchlora.hf.export import export_dense, export_peft
+from megatron_switchlora.hf.start import import_model
 from megatron_switchlora.methods import build_method
-from megatron_switchlora.model.hf_export import export_dense, export_peft
-from megatron_switchlora.model.hf_start import import_model
-from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
-from megatron_switchlora.model.weights import Weights, find_folder, load_initial
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.optim.layout import plain_layout
 from megatron_switchlora.optim.row_adamw import RowAdamW
-from megatron_switchlora.parallel.mesh import lone_mesh
-from megatron_switchlora.parallel.shard import Axis, shard_of
-from megatron_switchlora.train.memory import checkpoint_bytes
-from megatron_switchlora.train.state import own_share, state_parts
+from megatron_switchlora.planning.memory import checkpoint_bytes
 from tests.plain import VOCAB, PlainRun, make_batches, small_config
 
 METHODS = ("full", "lora", "switchlora")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_switchlora.config import UserError
-from megatron_switchlora.parallel.ranks import Ranks
-from megatron_switchlora.train.device import choose_device, precision_warning
+from megatron_switchlora.config.run import UserError
+from megatron_switchlora.startup.device import choose_device, precision_warning
+from megatron_switchlora.startup.environment import Ranks
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_switchlora.config import UserError
+from megatron_switchlora.config.run import UserError
 from megatron_switchlora.disk import settle_home, user_path
-from megatron_switchlora.parallel.agree import PeerError
-from megatron_switchlora.train.door import the_door
-from megatron_switchlora.train.stop import Stopped
+from megatron_switchlora.distributed.consensus import PeerError
+from megatron_switchlora.startup.door import the_door
+from megatron_switchlora.startup.signals import Stopped
 
 ALLOCATOR = "[enforce fail at alloc_cpu.cpp:116] DefaultCPUAllocator: can't allocate memory"
 HOST_MEMORY, GPU_MEMORY, NO_EXCHANGE = "ran out of host memory (", "ran out of GPU memory (", "could not exchange data"
@@ -45,7 +45,7 @@ def test_what_is_said_and_the_status(
     def end(given: int) -> None:
         raise SystemExit(given)
 
-    monkeypatch.setattr("megatron_switchlora.train.door.end_rank", end)
+    monkeypatch.setattr("megatron_switchlora.startup.door.end_rank", end)
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as left, the_door():
         raise error

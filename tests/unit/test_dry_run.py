@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_switchlora.config import ModelConfig, RunConfig, UserError
+from megatron_switchlora.config.command_line import parse_arguments
+from megatron_switchlora.config.deepspeed import Zero, read_ds_config, zero_settings
+from megatron_switchlora.config.run import ModelConfig, RunConfig, UserError
+from megatron_switchlora.distributed.mesh import Mesh
 from megatron_switchlora.methods import SwitchLora, build_method
-from megatron_switchlora.model.counts import count_parameters, count_shard
-from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
-from megatron_switchlora.parallel.mesh import Mesh
-from megatron_switchlora.train.arguments import parse_arguments
-from megatron_switchlora.train.dry_run import plan
-from megatron_switchlora.train.ds_config import Zero, read_ds_config, zero_settings
-from megatron_switchlora.train.memory import memory_items, peak_bytes
-from megatron_switchlora.train.traffic import full_rank_bytes, gradient_bytes
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.planning.counts import count_parameters, count_shard
+from megatron_switchlora.planning.dry_run import plan
+from megatron_switchlora.planning.memory import memory_items, peak_bytes
+from megatron_switchlora.planning.traffic import full_rank_bytes, gradient_bytes
 from tests.plain import VOCAB, PlainRun, make_batches, peak_of, small_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from megatron_switchlora.config import RunConfig, UserError
-from megatron_switchlora.train import monitors
-from megatron_switchlora.train.dry_run import plan
-from megatron_switchlora.train.ds_config import read_ds_config, resolve_ds_config, zero_settings
-from megatron_switchlora.train.ds_keys import SCALARS, SECTIONS, Kind
-from megatron_switchlora.train.monitors import check_monitors
+from megatron_switchlora.config.deepspeed import read_ds_config, resolve_ds_config, zero_settings
+from megatron_switchlora.config.ds_keys import SCALARS, SECTIONS, Kind
+from megatron_switchlora.config.run import RunConfig, UserError
+from megatron_switchlora.planning.dry_run import plan
+from megatron_switchlora.startup import monitors
+from megatron_switchlora.startup.monitors import check_monitors
 
 KEYS = {(None, name): kind for name, kind in SCALARS.items()}
 KEYS |= {(section, name): kind for section, kinds in SECTIONS.items() for name, kind in kinds.items()}

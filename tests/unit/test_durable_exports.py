@@ -13,9 +13,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_switchlora.checkpoint.files import Checkpoint
-from megatron_switchlora.model.hf_export import export_dense, export_peft
-from megatron_switchlora.model.hf_start import import_model
-from megatron_switchlora.train.outcome import _export, write_tokenizer
+from megatron_switchlora.hf.export import export_dense, export_peft
+from megatron_switchlora.hf.start import import_model
+from megatron_switchlora.train.results import _export, write_tokenizer
 from tests.hf_tokenizers import TEMPLATES, llama_like
 from tests.unit.test_convert import save, trained
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from megatron_switchlora.figures import decorating, new_figure, save_figure
-from megatron_switchlora.train.run_folder import RunFolder
-from megatron_switchlora.train.terminal import Terminal
+from megatron_switchlora.run.figures import decorating, new_figure, save_figure
+from megatron_switchlora.run.folder import RunFolder
+from megatron_switchlora.run.terminal import Terminal
 from tests.dist.launch import REPOSITORY
 from tests.unit.test_structure import sources
 
@@ -45,7 +45,9 @@ def test_names_are_no_mathematics_and_powers_of_ten_are(tmp_path: Path) -> None:
 
 def test_a_backend_that_is_not_installed_is_not_asked_for(tmp_path: Path) -> None:
     """In a process of its own: matplotlib looks at it when it is imported."""
-    code = "from megatron_switchlora.figures import *; save_figure(new_figure(2, 2), Path('a.png')); print(os.environ)"
+    code = (
+        "from megatron_switchlora.run.figures import *; save_figure(new_figure(2, 2), Path('a.png')); print(os.environ)"
+    )
     env = {**os.environ, "MPLBACKEND": "module://nowhere.backend", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "module://nowhere.backend" in done.stdout, done.stderr
@@ -106,7 +108,7 @@ def test_a_monitor_that_fails_gets_no_more_values(capsys: pytest.CaptureFixture[
 
 OUTLIVE = """
 import sys
-from megatron_switchlora.figures import outlive_terminal
+from megatron_switchlora.run.figures import outlive_terminal
 outlive_terminal()
 for number in range(20000):
     print("line", number, "caf\\udce9")

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_switchlora.config import RunConfig, UserError
+from megatron_switchlora.checkpoint.engine_state import state_parts
+from megatron_switchlora.checkpoint.weights import Weights
+from megatron_switchlora.config.deepspeed import Zero
+from megatron_switchlora.config.run import RunConfig, UserError
 from megatron_switchlora.methods import Galore, build_method, galore, require_packages
-from megatron_switchlora.model.llama import LlamaForCausalLM
-from megatron_switchlora.model.weights import Weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
 from megatron_switchlora.optim.galore import GaloreAdamW, load_projector
 from megatron_switchlora.optim.layout import plain_layout
-from megatron_switchlora.train.ds_config import Zero
-from megatron_switchlora.train.memory import checkpoint_bytes, memory_items
-from megatron_switchlora.train.state import state_parts
+from megatron_switchlora.planning.memory import checkpoint_bytes, memory_items
 from tests.plain import VOCAB, PlainRun, make_batches, small_config
 from tests.unit.test_convert import save
 

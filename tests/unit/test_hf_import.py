@@ -11,11 +11,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from megatron_switchlora.config import ModelConfig, UserError
-from megatron_switchlora.model.hf import export_model
-from megatron_switchlora.model.hf_import import hf_tensors, read_hf_config
-from megatron_switchlora.model.llama import LlamaForCausalLM
-from megatron_switchlora.model.rope import scaled_frequencies
+from megatron_switchlora.config.run import ModelConfig, UserError
+from megatron_switchlora.hf.folders import export_model
+from megatron_switchlora.hf.import_ import hf_tensors, read_hf_config
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.llama.rope import scaled_frequencies
 from tests.hf_folders import LLAMA3, ROPES, VOCAB, YARN, edit, rewrite, save, tokens
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from megatron_switchlora.config import UserError
-from megatron_switchlora.model.hf_import import hf_tensors, read_hf_config
+from megatron_switchlora.config.run import UserError
+from megatron_switchlora.hf.import_ import hf_tensors, read_hf_config
 from tests.hf_folders import VOCAB, YARN, change_index, edit, rewrite, save
 
 NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"

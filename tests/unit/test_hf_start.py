@@ -15,12 +15,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_switchlora.checkpoint.files import verified
-from megatron_switchlora.config import UserError
-from megatron_switchlora.hf_tokenizer import tokenizer_files
-from megatron_switchlora.model.hf import joined_marks
-from megatron_switchlora.model.hf_export import export_dense
-from megatron_switchlora.model.hf_start import import_model
-from megatron_switchlora.model.weights import Weights
+from megatron_switchlora.checkpoint.weights import Weights
+from megatron_switchlora.config.run import UserError
+from megatron_switchlora.data.hf_tokenizer import tokenizer_files
+from megatron_switchlora.hf.export import export_dense
+from megatron_switchlora.hf.folders import joined_marks
+from megatron_switchlora.hf.start import import_model
 from tests.hf_folders import save
 from tests.hf_tokenizers import TEMPLATES, llama_like, sentencepiece_only
 from tools.convert_hf import import_, parse

@@ -12,9 +12,9 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from megatron_switchlora.config import DataConfig, UserError
+from megatron_switchlora.config.run import DataConfig, UserError
+from megatron_switchlora.data.hf_tokenizer import save_tokenizer, tokenizer_files
 from megatron_switchlora.data.tokenizer import build_tokenizer
-from megatron_switchlora.hf_tokenizer import save_tokenizer, tokenizer_files
 from tests.hf_tokenizers import TEMPLATES, configure, llama_like, sentencepiece_only
 from tests.unit.test_data_stream import t5_like
 

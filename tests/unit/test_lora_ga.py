@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_switchlora.config import LoraGaConfig, RunConfig, UserError
+from megatron_switchlora.config.rules import validate
+from megatron_switchlora.config.run import LoraGaConfig, RunConfig, UserError
 from megatron_switchlora.data.loader import BatchOrder
+from megatron_switchlora.distributed.mesh import lone_mesh
+from megatron_switchlora.distributed.shard import Axis, Split, named_generator
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.lowrank.lora_ga import pair_indices, randomised_svd, singular_pairs
-from megatron_switchlora.model.llama import LlamaForCausalLM, decoder_linears, initialize_weights
-from megatron_switchlora.parallel.mesh import lone_mesh
-from megatron_switchlora.parallel.shard import Axis, Split, named_generator
-from megatron_switchlora.rules import validate
-from megatron_switchlora.train import ga_gradients
-from megatron_switchlora.train.ga_gradients import find_factors, gradient_batches, mean_gradients, sum_gradients
+from megatron_switchlora.methods import ga_gradients
+from megatron_switchlora.methods.ga_gradients import find_factors, gradient_batches, mean_gradients, sum_gradients
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, decoder_linears, initialize_weights
 from tests.dist.launch import REPOSITORY, clean_environment, run_scripts
 from tests.plain import VOCAB, PlainRun, make_samples, small_config
 from tests.system.commands import SMALL, write_corpus

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_switchlora.config.deepspeed import Zero
 from megatron_switchlora.lowrank.init import principal_factors
 from megatron_switchlora.methods import Lora, Relora, build_method
-from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.optim.layout import RowLayout
 from megatron_switchlora.optim.row_adamw import RowAdamW
-from megatron_switchlora.train.ds_config import Zero
-from megatron_switchlora.train.memory import memory_items
+from megatron_switchlora.planning.memory import memory_items
 from tests.plain import VOCAB, PlainRun, make_batches, small_config
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_switchlora.distributed.mesh import lone_mesh
+from megatron_switchlora.distributed.replica_check import fingerprint
+from megatron_switchlora.distributed.shard import named_generator
 from megatron_switchlora.lowrank.bank import CandidateBank
 from megatron_switchlora.lowrank.init import GAIN, draw_vectors, factor_std
 from megatron_switchlora.lowrank.schedule import LayerSwitch
-from megatron_switchlora.parallel.mesh import lone_mesh
-from megatron_switchlora.parallel.shard import named_generator
-from megatron_switchlora.train.integrity import fingerprint
 from tests.plain import PlainRun, make_batches, small_config
 
 

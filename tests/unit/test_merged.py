@@ -9,11 +9,11 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_switchlora.config import MethodConfig
+from megatron_switchlora.config.run import MethodConfig
+from megatron_switchlora.distributed.linear import ColumnParallelLinear
+from megatron_switchlora.distributed.shard import Axis, named_generator
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.lowrank.merged import merge, prefers_merged
-from megatron_switchlora.parallel.linear import ColumnParallelLinear
-from megatron_switchlora.parallel.shard import Axis, named_generator
 from tests.plain import PlainRun, make_batches, small_config
 
 M, N, R = 40, 56, 7

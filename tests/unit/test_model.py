@@ -10,13 +10,13 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_switchlora.config import ModelConfig, UserError
+from megatron_switchlora.config.run import ModelConfig, UserError
+from megatron_switchlora.hf.folders import export_model, load_merged
 from megatron_switchlora.methods import build_method
-from megatron_switchlora.model.counts import count_parameters, model_flops_per_token
-from megatron_switchlora.model.hf import export_model, load_merged
-from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
 from megatron_switchlora.optim.layout import plain_layout
 from megatron_switchlora.optim.row_adamw import RowAdamW
+from megatron_switchlora.planning.counts import count_parameters, model_flops_per_token
 from tests.plain import VOCAB, PlainRun, make_batches, small_config
 
 SHAPES = {

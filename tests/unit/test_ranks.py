@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_switchlora.config import UserError
-from megatron_switchlora.parallel import launchers
-from megatron_switchlora.parallel.launchers import HYDRA as HYDRA_MPI
-from megatron_switchlora.parallel.launchers import LAUNCHERS, RESERVED_STEPS, host_names, is_first, slurm_host
-from megatron_switchlora.parallel.ranks import (
+from megatron_switchlora.config.run import UserError
+from megatron_switchlora.startup import launchers
+from megatron_switchlora.startup.environment import (
     RankError,
     Ranks,
     complete_environment,
@@ -20,6 +18,8 @@ from megatron_switchlora.parallel.ranks import (
     meeting_place,
     tasks_on_node,
 )
+from megatron_switchlora.startup.launchers import HYDRA as HYDRA_MPI
+from megatron_switchlora.startup.launchers import LAUNCHERS, RESERVED_STEPS, host_names, is_first, slurm_host
 from tests.dist.launch import clean_environment
 
 Env = dict[str, str]

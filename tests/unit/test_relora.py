@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_switchlora.config import RunConfig
+from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.distributed.mesh import lone_mesh
 from megatron_switchlora.methods import Lora, Relora
-from megatron_switchlora.optim.lr import jagged_factor, lr_factor
-from megatron_switchlora.optim.prune import kept_count, prune_moments
-from megatron_switchlora.parallel.mesh import lone_mesh
+from megatron_switchlora.optim.pruning import kept_count, prune_moments
+from megatron_switchlora.optim.schedules import jagged_factor, lr_factor
 from tests.plain import PlainRun, make_batches, small_config
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_switchlora.config import RunConfig, UserError
-from megatron_switchlora.train.arguments import parse_arguments
-from megatron_switchlora.train.compatible import compare, compare_data
-from megatron_switchlora.train.records import read_records
-from megatron_switchlora.train.resume import choose as choose_start
-from megatron_switchlora.train.run_folder import RunFolder, create_folder, lock_folder
+from megatron_switchlora.checkpoint.resume import choose as choose_start
+from megatron_switchlora.checkpoint.resume_rules import compare, compare_data
+from megatron_switchlora.config.command_line import parse_arguments
+from megatron_switchlora.config.run import RunConfig, UserError
+from megatron_switchlora.run.folder import RunFolder, create_folder, lock_folder
+from megatron_switchlora.run.metrics_log import read_records
 from tests.unit.test_checkpoint_files import make_checkpoint
 
 OPTIONS = ["--method.rank", "6", "--optim.lr", "0.01"]

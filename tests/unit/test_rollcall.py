@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron_switchlora.parallel.agree import PeerError
-from megatron_switchlora.parallel.ranks import RankError, Ranks
-from megatron_switchlora.parallel.rollcall import Verdict, meet, report, spans
+from megatron_switchlora.distributed.consensus import PeerError
+from megatron_switchlora.startup.environment import RankError, Ranks
+from megatron_switchlora.startup.preflight import Verdict, meet, report, spans
 from tests.dist.launch import free_port
 
 SAME = {"optim.lr": 0.02, "the code's digest": "abc"}

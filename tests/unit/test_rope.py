@@ -12,12 +12,12 @@ import torch
 import transformers
 import yaml
 
-from megatron_switchlora.config import ModelConfig, RunConfig, UserError
-from megatron_switchlora.model.hf import export_model, merged_state_dict
-from megatron_switchlora.model.llama import LlamaForCausalLM, initialize_weights
-from megatron_switchlora.rules import validate
-from megatron_switchlora.rules_model import check_model
-from megatron_switchlora.train.arguments import parse_arguments
+from megatron_switchlora.config.command_line import parse_arguments
+from megatron_switchlora.config.rules import validate
+from megatron_switchlora.config.rules_model import check_model
+from megatron_switchlora.config.run import ModelConfig, RunConfig, UserError
+from megatron_switchlora.hf.folders import export_model, merged_state_dict
+from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
 from tests.hf_folders import LENGTH, LLAMA3, ROPES, VOCAB, YARN, tokens
 
 
@@ -120,8 +120,8 @@ def test_a_meta_model_has_real_frequencies() -> None:
 
 def test_transformers_is_imported_for_a_scaling_only() -> None:
     script = (
-        "import sys; from megatron_switchlora.config import ModelConfig; "
-        "from megatron_switchlora.model.llama import LlamaForCausalLM\n"
+        "import sys; from megatron_switchlora.config.run import ModelConfig; "
+        "from megatron_switchlora.model.llama.model import LlamaForCausalLM\n"
         "for scaling in (None, {'rope_type': 'linear', 'factor': 2.0}):\n"
         "    LlamaForCausalLM(ModelConfig(rope_scaling=scaling), 7); print('transformers' in sys.modules)"
     )

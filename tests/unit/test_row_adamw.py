@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_switchlora.distributed.shard import declare
 from megatron_switchlora.optim.layout import RowLayout, plain_layout
-from megatron_switchlora.optim.lr import lr_factor
 from megatron_switchlora.optim.row_adamw import RowAdamW, adamw_
-from megatron_switchlora.parallel.shard import declare
+from megatron_switchlora.optim.schedules import lr_factor
 
 HYPER = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 

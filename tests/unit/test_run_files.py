@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from megatron_switchlora.config import UserError
+from megatron_switchlora.config.run import UserError
 from megatron_switchlora.disk import read_json, replace_text
-from megatron_switchlora.train.inputs import vocabulary_digest
-from megatron_switchlora.train.records import read_records
-from megatron_switchlora.train.run_folder import RunFolder, create_folder, lock_folder, read_meta, refuse_folder
+from megatron_switchlora.run.folder import RunFolder, create_folder, lock_folder, read_meta, refuse_folder
+from megatron_switchlora.run.metrics_log import read_records
+from megatron_switchlora.train.dataset import vocabulary_digest
 from tests.unit.test_resume import choose, make_run
 
 LINES = [json.dumps({"step": step, "loss": step / 3}) + "\n" for step in range(1, 9)]

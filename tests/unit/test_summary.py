@@ -21,7 +21,6 @@ def test_who_dequantises_is_told(monkeypatch: pytest.MonkeyPatch, works: bool, s
             config=config, counts=SimpleNamespace(trainable=1, full_total=2), start=SimpleNamespace(checkpoint=None),
             mesh=SimpleNamespace(size=lambda axis: 1), device=torch.device("cpu"), train_store=[0], val_store=[0],
             data=SimpleNamespace(unigram_val_ppl=2.0), last_step=config.train.steps,
-            ranks=SimpleNamespace(local_size=1),
         )  # fmt: skip
         lines = summary.opening_words(trainer)
         assert any(f"dequantised by {said}" in line for line in lines) == (base == "nf4")

@@ -10,10 +10,10 @@ from typing import Optional
 
 import pytest
 
-from megatron_switchlora.config import RunConfig
-from megatron_switchlora.train.arguments import parse_arguments
-from megatron_switchlora.train.ds_config import Zero
-from megatron_switchlora.train.traffic import Flow, flows, on_the_wire
+from megatron_switchlora.config.command_line import parse_arguments
+from megatron_switchlora.config.deepspeed import Zero
+from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.planning.traffic import Flow, flows, on_the_wire
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "launch" / "configs"
@@ -127,7 +127,7 @@ def test_mistakes(
     monkeypatch.chdir(ROOT)
     import gradient_volume  # type: ignore[import-not-found]
 
-    monkeypatch.setattr("megatron_switchlora.train.door.end_rank", sys.exit)
+    monkeypatch.setattr("megatron_switchlora.startup.door.end_rank", sys.exit)
     monkeypatch.setattr(sys, "argv", ["gradient_volume.py", "--config", "launch/configs/llama_1.3b.yaml", *words])
     with pytest.raises(SystemExit) as end:
         gradient_volume.main()

@@ -12,8 +12,8 @@ from typing import Any, Optional
 import pytest
 from torch.distributed import TCPStore
 
-from megatron_switchlora.parallel.ranks import Ranks
-from megatron_switchlora.parallel.watch import WAITING, Watch, place_of
+from megatron_switchlora.startup.environment import Ranks
+from megatron_switchlora.startup.watch import WAITING, Watch, place_of
 from tests.dist.launch import free_port
 
 
@@ -103,7 +103,7 @@ def test_what_only_another_rank_found_is_said_by_rank_0(cluster: Any) -> None:
 def test_a_failed_collective_is_explained(
     cluster: Any, monkeypatch: pytest.MonkeyPatch, place: str, words: str
 ) -> None:
-    monkeypatch.setattr("megatron_switchlora.parallel.watch.place_of", lambda frame: place)
+    monkeypatch.setattr("megatron_switchlora.startup.watch.place_of", lambda frame: place)
     two = cluster(2)
     ending = two.watches[0].explain("reset")
     assert ending.text.startswith(f"Rank 0, on n0, {words}") and ending.rank == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_switchlora.yaml_text import dump_yaml, load_yaml, read_yaml
+from megatron_switchlora.config.yaml_text import dump_yaml, load_yaml, read_yaml
 
 TEXTS = [
     "1e-3", "1_000", "0x1f", "0o17", "007", "12:30:00", "on", "No", "y", "2024-01-01", "null", "Null", "~", "", "true",

@@ -1,0 +1,82 @@
+"""The whole state of a run as parts of named tensors: what a checkpoint writes and what it fills.
+
+Trainable tensors are saved as their fp32 masters, of which the weights are the cast, with both moments
+and the row steps; then the method's own parts (frozen W, bank, schedule). Rank by rank nothing is held
+twice in the files: of ranks with the same part, one writes it, in turns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+
+from megatron_switchlora.checkpoint.archive import Archive
+from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.distributed.mesh import Mesh
+from megatron_switchlora.distributed.shard import is_split
+from megatron_switchlora.distributed.slices import Part, parameter_part
+
+if TYPE_CHECKING:  # importing it imports deepspeed, which is left to those who train
+    from megatron_switchlora.train.engine import Engine
+
+
+def state_parts(engine: Engine) -> Iterator[Part]:
+    """This rank's parts, in the same order on all ranks of a line."""
+    optimizer, stored_name = engine.optimizer, engine.method.stored_name
+    for name, param in engine.model.named_parameters():
+        yield from optimizer.parts(stored_name(name), param, _same_here(is_split(param), optimizer.partitioned))
+    yield from engine.method.parts()
+
+
+def _same_here(split: bool, partitioned: bool) -> Optional[str]:
+    """The line of ranks that hold the same of a master: of a parameter split over tp or not, partitioned by ZeRO or
+    not."""
+    if split:
+        return None if partitioned else "dp"
+    return "tp" if partitioned else "head"
+
+
+def own_share(parts: Iterable[Part], mesh: Mesh) -> Iterator[Part]:
+    """Of all parts of the ranks of a line, each once: the ranks that hold the same take turns."""
+    turns: Counter[str] = Counter()
+    for part in parts:
+        if part.line is not None:
+            axis = mesh.axis(part.line)
+            turn = turns[part.line] % axis.size
+            turns[part.line] += 1
+            if turn != axis.rank:
+                continue
+        if part.tensor.numel():
+            yield part
+
+
+def load_state(engine: Engine, archive: Archive, step: int) -> None:
+    """Bring a fresh engine to where the checkpoint's run was after `step` steps; `method.loaded()` comes after it.
+
+    Raises:
+        UserError: tensors are missing or have other shapes.
+    """
+    fill_parts(engine, archive.fill, step)
+
+
+@torch.no_grad()
+def fill_parts(engine: Engine, fill: Callable[[Part], None], step: int) -> None:
+    """Call `fill` for all that a fresh engine holds, which has then `step` steps behind it."""
+    for part in state_parts(engine):
+        fill(part)
+    for name, param in engine.model.named_parameters():
+        # from the masters: ZeRO gathers only what it has stepped
+        fill(parameter_part(engine.method.stored_name(name), param, None))
+    engine.ds.global_steps = step
+    engine.ds.global_samples = step * engine.config.train.global_batch_size
+
+
+def state_file(config: RunConfig, steps: int, more: dict[str, Any]) -> bytes:
+    """state.json: the configuration, the position after `steps` steps in the data (a pure function of it: for
+    readers), and what the run adds."""
+    position = {"step": steps, "samples": steps * config.train.global_batch_size}
+    return json.dumps({**position, "config": config.to_dict(), **more}, indent=1).encode()

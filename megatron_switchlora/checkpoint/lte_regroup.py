@@ -1,0 +1,86 @@
+"""Going on with another number of LTE heads, or with heads placed otherwise (on ranks, or several in a process).
+
+Right after a merge every head computes the mean model M, so heads can come and go without changing it:
+    heads that stay     keep factors, dense tensors and their optimizer state
+    heads that are new  draw their factors (and bank) as in a fresh run, those of LoRA-GA from gradients of M, with
+                        zero moments; their dense tensors and moments are those of head n mod N of the checkpoint's N
+    every W and origin  is formed again from M and the factors of now
+Between merges the heads' functions differ and one could only be lost: that is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_switchlora.checkpoint.engine_state import fill_parts
+from megatron_switchlora.checkpoint.files import Checkpoint
+from megatron_switchlora.checkpoint.resume_rules import flatten
+from megatron_switchlora.checkpoint.weights import Weights
+from megatron_switchlora.config.run import RunConfig, require
+from megatron_switchlora.distributed.slices import Part, shard_part
+from megatron_switchlora.methods.lte import Merging
+
+if TYPE_CHECKING:  # importing it imports deepspeed, which is left to those who train
+    from megatron_switchlora.train.engine import Engine
+
+OF_HEAD = re.compile(r"head_(\d+)/(.+)")
+
+
+def regroups(config: RunConfig, state: dict[str, Any]) -> bool:
+    """Whether the checkpoint's heads are others than this run's.
+
+    Raises:
+        UserError: they are, and the checkpoint was not written right after a merge.
+    """
+    method, stored = config.method, flatten(asdict(RunConfig())) | flatten(state["config"])
+    if method.name != "lte" or stored["method.name"] != "lte":
+        return False
+    local, groups = stored["method.local_heads"], stored["parallel.lte_heads"]
+    shared = local > 1 or stored["method.base"] == "nf4"
+    if (local * groups, shared) == (config.heads, method.shares_base):
+        return False
+    interval = method.merge_interval
+    require(
+        not isinstance(interval, str) and (state["step"] - method.full_rank_steps) % interval == 0,
+        f"The checkpoint at step {state['step']} has {groups} x {local} LTE heads (parallel.lte_heads x "
+        f"method.local_heads) and this run {config.parallel.lte_heads} x {method.local_heads}: heads can change only "
+        f"right after a merge, and method.merge_interval is {interval}. Give the same heads, or a checkpoint at such a "
+        "step.",
+    )
+    return True
+
+
+@torch.no_grad()
+def load_regrouped(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Fill a fresh engine by the rule above; `method.loaded()` and `method.regrouped()` come after it.
+
+    Raises:
+        UserError: tensors are missing or have other shapes.
+    """
+    method = engine.method
+    assert isinstance(method, Merging)
+    weights, archive = Weights(checkpoint), checkpoint.archive()
+    dense, heads = set(method.dense()), len(weights.heads)
+
+    def fill(part: Part) -> None:
+        found = OF_HEAD.fullmatch(part.name)
+        name = found[2].split(":")[0] if found else part.name
+        if found and name in dense and int(found[1]) >= heads:
+            stand_in = f"head_{int(found[1]) % heads:02d}/{found[2]}"
+            part = Part(stand_in, part.shape, part.offset, part.tensor, part.line)
+        of_base = name.endswith((".weight", ".merged_A", ".merged_B", ".origin", ".nf4_codes", ".nf4_scales"))
+        if name in dense or (part.name in archive and not of_base):
+            archive.fill(part)
+
+    fill_parts(engine, fill, checkpoint.step)
+    for name, linear in method.linears.items():
+        A, B = linear.factors()
+        mean = torch.zeros(B.size(1), A.size(1), device=A.device)
+        box = shard_part(f"{name}.weight", mean, [linear.split], None)
+        if box.tensor.numel():
+            box.tensor.copy_(weights.read(box.name, box.offset, box.tensor.shape))
+        method.set_mean(name, mean)

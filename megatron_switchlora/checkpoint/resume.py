@@ -1,0 +1,162 @@
+"""Where a run begins: anew, or from a checkpoint.
+
+`--resume auto` continues the run in --output_dir, if there is one, from its newest published checkpoint;
+PATH names a checkpoint, or a run whose newest is taken; none always begins anew. Rank 0 locks the folder
+and looks, all ranks share the work of verifying the files, and nothing of the folder is changed before all
+is found in order.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Optional
+
+import torch
+import torch.distributed as dist
+
+from megatron_switchlora.checkpoint.files import Checkpoint, damaged, open_checkpoint, published, strays
+from megatron_switchlora.checkpoint.resume_rules import compare
+from megatron_switchlora.checkpoint.weights import find_folder, odd_fields, stored_config
+from megatron_switchlora.config.run import RunConfig, UserError, require
+from megatron_switchlora.config.yaml_text import read_yaml
+from megatron_switchlora.disk import shown
+from megatron_switchlora.distributed.consensus import await_all, gather_texts, on_all_ranks, on_one_rank
+from megatron_switchlora.run.folder import holds_run, lock_folder, read_meta, refuse_folder
+
+
+@dataclass
+class Start:
+    """How a run begins: `checkpoint` is what it continues from, `keeps_records` whether the run folder's records up to
+    there stay, `finished` that there is nothing left to do, `lock` rank 0's hold on a folder that is gone on with."""
+
+    checkpoint: Optional[Checkpoint] = None
+    keeps_records: bool = False
+    finished: bool = False
+    notes: list[str] = field(default_factory=list)
+    lock: Optional[BinaryIO] = None
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.step if self.checkpoint else 0
+
+
+def find_start(config: RunConfig, device: torch.device) -> Start:
+    """Decide on rank 0, verify the checkpoint's files together. Collective over the world.
+
+    Raises:
+        UserError: a folder that may not be used, a damaged checkpoint, or one of another configuration.
+    """
+    locks: list[BinaryIO] = []
+    choice = json.loads(on_one_rank(dist.get_rank() == 0, lambda: json.dumps(choose(config, locks)), device))
+    folder = choice.pop("folder")
+    checkpoint = open_together(Path(folder), device) if folder else None
+    return Start(checkpoint, **choice, lock=locks[0] if locks else None)
+
+
+def open_together(folder: Path, device: torch.device) -> Checkpoint:
+    """Open a checkpoint on every rank and verify its files, each on one. Collective over the world.
+
+    Raises:
+        UserError: on every rank, if a rank cannot open it, or files are missing or damaged, with their names.
+    """
+    checkpoint = on_all_ranks(lambda: open_checkpoint(folder), device)  # a host may not see it
+    names = sorted(checkpoint.files)[dist.get_rank() :: dist.get_world_size()]
+    found = checkpoint.faults(names)
+    await_all()  # files differ in size
+    texts = gather_texts("\n".join(found), device)
+    faults = [fault for text in texts for fault in text.splitlines()]
+    if faults:
+        damaged(folder, "; ".join(faults))
+    return checkpoint
+
+
+def choose(config: RunConfig, locks: list[BinaryIO]) -> dict[str, Any]:
+    """What rank 0 finds: the checkpoint's folder or "", and `Start`'s other fields. A lock is added to `locks` where
+    the run goes on in its folder."""
+    output = Path(config.output_dir).absolute() if config.output_dir else None
+    found: dict[str, Any] = {"folder": "", "keeps_records": False, "finished": False, "notes": []}
+    if output:
+        found["notes"] = [_passed_over(path) for path in strays(output / "checkpoints")]
+    if config.resume == "none" or (config.resume == "auto" and (output is None or not holds_run(output))):
+        if output:
+            refuse_folder(output)
+        return found
+    source = None if config.resume == "auto" else find_folder(Path(config.resume)).resolve()
+    if output and (source is None or (_branched(output, source) and published(output / "checkpoints"))):
+        return found | _own_run(config, output, locks, found["notes"])
+    assert source is not None
+    checkpoint = open_checkpoint(source)
+    require(
+        "data" in checkpoint.state(),
+        f"{source} holds weights alone, no run to resume: start from it with --train.init_from.",
+    )
+    compare(config, stored_config(checkpoint), f"Checkpoint {source}")
+    if output is None or source.parent != (output / "checkpoints").resolve():
+        again = output is not None and (_branched(output, source) or _just_claimed(output))
+        if output and again:  # killed before its first checkpoint
+            locks.append(lock_folder(output))
+        elif output:
+            refuse_folder(output)
+        return found | {"folder": str(source), "keeps_records": again}
+    newest = published(source.parent)[-1]
+    require(
+        newest.name == source.name,
+        f"{output} holds a newer checkpoint, {newest.name}, than --resume {source}, and nothing newer is ever "
+        "overwritten: give another --output_dir, or move the newer ones away.",
+    )
+    locks.append(lock_folder(output))
+    return found | {"folder": str(source), "keeps_records": True}
+
+
+def _passed_over(path: Path) -> str:
+    return f"{shown(path)} was passed over: it is no folder step-00000000 of eight digits with a checkpoint in it"
+
+
+def _branched(output: Path, source: Path) -> bool:
+    """Whether the output folder's own run once began from this checkpoint: then the same command goes on with it."""
+    return read_meta(output).get("branched_from") == str(source)
+
+
+def _own_run(config: RunConfig, output: Path, locks: list[BinaryIO], notes: list[str]) -> dict[str, Any]:
+    """Continue the run in the output folder."""
+    stored_path = output / "config.yaml"
+    if not stored_path.is_file() and not published(output / "checkpoints") and not _just_claimed(output):
+        refuse_folder(output)
+    locks.append(lock_folder(output))
+    meta, checkpoints = read_meta(output), published(output / "checkpoints")
+    stored = stored_config(open_checkpoint(checkpoints[-1])) if checkpoints else _read_config(stored_path)
+    if stored is not None:
+        compare(config, stored, f"The run in {output}")
+        train = stored.get("train", {})
+        same_length = all(train.get(name) == getattr(config.train, name) for name in ("steps", "epochs"))
+        if meta.get("finished") and same_length:
+            return {"finished": True}
+    if checkpoints:
+        return {"folder": str(checkpoints[-1]), "keeps_records": True}
+    if (output / "final").exists():
+        refuse_folder(output)
+    note = f"{output} holds no published checkpoint: the run begins anew, its earlier records are set aside"
+    return {"keeps_records": True, "notes": [*notes, note]}
+
+
+def _read_config(path: Path) -> Optional[dict[str, Any]]:
+    """A run's configuration, if it has come to write one."""
+    if not path.is_file():
+        return None
+    try:
+        stored = read_yaml(path)
+    except ValueError:
+        stored = None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give access, or mend its disk.") from None
+    whole = isinstance(stored, dict) and "train" in stored and not odd_fields(RunConfig, stored)
+    require(whole, f"{path} is damaged, and there is no checkpoint: move the folder away, or use another --output_dir.")
+    return stored
+
+
+def _just_claimed(output: Path) -> bool:
+    """Whether a run was killed here before it wrote its first file."""
+    records = output / "metrics.jsonl"
+    return not records.is_symlink() and records.is_file() and not records.stat().st_size and not read_meta(output)

@@ -1,0 +1,100 @@
+"""May this configuration go on from that checkpoint? What differs is named with both values.
+
+The configuration must be the checkpoint's, but for what changes no result beyond rounding (FREE), and for what
+`checkpoint.allow_changes` names of `rules.CHANGEABLE`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict
+from fnmatch import fnmatch
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_switchlora.config.rules import CHANGEABLE
+from megatron_switchlora.config.run import RunConfig, UserError
+
+FREE = (
+    "output_dir", "resume", "checkpoint.*", "parallel.*", "model.vocab_size", "model.max_position_embeddings", "data.*",
+    "train.micro_batch_size", "train.eval_interval", "train.eval_samples", "train.check_interval",
+    "train.activation_checkpointing", "train.device", "train.threads", "train.stop_after_*", "train.init_from",
+    "method.compute", "method.merged_cache", "method.bank_device", "method.bank_spread",
+)  # fmt: skip
+
+
+NESTED = ("method.ga",)  # sections inside sections
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and (not prefix or name in NESTED):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def what_must_agree(config: RunConfig, ds_config: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What all ranks of a start must have alike: options, DeepSpeed's JSON, versions and code."""
+    code = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for path in sorted(path for path in package.rglob("*.py") if path.is_file()):
+        code.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    script = getattr(sys.modules["__main__"], "__file__", None)  # launch/pretrain.py
+    if script and Path(script).is_file():
+        code.update(Path(script).read_bytes())
+    same = {"device": device.type, "ds_config": ds_config, "the code's digest": code.hexdigest()[:12]}
+    same |= {f"version of {name}": version(name) for name in ("torch", "deepspeed", "numpy")}
+    return flatten(asdict(config)) | same
+
+
+def compare(config: RunConfig, stored: dict[str, Any], what: str) -> None:
+    """Raises: UserError, if the stored configuration differs in what may not change, naming both values."""
+    mine, theirs = flatten(asdict(config)), flatten(asdict(RunConfig())) | flatten(stored)
+    allowed = config.checkpoint.allow_changes
+    if mine["method.name"] == "lte":
+        allowed = [*allowed, "method.local_heads", "method.merge_traffic"]  # regroup.py says when heads may change
+    names = [name for name in mine if mine[name] != theirs[name] and not _matches(name, (*FREE, *allowed))]
+    if mine["method.name"] == theirs["method.name"] == "full":
+        names = [name for name in names if not name.startswith("method.")]
+    if not names:
+        return
+    listed = "; ".join(f"{name} is {theirs[name]!r} there and {mine[name]!r} here" for name in names[:5])
+    more = f" (and {len(names) - 5} more)" if len(names) > 5 else ""
+    changeable = [name for name in names if _matches(name, CHANGEABLE)]
+    advice = (
+        f" --checkpoint.allow_changes '{json.dumps(changeable)}' takes the new values." if changeable == names else ""
+    )
+    raise UserError(
+        f"{what} has another configuration: {listed}{more}. Give its values, or another --output_dir for a new "
+        f"run.{advice}"
+    )
+
+
+def compare_data(config: RunConfig, state: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raises: UserError, if a checkpoint's run had another text, tokenizer or vocabulary; `here` are this run's."""
+    allowed = "data" in config.checkpoint.allow_changes
+    different = [key for key in here if state.get(key) != here[key] and not (allowed and key == "data")]
+    if not different:
+        return
+    mine, theirs = asdict(config)["data"], state["config"].get("data", {})
+    named = [f"data.{k} is {theirs.get(k)!r} there and {v!r} here" for k, v in mine.items() if theirs.get(k) != v]
+    raise UserError(
+        "The checkpoint's run read other text or another tokenizer: "
+        + "; ".join(f"{key} is {str(state.get(key))[:20]} there and {str(here[key])[:20]} here" for key in different)
+        + f" ({'; '.join(named) or 'the options are the same, so the files have changed'}). Give the same text and "
+        "tokenizer, or --checkpoint.allow_changes '[\"data\"]' for another text with the same tokenizer."
+    )
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)

@@ -1,0 +1,189 @@
+"""Saving while training goes on.
+
+`save` copies this rank's share of the state to host memory (that copy is the only stall) and leaves the
+writing to a thread. The ranks' threads do not talk: each training step's one control all-reduce carries
+`written`, and once all ranks have voted so, `finish` gathers what they wrote and rank 0 publishes. A save
+that fails anywhere (a full disk) leaves the earlier checkpoints as they are and the run alive, with a
+warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_switchlora.checkpoint.archive import write_parts
+from megatron_switchlora.checkpoint.engine_state import own_share, state_parts
+from megatron_switchlora.checkpoint.files import describe, leftovers, prune, publish, published, step_name
+from megatron_switchlora.config.run import CheckpointConfig, UserError
+from megatron_switchlora.disk import make_durable, remove
+from megatron_switchlora.distributed.consensus import await_all, gather_texts, on_one_rank
+from megatron_switchlora.distributed.slices import Part
+from megatron_switchlora.planning.memory import checkpoint_bytes
+
+if TYPE_CHECKING:  # importing it imports deepspeed, which is left to those who train
+    from megatron_switchlora.train.engine import Engine
+
+
+@dataclass
+class Writing:
+    """A save on its way: what the thread needs, and what it found."""
+
+    step: int
+    building: Path
+    parts: list[Part]
+    extra: dict[str, bytes]
+    stall: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    error: str = ""
+    thread: Optional[threading.Thread] = None
+
+
+class Saver:
+    """Writes the checkpoints of a run into `folder`; `say` prints a line from rank 0. All methods are collective but
+    `written`."""
+
+    def __init__(self, folder: Path, engine: Engine, keep: CheckpointConfig, say: Callable[[str], None]) -> None:
+        self.folder, self.engine, self.keep, self.say = folder, engine, keep, say
+        self.expected = checkpoint_bytes(engine.config, engine.model.vocab_size)
+        self.rank, self.device = dist.get_rank(), engine.device
+        self.history: list[dict[str, float]] = []  # of published ones, on rank 0
+        self._host: dict[int, Tensor] = {}
+        self._writing: Optional[Writing] = None
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has a save whose writing has ended."""
+        return self._writing is not None and not (self._writing.thread and self._writing.thread.is_alive())
+
+    def save(self, step: int, extra: dict[str, bytes]) -> None:
+        """Save the state after `step` steps; rank 0's `extra` files go with it."""
+        began = time.perf_counter()
+        self.finish()
+        building = self.folder / f".building-{step_name(step)}"
+        problem = on_one_rank(self.rank == 0, lambda: self._prepare(building), self.device)
+        if problem:
+            self._warn(step, problem)
+            return
+        writing = Writing(step, building, self._stage(), extra if self.rank == 0 else {})
+        self._writing = writing
+        if self.keep.background:
+            writing.thread = threading.Thread(target=self._write, args=[writing], daemon=True)
+            writing.thread.start()
+        else:
+            self._write(writing)
+        writing.stall = time.perf_counter() - began
+
+    def _prepare(self, building: Path) -> str:
+        """Make room for a save, on rank 0; returns what is in the way.
+
+        Raises:
+            UserError: the run folder has vanished.
+        """
+        if not self.folder.parent.is_dir():
+            raise UserError(
+                f"The run folder {self.folder.parent} has vanished, so that nothing can be saved and the run stops: "
+                "bring it back and start again with the same command line."
+            )
+        try:
+            remove(building)
+            building.mkdir(parents=True)
+        except OSError as error:
+            return str(error)
+        return ""
+
+    @torch.no_grad()
+    def _stage(self) -> list[Part]:
+        """Copies in host memory of what this rank writes; the memory is used again by the next save."""
+        staged = []
+        for number, part in enumerate(own_share(state_parts(self.engine), self.engine.mesh)):
+            host = self._host.get(number)
+            if host is None or host.shape != part.tensor.shape:
+                pin = part.tensor.is_cuda
+                host = torch.empty(part.tensor.shape, dtype=part.tensor.dtype, pin_memory=pin)
+                self._host[number] = host
+            host.copy_(part.tensor, non_blocking=True)
+            staged.append(Part(part.name, part.shape, part.offset, host, part.line))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return staged
+
+    def _write(self, writing: Writing) -> None:
+        try:
+            name = f"tensors-{self.rank:05d}.safetensors"
+            write_parts(writing.building / name, writing.parts)
+            for extra, content in writing.extra.items():
+                path = writing.building / extra
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+                make_durable(path)
+            writing.files = {each: describe(writing.building / each) for each in (name, *writing.extra)}
+        except Exception as error:  # told to all ranks by `finish`
+            writing.error = f"rank {self.rank}: {error}"
+        writing.seconds = time.perf_counter() - writing.began
+
+    def finish(self) -> None:
+        """Wait for the save on its way, if any, on all ranks, and publish it."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        if writing.thread:
+            writing.thread.join()
+        await_all()  # a disk may take longer than a collective waits
+        report = {"files": writing.files, "error": writing.error, "seconds": writing.seconds}
+        reports = [json.loads(text) for text in gather_texts(json.dumps(report), self.device)]
+        errors = [each["error"] for each in reports if each["error"]]
+        if self.rank == 0:
+            self._publish(writing, reports, errors)
+        await_all()
+
+    def _publish(self, writing: Writing, reports: list[dict[str, Any]], errors: list[str]) -> None:
+        files = {name: entry for report in reports for name, entry in report["files"].items()}
+        try:
+            if errors:
+                raise OSError("; ".join(errors[:3]))
+            publish(writing.building, self.folder / step_name(writing.step), writing.step, files)
+        except OSError as error:
+            shutil.rmtree(writing.building, ignore_errors=True)
+            self._warn(writing.step, str(error))
+            return
+        size = sum(entry["size"] for entry in files.values())
+        seconds = max(report["seconds"] for report in reports)
+        self.history.append({"step": writing.step, "bytes": size, "stall": writing.stall, "seconds": seconds})
+        self.say(
+            f"checkpoint {step_name(writing.step)}: {size / 1e6:.2f} MB (by formula {self.expected / 1e6:.2f}); "
+            f"training stood still for {writing.stall:.3f} s, written after {seconds:.2f} s"
+        )
+        try:
+            prune(self.folder, self.keep.keep_last, self.keep.keep_every)
+        except (OSError, UserError) as error:
+            self.say(f"warning: an old checkpoint could not be deleted: {error}")
+
+    def _warn(self, step: int, problem: str) -> None:
+        try:
+            last = published(self.folder)
+            kept = f"the last one is {last[-1].name}" if last else "there is none yet"
+        except UserError as error:
+            kept = str(error)
+        self.say(f"warning: checkpoint {step_name(step)} was not written ({problem}); {kept}. Training goes on.")
+
+    def clean(self) -> list[str]:
+        """Remove saves and prunes that an earlier start left unfinished; a sentence for each."""
+        found = leftovers(self.folder)
+        for path in found:
+            with contextlib.suppress(OSError):
+                remove(path)
+        return [f"{path.name} was skipped and removed: it had not ended when the run did" for path in found]

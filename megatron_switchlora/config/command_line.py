@@ -1,0 +1,291 @@
+"""The command line of `launch/pretrain.py`: every field of `RunConfig` is a dotted option.
+
+`--optim.lr 0.02` overrides the YAML of `--config`; the docstring under a field is its help. Files and values are read
+here, alike; jsonargparse has the help, `--print_config`, the flags and what is no option: it never sees a file, nor a
+section, in which it would look for classes to import. Mistakes become one `UserError`, with the nearest valid name for
+an unknown key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Optional
+
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentError,
+    ArgumentParser,
+    Namespace,
+    set_dumper,
+    set_parsing_settings,
+)
+
+from megatron_switchlora.config.field_checks import (
+    expand_paths,
+    expanded,
+    field_types,
+    fit,
+    fit_word,
+    read_word,
+    sections,
+)
+from megatron_switchlora.config.rules import validate
+from megatron_switchlora.config.run import RunConfig, UserError, require
+from megatron_switchlora.config.yaml_text import FORBIDDEN, dump_yaml, read_yaml
+from megatron_switchlora.disk import shown
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The parsed command line."""
+
+    config: RunConfig
+    ds_config: Optional[str]
+    evaluate_only: bool
+    dry_run: bool = False
+    dry_run_world: Optional[int] = None
+    prepare_only: bool = False
+
+
+@cache
+def build_parser() -> ArgumentParser:
+    """The parser; `--print_config` and `--help` come with it. Kept: tools read many configurations, and reading the
+    fields' docstrings takes longer than all else."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_dumper("yaml", dump_yaml)  # what --print_config writes is what --config reads
+    parser = ArgumentParser(
+        prog="pretrain.py",
+        description="Pre-train a LLaMA with full-rank, LoRA, ReLoRA, SwitchLoRA or GaLore training under DeepSpeed.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with the run configuration.")
+    parser.add_argument(
+        "--ds_config", type=Optional[str], default=None, help="DeepSpeed JSON; by default ZeRO stage 1."
+    )
+    parser.add_argument(
+        "--evaluate_only",
+        action="store_true",
+        help="Evaluate the finished run in --output_dir and stop; all but the device comes from its config.yaml.",
+    )
+    parser.add_argument(
+        "--prepare_only",
+        action="store_true",
+        help="Tokenise the data into the cache, where runs find it, and stop: one process, no GPU.",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Print mesh, parameters, memory and gradient bytes of this run and stop: needs no GPU and reads no data.",
+    )
+    parser.add_argument(
+        "--dry_run_world",
+        type=Optional[int],
+        default=None,
+        help="Ranks that --dry_run plans for; by default the world's.",
+    )
+    parser.add_argument(
+        "--local_rank", type=int, default=0, help="Set by the deepspeed launcher; the environment decides."
+    )
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def _unknown_name(message: str) -> Optional[str]:
+    """The option that jsonargparse did not know, from its message."""
+    found = re.search(r"nrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message)
+    return found and (found.group(1) or found.group(2))
+
+
+def _unknown(name: str) -> UserError:
+    near = difflib.get_close_matches(name, sorted(option_types()), n=1, cutoff=0.0)
+    return UserError(f"Unknown option or key {name!r}: did you mean {near[0]!r}? --help lists all of them.")
+
+
+def _explain(error: Exception) -> UserError:
+    """Turn jsonargparse's error into a sentence with what to change."""
+    message = " ".join(str(error).split())
+    name = _unknown_name(message)
+    return _unknown(name) if name else UserError(f"The command line is not valid: {message}")
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Parse and validate.
+
+    Raises:
+        UserError: unknown keys, wrong types, unreadable files, or a rule of `rules.validate`.
+    """
+    require_utf8(argv)
+    files, words = split_config_files(argv)
+    given: dict[str, Any] = {}
+    for path in files:
+        given |= read_options(path)
+    others = take_options(words, given)
+    config = RunConfig()
+    for name, value in given.items():
+        section, _, entry = f"config.{name}".rpartition(".")
+        if name in field_types():
+            setattr(attrgetter(section)(Namespace(config=config)), entry, value)
+    expand_paths(config)
+    flags = _parse_flags(given, others)
+    config.method.init = config.method.initial  # type: ignore[assignment]  # a run's records say which it was
+    validate(config)
+    check_modes(flags)
+    return Arguments(
+        config, given.get("ds_config"), flags.evaluate_only, flags.dry_run, flags.dry_run_world, flags.prepare_only
+    )
+
+
+def _parse_flags(given: dict[str, Any], words: Sequence[str]) -> Namespace:
+    """What the parser makes of the words that are no option with a value: flags, and mistakes."""
+    parser, namespace = build_parser(), Namespace()
+    for name, value in given.items():  # for --print_config
+        namespace[name] = value
+    try:
+        return parser.parse_args(words, namespace=namespace)
+    except (ArgumentError, TypeError, ValueError, OSError) as error:
+        vars(parser).pop("print_config", None)  # a --print_config that the mistake has kept from printing
+        raise _explain(error) from None
+
+
+def require_utf8(words: Sequence[str]) -> None:
+    """Raises: UserError, if a word holds bytes that are not UTF-8: libraries that we write files with refuse them."""
+    for word in words:
+        require(
+            word.isascii() or word == shown(word),
+            f"{shown(word)!r} on the command line is not UTF-8: give files and folders names that are.",
+        )
+
+
+def check_modes(namespace: Namespace) -> None:
+    """Raises: UserError, if the options that say what to do instead of training do not go together."""
+    world = namespace.dry_run_world
+    require(world is None or world >= 1, f"--dry_run_world must be at least 1, not {world}.")
+    require(
+        world is None or namespace.dry_run,
+        f"--dry_run_world {world} says for how many ranks --dry_run plans: give --dry_run too, or leave it out.",
+    )
+    require(
+        namespace.dry_run + namespace.evaluate_only + namespace.prepare_only <= 1,
+        "--dry_run plans a training run, --evaluate_only evaluates a finished one, and --prepare_only makes the data "
+        "ready: give one of them.",
+    )
+
+
+def split_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files given with --config, and all other words: options override files wherever they stand."""
+    files: list[str] = []
+    others: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--config":
+            files.append(next(words, ""))
+        elif word.startswith("--config="):
+            files.append(word.removeprefix("--config="))
+        else:
+            others.append(word)
+    return files, others
+
+
+def take_options(words: Sequence[str], given: dict[str, Any]) -> list[str]:
+    """Add to `given` the values of options, and return all other words, for the parser. Values are read here and not
+    there, so that a text arrives as it was typed, and nothing is taken for the name of a class to import.
+
+    Raises:
+        UserError: a value of the wrong type, or one for a whole section.
+    """
+    types, others, rest = option_types(), [], list(words)
+    while rest:
+        word = rest.pop(0)
+        option, equals, value = word.partition("=")
+        name, adds = option.removeprefix("--").removesuffix("+"), option.endswith("+")
+        _refuse_section(option, name)
+        owner, _, key = name.rpartition(".")
+        inside = types.get(owner) == Optional[dict[str, Any]]
+        if not inside and any(name.startswith(f"{known}.") for known in types):
+            raise _unknown(name)  # which the parser might take, for nobody
+        if not option.startswith("--") or not (name in types or inside) or not (equals or _is_value(rest[:1])):
+            others.append(word)  # a flag, or a mistake
+            continue
+        text = value if equals else rest.pop(0)
+        if inside:
+            given[owner] = (given.get(owner) or {}) | {key: read_word(text)}
+        elif adds:
+            given[name] = fit(name, _listed(given.get(name)) + _listed(fit_word(name, text, types[name])), types[name])
+        else:
+            given[name] = fit_word(name, text, types[name])
+    return others
+
+
+def _refuse_section(option: str, name: str) -> None:
+    wrong = name in sections() or set(name.split(".")) & set(FORBIDDEN)
+    require(
+        not (option.startswith("--") and wrong),
+        f"{option} takes no value: give the options inside a section one by one, as --train.steps 600, or a YAML of "
+        "them with --config.",
+    )
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _is_value(following: list[str]) -> bool:
+    """Whether the word after an option, if there is one, is its value and no option itself."""
+    return any(not word.startswith("-") or word == "-" or re.match(r"-\.?(\d|inf)", word) for word in following)
+
+
+def option_types() -> dict[str, Any]:
+    """The type of every option that has a value."""
+    return field_types() | {"ds_config": Optional[str], "dry_run_world": Optional[int], "local_rank": int}
+
+
+def read_options(path: str) -> dict[str, Any]:
+    """What a YAML says, by dotted names.
+
+    Raises:
+        UserError: unless it holds sections with options, each with a value of its type.
+    """
+    try:
+        content = read_yaml(Path(expanded("--config", path)))
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {error.strerror}. Give a file of launch/configs/.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--config {path} is not valid YAML: it is not a text in UTF-8.") from None
+    except ValueError as error:
+        raise UserError(f"--config {path} is not valid YAML: {error}.") from None
+    _require_section(path, isinstance(content, dict), f"it holds {type(content).__name__}")
+    types = option_types() | dict.fromkeys(("evaluate_only", "prepare_only", "dry_run"), bool)
+    found: dict[str, Any] = {}
+    for name, value in _flatten(content, types):
+        _require_section(path, name not in sections(), f"{name!r} has none")
+        if name not in types:
+            raise _unknown(name)
+        require(name not in found, f"--config {path} gives {name} twice: leave one of them.")
+        try:
+            found[name] = fit(name, value, types[name])
+        except UserError as error:
+            raise UserError(f"--config {path}: {error}") from None
+    return found
+
+
+def _require_section(path: str, holds: bool, instead: str) -> None:
+    require(
+        holds,
+        f"--config {path} must hold sections with fields, as 'train:' with '  steps: 600' below it; {instead}.",
+    )
+
+
+def _flatten(tree: dict[Any, Any], types: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and (value or name in sections()) and name not in types:
+            yield from _flatten(value, types, f"{name}.")
+        else:
+            yield name, value

@@ -1,0 +1,166 @@
+"""DeepSpeed's JSON: what it may say, and what the run configuration fills in.
+
+The JSON owns stage, buckets, overlap, accumulation type and logging. Batch sizes, clip and precision
+belong to the run configuration: they are written into the resolved JSON, and a file that sets one of
+them to another value is refused, naming both. Only settings that the row-step optimizer is proven with
+are let through (`ds_keys.SECTIONS`): stage 3, stock optimizers, fp16, offload, bf16 moments and others are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from megatron_switchlora.config.ds_keys import checked
+from megatron_switchlora.config.field_checks import expanded
+from megatron_switchlora.config.run import RunConfig, UserError, accumulation_steps, require
+
+
+@dataclass(frozen=True)
+class Zero:
+    """DeepSpeed's part: ZeRO stage, whether micro-batches accumulate in fp32 (BF16_Optimizer), and the elements of
+    the buckets in which stages 1 and 2 reduce."""
+
+    stage: int = 1
+    fp32_accumulation: bool = False
+    bucket: int = 500_000_000
+
+
+def read_ds_config(path: Optional[str]) -> dict[str, Any]:
+    """Parse the file; without one, ZeRO stage 1. Keys are of their types (`ds_keys.checked`).
+
+    Raises:
+        UserError: missing file, invalid JSON, a key twice, no object in it, or a value that its key does not have.
+    """
+    if path is None:
+        return {"zero_optimization": {"stage": 1}}
+    try:
+        text = Path(expanded("--ds_config", path)).read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_no_key_twice)
+    except OSError as error:
+        raise UserError(f"--ds_config {path} cannot be read: {error.strerror}. Give a file of ds_configs/.") from None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"--ds_config {path} is not valid JSON: {error}.") from None
+    except RecursionError:
+        raise UserError(f"--ds_config {path} is not valid JSON: it is nested too deeply.") from None
+    require(isinstance(content, dict), f"--ds_config {path} must hold a JSON object, not {type(content).__name__}.")
+    return checked(content)
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]!r} stands in it twice, and one of them would be lost: leave one")
+    return found
+
+
+def _refuse_unsupported(given: dict[str, Any], precision: str) -> None:
+    """`given` as `ds_keys.checked` returns it; what says that nothing is offloaded is taken out."""
+    zero = given.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    require(
+        stage in (0, 1, 2),
+        f"zero_optimization.stage must be 0, 1 or 2, it is {stage!r}: stage 3 partitions the frozen weights that "
+        "switching rewrites; use ds_configs/zero2.json.",
+    )
+    for section in ("fp16", "amp"):
+        require(
+            not given.get(section, {}).get("enabled", False),
+            f"The DeepSpeed JSON enables {section!r}, which is not supported: use train.precision bf16 or fp32.",
+        )
+    require(
+        not zero.get("round_robin_gradients", False),
+        "zero_optimization.round_robin_gradients true reorders ZeRO's flat partitions, for which row resets are not "
+        "proven: set it to false.",
+    )
+    for key in ("offload_optimizer", "offload_param"):
+        offload = zero.get(key)
+        device = offload.get("device", "none") if isinstance(offload, dict) else offload
+        require(device in (None, "none", False), f"zero_optimization.{key} to {device!r} is not supported: remove it.")
+        zero.pop(key, None)
+    accumulate = given.get("data_types", {}).get("grad_accum_dtype")
+    require(
+        accumulate in (None, precision) or (accumulate == "fp32" and stage == 1),
+        f"data_types.grad_accum_dtype {accumulate!r} does not go with train.precision {precision!r} at ZeRO stage "
+        f"{stage}: fp32 accumulation of bf16 gradients needs stage 1; else leave it out.",
+    )
+    _refuse_prescaling(given, stage)
+
+
+def _refuse_prescaling(given: dict[str, Any], stage: int) -> None:
+    scatters = stage == 2 and given.get("zero_optimization", {}).get("reduce_scatter", True)
+    factor, before = given.get("gradient_predivide_factor", 1.0), given.get("prescale_gradients", False)
+    require(
+        not scatters or (factor == 1 and not before),
+        f"gradient_predivide_factor {factor:g} and prescale_gradients {before} do not go with ZeRO stage {stage} that "
+        "scatters: leave them out, or set zero_optimization.reduce_scatter to false.",
+    )
+
+
+def resolve_ds_config(given: dict[str, Any], config: RunConfig, dp: int) -> dict[str, Any]:
+    """The JSON with the run configuration's values filled in.
+
+    Raises:
+        UserError: an unsupported setting, or one that contradicts the run configuration.
+    """
+    train = config.train
+    given = checked(given)
+    _refuse_unsupported(given, train.precision)
+    derived: dict[str, tuple[Any, str]] = {
+        "train_batch_size": (
+            train.global_batch_size // config.parallel.lte_heads,
+            "train.global_batch_size" + (" / parallel.lte_heads" if config.parallel.lte_heads > 1 else ""),
+        ),
+        "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
+        "gradient_accumulation_steps": (
+            accumulation_steps(config, dp),
+            f"train.global_batch_size / (train.micro_batch_size x {dp} data-parallel ranks)",
+        ),
+        "gradient_clipping": (
+            config.optim.clip if config.method.heads_here == 1 else 0.0,
+            "optim.clip" if config.method.heads_here == 1 else "local heads are clipped one by one, by the optimizer",
+        ),
+        "zero_allow_untested_optimizer": (True, "the row-step optimizer"),
+    }
+    stage = given.get("zero_optimization", {}).get("stage", 0)
+    require(
+        config.method.name != "galore" or stage == 0,
+        f"method.name galore takes the singular vectors of whole gradients, and ZeRO stage {stage} cuts them over the "
+        "ranks (without --ds_config it is stage 1): use ds_configs/zero0.json.",
+    )
+    resolved = dict(given)
+    for key, (value, owner) in derived.items():
+        stated = given.get(key, value)
+        require(
+            stated == value,
+            f"The DeepSpeed JSON sets {key} to {stated!r}, but the run configuration says {value!r} ({owner}): remove "
+            f"{key} from the JSON or change the run configuration.",
+        )
+        resolved[key] = value
+    bf16 = train.precision == "bf16"
+    stated = given.get("bf16", {}).get("enabled", bf16)
+    require(
+        stated == bf16,
+        f"The DeepSpeed JSON sets bf16.enabled to {stated!r}, but train.precision is {train.precision!r}: remove it "
+        "from the JSON or change train.precision.",
+    )
+    resolved["bf16"] = {"enabled": bf16}
+    resolved.setdefault("steps_per_print", 10**9)
+    return resolved
+
+
+def zero_settings(resolved: dict[str, Any]) -> Zero:
+    """What the resolved DeepSpeed JSON says about memory."""
+    section = resolved.get("zero_optimization", {})
+    bucket = section.get("reduce_bucket_size", Zero.bucket)
+    buckets = (2 if section.get("overlap_comm") else 1) if section.get("contiguous_gradients", True) else 0
+    fp32_accumulation = resolved["bf16"]["enabled"] and (
+        resolved.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    )
+    return Zero(section.get("stage", 0), fp32_accumulation, bucket * buckets)

@@ -1,0 +1,70 @@
+"""Tensor-parallel collectives as autograd functions, forward and backward in one line each.
+
+    enter   f: forward nothing,             backward one all-reduce of all gradients together
+    leave   g: forward all-reduce,          backward nothing
+    gather  forward all-gather of columns,  backward this rank's columns
+(Megatron-LM, arXiv 1909.08053, section 3.) On an axis of one rank each returns its input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_switchlora.distributed.shard import Axis, Split
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        dist.all_reduce(flat, group=ctx.group)
+        parts = flat.split([grad.numel() for grad in grads])
+        return None, *(part.view(grad.shape) for part, grad in zip(parts, grads, strict=True))
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.mark_dirty(x)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, split: Split) -> Tensor:
+        ctx.split = split
+        return split.gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.split.take(grad), None
+
+
+def enter(axis: Axis, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Replicated tensors on their way into split computation: their gradients, each rank's part, are summed over the
+    axis in one all-reduce once all are there. All of one dtype."""
+    return tensors if axis.size == 1 else _Enter.apply(axis.group, *tensors)
+
+
+def leave(axis: Axis, x: Tensor) -> Tensor:
+    """Sum of the ranks' x, computed in place: x must be a fresh result."""
+    return x if axis.size == 1 else _Leave.apply(x, axis.group)
+
+
+def gather_columns(split: Split, x: Tensor) -> Tensor:
+    """All columns of x [..., local], without padding; split.dim must be x's last."""
+    return x if split.axis.size == 1 else _Gather.apply(x, split)

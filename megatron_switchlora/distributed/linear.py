@@ -1,0 +1,85 @@
+"""Linear layers and the embedding, split over tensor-parallel ranks (Megatron-LM, arXiv 1909.08053).
+
+    ColumnParallelLinear    weight [out, in], split on out: needs all of x, gives a part of y
+    RowParallelLinear       weight [out, in], split on in: takes a part of x, sums y over the ranks
+    VocabParallelEmbedding  weight [vocabulary, hidden], split on the vocabulary, summed likewise
+A size that does not divide is padded with zero rows or columns, which stay zero: a padded output meets a
+padded, zero input of the next layer, so its gradient is zero. A block calls `enter_block` once: its
+backward sums the gradient of x over the ranks, and with it those of replicated parameters of which
+each rank computes a part (a low-rank layer has one). No biases, as in LLaMA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_switchlora.distributed.collectives import enter, leave
+from megatron_switchlora.distributed.shard import Axis, Split, declare
+
+
+class ParallelLinear(nn.Module):
+    """y = x W^T with x [..., in] and W [out, in]; the base of the two splits. `in_features` and `out_features` are the
+    full sizes."""
+
+    split_dim: int
+
+    def __init__(self, in_features: int, out_features: int, tp: Axis) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.tp = in_features, out_features, tp
+        shape = [out_features, in_features]
+        self.split = Split(self.split_dim, shape[self.split_dim], tp)
+        shape[self.split_dim] = self.split.local
+        self.weight = declare(nn.Parameter(torch.empty(shape)), shard=self.split)
+
+    def partial_parameters(self) -> tuple[nn.Parameter, ...]:
+        """Replicated parameters of whose gradient every rank computes a part."""
+        return ()
+
+    def forward(self, x: Tensor, *entered: Tensor) -> Tensor:
+        """`entered` are the partial parameters as `enter_block` returned them."""
+        y = F.linear(x, self.weight)
+        return leave(self.tp, y) if self.split_dim == 1 else y
+
+    def effective_weight(self) -> Tensor:
+        """This rank's part of the matrix [out, in] that the layer applies."""
+        return self.weight.detach()
+
+
+class ColumnParallelLinear(ParallelLinear):
+    """Split on the output features: q, k, v, gate, up and the head."""
+
+    split_dim = 0
+
+
+class RowParallelLinear(ParallelLinear):
+    """Split on the input features: o and down."""
+
+    split_dim = 1
+
+
+def enter_block(x: Tensor, linears: Sequence[nn.Module], tp: Axis) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    """x on its way into a block of these linears, and each linear's partial parameters: pass them to its forward."""
+    partial = [linear.partial_parameters() for linear in linears]  # type: ignore[operator]
+    x, *flat = enter(tp, x, *(param for params in partial for param in params))
+    waiting = iter(flat)
+    return x, [tuple(next(waiting) for _ in params) for params in partial]
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token ids [...] to vectors [..., hidden]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, tp: Axis) -> None:
+        super().__init__()
+        self.split = Split(0, vocab_size, tp)
+        self.weight = declare(nn.Parameter(torch.empty(self.split.local, hidden_size)), shard=self.split)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.split.axis.size == 1:
+            return F.embedding(tokens, self.weight)
+        local, here = self.split.locate(tokens)
+        vectors = F.embedding(local, self.weight)
+        return leave(self.split.axis, vectors.masked_fill(~here.unsqueeze(-1), 0.0))

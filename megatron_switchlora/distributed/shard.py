@@ -1,0 +1,121 @@
+"""How a tensor is split over ranks, and what a parameter knows about itself.
+
+An `Axis` is this process's line of ranks along one mesh axis. A `Split` cuts one dimension of a tensor
+into equal contiguous blocks along an axis; a size that does not divide is padded with zeros at its end.
+`declare` puts the facts on the parameter, once; initialisation, gradient norm, optimizer layout, export
+and checks read them from there, never from its name.
+    shard   how the parameter is cut over tensor-parallel ranks, or None when every rank holds all of it
+    rows    True when dimension 0 counts LoRA vectors that have an Adam step counter each
+    head    which of the LTE heads of this process it belongs to
+Initial values are drawn for the full tensor from a generator seeded by (seed, name), then cut, so they
+depend neither on the order of construction nor on the mesh.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_switchlora.config.run import shard_size
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Size of a mesh axis, this rank's position on it, and the group of its line (None: alone)."""
+
+    size: int = 1
+    rank: int = 0
+    group: Optional[dist.ProcessGroup] = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """Dimension `dim` of a tensor, `size` long without padding, cut over `axis`."""
+
+    dim: int
+    size: int
+    axis: Axis
+
+    @property
+    def local(self) -> int:
+        """Length of every rank's block, padding included."""
+        return shard_size(self.size, self.axis.size)
+
+    @property
+    def start(self) -> int:
+        """Where this rank's block begins."""
+        return self.axis.rank * self.local
+
+    @property
+    def real(self) -> int:
+        """Entries of this rank's block that are not padding."""
+        return max(0, min(self.local, self.size - self.start))
+
+    def locate(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices into the full dimension as indices into this rank's block, and which are here (others read 0)."""
+        local = indices - self.start
+        here = (local >= 0) & (local < self.real)
+        return local.masked_fill(~here, 0), here
+
+    def take(self, full: Tensor) -> Tensor:
+        """This rank's block of a full tensor, padded with zeros; a view where nothing is padded."""
+        part = full.narrow(self.dim, min(self.start, self.size), self.real)
+        if self.real == self.local:
+            return part
+        shape = list(full.shape)
+        shape[self.dim] = self.local - self.real
+        return torch.cat([part, full.new_zeros(shape)], self.dim)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The full tensor without padding, from every rank's block; collective over the axis."""
+        if self.axis.size == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.axis.size)]
+        dist.all_gather(parts, part.contiguous(), group=self.axis.group)
+        return torch.cat(parts, self.dim).narrow(self.dim, 0, self.size)
+
+
+def declare(param: nn.Parameter, *, shard: Optional[Split], rows: bool = False, head: int = 0) -> nn.Parameter:
+    """Mark a parameter; returns it."""
+    param.shard = shard  # type: ignore[attr-defined]
+    param.rows = rows  # type: ignore[attr-defined]
+    param.head = head  # type: ignore[attr-defined]
+    # DeepSpeed's word for "not a replica": its gradient norm counts other parameters on tensor-parallel rank 0 only
+    param.tensor_model_parallel = is_split(param)  # type: ignore[attr-defined]
+    return param
+
+
+def is_split(param: Tensor) -> bool:
+    """Whether other tensor-parallel ranks hold other parts of the parameter."""
+    shard: Optional[Split] = getattr(param, "shard", None)
+    return shard is not None and shard.axis.size > 1
+
+
+def has_rows(param: Tensor) -> bool:
+    """Whether dimension 0 counts LoRA vectors."""
+    return getattr(param, "rows", False)
+
+
+def full_shape(param: nn.Parameter) -> list[int]:
+    """Shape of the whole, unpadded tensor."""
+    shape, shard = list(param.shape), param.shard  # type: ignore[attr-defined]
+    if shard is not None:
+        shape[shard.dim] = shard.size
+    return shape
+
+
+def shard_of(param: nn.Parameter, full: Tensor) -> Tensor:
+    """What this rank holds of the parameter's full value."""
+    shard: Optional[Split] = param.shard  # type: ignore[attr-defined]
+    return full if shard is None else shard.take(full)
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that depends on (seed, name) alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,150 @@
+"""From a checkpoint of any mesh to Hugging Face and PEFT, with a few tensors in memory at a time.
+
+`export_dense` folds the adapters and writes sharded safetensors that `AutoModelForCausalLM` loads;
+`export_peft` writes the frozen base likewise and the adapters beside it, as a LoRA that `PeftModel` loads
+(its lora_B is [out, r]: ours transposed) and that names its base by its absolute path. Folders are built aside and
+renamed: complete or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_switchlora.checkpoint.archive import grouped, save_durably
+from megatron_switchlora.checkpoint.files import Checkpoint, build_folder
+from megatron_switchlora.checkpoint.weights import Weights
+from megatron_switchlora.config.run import UserError
+from megatron_switchlora.data.hf_tokenizer import as_trained, load_tokenizer, save_tokenizer
+from megatron_switchlora.hf.folders import hf_config, joined_marks, write_configs
+
+SHARD_BYTES = 1 << 30
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def write_shards(folder: Path, sizes: dict[str, int], read: Callable[[str], Tensor], limit: int = SHARD_BYTES) -> None:
+    """Write tensors, by name with their bytes, as model.safetensors, or as shards of at most `limit` bytes (or one
+    tensor) with an index; a shard at a time is in memory."""
+    shards = list(grouped(sizes, sizes.__getitem__, limit))
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_tensors({name: read(name) for name in names}, folder / file)
+        index |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """One file in transformers' format."""
+    save_durably({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+def export_dense(checkpoint: Checkpoint, out: Path, dtype: str = "bf16", limit: int = SHARD_BYTES) -> None:
+    """Write the effective weights, cast after folding, with configuration and tokenizer.
+
+    Raises:
+        UserError: `out` exists or cannot be written.
+    """
+    weights = Weights(checkpoint)
+
+    def fill(folder: Path) -> None:
+        _write_model(weights, checkpoint, folder, dtype, weights.read, limit)
+
+    build_folder(out, fill)
+
+
+def _write_model(
+    weights: Weights, checkpoint: Checkpoint, folder: Path, dtype: str, read: Callable[[str], Tensor], limit: int
+) -> None:
+    target = DTYPES[dtype]
+    sizes = {name: torch.Size(weights.shape(name)).numel() * target.itemsize for name in weights.names()}
+    write_shards(folder, sizes, lambda name: read(name).to(target), limit)
+    marks = joined_marks(_hand_on_tokenizer(weights, checkpoint.folder / "tokenizer", folder), weights.imported)
+    seq_len = weights.config.get("train", {}).get("seq_len", weights.model.max_position_embeddings)
+    stored = str(target).removeprefix("torch.")
+    write_configs(folder, hf_config(weights.model, weights.vocab_size, seq_len, marks, stored), marks["generation"])
+
+
+def _hand_on_tokenizer(weights: Weights, source: Path, folder: Path) -> Any:
+    """Write the tokenizer, if there is one: a run's as it was trained with, an import's as it came. Returns the one
+    that trained, or None."""
+    if not source.is_dir():
+        return None
+    if "data" not in weights.config:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        return None if weights.imported else load_tokenizer(str(source))
+    tokenizer = as_trained(load_tokenizer(str(source)), weights.config["data"].get("add_bos", False))
+    save_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
+def export_peft(
+    checkpoint: Checkpoint, out: Path, dtype: str = "bf16", limit: int = SHARD_BYTES, original: bool = False
+) -> None:
+    """Write `out`/base and `out`/adapter. With `original` the base's adapted matrices are those that the run began from
+    and the adapter has rank 2r: [B, -B_0] [A; A_0] (LoRA-GA, section 3).
+
+    Raises:
+        UserError: a checkpoint without adapters, or with `original` without A_0 and B_0; `out` exists or cannot be
+            written.
+    """
+    weights = Weights(checkpoint)
+    adapted = [name for name in weights.names() if weights.adapted(name)]
+    if not adapted:
+        method = weights.config.get("method", {}).get("name", "none")
+        raise UserError(
+            f"{checkpoint.folder} was trained with method {method} and has no adapters to export: leave --peft out."
+        )
+    if original and not weights.keeps_initial:
+        raise UserError(
+            f"{checkpoint.folder} does not hold the factors that its run began with, which method lora with "
+            f"method.init lora_ga keeps (this is {weights.method.name}, {weights.method.init}): leave it out."
+        )
+
+    def fill(folder: Path) -> None:
+        for name in ("base", "adapter"):
+            (folder / name).mkdir()
+        _write_model(weights, checkpoint, folder / "base", dtype, weights.original if original else weights.base, limit)
+        tensors: dict[str, Tensor] = {}
+        for name in adapted:
+            A, B = weights.factors(name)
+            if original:
+                A_0, B_0 = weights.initial_factors(name)
+                A, B = torch.cat([A, A_0]), torch.cat([B, -B_0])
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{stem}.lora_A.weight"] = A.to(DTYPES[dtype])
+            tensors[f"{stem}.lora_B.weight"] = B.t().to(DTYPES[dtype])
+        save_tensors(tensors, folder / "adapter" / "adapter_model.safetensors")
+        config = json.dumps(peft_config(weights, adapted, str(out.absolute() / "base"), 1 + original), indent=2)
+        (folder / "adapter" / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
+
+    build_folder(out, fill)
+
+
+def peft_config(weights: Weights, adapted: Iterable[str], base: str, times: int = 1) -> dict[str, Any]:
+    """`adapter_config.json`: plain LoRA with our rank, or so many times it (those of LTE heads side by side), and the
+    alpha that keeps our scaling."""
+    method = weights.method
+    rank = method.adapter_rank * max(1, len(weights.heads)) * times
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": weights.scaling * (math.sqrt(rank) if method.rslora else rank),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": method.rslora,
+        "inference_mode": True,
+        "target_modules": sorted({name.split(".")[-2] for name in adapted}),
+    }

@@ -1,0 +1,139 @@
+"""Out to Hugging Face and back: the merged model as a folder that `transformers` loads.
+
+Adapters are folded in W's precision (fp32); module names are Hugging Face's already. Tensor-parallel
+shards are gathered and their padding is stripped. Only safetensors and JSON are read or written.
+
+`marks` are the numbers of the begin, end and padding mark, and what else a model that was imported says of generation:
+{"bos_token_id": int | None, "eos_token_id": int | list[int] | None, "pad_token_id": int | None, "generation": {...}}.
+They travel from an import through checkpoints' state.json to exports.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_switchlora.checkpoint.archive import save_durably
+from megatron_switchlora.config.run import ModelConfig, UserError
+from megatron_switchlora.distributed.shard import full_shape, shard_of
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.llama.rope import rope_parameters
+
+MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def joined_marks(tokenizer: Any, imported: dict[str, Any]) -> dict[str, Any]:
+    """The marks of a model trained on a tokenizer's text (None: not trained at all), in its configuration and for its
+    generation: the tokenizer's, the import's where it has none; the end marks of both, as a list if they differ."""
+    generation = imported.get("generation") or {"do_sample": False}
+    theirs = {**imported, **{key: generation[key] for key in MARKS if generation.get(key) is not None}}
+    return {**_joined(tokenizer, imported), "generation": {**generation, **_joined(tokenizer, theirs)}}
+
+
+def _joined(tokenizer: Any, imported: dict[str, Any]) -> dict[str, Any]:
+    own = {key: getattr(tokenizer, key, None) for key in MARKS}
+    marks = {key: imported.get(key) if own[key] is None else own[key] for key in MARKS}
+    ends = imported.get("eos_token_id")
+    listed = ends if isinstance(ends, list) else [ends]
+    if ends is not None:
+        known = own["eos_token_id"] in (None, *listed)
+        marks["eos_token_id"] = ends if known else [own["eos_token_id"], *listed]
+    return marks
+
+
+def hf_config(
+    config: ModelConfig, vocab_size: int, seq_len: int, marks: dict[str, Any], dtype: str = "float32"
+) -> dict[str, Any]:
+    """`config.json` of the equivalent `transformers.LlamaForCausalLM`, its weights stored as `dtype`."""
+    # where transformers 4 looks for it; version 5 reads either
+    scaling = {} if config.rope_scaling is None else {"rope_scaling": config.rope_scaling}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": max(seq_len, config.max_position_embeddings or 0),
+        "rope_parameters": rope_parameters(config),
+        "rope_theta": config.rope_theta,
+        **scaling,
+        "rms_norm_eps": config.rms_norm_eps,
+        "initializer_range": config.initializer_range,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        **{key: marks[key] for key in MARKS},
+        "use_cache": True,
+        "dtype": dtype,
+    }
+
+
+def write_configs(folder: Path, config: dict[str, Any], generation: dict[str, Any]) -> None:
+    """`config.json` and `generation_config.json`."""
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def merged_state_dict(model: LlamaForCausalLM, keeps: bool = True) -> dict[str, Tensor]:
+    """The effective weights by Hugging Face name, fp32 on the CPU, on the ranks that keep them; a tied head is left
+    out. Collective over tp."""
+    state = {}
+    for name, module in model.named_modules():
+        if getattr(module, "weight", None) is None or (name == "lm_head" and model.config.tie_embeddings):
+            continue
+        part = module.effective_weight() if hasattr(module, "effective_weight") else module.weight.detach()
+        split = getattr(module, "split", None)
+        whole = part if split is None else split.gather(part)
+        if keeps:
+            state[f"{name}.weight"] = whole.to("cpu", torch.float32).contiguous()
+    return state
+
+
+def export_model(
+    model: LlamaForCausalLM, folder: Path, seq_len: int, marks: dict[str, Any] | None = None, writes: bool = True
+) -> None:
+    """Write `config.json`, `generation_config.json` and `model.safetensors` into an existing folder, on the rank that
+    `writes`; `marks` are `joined_marks`, by default none. Collective over tp."""
+    state = merged_state_dict(model, keeps=writes)
+    if not writes:
+        return
+    marks = marks or joined_marks(None, {})
+    write_configs(folder, hf_config(model.config, model.vocab_size, seq_len, marks), marks["generation"])
+    save_durably(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def load_merged(model: LlamaForCausalLM, folder: Path) -> None:
+    """Load an exported folder into a model whose linears are plain, or this rank's part of it.
+
+    Raises:
+        UserError: no such file, a damaged one, or tensors that do not fit the model.
+    """
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: a finished run has it; give the run folder with --output_dir.")
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}): export a checkpoint of the run anew.") from None
+    if model.config.tie_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    own = dict(model.named_parameters(remove_duplicate=False))
+    names = sorted(set(own) | set(state))
+    wrong = [n for n in names if n not in own or n not in state or full_shape(own[n]) != list(state[n].shape)]
+    if wrong:
+        raise UserError(
+            f"{path} does not fit the configured model: {len(wrong)} tensors differ, the first is {wrong[0]}."
+        )
+    model.load_state_dict({name: shard_of(own[name], tensor) for name, tensor in state.items()})

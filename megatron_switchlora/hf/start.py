@@ -1,0 +1,98 @@
+"""A Hugging Face folder becomes the starting point of runs: a checkpoint of weights alone, with all that belongs to it.
+
+The tokenizer's files go along as they are, and config.json's and generation_config.json's marks and settings of
+generation in state.json, so that runs hand them on to their exports (`hf.joined_marks`). Of links, only those within
+the model's own folder are followed; files that only their owner may read stay so.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from megatron_switchlora.checkpoint.archive import grouped, write_parts
+from megatron_switchlora.checkpoint.files import build_folder, seal
+from megatron_switchlora.config.run import require
+from megatron_switchlora.data.hf_tokenizer import require_own, tokenizer_files
+from megatron_switchlora.distributed.slices import Part
+from megatron_switchlora.hf.adapter import is_adapter, read_adapter
+from megatron_switchlora.hf.folders import MARKS
+from megatron_switchlora.hf.import_ import hf_shapes, hf_tensors, read_hf_config, read_object
+
+
+def import_model(source: Path, out: Path, limit: int = 1 << 30, base: Path | None = None) -> None:
+    """Make a Hugging Face folder, or a LoRA's of PEFT over its base, the starting point of runs: a checkpoint of
+    weights alone, in files of about `limit` bytes, with its tokenizer, if it has one, and model.yaml for --config.
+
+    Raises:
+        UserError: as `read_hf_config`, `hf_tensors` and `read_adapter`; links out of the folder; `out` exists or cannot
+            be written.
+    """
+    adapter = read_adapter(source, base) if is_adapter(source) else None
+    require(adapter is not None or base is None, f"{source} is no adapter, so that it has no base: leave --base out.")
+    whole = adapter.base if adapter else source
+    config, vocab_size = read_hf_config(whole)
+    tensors = hf_tensors(whole, config, vocab_size)  # refuses here, before anything is written
+    if adapter:
+        tensors = adapter.merged(tensors, hf_shapes(config, vocab_size))
+    imported = read_marks(whole)
+    folders = [folder for folder in (source, whole) if tokenizer_files(folder)]
+    if folders:
+        require_own(folders[0], tokenizer_files(folders[0]))
+
+    def fill(folder: Path) -> None:
+        _write_tensors(tensors, folder, limit)
+        model = asdict(config)
+        state = {"step": 0, "config": {"model": model}, "vocab_size": vocab_size, "imported_from": str(source)}
+        (folder / "state.json").write_text(json.dumps({**state, "imported": imported}, indent=1), encoding="utf-8")
+        given = {key: value for key, value in model.items() if value is not None}
+        (folder / "model.yaml").write_text(yaml.safe_dump({"model": given}, sort_keys=False), encoding="utf-8")
+        if folders:
+            copy_tokenizer(folders[0], folder / "tokenizer")
+        seal(folder, 0)
+
+    build_folder(out, fill)
+
+
+def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: int) -> None:
+    parts = (Part(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor, None) for name, tensor in tensors)
+    for number, group in enumerate(grouped(parts, lambda part: part.tensor.nbytes, limit)):
+        write_parts(folder / f"tensors-{number:05d}.safetensors", group)
+        group.clear()  # before the next tensors are read
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a tokenizer's files to a new folder, chat templates in folders of their own too; nothing becomes readable to
+    more than it was."""
+    folder.mkdir()
+    for path in tokenizer_files(source):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+        target.chmod(target.stat().st_mode & path.stat().st_mode)
+
+
+def read_marks(folder: Path) -> dict[str, Any]:
+    """The marks that config.json names, and what generation_config.json holds, if there is one.
+
+    Raises:
+        UserError: a damaged file, or marks that are no tokens.
+    """
+    config, path = read_object(folder / "config.json"), folder / "generation_config.json"
+    generation = read_object(path) if path.is_file() else {}
+    for file, content in ((folder / "config.json", config), (path, generation)):
+        for key in MARKS:
+            value = content.get(key)
+            listed = value if isinstance(value, list) and key == "eos_token_id" else [value]
+            require(
+                value is None or (len(listed) > 0 and all(type(each) is int for each in listed)),
+                f"{file} must hold {key} as the number of a token, not {value!r}: correct it.",
+            )
+    return {**{key: config.get(key) for key in MARKS}, "generation": generation}

@@ -1,0 +1,191 @@
+"""How long a step takes on a machine that is not here: a model of its time, from the configuration alone.
+
+    compute         FLOPs of the method / (peak x efficiency), and what passes through memory beside the products:
+                    W read and W + sBA written for each micro-batch, the optimizer's state
+    communication   each flow of `planning/traffic.py` as a ring over the ranks of its axis: within a node by the links
+                    between its GPUs, else by what joins nodes, which all rings that leave a node share
+Ranks lie lte x dp x tp, tp innermost, nodes one after the other. DeepSpeed's stages reduce after the backward pass
+unless `overlap_comm` is set; then stage 1 hides as much as the last micro-batch's backward pass lasts, stage 2 as all
+last. The bank's rows travel while the next step computes. Not modelled: latency, stragglers, what kernels lose at small
+sizes, what goes to host memory and back (bank, LTE's origins), decompositions, quantising, data, evaluation. The
+efficiency is an assumption; what a run reports as MFU says what it is on a machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_switchlora.config.deepspeed import Zero
+from megatron_switchlora.config.run import RunConfig, accumulation_steps
+from megatron_switchlora.distributed.mesh import AXES, PLANES
+from megatron_switchlora.planning.counts import Projection, compute_bytes, count_here, projections
+from megatron_switchlora.planning.memory import is_merged, nf4_bytes
+from megatron_switchlora.planning.traffic import Flow, axis_size, flows, on_the_wire
+from megatron_switchlora.startup.device import BF16_PEAK
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Dense FLOPs a second in bf16 and in fp32 (no TF32), bytes of memory, its bytes a second, and those of its links
+    to the GPUs of its node, one way."""
+
+    bf16: float
+    fp32: float
+    memory: float
+    bandwidth: float
+    peers: float
+
+    def peak(self, precision: str) -> float:
+        return self.bf16 if precision == "bf16" else self.fp32
+
+
+# Vendors' data sheets: dense bf16 and fp32, memory, its bandwidth, NVLink (or PCIe) one way.
+GPUS = {
+    "a100-40gb": Gpu(BF16_PEAK["A100"], 19.5e12, 40e9, 1.555e12, 300e9),
+    "a100": Gpu(BF16_PEAK["A100"], 19.5e12, 80e9, 2.039e12, 300e9),
+    "l40s": Gpu(BF16_PEAK["L40S"], 91.6e12, 48e9, 0.864e12, 32e9),
+    "h100": Gpu(BF16_PEAK["H100"], 67e12, 80e9, 3.35e12, 450e9),
+    "h200": Gpu(BF16_PEAK["H200"], 67e12, 141e9, 4.8e12, 450e9),
+    "b200": Gpu(2250e12, 80e12, 180e9, 7.7e12, 900e9),
+    "rtx4090": Gpu(165e12, 82.6e12, 24e9, 1.008e12, 32e9),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`link` is what a node sends to others a second, one way, over all its adapters; `efficiency` the share of the
+    peak that matrix products reach."""
+
+    gpu: Gpu
+    nodes: int
+    gpus: int
+    link: float
+    efficiency: float = 0.45
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.gpus
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step. `exposed` by kind of traffic is what communication adds, `hidden` what goes on meanwhile;
+    `by_link` are the bytes of a step on a GPU's links within the node, and of a node on what joins nodes."""
+
+    compute: float
+    exposed: dict[str, float]
+    hidden: float
+    by_link: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + sum(self.exposed.values())
+
+
+def flops_per_token(config: RunConfig, vocab_size: int, tp: int, micro_batches: int) -> float:
+    """FLOPs of all ranks for a token, forward and backward, as the method computes: of a matrix [m, n] 6 m n in
+    full-rank training; 4 m n + 4 r (m + n) and its share of forming W + sBA, or 4 m n + 6 r (m + n) in the split form
+    (12 with the factors of the last merge); attention and head; a forward pass more with checkpointing."""
+    model, train = config.model, config.train
+    again = train.activation_checkpointing
+    total = sum(
+        tp * _matrix_flops(config, p, tp, micro_batches, again, again and number == 6)
+        for number, p in enumerate(projections(model))
+    )
+    attention = (8 if again else 6) * model.num_heads * model.head_dim * train.seq_len
+    return model.num_layers * (total + attention) + 6 * model.hidden_size * vocab_size
+
+
+def _matrix_flops(
+    config: RunConfig, projection: Projection, tp: int, micro_batches: int, again: bool, last: bool
+) -> float:
+    """Of one of the seven, on a rank. A layer that is computed `again` stops before its last product."""
+    method, tokens = config.method, config.train.micro_batch_size * config.train.seq_len
+    m, n = projection.shard(tp)
+    rank = method.adapter_rank
+    if not method.adapts:
+        return (6 + 2 * again - 2 * last) * m * n
+    if method.shares_base:
+        factors = 2 if method.resetless else 1
+        return (4 + 2 * again - 2 * last) * m * n + factors * (6 + 2 * again) * rank * (m + n)
+    if is_merged(config, projection, tp, micro_batches):
+        formed = _times_formed(config, micro_batches)
+        return (4 + 2 * again) * m * n + 4 * rank * (m + n) + formed * 2 * m * n * rank / tokens
+    return (4 + 2 * again) * m * n + (6 + 2 * again) * rank * (m + n) - 2 * last * rank * m
+
+
+def _times_formed(config: RunConfig, micro_batches: int) -> float:
+    """How often a micro-batch forms the W + sBA of a merged layer."""
+    again = config.train.activation_checkpointing
+    return {"accumulation": 1 / micro_batches, "recompute": 2 + again}.get(config.method.merged_cache, 1 + again)
+
+
+def memory_traffic(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Zero) -> float:
+    """Bytes that pass through a rank's memory in a step beside matrix products: the fp32 W read and W + sBA written of
+    each micro-batch, and the optimizer's state: gradient, master and two moments read, three of them written."""
+    method = config.method
+    share = 1 if zero.stage == 0 else mesh["dp"]
+    state = 28 * count_here(config, vocab_size, mesh["tp"]).trainable / share
+    if not method.adapts:
+        return state
+    micro_batches = accumulation_steps(config, mesh["dp"])
+    again = config.train.activation_checkpointing
+    total = 0.0
+    for p in projections(config.model):
+        m, n = p.shard(mesh["tp"])
+        if is_merged(config, p, mesh["tp"], micro_batches):
+            total += _times_formed(config, micro_batches) * m * n * (4 + compute_bytes(config))
+        elif method.base == "nf4":
+            total += (2 + again) * (nf4_bytes(m, n) + m * n * compute_bytes(config))
+        elif compute_bytes(config) != 4:  # W in bf16
+            total += (1 + again) * m * n * (4 + compute_bytes(config))
+    return state + micro_batches * config.model.num_layers * total
+
+
+def step_time(
+    config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Zero, machine: Machine, overlap: bool
+) -> StepTime:
+    """The time of a step of this run on a machine whose ranks the mesh fills. `overlap`: gradients are reduced while
+    the backward pass goes on."""
+    train = config.train
+    flops = flops_per_token(config, vocab_size, mesh["tp"], accumulation_steps(config, mesh["dp"]))
+    products = flops * train.global_batch_size * train.seq_len / machine.world
+    compute = products / (machine.gpu.peak(train.precision) * machine.efficiency)
+    backward = compute * (3 / 4 if train.activation_checkpointing else 2 / 3)
+    if zero.stage < 2:  # only the last micro-batch's gradients are reduced while it is under way
+        backward /= accumulation_steps(config, mesh["dp"])
+    compute += memory_traffic(config, vocab_size, mesh, zero) / machine.gpu.bandwidth
+    exposed: dict[str, float] = {}
+    by_link = {"within nodes": 0.0, "between nodes": 0.0}
+    hidden = 0.0
+    for flow in flows(config, vocab_size, mesh, zero):
+        links, seconds = flow_time(flow, mesh, machine)
+        for link, count in links.items():
+            by_link[link] += count
+        behind = {"bank": compute, "gradients": backward if overlap else 0.0}.get(flow.kind, 0.0)
+        covered = min(seconds, max(0.0, behind - hidden))
+        hidden += covered
+        exposed[flow.kind] = exposed.get(flow.kind, 0.0) + seconds - covered
+    return StepTime(compute, exposed, hidden, by_link)
+
+
+def flow_time(flow: Flow, mesh: dict[str, int], machine: Machine) -> tuple[dict[str, float], float]:
+    """(bytes by link, seconds) of one flow: on a GPU's links in its node, and on a node's to others. A ring that goes
+    over both is as fast as the slower."""
+    sent = on_the_wire(flow.op, flow.bytes, axis_size(mesh, flow.axis))
+    stays, leaves = rings_of_a_node(flow.axis, mesh, machine.gpus)
+    links = {"within nodes": sent if stays else 0.0, "between nodes": leaves * sent}
+    return links, max(links["within nodes"] / machine.gpu.peers, links["between nodes"] / machine.link)
+
+
+def rings_of_a_node(axis: str, mesh: dict[str, int], gpus: int) -> tuple[bool, int]:
+    """Of the rings along an axis or plane, each through its ranks in order: whether any goes from one GPU to another of
+    its node, and how many leave the node which most do."""
+    grid = np.arange(mesh["lte"] * mesh["dp"] * mesh["tp"]).reshape([mesh[name] for name in AXES])
+    along = [AXES.index(name) for name in PLANES.get(axis, (axis,))]
+    lines = np.moveaxis(grid, along, range(-len(along), 0)).reshape(-1, axis_size(mesh, axis))
+    following = np.roll(lines, -1, axis=1)
+    nodes, leaves = lines // gpus, lines // gpus != following // gpus
+    return bool(np.any(~leaves & (lines != following))), int(np.bincount(nodes[leaves], minlength=1).max())

@@ -1,0 +1,282 @@
+"""The run folder: what a run leaves behind, and who may write where.
+
+    config.yaml, ds_config.json   resolved configuration
+    meta.json                     versions, git revision, mesh, counts, data, outcome
+    metrics.jsonl                 one object a step, one an evaluation
+    metrics.head_XX.jsonl         one a step of each LTE head, from its first rank
+    loss.png, tokenizer/, final/  curve, tokenizer, the merged model in Hugging Face's format
+    checkpoints/                  published checkpoints
+    metrics.dropped*.jsonl        records that were written after the checkpoint from which a run was resumed, and
+                                  damaged lines
+But for the heads' records only rank 0 writes, and holds a lock on the folder. Files are replaced by renames; whatever
+is a link in the folder is replaced or refused, never written through. `checkpoints` alone may be one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, BinaryIO, Optional
+
+from safetensors import SafetensorError
+
+from megatron_switchlora.config.run import RunConfig, UserError
+from megatron_switchlora.config.yaml_text import dump_yaml
+from megatron_switchlora.disk import open_no_follow, read_json, remove_asides, replace_text, shown
+from megatron_switchlora.run.figures import decorating, new_figure, save_figure
+from megatron_switchlora.run.metrics_log import RecordFile, as_line, keep_records, sort_records
+
+RUN_FILES = ("config.yaml", "ds_config.json", "metrics.jsonl", "meta.json", "tokenizer", "checkpoints", "final")
+ASIDES = (*map(re.escape, RUN_FILES), "loss\\.png", r"metrics\.head_\d+\.jsonl")
+META: dict[str, type] = {  # what is read of meta.json anywhere
+    "finished": bool, "branched_from": str, "resumed_at": list, "data": str, "val_loss": float, "device": str,
+    "parameters": dict, "vocab_size": int, "versions": dict,
+}  # fmt: skip
+
+
+def _files_of_run(folder: Path) -> list[str]:
+    """What there is of a run in the folder. An empty `checkpoints` made beforehand, a link to a larger disk perhaps, is
+    none of it."""
+    found = [name for name in RUN_FILES if os.path.lexists(folder / name)]
+    with contextlib.suppress(OSError):  # one that cannot be read: told by whoever reads it
+        if "checkpoints" in found and not os.listdir(folder / "checkpoints"):
+            found.remove("checkpoints")
+    return found
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there is something of a run in the folder."""
+    return bool(_files_of_run(folder))
+
+
+def refuse_folder(folder: Path) -> None:
+    """Raises: UserError, if the folder holds a run or could not be made."""
+    for link in (folder / "checkpoints", folder, *folder.absolute().parents):
+        if link.is_symlink() and not link.exists():
+            raise UserError(
+                f"The output folder {folder} cannot be used: {link} is a link to {os.readlink(link)}, which is not "
+                "there. Make that folder, or remove the link."
+            )
+    found = _files_of_run(folder)
+    if found:
+        raise UserError(
+            f"The output folder {folder} already holds a run ({', '.join(found)}), which is never overwritten: choose "
+            "another --output_dir or move the folder away."
+        )
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"The output folder {folder} cannot be made: {parent} is not a folder that can be written.")
+    if (folder / ".lock").is_symlink():
+        raise _is_link(folder / ".lock")
+
+
+def _is_link(path: Path) -> UserError:
+    return UserError(f"{path} is a link, and nothing is written through links: remove it, or choose another folder.")
+
+
+def create_folder(folder: Path) -> Path:
+    """Make the folder and claim it with an empty metrics.jsonl, which only one of two runs can do.
+
+    Raises:
+        UserError: it holds a run, or cannot be written.
+    """
+    refuse_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").touch(exist_ok=False)
+    except FileExistsError:
+        raise UserError(f"The output folder {folder} was just taken by another run: choose another.") from None
+    except OSError as error:
+        raise UserError(
+            f"The output folder {folder} cannot be written: {error.strerror}. Choose another --output_dir."
+        ) from None
+    return folder
+
+
+def default_folder(method: str) -> Path:
+    """Create runs/<method>-<date>-<time>, numbered if another run has taken that second.
+
+    Raises:
+        UserError: runs/ cannot be written.
+    """
+    base = f"{method}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in range(1, 100):
+        folder = Path("runs") / (base if number == 1 else f"{base}-{number}")
+        if not folder.exists():
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                return create_folder(folder)
+    raise UserError(f"A hundred runs have taken {Path('runs') / base}: give --output_dir.")
+
+
+def _git(*arguments: str) -> Optional[str]:
+    """What git says of the tree this package lies in, if it is one."""
+    try:
+        done = subprocess.run(
+            ["git", "--no-optional-locks", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
+            timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, ValueError, subprocess.SubprocessError):  # also an answer that is not UTF-8
+        return None
+    return done.stdout.strip()
+
+
+def versions() -> dict[str, Optional[str]]:
+    """Versions of what computes, and the git revision with a mark if the tree is changed."""
+    found: dict[str, Optional[str]] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("megatron_switchlora", "torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    revision = _git("rev-parse", "HEAD")
+    found["git_revision"] = revision and revision + ("-changed" if _git("status", "--porcelain", "-uno") else "")
+    return found
+
+
+def lock_folder(folder: Path) -> BinaryIO:
+    """Lock a run folder for the life of the process, or of the returned file.
+
+    Raises:
+        UserError: another process writes there, nobody may, or the lock is a link.
+    """
+    if (folder / ".lock").is_symlink():
+        raise _is_link(folder / ".lock")
+    with in_folder(folder):
+        file = open_no_follow(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another process is running in {folder}: wait for its end, or choose another.") from None
+        remove_asides(folder, ASIDES)
+    return file
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """A run's meta.json, without what is of another type than we write; empty if there is none, or a crash of the
+    machine has left it torn."""
+    try:
+        meta = read_json(folder / "meta.json")
+    except (OSError, ValueError):
+        return {}
+    meta = meta if isinstance(meta, dict) else {}
+    return {key: value for key, value in meta.items() if isinstance(value, META.get(key, object))}
+
+
+@contextlib.contextmanager
+def in_folder(folder: Path) -> Iterator[None]:
+    """Raises: UserError, if what is written in the folder inside meets a full or read-only disk."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} cannot be written ({error}): make room or give access, then start again with this --output_dir; "
+            "the run goes on from its newest checkpoint."
+        ) from None
+
+
+class RunFolder:
+    """Writes one run's files; on ranks other than 0 nothing is written, but for the records of LTE heads whose first
+    rank this is: those are named by `heads`. Records of an earlier start up to `keep_steps` stay, those of rank 0 are
+    `history` on all ranks; with None the folder is new."""
+
+    def __init__(self, path: Path, writes: bool, keep_steps: Optional[int] = None, heads: Iterable[int] = ()) -> None:
+        self.path, self.writes = path, writes
+        self.meta: dict[str, Any] = {}
+        self.history: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        if keep_steps is not None:
+            self.meta = read_meta(path)
+            self.history = self._kept(path / "metrics.jsonl", keep_steps, writes)
+        self.metrics = RecordFile(path / "metrics.jsonl") if writes else None
+        self.heads: dict[int, RecordFile] = {}
+        for head in heads:
+            own = path / f"metrics.head_{head:02d}.jsonl"
+            self._kept(own, keep_steps or 0, True)
+            self.heads[head] = RecordFile(own)
+        stat = path.stat()
+        self._identity = (stat.st_dev, stat.st_ino)
+
+    def _kept(self, path: Path, steps: int, writes: bool) -> list[dict[str, Any]]:
+        """The records of a file with which the run goes on; `notes` say what becomes of the others."""
+        if not writes:
+            return sort_records(path, steps).records
+        there = path.exists() and not path.is_symlink()
+        found, note = keep_records(path, steps)
+        self.notes += [note] * bool(note)
+        lost = steps - sum("loss" in record for record in found.records)
+        if steps and not there:
+            self.notes.append(f"{path.name} was not there: it begins anew after step {steps}")
+        elif steps and lost > 0 and path.stem == "metrics" and "branched_from" not in self.meta:  # there it begins late
+            self.notes.append(f"{path.name} has no record of {lost} of the {steps} steps before")
+        return found.records
+
+    def write_config(self, config: RunConfig, ds_config: dict[str, Any]) -> None:
+        if self.writes:
+            replace_text(self.path / "config.yaml", dump_yaml(config.to_dict()))
+            replace_text(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+
+    def update_meta(self, **entries: Any) -> None:
+        """Add entries to meta.json."""
+        self.meta.update(entries)
+        if self.writes:
+            replace_text(self.path / "meta.json", json.dumps(self.meta, indent=2) + "\n")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append an object to metrics.jsonl."""
+        self.history.append(record)
+        if self.metrics is not None:
+            self.metrics.log(record)
+
+    def _files(self) -> list[RecordFile]:
+        return [*([self.metrics] if self.metrics else []), *self.heads.values()]
+
+    def flush(self) -> None:
+        """Make the records durable."""
+        for file in self._files():
+            file.flush()
+
+    def require_there(self, what: str = "nothing can be saved") -> None:
+        """Raises: UserError, if this is not the folder any more that the run began in; a metrics.jsonl that was
+        deleted or replaced is written again."""
+        found = self.path.stat() if self.path.is_dir() else None
+        if found is None or (found.st_dev, found.st_ino) != self._identity:
+            raise UserError(
+                f"The run folder {self.path} has vanished, so that {what} and the run stops: bring it back and start "
+                "again with the same command line."
+            )
+        if self.metrics is not None and not self.metrics.in_place():
+            keep_records(self.metrics.path, 0)  # what an editor has put there
+            replace_text(self.metrics.path, "".join(map(as_line, self.history)))
+            self.metrics.file.close()
+            self.metrics = RecordFile(self.metrics.path)
+
+    def plot(self) -> None:
+        """loss.png: training loss of every step and validation loss."""
+        if self.writes:
+            with decorating("drawing loss.png"):
+                self._plot()
+
+    def _plot(self) -> None:
+        figure = new_figure(7, 4.5)
+        axes = figure.add_subplot()
+        for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+            points = [(r["step"], r[key]) for r in self.history if key in r]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
+        axes.set(xlabel="step", ylabel="loss (nats a token)", title=shown(self.path.name))
+        axes.grid(alpha=0.3)
+        save_figure(figure, self.path / "loss.png")
+
+    def close(self) -> None:
+        for file in self._files():
+            file.close()

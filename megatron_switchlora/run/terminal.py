@@ -1,0 +1,58 @@
+"""What rank 0 says while a run goes on, and what monitors get: a decoration, which may break without the run."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+from tqdm import tqdm
+
+from megatron_switchlora.run.figures import decorating
+
+
+class Terminal:
+    """Lines on standard output and, on a terminal, a progress bar; nothing where it does not speak."""
+
+    def __init__(self, speaks: bool) -> None:
+        self.speaks = speaks
+        self._bar: Optional[tqdm] = None
+        self._silent_monitor = False
+
+    def say(self, text: str) -> None:
+        if self.speaks:
+            with decorating("writing to the terminal"):
+                tqdm.write(text)
+
+    def begin(self, steps: int) -> None:
+        if self.speaks:
+            with decorating("the progress bar"):
+                self._bar = tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True)
+
+    def end(self) -> None:
+        if self._bar is not None:
+            with decorating("the progress bar"):
+                self._bar.close()
+
+    def show(self, record: dict[str, Any], last_step: int) -> None:
+        """One readable line a step; with a bar, at its end."""
+        if self.speaks:
+            with decorating("writing to the terminal"):
+                self._show(record, last_step)
+
+    def _show(self, record: dict[str, Any], last_step: int) -> None:
+        line = (
+            f"loss {record['loss']:.4f}  norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
+            f"{record['tokens_per_second']:,.0f} tok/s  switched {record['switched']}"
+        )
+        if self._bar is None or self._bar.disable:
+            print(f"step {record['step']:>6}/{last_step}  {line}", flush=True)
+        else:
+            self._bar.set_postfix_str(line, refresh=False)
+            self._bar.update()
+
+    def monitor(self, monitor: Any, step: int, values: dict[str, float]) -> None:
+        """Give values to DeepSpeed's monitor: TensorBoard, W&B, CSV. One that fails gets no more."""
+        if self.speaks and monitor.enabled and not self._silent_monitor:
+            self._silent_monitor = True
+            with decorating("DeepSpeed's monitor, which gets no more values,"):
+                monitor.write_events([(f"Train/{key}", value, step) for key, value in values.items()])
+                self._silent_monitor = False

@@ -1,0 +1,96 @@
+"""Where this rank computes, decided before deepspeed is imported.
+
+DeepSpeed picks its accelerator at import: with fewer GPUs than local ranks it must be told to use the
+CPU. The table of peaks is for MFU: dense bf16 FLOP/s of the vendor's data sheets, fp32 runs have none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+from typing import Optional
+
+import torch
+
+from megatron_switchlora.config.run import require
+from megatron_switchlora.startup.environment import Ranks, cpu_threads
+
+BF16_PEAK = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12}
+
+OPEN_FILES = 64  # one rank alone has 40 open
+
+
+def choose_device(requested: str, ranks: Ranks, threads: int) -> torch.device:
+    """Set threads, the accelerator and the current device; must run before deepspeed is imported.
+
+    Raises:
+        UserError: fewer GPUs than local ranks, unless the CPU is asked for or there are none to be had.
+    """
+    torch.set_num_threads(cpu_threads(threads, ranks.local_size, os.environ)[0])
+    gpus = torch.cuda.device_count()
+    if requested == "cuda" or (requested == "auto" and gpus):
+        require(
+            gpus >= ranks.local_size,
+            f"train.device {requested} needs a GPU for each of the {ranks.local_size} ranks of a host, but a rank sees "
+            f"{gpus}: start fewer ranks, let each see all of the host's GPUs (under Slurm --gpus-per-node, not "
+            "--gpus-per-task), or set train.device cpu.",
+        )
+    if requested == "cpu" or not gpus:
+        check_deepspeed("cpu")
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        return torch.device("cpu")
+    check_deepspeed("cuda")
+    torch.cuda.set_device(ranks.local_rank)
+    return torch.device("cuda", ranks.local_rank)
+
+
+def allow_open_files() -> None:
+    """Let this process open as many files as it may: every group of ranks has sockets to its members.
+
+    Raises:
+        UserError: too few for one rank alone.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or hard > soft:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    require(
+        allowed == resource.RLIM_INFINITY or allowed >= OPEN_FILES,
+        f"A process may open {allowed} files here, a rank needs at least {OPEN_FILES}: raise it (ulimit -n 1024).",
+    )
+
+
+def check_deepspeed(kind: str) -> None:
+    """It is not imported yet, or whoever did so has told it this accelerator."""
+    told = os.environ.get("DS_ACCELERATOR")
+    assert "deepspeed" not in sys.modules or told == kind, f"deepspeed was imported for {told}, the device is {kind}"
+
+
+def precision_warning(device: torch.device, precision: str) -> Optional[str]:
+    """What to say of a CPU that computes in bf16 without instructions for it; None where there is nothing to say."""
+    found = torch.backends.cpu.get_cpu_capability()
+    if device.type != "cpu" or precision != "bf16" or found not in ("AVX2", "DEFAULT", "NO AVX"):
+        return None
+    return (
+        f"train.precision bf16 on a CPU without AVX-512 (PyTorch finds {found}): products of matrices take 10 times as "
+        "long as in fp32, or far longer. Set train.precision fp32, or train elsewhere."
+    )
+
+
+def peak_flops(device: torch.device, precision: str) -> Optional[float]:
+    """Dense FLOP/s of the device at a precision, where known."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in BF16_PEAK.items() if key in name), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: allocated on the GPU, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

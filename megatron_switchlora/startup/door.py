@@ -1,0 +1,181 @@
+"""The one door through which a rank leaves: what people cause, what another rank says, what is out of memory, what is
+unknown. Each is said once, every rank ends, and none with status 0 but those whose work is done.
+
+Mistakes and known failures give a sentence and status 2; unknown errors give their traceback, on the rank where they
+happened first, and status 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Optional
+
+import torch
+import torch.distributed as dist
+
+from megatron_switchlora.config.run import UserError
+from megatron_switchlora.disk import settle_home
+from megatron_switchlora.distributed.consensus import PeerError
+from megatron_switchlora.startup.environment import RankError, Ranks, end_rank
+from megatron_switchlora.startup.launchers import is_first, own_host
+from megatron_switchlora.startup.preflight import by_agent, tell
+from megatron_switchlora.startup.signals import REQUEUE, Stopped
+from megatron_switchlora.startup.watch import Watch
+
+
+class Door:
+    """Who watches the other ranks, once this one has met them."""
+
+    def __init__(self) -> None:
+        self.watch: Optional[Watch] = None
+
+    def watch_others(self, ranks: Ranks, timeout_s: float, store: Optional[dist.Store] = None) -> None:
+        """From now on name ranks that stop, in the store in which all have met (by default the process groups')."""
+        if ranks.world_size > 1:
+            env = os.environ
+            keeper = f"torchrun, which keeps the ranks' store on {env['MASTER_ADDR']}," if by_agent(env) else "rank 0"
+            store = store or dist.distributed_c10d._get_default_store()
+            self.watch = Watch(store, ranks, own_host(env), keeper, timeout_s, leave_now)
+
+    def close(self) -> None:
+        """This rank's work is done: leave the process groups."""
+        if self.watch is not None:
+            self.watch.stop()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def leave_now(words: Optional[str]) -> None:
+    """End the process from a thread, whatever its main thread waits for."""
+    if words:
+        print(f"error: {words}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(2)
+
+
+@contextlib.contextmanager
+def the_door() -> Iterator[Door]:
+    """What is done inside may raise anything but SystemExit: then this process ends here."""
+    door = Door()
+    try:
+        settle(is_first(os.environ))
+        yield door
+    except SystemExit:
+        raise
+    except Stopped as stop:
+        if is_first(os.environ):
+            text = f"stopped by {stop}: all ranks end; what was saved and recorded so far is in the run folder"
+            print(f"\n{text}", file=sys.stderr, flush=True)
+        end_rank(130 if str(stop) == "SIGINT" else REQUEUE)
+    except BaseException as error:
+        status = 1
+        with contextlib.suppress(KeyboardInterrupt):  # launchers signal all ranks once one has ended
+            status = leave(door.watch, error)
+        end_rank(status)
+
+
+def settle(first: bool) -> None:
+    """Raises: UserError, if there is no home folder and none can be made."""
+    try:
+        said = settle_home(os.environ)
+    except (OSError, ValueError) as error:
+        raise UserError(f"There is no home folder, and none can be made: {error}.") from None
+    if said and first:
+        print(f"warning: {said}.", flush=True)
+
+
+def leave(watch: Optional[Watch], error: BaseException) -> int:
+    """Say what is to be said of an error and let the other ranks know of it; returns the exit status."""
+    if isinstance(error, (UserError, PeerError)):
+        status = say_mistake(watch, error)
+    elif is_out_of_memory(error):
+        status = say_sentence(watch, out_of_memory(error))
+    elif is_collective(error):
+        status = say_collective(watch, error)
+    else:
+        status = say_unknown(watch, error)
+    if watch is not None and watch.ranks.rank == 0:
+        watch.linger()
+    return status
+
+
+def say_mistake(watch: Optional[Watch], error: UserError | PeerError) -> int:
+    if watch is not None and isinstance(error, UserError):
+        watch.end(str(error), told=isinstance(error, RankError) or is_first(os.environ))
+    tell(os.environ, error)
+    return 2
+
+
+def say_sentence(watch: Optional[Watch], text: str) -> int:
+    """What this rank alone knows, unless another has just ended of the same."""
+    ending = watch.end(text) if watch is not None else None
+    if watch is None or ending is None or ending.rank == watch.ranks.rank or OUT_OF_MEMORY not in ending.text:
+        tell(os.environ, RankError(text))
+    return 2
+
+
+def say_collective(watch: Optional[Watch], error: BaseException) -> int:
+    """Why the others did not come."""
+    reason = first_line(error)
+    if watch is None:
+        return say_sentence(None, f"{this_rank()} could not exchange data with the other ranks ({reason}).")
+    words = watch.words(watch.explain(reason))
+    if words:
+        print(f"error: {words}", file=sys.stderr, flush=True)
+    return 2
+
+
+def say_unknown(watch: Optional[Watch], error: BaseException) -> int:
+    """A traceback; on ranks that fail after another a line."""
+    text = "".join(traceback.format_exception_only(error)).strip()
+    ending = watch.end(text) if watch is not None else None
+    if watch is None and not is_first(os.environ) and not tell(os.environ, UserError(text)):
+        return 1  # rank 0 has failed before, most likely of the same
+    if watch is None or ending is None or ending.rank == watch.ranks.rank:
+        traceback.print_exception(error)
+    else:
+        print(f"error: {this_rank()} failed too: {text}", file=sys.stderr)
+    return 1
+
+
+OUT_OF_MEMORY = "ran out of"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the host or of the GPU: torch has a class only for its own CUDA allocator."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    marks = ("allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What to lower."""
+    cuda = isinstance(error, torch.OutOfMemoryError) or re.search("CUDA|CUBLAS|CUSOLVER|NCCL", str(error))
+    return (
+        f"{this_rank()} {OUT_OF_MEMORY} {'GPU' if cuda else 'host'} memory ({first_line(error)}): lower "
+        "train.micro_batch_size, set train.activation_checkpointing true or method.merged_cache recompute, or raise "
+        "parallel.tp; --dry_run says what a run needs."
+    )
+
+
+def is_collective(error: BaseException) -> bool:
+    """gloo's errors have no class of their own, but the name of its file."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def this_rank() -> str:
+    return f"Rank {os.environ.get('RANK', '0')}, on {own_host(os.environ)},"

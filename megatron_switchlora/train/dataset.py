@@ -1,0 +1,91 @@
+"""The run's data: tokenised once a node, and what a checkpoint remembers of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from megatron_switchlora.checkpoint.files import Checkpoint
+from megatron_switchlora.config.run import RunConfig, UserError, require, require_shard
+from megatron_switchlora.data.packing import PreparedData, open_prepared, prepare
+from megatron_switchlora.data.stream import pinned
+from megatron_switchlora.distributed.consensus import gather_texts, on_one_rank
+from megatron_switchlora.startup.environment import Ranks
+
+
+def prepare_data(config: RunConfig, ranks: Ranks, device: torch.device) -> PreparedData:
+    """Tokenise on the first rank of every node, tell the others where the cache is. Collective. What there is to say of
+    a build comes from rank 0, wherever it was.
+
+    The commit of a hub dataset is looked up once, for all nodes, and stays in `config`: the run can name its data.
+    """
+    commit = on_one_rank(ranks.rank == 0, lambda: pinned(config.data).hf_revision or "", device)
+    config.data.hf_revision = commit or None
+    first = ranks.local_rank == 0
+    notes: list[str] = []
+
+    def fill() -> str:
+        data = prepare(config.data, progress=ranks.rank == 0)
+        notes.extend(data.notes)
+        return str(data.folder)
+
+    folder = on_one_rank(first, fill, device)
+    everyones = [note for text in gather_texts(json.dumps(notes), device) for note in json.loads(text)]
+    for note in dict.fromkeys(everyones if ranks.rank == 0 else []):
+        print(f"warning: {note}", flush=True)
+    return open_prepared(Path(folder))
+
+
+def vocabulary_size(config: RunConfig, data: PreparedData) -> int:
+    """The model's vocabulary.
+
+    Raises:
+        UserError: smaller than the tokenizer's, or too small for the tensor-parallel ranks.
+    """
+    size = config.model.vocab_size or data.vocab_size
+    require(
+        size >= data.vocab_size,
+        f"model.vocab_size {size} is smaller than the tokenizer's {data.vocab_size}: raise it or leave it out.",
+    )
+    require_shard("The vocabulary", size, config.parallel.tp)
+    return size
+
+
+def data_identity(data: PreparedData, vocab_size: int) -> dict[str, Any]:
+    """What a checkpoint remembers of text and tokenizer: fingerprints of the tokens and of the vocabulary."""
+    tokens = hashlib.sha256()
+    for store in (data.train, data.val):
+        tokens.update(store.fingerprint())
+    return {
+        "data": tokens.hexdigest()[:20],
+        "tokenizer": vocabulary_digest(data.tokenizer_dir),
+        "vocab_size": vocab_size,
+    }
+
+
+def vocabulary_digest(folder: Path) -> str:
+    """SHA-256 of a tokenizer's vocabulary, the same however its folder was written.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library's only kind
+        raise UserError(f"{folder / 'tokenizer.json'} is damaged ({error}): restore it.") from None
+    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
+
+
+def require_tokenizer(initial: Checkpoint, data: PreparedData) -> None:
+    """Raises: UserError, if weights to start from come with another tokenizer than the run's."""
+    folder = initial.folder / "tokenizer"
+    require(
+        not (folder / "tokenizer.json").is_file() or vocabulary_digest(folder) == vocabulary_digest(data.tokenizer_dir),
+        f"train.init_from {initial.folder} holds a model whose tokenizer is not the run's, so that its embedding would "
+        f"mean other words: give --data.tokenizer {folder}.",
+    )
