@@ -3,7 +3,8 @@
 
 deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/cpu_quickstart.yaml --ds_config ds_configs/zero1.json
 
-A mistake in the input is told once, by rank 0, and ends every rank with status 2. See startup/door.py for all other ends.
+A mistake in the input is reported once, by rank 0, and ends every rank with status 2. startup/door.py has all other
+ends.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from typing import Optional
 
 import torch
 
+import megatron_switchlora.methods  # noqa: F401  # registers them
 from megatron_switchlora.checkpoint.resume_rules import what_must_agree
 from megatron_switchlora.config.command_line import Arguments, parse_arguments
-from megatron_switchlora.config.deepspeed import read_ds_config, resolve_ds_config
-from megatron_switchlora.config.run import MethodConfig, require
+from megatron_switchlora.config.ds_config import read_ds_config, resolve_ds_config
+from megatron_switchlora.config.errors import require
+from megatron_switchlora.config.method import MethodConfig
+from megatron_switchlora.config.rules import unused_options
 from megatron_switchlora.distributed.consensus import on_one_rank
 from megatron_switchlora.startup.device import allow_open_files, choose_device, precision_warning
 from megatron_switchlora.startup.door import Door, the_door
@@ -53,15 +57,14 @@ def show_plan(arguments: Arguments, first: bool) -> None:
     text = plan(arguments.config, given, world_size)
     check_monitors(given)
     if first:
-        warn(unused_options(arguments.config.method))
+        warn(unused_warning(arguments.config.method))
         print(text)
 
 
-def unused_options(method: MethodConfig) -> Optional[str]:
-    """What to say of options that change nothing."""
-    inner = f" with method.inner {method.inner}" if method.name == "lte" else ""
-    names = ", ".join(f"method.{name}" for name in method.unused)
-    return f"{names}: without effect in method.name {method.name}{inner}." if names else None
+def unused_warning(method: MethodConfig) -> Optional[str]:
+    """What to report of options that change nothing."""
+    names = ", ".join(unused_options(method))
+    return f"{names}: without effect in method.name {method.facts.title}." if names else None
 
 
 def warn(*texts: Optional[str]) -> None:
@@ -129,12 +132,13 @@ def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRe
             print(f"The run in {arguments.config.output_dir} is finished: give another --output_dir for a new one.")
         return 0
     if ranks.rank == 0:
-        warn(unused_options(arguments.config.method), precision_warning(device, arguments.config.train.precision))
+        warn(unused_warning(arguments.config.method), precision_warning(device, arguments.config.train.precision))
     trainer = Trainer(arguments.config, given, ranks, device, start, stop)
     val_loss = trainer.fit()
     if val_loss is not None:
         with decorating("the summary"):
-            trainer.say("\n" + closing_words(trainer, val_loss, time.perf_counter() - began))
+            seconds = time.perf_counter() - began
+            trainer.say("\n" + closing_words(trainer.context, trainer.mesh, trainer.run, val_loss, seconds))
     return REQUEUE if val_loss is None else 0
 
 

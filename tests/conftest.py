@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import torch
 
+import megatron_switchlora.methods  # noqa: F401  # registers them
+
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Optional
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_switchlora.config.run import MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from megatron_switchlora.config.method import make_method
+from megatron_switchlora.config.run import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from megatron_switchlora.data.loader import Samples
 from megatron_switchlora.distributed.mesh import Mesh, lone_mesh
 from megatron_switchlora.distributed.shard import Axis
@@ -27,13 +29,8 @@ def small_config(name: str = "switchlora", **changes: object) -> RunConfig:
     """A model with grouped-query attention and three matrix shapes; 20 steps switch hundreds of vectors."""
     config = RunConfig(
         model=ModelConfig(hidden_size=48, intermediate_size=76, num_layers=3, num_heads=4, num_kv_heads=2),
-        method=MethodConfig(
-            name=name,  # type: ignore[arg-type]
-            rank=7,
-            interval0=4.0,
-            freeze_steps=2,
-            switch_ratio=1.0,
-            switch_total_steps=2000,
+        method=make_method(
+            name, rank=7, switch__interval0=4.0, switch__freeze_steps=2, switch__ratio=1.0, switch__total_steps=2000
         ),
         optim=OptimConfig(lr=0.002),
         train=TrainConfig(
@@ -41,9 +38,10 @@ def small_config(name: str = "switchlora", **changes: object) -> RunConfig:
         ),
     )
     for dotted, value in changes.items():
-        section, field = dotted.split("__")
-        assert hasattr(getattr(config, section), field), dotted
-        setattr(getattr(config, section), field, value)
+        *sections, field = dotted.split("__")
+        section = functools.reduce(getattr, sections, config)
+        assert hasattr(section, field), dotted
+        setattr(section, field, value)
     return config
 
 
@@ -56,7 +54,7 @@ def make_batches(config: RunConfig, steps: int, seed: int = 1) -> list[Tensor]:
 
 def by_heads(config: RunConfig, batch: Tensor, mesh: Mesh) -> list[Tensor]:
     """The micro-batches of this process: its heads' shares, of those its data rank's, head by head."""
-    local, each = config.method.heads_here, config.train.micro_batch_size // config.method.heads_here
+    local, each = config.method.facts.heads_here, config.train.micro_batch_size // config.method.facts.heads_here
     shares = batch.unflatten(0, (config.heads, mesh.size("dp"), -1))
     mine = shares[mesh.heads(local), mesh.rank("dp")]
     return [piece.flatten(0, 1) for piece in mine.split(each, 1)]
@@ -103,7 +101,7 @@ class PlainRun:
         self.optimizer = self.method.build_optimizer()
         self.params = [param for group in self.optimizer.param_groups for param in group["params"]]
         self.optimizer.attach(plain_layout(self.params))
-        heads, clip = config.method.heads_here, config.optim.clip
+        heads, clip = config.method.facts.heads_here, config.optim.clip
         self.optimizer.head_clip = HeadClip(clip, heads, Axis(), Axis(), torch.device(device))
         self.method.start(self.optimizer)
 

@@ -35,7 +35,8 @@ from tqdm import tqdm
 from megatron_switchlora.checkpoint.files import published, verified
 from megatron_switchlora.checkpoint.weights import Weights, find_folder
 from megatron_switchlora.config.command_line import require_utf8
-from megatron_switchlora.config.run import TrainConfig, UserError, require
+from megatron_switchlora.config.errors import UserError, require
+from megatron_switchlora.config.run import TrainConfig
 from megatron_switchlora.disk import replace_text, user_path
 from megatron_switchlora.lowrank.schedule import switch_rate
 from megatron_switchlora.model.llama.model import initial_matrix
@@ -155,7 +156,7 @@ def switching(run: Path, weights: list[Weights]) -> dict[str, Any]:
     several heads those of head 0, whose records these are."""
     last = weights[-1]
     method, train = last.method, _train_section(last)
-    if not method.switches:
+    if not method.facts.switches:
         return {}
     head = next((f"{name}/" for name in _head_prefixes(last)), "")
     smaller = [min(p.out_features, p.in_features) for p in projections(last.model)] * last.model.num_layers
@@ -167,10 +168,10 @@ def switching(run: Path, weights: list[Weights]) -> dict[str, Any]:
         bool(records) or last.state["step"] <= before,
         f"{run / 'metrics.jsonl'} has no records of switching: put the run's own file back.",
     )
-    total_steps = method.switch_total_steps or train["steps"] - before
-    start = 2 * len(candidates) * method.rank / method.interval0  # both sides of every layer that switches
+    total_steps = method.switch.total_steps or train["steps"] - before
+    start = 2 * len(candidates) * method.rank / method.switch.interval0  # both sides of every layer that switches
     expected = [
-        start * switch_rate(record["step"] - before - 1, method.switch_ratio, total_steps) for record in records
+        start * switch_rate(record["step"] - before - 1, method.switch.ratio, total_steps) for record in records
     ]
     seen: dict[str, list[set[int]]] = {side: [set() for _ in candidates] for side in "AB"}
     used = []

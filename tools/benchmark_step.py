@@ -32,18 +32,13 @@ from measure_switching import make_engine
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_switchlora.config.field_checks import number_from
-from megatron_switchlora.config.run import (
-    MethodConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from megatron_switchlora.config.method import MethodConfig, make_method
+from megatron_switchlora.config.run import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_switchlora.disk import user_path
 from megatron_switchlora.distributed.linear import ColumnParallelLinear
 from megatron_switchlora.distributed.shard import Axis
 from megatron_switchlora.lowrank.linear import LowRankLinear
+from megatron_switchlora.lowrank.merged import Form
 from megatron_switchlora.planning.counts import decoder_shapes, projections
 from megatron_switchlora.run.folder import versions
 from megatron_switchlora.startup.device import choose_device
@@ -161,11 +156,11 @@ def forms(options: argparse.Namespace, precision: str, device: torch.device) -> 
     engines: dict[str, Engine] = {}
     configs: dict[str, RunConfig] = {}
     spent: dict[str, dict[str, list[float]]] = {}
-    full = make_config(options, MethodConfig(name="full"), precision, 1)
+    full = make_config(options, make_method("full"), precision, 1)
     engines["full"] = make_engine(full, None, device)
     for divisor in options.divisors:
         for compute in ("merged", "split"):
-            method = MethodConfig(rank=options.hidden_size // divisor, compute=compute)
+            method = make_method(rank=options.hidden_size // divisor, compute=compute)
             name = f"{compute} r=h/{divisor}"
             configs[name] = make_config(options, method, precision, 1)
             engines[name] = make_engine(configs[name], None, device)
@@ -198,7 +193,9 @@ def make_layers(config: RunConfig, dtype: torch.dtype, device: torch.device) -> 
     for out_features, in_features in decoder_shapes(config.model):
         base = ColumnParallelLinear(in_features, out_features, Axis()).to(device)
         torch.nn.init.normal_(base.weight, std=0.02)
-        layer = LowRankLinear(base, config.method) if config.method.adapts else base
+        method = config.method
+        form = Form(method.compute, method.merged_cache)
+        layer = LowRankLinear(base, method.rank, method.scaling, form) if method.facts.adapts else base
         for param in layer.parameters():
             torch.nn.init.normal_(param, std=0.02)
             param.data = param.data.to(device, dtype)
@@ -209,10 +206,10 @@ def make_layers(config: RunConfig, dtype: torch.dtype, device: torch.device) -> 
 def linears(options: argparse.Namespace, precision: str, device: torch.device) -> dict[str, Any]:
     """The seven projections alone: plain, merged and split at each rank."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    configs = {"full": make_config(options, MethodConfig(name="full"), precision, 1)}
+    configs = {"full": make_config(options, make_method("full"), precision, 1)}
     for divisor in options.divisors:
         for compute in ("merged", "split"):
-            method = MethodConfig(rank=options.hidden_size // divisor, compute=compute)
+            method = make_method(rank=options.hidden_size // divisor, compute=compute)
             configs[f"{compute} r=h/{divisor}"] = make_config(options, method, precision, 1)
     layers = {name: make_layers(config, dtype, device) for name, config in configs.items()}
     widths = [n for _, n in decoder_shapes(configs["full"].model)]
@@ -243,7 +240,7 @@ def policies(options: argparse.Namespace, precision: str, device: torch.device) 
     """The cache policies over four micro-batches, against the split form."""
     engines = {}
     for name in ("split", "micro_batch", "accumulation", "recompute"):
-        method = MethodConfig(rank=options.hidden_size // 4, compute="split" if name == "split" else "merged")
+        method = make_method(rank=options.hidden_size // 4, compute="split" if name == "split" else "merged")
         if name != "split":
             method.merged_cache = name  # type: ignore[assignment]
         engines[name] = make_engine(make_config(options, method, precision, 4), None, device)

@@ -33,8 +33,8 @@ from compare_setting import ROOT, Point, Setting, read_setting, validate_points
 from compare_timing import time_methods
 
 from megatron_switchlora.config.command_line import require_utf8
+from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.field_checks import field_types, fit_word, number_from, takes_text
-from megatron_switchlora.config.run import UserError, require
 from megatron_switchlora.config.yaml_text import load_yaml
 from megatron_switchlora.disk import shown, user_path
 from megatron_switchlora.run.figures import outlive_terminal

@@ -18,7 +18,7 @@ from typing import Any, Optional
 from compare_runs import Results
 from compare_setting import ROOT, Point, Setting, run_key
 
-from megatron_switchlora.config.deepspeed import read_ds_config, resolve_ds_config, zero_settings
+from megatron_switchlora.config.ds_config import read_ds_config, resolve_ds_config, zero_settings
 from megatron_switchlora.config.field_checks import expanded
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.disk import replace_text
@@ -83,7 +83,7 @@ def _row(
     setting: Setting, results: Results, method: str, config: RunConfig, point: Optional[Point], runs: list[Run],
     notes: set[str],
 ) -> str:  # fmt: skip
-    rank = "-" if config.method.name == "full" else str(config.method.rank)
+    rank = str(config.method.rank) if "rank" in config.method.facts.reads else "-"
     if point is None or not runs:
         time = _time(setting, results, method, notes)
         return f"| {method} | {rank} |" + " |" * 6 + (f" {time} | |" if time else " | |")

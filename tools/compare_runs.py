@@ -32,7 +32,8 @@ from typing import Any, Optional
 
 from compare_setting import ROOT, Point, Setting, run_key
 
-from megatron_switchlora.config.run import RunConfig, UserError, require
+from megatron_switchlora.config.errors import UserError, require
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.disk import open_no_follow, read_json, replace_text
 from megatron_switchlora.run.folder import lock_folder, read_meta
 from megatron_switchlora.run.metrics_log import read_records

@@ -16,29 +16,19 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, field, fields, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Optional
 
-from megatron_switchlora.checkpoint.resume_rules import flatten
 from megatron_switchlora.config.command_line import parse_arguments
-from megatron_switchlora.config.deepspeed import read_ds_config, resolve_ds_config
+from megatron_switchlora.config.ds_config import read_ds_config, resolve_ds_config
+from megatron_switchlora.config.errors import UserError, require
+from megatron_switchlora.config.facts import flatten, names_where, walk
 from megatron_switchlora.config.field_checks import expanded
-from megatron_switchlora.config.run import RunConfig, UserError, require
+from megatron_switchlora.config.run import RunConfig, run_config_class
 from megatron_switchlora.config.yaml_text import read_yaml
 from megatron_switchlora.distributed.mesh import mesh_sizes
-from megatron_switchlora.methods import require_packages
 
 ROOT = Path(__file__).resolve().parents[1]
-# Options that leave a run's numbers as they are, up to rounding: changing them does not make it another run.
-NEUTRAL = (
-    "ds_config", "output_dir", "resume", "checkpoint.*", "parallel.tp", "train.micro_batch_size", "train.device",
-    "train.threads",
-    "train.check_interval", "train.activation_checkpointing", "train.stop_after_*", "train.eval_interval", "data.files",
-    "data.val_files", "data.cache_dir", "method.compute", "method.merged_cache", "method.bank_*",
-)  # fmt: skip
-# What the comparison itself gives to every run.
-RESERVED = ("optim.lr", "optim.dense_lr", "train.seed", "train.stop_after_*", "output_dir", "resume")
 KINDS: dict[str, tuple[str, tuple[type[Any], ...]]] = {  # of a YAML's fields, by their annotation
     "str": ("a text", (str,)), "Optional[str]": ("a text", (str, type(None))), "int": ("a whole number", (int,)),
     "Optional[int]": ("a whole number", (int, type(None))), "dict[str, Any]": ("a section of fields", (dict,)),
@@ -127,7 +117,8 @@ class Setting:
         chosen = self.methods[method]
         given: dict[str, Any] = {}
         for path in [*self.configs, *chosen.configs]:
-            given |= flatten(_read_yaml(ROOT / expanded("configs", path)))
+            content = _read_yaml(ROOT / expanded("configs", path))
+            given |= flatten(content, {name for name, _, _ in walk(run_config_class()())})
         given |= self.options | chosen.options | (self.sweep_options if sweep else {})
         given |= {"optim.lr": point.lr, "train.seed": seed}
         if self.ds_config:
@@ -167,7 +158,8 @@ class Setting:
 
 def run_key(method: str, point: Point, seed: int, options: dict[str, Any]) -> str:
     """A run's name among the results: another option that changes its numbers makes another name."""
-    counted = {name: value for name, value in options.items() if not any(fnmatch(name, p) for p in NEUTRAL)}
+    neutral = {"ds_config", *names_where(run_config_class()(), lambda facts: not facts["results"])}
+    counted = {name: value for name, value in options.items() if name not in neutral}
     mark = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:8]
     return f"{method} {point} seed {seed} {mark}"
 
@@ -213,8 +205,9 @@ def _check(setting: Setting, path: Path) -> None:
         f"{path}: sweep must be coordinate, grid or none, not {setting.sweep!r}.",
     )
     given = {**setting.options, **setting.sweep_options}
+    swept = names_where(run_config_class()(), lambda facts: facts["swept"])
     for name, method in setting.methods.items():
-        ours = sorted(o for o in {**given, **method.options} if any(fnmatch(o, pattern) for pattern in RESERVED))
+        ours = sorted({*given, *method.options} & set(swept))
         require(
             not ours,
             f"{path}, method {name}: {', '.join(ours)} cannot be among the options or in --set, since the comparison "
@@ -265,7 +258,7 @@ def validate_points(setting: Setting, data: Optional[Path]) -> dict[str, RunConf
                 options = setting.run_options(name, method.starts()[0], 0, sweep)
                 config = setting.config(options, data, setting.launch(name)[1])
                 if name in setting.selected:
-                    require_packages(config)
+                    config.method.facts.require_packages()
             except UserError as error:
                 raise UserError(f"Setting {setting.name}, method {name}: {error}") from None
             configs.setdefault(name, config)

@@ -16,7 +16,7 @@ from typing import Any
 from compare_runs import Runner, machine, step_seconds
 from compare_setting import Setting
 
-from megatron_switchlora.config.run import require
+from megatron_switchlora.config.errors import require
 from megatron_switchlora.run.metrics_log import read_records
 
 

@@ -19,8 +19,8 @@ import sys
 from megatron_switchlora.checkpoint.files import verified
 from megatron_switchlora.checkpoint.weights import find_folder
 from megatron_switchlora.config.command_line import require_utf8
+from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.field_checks import number_from
-from megatron_switchlora.config.run import UserError, require
 from megatron_switchlora.disk import user_path
 from megatron_switchlora.hf.export import DTYPES, export_dense, export_peft
 from megatron_switchlora.hf.start import import_model

@@ -10,7 +10,6 @@ in several. The prompt is tokenised as the model's tokenizer does by itself: as 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from typing import Any
 import torch
 import transformers
 
+from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.field_checks import number_from
-from megatron_switchlora.config.run import UserError, require
 from megatron_switchlora.data.hf_tokenizer import tokenizer_files
 from megatron_switchlora.disk import user_path
 
@@ -63,14 +62,8 @@ def generate(arguments: argparse.Namespace) -> str:
     """The prompt and its continuation.
 
     Raises:
-        UserError: an option out of its range, or a folder that does not load.
+        UserError: the folder does not load, or there is nothing to begin with.
     """
-    require(arguments.max_new_tokens >= 1, f"--max_new_tokens must be at least 1, not {arguments.max_new_tokens}.")
-    require(
-        math.isfinite(arguments.temperature) and arguments.temperature >= 0,
-        f"--temperature must be a number of at least 0, not {arguments.temperature}.",
-    )
-    require(-(2**63) <= arguments.seed < 2**64, f"--seed must fit into 64 bits, {arguments.seed} does not.")
     tokenizer, model = load(model_folder(arguments.run))
     torch.manual_seed(arguments.seed)
     begin = [mark for mark in (tokenizer.eos_token_id, tokenizer.bos_token_id) if mark is not None]

@@ -29,8 +29,9 @@ from typing import Any, Optional
 from volume_report import chart, table
 
 from megatron_switchlora.config.command_line import parse_arguments
-from megatron_switchlora.config.deepspeed import read_ds_config, resolve_ds_config, zero_settings
-from megatron_switchlora.config.run import RunConfig, UserError, full_rank_config, method_config, require
+from megatron_switchlora.config.ds_config import read_ds_config, resolve_ds_config, zero_settings
+from megatron_switchlora.config.errors import UserError, require
+from megatron_switchlora.config.run import RunConfig, full_rank_config, method_config
 from megatron_switchlora.disk import replace_text, user_path
 from megatron_switchlora.distributed.consensus import on_all_ranks
 from megatron_switchlora.distributed.mesh import mesh_sizes

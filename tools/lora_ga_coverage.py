@@ -23,7 +23,8 @@ from torch import Tensor
 from megatron_switchlora.checkpoint.files import verified
 from megatron_switchlora.checkpoint.weights import Weights, find_folder, load_initial
 from megatron_switchlora.config.command_line import parse_arguments
-from megatron_switchlora.config.run import RunConfig, UserError, require
+from megatron_switchlora.config.errors import UserError, require
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.data.packing import prepare
 from megatron_switchlora.disk import replace_text, user_path
 from megatron_switchlora.distributed.mesh import lone_mesh

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 
 from megatron_switchlora.config.command_line import parse_arguments
-from megatron_switchlora.config.deepspeed import read_ds_config, resolve_ds_config
+from megatron_switchlora.config.ds_config import read_ds_config, resolve_ds_config
 from megatron_switchlora.config.field_checks import number_from
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.disk import user_path
@@ -83,7 +83,7 @@ def state_bytes_per_lora_parameter(engine: Engine) -> float:
 
 def measure(steps: int, vocab_size: int) -> dict[str, Any]:
     base = ["--config", str(ROOT / "launch" / "configs" / "cpu_quickstart.yaml"), "--train.device", "cpu"]
-    base += ["--method.switch_total_steps", "1000000"]
+    base += ["--method.switch.total_steps", "1000000"]
     device = choose_device("cpu", discover_ranks(os.environ), 0)
     from megatron_switchlora.train.engine import start_distributed
 
@@ -109,7 +109,7 @@ def measure(steps: int, vocab_size: int) -> dict[str, Any]:
     ratios = [a / b for a, b in zip(seconds["switchlora"], seconds["lora"], strict=True)][5:]
     return {
         "steps": steps,
-        "interval0": configs["switchlora"].method.interval0,
+        "interval0": configs["switchlora"].method.switch.interval0,
         "vectors_switched_per_step": switched / (steps + 5),
         "share_of_step_in_switching": median(shares),
         "step_time_switchlora_over_lora": median(ratios),

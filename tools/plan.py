@@ -6,15 +6,17 @@
 
 Tensor-parallel sizes 1, 2, 4, ... up to --max_tp, ZeRO stages 0 to 2, micro-batches that divide the batch, activation
 checkpointing and the bank's spread are tried; the fastest that fits is shown in full, the next in a line each. The
-formulas are those of --dry_run (`planning/memory.py`, `planning/traffic.py`) and `planning/step_time.py`, which says what is left
-out; no GPU is needed. --link is one adapter's, of which a node has --adapters. --efficiency, the share of the peak that
-products reach, is an assumption: take it from a run's MFU where you have one. Options of launch/pretrain.py may follow;
-of those that are tried, parallel.tp and train.micro_batch_size stay as they are where they are among these.
+formulas are those of --dry_run (`planning/memory.py`, `planning/traffic.py`) and `planning/step_time.py`, which says
+what is left out; no GPU is needed. --link is one adapter's, of which a node has --adapters. --efficiency, the share of
+the peak that products reach, is an assumption: take it from a run's MFU where you have one. Options of
+launch/pretrain.py may follow; of those that are tried, parallel.tp and train.micro_batch_size stay as they are where
+they are among these.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import re
@@ -25,9 +27,10 @@ from itertools import product
 from typing import Any, Optional
 
 from megatron_switchlora.config.command_line import parse_arguments
-from megatron_switchlora.config.deepspeed import Zero, read_ds_config, resolve_ds_config, zero_settings
+from megatron_switchlora.config.ds_config import Zero, read_ds_config, resolve_ds_config, zero_settings
+from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.rules import validate
-from megatron_switchlora.config.run import RunConfig, UserError, full_rank_config, method_config, require
+from megatron_switchlora.config.run import RunConfig, full_rank_config, method_config
 from megatron_switchlora.disk import replace_text, user_path
 from megatron_switchlora.distributed.mesh import mesh_sizes
 from megatron_switchlora.planning.counts import model_flops_per_token
@@ -60,12 +63,10 @@ class Plan:
         return self.config.train.steps * self.time.seconds + (self.before.seconds if self.before else 0.0)
 
     def words(self) -> str:
-        train, mesh = self.config.train, self.mesh
+        train, method, mesh = self.config.train, self.config.method, self.mesh
         heads = f"lte {mesh['lte']} x " if mesh["lte"] > 1 else ""
         again = ", activations computed again" if train.activation_checkpointing else ""
-        again += (
-            ", bank spread over dp" if self.config.method.switches and self.config.method.bank_spread == "dp" else ""
-        )
+        again += ", bank spread over dp" if method.facts.switches and method.switch.bank_spread == "dp" else ""
         return (
             f"{heads}dp {mesh['dp']} x tp {mesh['tp']}, ZeRO {self.zero.stage}, {self.micro_batches} micro-batches of "
             f"{train.micro_batch_size}{again}"
@@ -107,9 +108,10 @@ def variants(config: RunConfig, ds_config: dict[str, Any], max_tp: int, kept: Se
         batches = [config.train.micro_batch_size]
     for tp in sizes:
         for micro in batches:
-            for again, spread in product((False, True), ("tp", "dp") if config.method.switches else ("tp",)):
+            for again, spread in product((False, True), ("tp", "dp") if config.method.facts.switches else ("tp",)):
                 train = replace(config.train, micro_batch_size=micro, activation_checkpointing=again)
-                method = replace(config.method, bank_spread=spread)  # type: ignore[arg-type]
+                method = copy.deepcopy(config.method)
+                method.switch.bank_spread = spread
                 tried = replace(config, method=method, train=train, parallel=replace(config.parallel, tp=tp))
                 for stage in (0, 1, 2):
                     section = {**ds_config.get("zero_optimization", {}), "stage": stage}

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from measure_switching import make_engine
 
-from megatron_switchlora.config.run import UserError, require
+from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.distributed.consensus import gather_texts, on_all_ranks
 from megatron_switchlora.distributed.mesh import AXES, Mesh
 from megatron_switchlora.distributed.recorder import Record
@@ -52,15 +52,14 @@ def start(environment: MutableMapping[str, str]) -> tuple[Ranks, torch.device]:
 
 def merges(case: Case) -> int:
     """The steps from merge to merge, 0 without any."""
-    interval = case.config.method.merge_interval
-    return interval if case.config.method.name == "lte" and isinstance(interval, int) else 0
+    return case.config.method.facts.merge_interval or 0
 
 
 def check_steps(case: Case, steps: int) -> None:
     """Raises: UserError, if the steps do not hold whole merges."""
     require(
         not merges(case) or steps % merges(case) == 0,
-        f"--steps {steps} must be a multiple of method.merge_interval {merges(case)} of {case.name}, so that it holds "
+        f"--steps {steps} must be a multiple of method.lte.merge_interval {merges(case)} of {case.name}: it then holds "
         "whole merges.",
     )
 

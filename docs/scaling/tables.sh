@@ -45,16 +45,16 @@ for place in "64 h100" "512 h100" "64 h200"; do
     table "**70B, $1 nodes of 8 $2, 8 adapters of 400Gb**"
     plan "full-rank" $SEVENTY --nodes $1 --gpu $2 --method.name full
     plan "SwitchLoRA r 1024" $SEVENTY --nodes $1 --gpu $2 $(low 1024)
-    plan "SwitchLoRA r 1024, bank in host memory" $SEVENTY --nodes $1 --gpu $2 $(low 1024) --method.bank_device host
+    plan "SwitchLoRA r 1024, bank in host memory" $SEVENTY --nodes $1 --gpu $2 $(low 1024) --method.switch.bank_device host
     plan "LTE, 8 heads of r 64, T 10, W in 4 bits" $SEVENTY --nodes $1 --gpu $2 --method.name lte --method.rank 64 \
-        --parallel.lte_heads 8 --method.base nf4
+        --parallel.lte_heads 8 --method.lte.base nf4
 done
 TRILLION="--config docs/scaling/llama_1t.yaml --link 400Gb --nodes 384 --gpu b200"
 for tp in 8 32; do
     table "**10^12 parameters, 384 nodes of 8 B200, 8 adapters of 400Gb, tensor parallelism up to $tp**"
     plan "full-rank" $TRILLION --max_tp $tp --method.name full
-    plan "SwitchLoRA r 3200, bank in host memory" $TRILLION --max_tp $tp $(low 3200) --method.bank_device host
+    plan "SwitchLoRA r 3200, bank in host memory" $TRILLION --max_tp $tp $(low 3200) --method.switch.bank_device host
     plan "LTE, 6 heads of r 64, T 10, W in 4 bits" $TRILLION --max_tp $tp --method.name lte --method.rank 64 \
-        --parallel.lte_heads 6 --method.base nf4
+        --parallel.lte_heads 6 --method.lte.base nf4
 done
 rm -f "$overlap" "$problem"

@@ -10,24 +10,21 @@ cannot hold two boxes of one tensor (ZeRO's partitions cut rows), and its plans 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.disk import make_durable, parse_json
 from megatron_switchlora.distributed.slices import Part
-
-T = TypeVar("T")
-
 
 MEND = "The file was changed or damaged: restore it, or take another checkpoint."
 
@@ -65,19 +62,6 @@ def save_durably(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     save_file(tensors, path, metadata=metadata)
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read
     make_durable(path)
-
-
-def grouped(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
-    """Consecutive items in groups of at most `limit` bytes, or of one item that is larger."""
-    group: list[T] = []
-    filled = 0
-    for item in items:
-        if group and filled + size(item) > limit:
-            yield group
-            group, filled = [], 0
-        group.append(item)
-        filled += size(item)
-    yield group
 
 
 def _boxes_of(file: Any, path: Path) -> Iterator[tuple[str, tuple[int, ...], Box]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional, Protocol
 
 import torch
 
@@ -19,9 +19,21 @@ from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.mesh import Mesh
 from megatron_switchlora.distributed.shard import is_split
 from megatron_switchlora.distributed.slices import Part, parameter_part
+from megatron_switchlora.methods.base import Method
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.optim.row_adamw import RowAdamW
 
-if TYPE_CHECKING:  # importing it imports deepspeed, which is left to those who train
-    from megatron_switchlora.train.engine import Engine
+
+class Engine(Protocol):
+    """What a checkpoint needs of `train.engine.Engine`."""
+
+    config: RunConfig
+    mesh: Mesh
+    method: Method
+    device: torch.device
+    optimizer: RowAdamW
+    model: LlamaForCausalLM
+    ds: Any
 
 
 def state_parts(engine: Engine) -> Iterator[Part]:

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from safetensors import SafetensorError
 
 from megatron_switchlora.checkpoint.archive import Archive
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.disk import aside_name, make_durable, make_tree_durable, read_json, remove, shown
 
 FORMAT = 1  # raise it when older code could not read what is written

@@ -11,21 +11,18 @@ Between merges the heads' functions differ and one could only be lost: that is r
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from megatron_switchlora.checkpoint.engine_state import fill_parts
+from megatron_switchlora.checkpoint.engine_state import Engine, fill_parts
 from megatron_switchlora.checkpoint.files import Checkpoint
-from megatron_switchlora.checkpoint.resume_rules import flatten
 from megatron_switchlora.checkpoint.weights import Weights
-from megatron_switchlora.config.run import RunConfig, require
+from megatron_switchlora.config.errors import require
+from megatron_switchlora.config.facts import value_of
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.slices import Part, shard_part
-from megatron_switchlora.methods.lte import Merging
-
-if TYPE_CHECKING:  # importing it imports deepspeed, which is left to those who train
-    from megatron_switchlora.train.engine import Engine
+from megatron_switchlora.methods.lte.heads import Merging
 
 OF_HEAD = re.compile(r"head_(\d+)/(.+)")
 
@@ -36,20 +33,20 @@ def regroups(config: RunConfig, state: dict[str, Any]) -> bool:
     Raises:
         UserError: they are, and the checkpoint was not written right after a merge.
     """
-    method, stored = config.method, flatten(asdict(RunConfig())) | flatten(state["config"])
-    if method.name != "lte" or stored["method.name"] != "lte":
+    method, facts, stored = config.method, config.method.facts, state["config"]
+    if not facts.merges or value_of(stored, "method.name") != method.name:
         return False
-    local, groups = stored["method.local_heads"], stored["parallel.lte_heads"]
-    shared = local > 1 or stored["method.base"] == "nf4"
-    if (local * groups, shared) == (config.heads, method.shares_base):
+    local, groups = value_of(stored, "method.lte.local_heads", 1), value_of(stored, "parallel.lte_heads", 1)
+    shared = local > 1 or value_of(stored, "method.lte.base") == "nf4"
+    if (local * groups, shared) == (config.heads, facts.shares_base):
         return False
-    interval = method.merge_interval
+    interval = facts.merge_interval
     require(
-        not isinstance(interval, str) and (state["step"] - method.full_rank_steps) % interval == 0,
+        interval is not None and (state["step"] - method.full_rank_steps) % interval == 0,
         f"The checkpoint at step {state['step']} has {groups} x {local} LTE heads (parallel.lte_heads x "
-        f"method.local_heads) and this run {config.parallel.lte_heads} x {method.local_heads}: heads can change only "
-        f"right after a merge, and method.merge_interval is {interval}. Give the same heads, or a checkpoint at such a "
-        "step.",
+        f"method.lte.local_heads) and this run {config.parallel.lte_heads} x {facts.heads_here}: heads can change only "
+        f"right after a merge, and method.lte.merge_interval is {method.lte.merge_interval}. Give the same heads, or a "
+        "checkpoint at such a step.",
     )
     return True
 

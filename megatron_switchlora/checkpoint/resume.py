@@ -19,7 +19,8 @@ import torch.distributed as dist
 from megatron_switchlora.checkpoint.files import Checkpoint, damaged, open_checkpoint, published, strays
 from megatron_switchlora.checkpoint.resume_rules import compare
 from megatron_switchlora.checkpoint.weights import find_folder, odd_fields, stored_config
-from megatron_switchlora.config.run import RunConfig, UserError, require
+from megatron_switchlora.config.errors import UserError, require
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.config.yaml_text import read_yaml
 from megatron_switchlora.disk import shown
 from megatron_switchlora.distributed.consensus import await_all, gather_texts, on_all_ranks, on_one_rank

@@ -1,7 +1,7 @@
 """May this configuration go on from that checkpoint? What differs is named with both values.
 
-The configuration must be the checkpoint's, but for what changes no result beyond rounding (FREE), and for what
-`checkpoint.allow_changes` names of `rules.CHANGEABLE`.
+The configuration must be the checkpoint's, but for options that say themselves that a resumed run may change them:
+freely, or if `checkpoint.allow_changes` names them.
 """
 
 from __future__ import annotations
@@ -17,30 +17,10 @@ from typing import Any
 
 import torch
 
-from megatron_switchlora.config.rules import CHANGEABLE
-from megatron_switchlora.config.run import RunConfig, UserError
-
-FREE = (
-    "output_dir", "resume", "checkpoint.*", "parallel.*", "model.vocab_size", "model.max_position_embeddings", "data.*",
-    "train.micro_batch_size", "train.eval_interval", "train.eval_samples", "train.check_interval",
-    "train.activation_checkpointing", "train.device", "train.threads", "train.stop_after_*", "train.init_from",
-    "method.compute", "method.merged_cache", "method.bank_device", "method.bank_spread",
-)  # fmt: skip
-
-
-NESTED = ("method.ga",)  # sections inside sections
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and (not prefix or name in NESTED):
-            flat |= flatten(value, f"{name}.")
-        else:
-            flat[name] = value
-    return flat
+from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.facts import names_where, value_of, walk
+from megatron_switchlora.config.rules import changeable_options, unread_options
+from megatron_switchlora.config.run import RunConfig, run_config_class
 
 
 def what_must_agree(config: RunConfig, ds_config: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -54,23 +34,23 @@ def what_must_agree(config: RunConfig, ds_config: dict[str, Any], device: torch.
         code.update(Path(script).read_bytes())
     same = {"device": device.type, "ds_config": ds_config, "the code's digest": code.hexdigest()[:12]}
     same |= {f"version of {name}": version(name) for name in ("torch", "deepspeed", "numpy")}
-    return flatten(asdict(config)) | same
+    return {name: value for name, _, value in walk(config)} | same
 
 
 def compare(config: RunConfig, stored: dict[str, Any], what: str) -> None:
     """Raises: UserError, if the stored configuration differs in what may not change, naming both values."""
-    mine, theirs = flatten(asdict(config)), flatten(asdict(RunConfig())) | flatten(stored)
-    allowed = config.checkpoint.allow_changes
-    if mine["method.name"] == "lte":
-        allowed = [*allowed, "method.local_heads", "method.merge_traffic"]  # regroup.py says when heads may change
-    names = [name for name in mine if mine[name] != theirs[name] and not _matches(name, (*FREE, *allowed))]
-    if mine["method.name"] == theirs["method.name"] == "full":
-        names = [name for name in names if not name.startswith("method.")]
+    mine = {name: value for name, _, value in walk(config)}
+    theirs = {name: value_of(stored, name, default) for name, _, default in walk(run_config_class()())}
+    free = names_where(config, lambda facts: facts["resume"] == "free")
+    allowed = [*free, *config.checkpoint.allow_changes, *config.method.facts.may_change]
+    if mine["method.name"] == theirs["method.name"]:
+        allowed += unread_options(config.method)
+    names = [name for name in mine if mine[name] != theirs[name] and not _matches(name, allowed)]
     if not names:
         return
     listed = "; ".join(f"{name} is {theirs[name]!r} there and {mine[name]!r} here" for name in names[:5])
     more = f" (and {len(names) - 5} more)" if len(names) > 5 else ""
-    changeable = [name for name in names if _matches(name, CHANGEABLE)]
+    changeable = [name for name in names if name in changeable_options(config)]
     advice = (
         f" --checkpoint.allow_changes '{json.dumps(changeable)}' takes the new values." if changeable == names else ""
     )
@@ -96,5 +76,5 @@ def compare_data(config: RunConfig, state: dict[str, Any], here: dict[str, Any])
     )
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+def _matches(name: str, patterns: list[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)

@@ -17,23 +17,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_switchlora.checkpoint.archive import write_parts
-from megatron_switchlora.checkpoint.engine_state import own_share, state_parts
+from megatron_switchlora.checkpoint.engine_state import Engine, own_share, state_parts
 from megatron_switchlora.checkpoint.files import describe, leftovers, prune, publish, published, step_name
-from megatron_switchlora.config.run import CheckpointConfig, UserError
+from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.run import CheckpointConfig
 from megatron_switchlora.disk import make_durable, remove
 from megatron_switchlora.distributed.consensus import await_all, gather_texts, on_one_rank
 from megatron_switchlora.distributed.slices import Part
 from megatron_switchlora.planning.memory import checkpoint_bytes
-
-if TYPE_CHECKING:  # importing it imports deepspeed, which is left to those who train
-    from megatron_switchlora.train.engine import Engine
 
 
 @dataclass

@@ -18,9 +18,13 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import torch
 from torch import Tensor
 
+import megatron_switchlora.methods  # noqa: F401  # registers them: stored configurations name one
 from megatron_switchlora.checkpoint.files import Checkpoint, damaged, published
+from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.method import method_config_class
+from megatron_switchlora.config.plugins import listed, load_plugins
 from megatron_switchlora.config.rules_model import check_model
-from megatron_switchlora.config.run import MethodConfig, ModelConfig, RunConfig, UserError
+from megatron_switchlora.config.run import ModelConfig, RunConfig
 from megatron_switchlora.distributed.slices import parameter_part
 from megatron_switchlora.model.llama.model import LlamaForCausalLM
 
@@ -53,7 +57,8 @@ class Weights:
         self.vocab_size: int = self.state.get("vocab_size", 0)
         check_model(self.model)
         self.precision = PRECISIONS[self.config.get("train", {}).get("precision", "fp32")]
-        self.method = _known(MethodConfig, self.config.get("method", {}))
+        load_plugins(listed(self.config.get("plugins", [])))
+        self.method = _known(method_config_class(), self.config.get("method", {}))
         found = {match[1] for name in self.archive.names() if (match := OF_HEAD.match(name))}
         self.heads = [f"head_{number}/" for number in sorted(found, key=int)]
         self.scaling = self.method.scaling / max(1, len(self.heads))

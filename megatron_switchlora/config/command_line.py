@@ -8,14 +8,16 @@ an unknown key.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from jsonargparse import (
     ActionConfigFile,
@@ -26,6 +28,7 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
+from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.field_checks import (
     expand_paths,
     expanded,
@@ -35,8 +38,9 @@ from megatron_switchlora.config.field_checks import (
     read_word,
     sections,
 )
+from megatron_switchlora.config.plugins import listed, load_plugins
 from megatron_switchlora.config.rules import validate
-from megatron_switchlora.config.run import RunConfig, UserError, require
+from megatron_switchlora.config.run import RunConfig, run_config_class
 from megatron_switchlora.config.yaml_text import FORBIDDEN, dump_yaml, read_yaml
 from megatron_switchlora.disk import shown
 
@@ -53,8 +57,13 @@ class Arguments:
     prepare_only: bool = False
 
 
-@cache
 def build_parser() -> ArgumentParser:
+    """The parser, with the sections of all methods that are registered by now."""
+    return _parser_of(run_config_class())  # type: ignore[arg-type]
+
+
+@cache
+def _parser_of(kind: type[RunConfig]) -> ArgumentParser:
     """The parser; `--print_config` and `--help` come with it. Kept: tools read many configurations, and reading the
     fields' docstrings takes longer than all else."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -93,7 +102,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--local_rank", type=int, default=0, help="Set by the deepspeed launcher; the environment decides."
     )
-    parser.add_class_arguments(RunConfig)
+    parser.add_class_arguments(kind)
     return parser
 
 
@@ -123,11 +132,12 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     """
     require_utf8(argv)
     files, words = split_config_files(argv)
+    load_plugins(named_plugins(files, words))
     given: dict[str, Any] = {}
     for path in files:
         given |= read_options(path)
     others = take_options(words, given)
-    config = RunConfig()
+    config = run_config_class()()
     for name, value in given.items():
         section, _, entry = f"config.{name}".rpartition(".")
         if name in field_types():
@@ -191,6 +201,23 @@ def split_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             others.append(word)
     return files, others
+
+
+def named_plugins(files: Sequence[str], words: Sequence[str]) -> list[Any]:
+    """Return what the option `plugins` will be: it decides which other options there are. Mistakes in files are left to
+    `read_options`."""
+    found: list[Any] = []
+    for path in files:
+        with contextlib.suppress(OSError, ValueError, UserError):
+            content = read_yaml(Path(expanded("--config", path)))
+            if isinstance(content, dict) and "plugins" in content:
+                found = listed(content["plugins"])
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+        option, equals, value = word.partition("=")
+        if option in ("--plugins", "--plugins+"):
+            named = listed(fit_word("plugins", value if equals else following, Union[list[str], str, None]))
+            found = found + named if option.endswith("+") else named
+    return found
 
 
 def take_options(words: Sequence[str], given: dict[str, Any]) -> list[str]:

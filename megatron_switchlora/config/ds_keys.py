@@ -13,8 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Optional
 
+from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.field_checks import expanded
-from megatron_switchlora.config.run import require
 
 SECRET = re.compile(r"api.?key|token|secret|passw|credential|private|auth", re.IGNORECASE)
 OF_SERVICE = {"comet": "COMET_API_KEY", "wandb": "WANDB_API_KEY"}

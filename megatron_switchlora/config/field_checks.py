@@ -17,7 +17,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from megatron_switchlora.config.run import RunConfig, UserError, require
+from megatron_switchlora.config.errors import UserError, require
+from megatron_switchlora.config.run import RunConfig, run_config_class
 from megatron_switchlora.config.yaml_text import load_yaml
 from megatron_switchlora.disk import user_path
 
@@ -30,23 +31,31 @@ WORDS = {
 LARGEST = 3.4e38  # in fp32, in which most numbers end
 
 
-@cache
-def field_types(kind: type = RunConfig, prefix: str = "") -> dict[str, Any]:
+def field_types() -> dict[str, Any]:
     """The annotated type of every option by its dotted name, sections inside sections too."""
+    return _field_types(run_config_class(), "")  # type: ignore[arg-type]
+
+
+@cache
+def _field_types(kind: type, prefix: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
         inside = is_dataclass(hint)
-        found |= field_types(hint, f"{prefix}{name}.") if inside else {prefix + name: hint}
+        found |= _field_types(hint, f"{prefix}{name}.") if inside else {prefix + name: hint}
     return found
 
 
-@cache
-def sections(kind: type = RunConfig, prefix: str = "") -> frozenset[str]:
+def sections() -> frozenset[str]:
     """The dotted names of what holds options and is none itself."""
+    return _sections(run_config_class(), "")  # type: ignore[arg-type]
+
+
+@cache
+def _sections(kind: type, prefix: str) -> frozenset[str]:
     found: set[str] = set()
     for name, hint in get_type_hints(kind).items():
         if is_dataclass(hint):
-            found |= {prefix + name} | sections(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+            found |= {prefix + name} | _sections(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
     return frozenset(found)
 
 

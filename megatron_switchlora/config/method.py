@@ -1,193 +1,262 @@
-"""The method's section of the run configuration: how the decoder's linear layers are trained."""
+"""The method's section of the run configuration, and the table of methods.
+
+What several methods share are fields of `MethodConfig`. What one has alone is a section of its own
+(`method.relora.interval`): a dataclass that it registers with its facts. This module knows no method. The package
+`methods` fills the table as it is imported, plugins add to it, and entry points import both before they parse.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal, Optional, Union
+from dataclasses import dataclass, field, fields, make_dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional
 
-# Options that only methods with switches, or with adapters, read.
-OF_SWITCHES = (
-    "interval0", "switch_ratio", "switch_total_steps", "freeze_steps", "selection", "bank_device", "bank_spread"
-)  # fmt: skip
-OF_ADAPTERS = ("init", "alpha", "rslora", "compute", "merged_cache")
+from megatron_switchlora.config.errors import require
+from megatron_switchlora.config.facts import option
 
 
 @dataclass
 class LoraGaConfig:
     """Initial values from the gradient (LoRA-GA, arXiv 2407.05000), with method.init lora_ga."""
 
-    vectors: Literal["gradient", "gaussian"] = "gradient"
+    vectors: Literal["gradient", "gaussian"] = option("gradient")
     """gradient: singular vectors of the gradient; gaussian: normal ones of expected length 1. With scale stable these
     are LoRA-GA and stable output alone, with scale unit the gradient alone and Gaussian (the paper's ablations)."""
-    direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"
+    direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = option("ArB2r")
     """Which of the first 2r pairs. ArB2r: A the first r right vectors, B the left vectors r to 2r; A2rBr: the reverse;
     ArBr: in turns, B first; random: drawn from the seed, A's and B's disjoint."""
-    scale: Literal["stable", "backward", "gd", "unit", "weight"] = "stable"
+    scale: Literal["stable", "backward", "gd", "unit", "weight"] = option("stable")
     """Length c of every vector. stable: m^(1/4) / sqrt(gamma); backward: n^(1/4) / sqrt(gamma); gd: 1 / s; unit: 1;
     weight: mean of sqrt(sigma / s) over the first r singular values sigma of W."""
-    gamma: float = 16.0
+    gamma: float = option(16.0)
     """Divisor in the scales stable and backward: 16 for T5, 64 for LLaMA 7B in the paper."""
-    samples: int = 64
+    samples: int = option(64)
     """Training samples over which the gradient is averaged, drawn by the seed."""
-    svd: Literal["randomised", "exact"] = "randomised"
+    svd: Literal["randomised", "exact"] = option("randomised")
     """randomised: on 2r + oversample vectors, of a gradient split over tensor-parallel ranks too; exact: needs tp 1."""
-    oversample: Optional[int] = None
+    oversample: Optional[int] = option(None)
     """Vectors beyond 2r of the randomised decomposition; by default 2r more, as in the paper's code."""
-    power_iterations: int = 4
+    power_iterations: int = option(4)
     """Passes that sharpen the randomised decomposition."""
 
 
 @dataclass
 class MethodConfig:
-    """How the linear layers of the decoder are trained."""
+    """How the linear layers of the decoder are trained. Each method's own options stand in its section."""
 
-    name: Literal["full", "lora", "relora", "switchlora", "lte", "mhlora", "galore"] = "switchlora"
-    """full: every weight; lora: a fixed low-rank adapter; relora: one that is folded into W and begun anew again and
-    again; switchlora: adapters whose vectors are switched; lte: heads with adapters and optimizers of their own, merged
-    every merge_interval steps; mhlora: their sum in one model; galore: every weight, by Adam in a low-rank space of the
-    gradients (needs the package galore-torch)."""
-    rank: int = 24
+    name: str = option("switchlora")
+    """The training method."""
+    rank: int = option(24)
     """Rank r of every adapter; with galore, of every projected gradient."""
-    alpha: Optional[float] = None
+    alpha: Optional[float] = option(None)
     """Scaling s = alpha / rank; by default 1 (SwitchLoRA, eq. 4 and 14), and 4096 with lte and mhlora, whose s is large
     (LTE, appendix A), but for initial values whose B is not zero."""
-    full_rank_steps: int = 0
+    full_rank_steps: int = option(0)
     """Steps of full-rank training before the method begins, from the weights that these reach."""
-    full_rank_lr: float = 0.001
+    full_rank_lr: float = option(0.001)
     """Peak learning rate of the decoder's matrices in those steps."""
-    rslora: bool = False
+    rslora: bool = option(False)
     """Scaling s = alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732); LoRA-GA is defined with it."""
-    init: Optional[Literal["switchlora", "classic", "pissa", "lora_ga", "semi_orthogonal"]] = None
+    init: Optional[Literal["switchlora", "classic", "pissa", "lora_ga", "semi_orthogonal"]] = option(None)
     """switchlora: A and B uniform with the paper's deviations and W <- W - sBA; classic: A kaiming uniform, B zero;
     pissa: W's principal singular vectors, and W <- W - sBA (not where vectors are switched); lora_ga: singular vectors
-    of the gradient at the start (method.ga), likewise; semi_orthogonal: A's rows orthogonal, B zero. By default classic
-    with relora, semi_orthogonal with lte and mhlora, else switchlora."""
-    ga: LoraGaConfig = field(default_factory=LoraGaConfig)
-    """Initial values from the gradient, with init lora_ga."""
-    orthogonal_scale: Literal["sqrt_n_r", "sqrt_r_n"] = "sqrt_n_r"
+    of the gradient at the start (method.ga), and W <- W - sBA; semi_orthogonal: A's rows orthogonal, B zero. By default
+    classic with relora, semi_orthogonal with lte and mhlora, else switchlora."""
+    orthogonal_scale: Literal["sqrt_n_r", "sqrt_r_n"] = option("sqrt_n_r")
     """Scale of semi-orthogonal rows of length n: sqrt(n / r), as LTE's code has it, or sqrt(r / n), as its paper."""
-    local_heads: int = 1
-    """LTE heads in one process, which share one W; mhlora: its heads. lte trains parallel.lte_heads times as many."""
-    merge_interval: Union[int, Literal["never"]] = 10
-    """Steps T between merges of the LTE heads."""
-    merge_form: Literal["reset", "resetless"] = "resetless"
-    """resetless: factors go on and W is corrected; reset: B starts again at zero (LTE, Algorithm 1)."""
-    merge_traffic: Literal["auto", "factors", "delta"] = "auto"
-    """What crosses heads in a merge: factors (all-gathered), their mean product (all-reduced); auto: the smaller."""
-    redraw_A: bool = False
-    """Draw A anew at every merge (with merge_form reset)."""
-    inner: Literal["lora", "switchlora"] = "lora"
-    """What an LTE head trains with."""
-    base: Literal["fp32", "nf4"] = "fp32"
-    """How LTE heads hold the frozen W: in fp32, or quantised to 4 bits, with what merges need in host memory."""
-    interval0: float = 40.0
-    """Switching interval at the start: r / interval0 vectors a side, layer and step."""
-    switch_ratio: float = 0.1
-    """The switching rate falls to 0.3 of its start after this share of switch_total_steps."""
-    switch_total_steps: Optional[int] = None
-    """Length T of the switching schedule in steps; by default train.steps."""
-    freeze_steps: int = 5
-    """Steps N for which the counterpart of a switched vector is frozen (0 masks the stale gradient once, as 1)."""
-    selection: Literal["ring", "random", "independent"] = "ring"
-    """ring: positions and candidates in order; random: candidates drawn at random; independent: positions too,
-    with separate counts for A and B (Algorithm 2 of the paper)."""
-    restart_interval: int = 5000
-    """Steps K between ReLoRA's restarts: fold sBA into W, draw A anew, B zero."""
-    restart_warmup: int = 100
-    """Steps in which the learning rates climb back to their schedule after a restart."""
-    restart_moments: Literal["zero", "prune"] = "zero"
-    """What a restart leaves of the adapters' Adam moments: nothing, or the entries of largest magnitude."""
-    restart_keep: float = 0.001
-    """Share of a moment's entries that restart_moments prune leaves (the paper prunes 99.9 %)."""
-    galore_update_gap: int = 200
-    """Steps between decompositions of GaLore's gradients."""
-    galore_scale: float = 0.25
-    """GaLore's scale of the update that is projected back."""
-    bank_device: Literal["device", "host"] = "device"
-    """Where the candidate vectors live; host memory is pinned when there is a GPU."""
-    bank_spread: Literal["tp", "dp"] = "tp"
-    """tp: no candidate is held twice over the tensor-parallel ranks, data-parallel ranks hold copies; dp: candidates
-    are spread over the data-parallel ranks too."""
-    compute: Literal["auto", "merged", "split"] = "auto"
+    compute: Literal["auto", "merged", "split"] = option("auto", resume="free", results=False)
     """merged: form W + sBA, then one dense product; split: W x and s B (A x) apart; auto: whichever costs fewer
-    FLOPs, a layer at a time."""
-    merged_cache: Literal["micro_batch", "accumulation", "recompute"] = "micro_batch"
+    FLOPs, for each layer."""
+    merged_cache: Literal["micro_batch", "accumulation", "recompute"] = option(
+        "micro_batch", resume="free", results=False
+    )
     """How long the merged form keeps W + sBA: from a micro-batch's forward to its backward, over all micro-batches of
     a step, or not at all (formed again in backward)."""
+    ga: LoraGaConfig = field(default_factory=LoraGaConfig)
+    """Initial values from the gradient, with init lora_ga."""
+
+    if TYPE_CHECKING:  # the sections that methods register
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @property
-    def of_lte(self) -> bool:
-        """Whether this is LTE, or what LTE is compared with."""
-        return self.name in ("lte", "mhlora")
+    def facts(self) -> MethodFacts:
+        """What its method says of it.
 
-    @property
-    def switches(self) -> bool:
-        """Whether vectors are switched."""
-        return self.name == "switchlora" or (self.name == "lte" and self.inner == "switchlora")
-
-    @property
-    def adapts(self) -> bool:
-        """Whether W is frozen beside adapters; else the decoder's matrices train."""
-        return self.name not in ("full", "galore")
+        Raises:
+            UserError: there is no such method.
+        """
+        known = ", ".join(METHODS)
+        require(self.name in METHODS, f"method.name must be one of {known}, not {self.name!r}: choose one of them.")
+        return METHODS[self.name](self)
 
     @property
     def initial(self) -> str:
         """Initial values of the factors: `init`, or the method's default."""
-        if self.of_lte and self.inner == "lora":
-            return self.init or "semi_orthogonal"
-        return self.init or ("classic" if self.name == "relora" else "switchlora")
-
-    @property
-    def unused(self) -> list[str]:
-        """Options that are not as by default and that this method does not read: a configuration may be shared."""
-        names = [*(() if self.switches else OF_SWITCHES), *(() if self.adapts else OF_ADAPTERS)]
-        if not self.adapts or self.initial != "semi_orthogonal":
-            names.append("orthogonal_scale")
-        if self.adapts and (self.compute == "split" or self.shares_base):
-            names.append("merged_cache")
-        if self.merge_interval == "never":
-            names.append("redraw_A")
-        default = type(self)(name=self.name)
-        default.init = self.init and default.initial  # type: ignore[assignment]  # a run's init is filled in
-        return [name for name in names if getattr(self, name) != getattr(default, name)]
+        return self.init or self.facts.default_init
 
     @property
     def scaling(self) -> float:
-        """s in W x + s B A x; of mhlora divided by its heads."""
-        alpha = self.alpha
-        if alpha is None:
-            alpha = 4096.0 if self.of_lte and self.initial in ("semi_orthogonal", "classic") else 1.0
-        by = math.sqrt(self.rank) if self.rslora else self.rank
-        return alpha / by / (self.local_heads if self.name == "mhlora" else 1)
+        """s in W x + s B A x."""
+        alpha = self.facts.default_alpha if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank) / self.facts.side_by_side
 
     @property
     def adapter_rank(self) -> int:
-        """Vectors on either side of a layer's adapter: mhlora puts its heads side by side."""
-        return self.rank * (self.local_heads if self.name == "mhlora" else 1)
+        """Vectors on either side of a layer's adapter."""
+        return self.rank * self.facts.side_by_side
+
+
+class MethodFacts:
+    """What the rest of the package asks about a method, answered from its options. Every method registers a subclass;
+    these answers are those of an adapter that stays as it began, without heads."""
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    """One line of the help."""
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """The shared options below `method` that it reads, beside its name."""
+    sections: ClassVar[dict[str, type]] = {}
+    """The sections that it reads. One that no other method reads is refused with those."""
+    inits: ClassVar[frozenset[str]] = frozenset()
+    """The initial values that it takes."""
+    adapts: ClassVar[bool] = True
+    """Whether W is frozen beside adapters; else the decoder's matrices train."""
+    merges: ClassVar[bool] = False
+    """Whether there are heads, on ranks of their own, that are merged."""
+
+    def __init__(self, method: MethodConfig) -> None:
+        self.method = method
 
     @property
-    def heads_here(self) -> int:
-        """Heads in one process that are trained apart."""
-        return self.local_heads if self.name == "lte" else 1
+    def title(self) -> str:
+        """The name, with what else decides which options are read."""
+        return self.name
+
+    def check(self, config: Any) -> None:
+        """Check the whole `RunConfig`. Raises: UserError, with the rule, the values and what to change."""
+
+    def check_zero(self, stage: int) -> None:
+        """Raises: UserError, if it does not go with this ZeRO stage."""
+
+    def require_packages(self) -> None:
+        """Raises: UserError, if an optional package that it needs does not load."""
 
     @property
-    def shares_base(self) -> bool:
-        """Whether heads keep their last merge apart from W, which other heads share, or which is quantised."""
-        return self.name == "lte" and (self.local_heads > 1 or self.base == "nf4")
+    def unused(self) -> list[str]:
+        """Options that it reads, but that change nothing with the others as they are."""
+        return []
 
     @property
-    def resetless(self) -> bool:
-        """Whether merges of LTE heads zero nothing."""
-        return self.name == "lte" and self.merge_form == "resetless"
+    def may_change(self) -> list[str]:
+        """Options that a resumed run may change beside those that say so themselves."""
+        return []
 
     @property
-    def keeps_origins(self) -> bool:
-        """Whether LTE heads need their common origin at a merge: switches change W, so that there is none, and a base
-        in 4 bits holds too little."""
-        return (self.resetless and not self.switches) or (self.name == "lte" and self.base == "nf4")
+    def kind(self) -> Any:
+        """The class that drives it, a subclass of `methods.base.Method`."""
+        raise TypeError("a method says which class drives it")
+
+    @property
+    def default_init(self) -> str:
+        return "switchlora"
+
+    @property
+    def default_alpha(self) -> float:
+        return 1.0
+
+    def default_dense_lr(self, lr: float) -> float:
+        """Return the peak learning rate of the dense tensors where none is given."""
+        return lr
+
+    @property
+    def side_by_side(self) -> int:
+        """Adapters of a layer that are one wider one."""
+        return 1
+
+    @property
+    def switches(self) -> bool:
+        """Whether vectors are switched against a candidate bank."""
+        return False
+
+    @property
+    def projected_rank(self) -> int:
+        """The rank in which the moments of matrices are kept; 0: in full."""
+        return 0
 
     @property
     def keeps_initial(self) -> bool:
         """Whether a run keeps A and B of its start: they make an adapter over the base it began from."""
-        return self.name == "lora" and self.init == "lora_ga"
+        return False
+
+    @property
+    def heads_here(self) -> int:
+        """LTE heads of one process."""
+        return 1
+
+    @property
+    def merge_interval(self) -> Optional[int]:
+        """Steps between merges; None: there are none."""
+        return None
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether heads keep their last merge apart from W, which other heads share, or which is quantised."""
+        return False
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the frozen W is held in 4 bits."""
+        return False
+
+    @property
+    def resetless(self) -> bool:
+        """Whether merges zero nothing."""
+        return False
+
+    @property
+    def keeps_origins(self) -> bool:
+        """Whether heads need their common origin at a merge."""
+        return False
+
+
+METHODS: dict[str, type[MethodFacts]] = {}  # the one table of the package that is filled at import
+
+
+def register(facts: type[MethodFacts]) -> type[MethodFacts]:
+    """Add a method to the table: a decorator of its facts."""
+    METHODS[facts.name] = facts
+    return facts
+
+
+def all_sections() -> dict[str, type]:
+    """Return the sections of all methods by name."""
+    return {name: kind for facts in METHODS.values() for name, kind in facts.sections.items()}
+
+
+def method_config_class() -> type[MethodConfig]:
+    """Return `MethodConfig` with the sections of all methods that are registered by now."""
+    return _with_sections(tuple(all_sections().items()))
+
+
+@cache
+def _with_sections(sections: tuple[tuple[str, type], ...]) -> type[MethodConfig]:
+    made = [(name, kind, field(default_factory=kind)) for name, kind in sections]
+    found = make_dataclass("MethodConfig", made, bases=(MethodConfig,))
+    found.__doc__ = MethodConfig.__doc__
+    return found
+
+
+def make_method(name: str = "switchlora", **options: Any) -> MethodConfig:
+    """Return a method's section; the options of methods' own sections are given as SECTION__OPTION."""
+    own = {key: value for key, value in options.items() if "__" not in key}
+    method = method_config_class()(name=name, **own)
+    for key, value in options.items():
+        section, _, option_name = key.partition("__")
+        if option_name:
+            held = getattr(method, section)
+            known = {each.name for each in fields(held)}
+            assert option_name in known, f"{section} has no option {option_name!r}"
+            setattr(held, option_name, value)
+    return method

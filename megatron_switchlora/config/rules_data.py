@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.rules_model import LARGEST_SIZE
-from megatron_switchlora.config.run import DataConfig, require
+from megatron_switchlora.config.run import DataConfig
 
 
 def validate_data(d: DataConfig) -> None:

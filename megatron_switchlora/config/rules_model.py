@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron_switchlora.config.run import ModelConfig, require
+from megatron_switchlora.config.errors import require
+from megatron_switchlora.config.run import ModelConfig
 
 # Scalings of the rotary embedding that do not depend on the sequence: keys that they need, keys that they may have.
 ROPE_SCALINGS: dict[str, tuple[set[str], set[str]]] = {

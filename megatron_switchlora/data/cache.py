@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.data.loader import TokenStore
 from megatron_switchlora.disk import make_durable, open_no_follow, read_json, replace_text
 

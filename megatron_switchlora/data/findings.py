@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.errors import UserError
 
 EMPTY = "Documents without text, left out"
 BAD = "Documents that cannot be read, left out (data.on_bad_document skip)"

@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_switchlora.config.run import UserError, require
+from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.disk import leads_out
 
 # Beginnings and ends of the names of a tokenizer's files, in transformers' folders and in those of its ancestors.

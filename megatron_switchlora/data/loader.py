@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_switchlora.config.run import UserError, require
+from megatron_switchlora.config.errors import UserError, require
 
 STREAM = 0xDA7A << 32  # keeps the data order's random streams apart from others of the same seed
 REBUILD = "remove its folder, and the next start tokenises the text again"

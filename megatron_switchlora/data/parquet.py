@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from megatron_switchlora.config.run import UserError, require
+from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.data.findings import EMPTY, BadDocument, Findings
 from megatron_switchlora.data.forms import Source
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
-from megatron_switchlora.config.run import UserError, require
+from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.data.findings import EMPTY, JSON_OBJECTS, MARKUP, BadDocument, Findings
 from megatron_switchlora.data.forms import (
     MARK,

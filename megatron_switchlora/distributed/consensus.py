@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.errors import UserError
 
 T = TypeVar("T")
 

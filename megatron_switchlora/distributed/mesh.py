@@ -16,7 +16,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_switchlora.config.run import ParallelConfig, UserError
+from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.run import ParallelConfig
 from megatron_switchlora.distributed.shard import Axis
 
 AXES = ("lte", "dp", "tp")

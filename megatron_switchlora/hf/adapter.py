@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_switchlora.config.run import require
+from megatron_switchlora.config.errors import require
 from megatron_switchlora.disk import user_path
 from megatron_switchlora.hf.import_ import (
     Stored,

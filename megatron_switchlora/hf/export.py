@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_switchlora.checkpoint.archive import grouped, save_durably
+from megatron_switchlora.checkpoint.archive import save_durably
 from megatron_switchlora.checkpoint.files import Checkpoint, build_folder
 from megatron_switchlora.checkpoint.weights import Weights
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.data.hf_tokenizer import as_trained, load_tokenizer, save_tokenizer
+from megatron_switchlora.distributed.buckets import grouped
 from megatron_switchlora.hf.folders import hf_config, joined_marks, write_configs
 
 SHARD_BYTES = 1 << 30

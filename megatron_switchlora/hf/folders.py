@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_switchlora.checkpoint.archive import save_durably
-from megatron_switchlora.config.run import ModelConfig, UserError
+from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.run import ModelConfig
 from megatron_switchlora.distributed.shard import full_shape, shard_of
 from megatron_switchlora.model.llama.model import LlamaForCausalLM
 from megatron_switchlora.model.llama.rope import rope_parameters

@@ -20,8 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.rules_model import check_model
-from megatron_switchlora.config.run import ModelConfig, UserError, require
+from megatron_switchlora.config.run import ModelConfig
 from megatron_switchlora.data.hf_tokenizer import require_own
 from megatron_switchlora.disk import read_json
 from megatron_switchlora.distributed.shard import full_shape

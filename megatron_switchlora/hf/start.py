@@ -17,10 +17,11 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from megatron_switchlora.checkpoint.archive import grouped, write_parts
+from megatron_switchlora.checkpoint.archive import write_parts
 from megatron_switchlora.checkpoint.files import build_folder, seal
-from megatron_switchlora.config.run import require
+from megatron_switchlora.config.errors import require
 from megatron_switchlora.data.hf_tokenizer import require_own, tokenizer_files
+from megatron_switchlora.distributed.buckets import grouped
 from megatron_switchlora.distributed.slices import Part
 from megatron_switchlora.hf.adapter import is_adapter, read_adapter
 from megatron_switchlora.hf.folders import MARKS

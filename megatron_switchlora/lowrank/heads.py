@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_switchlora.config.run import MethodConfig
 from megatron_switchlora.distributed.collectives import leave
 from megatron_switchlora.distributed.linear import ParallelLinear
 from megatron_switchlora.distributed.shard import Split, declare
@@ -32,18 +31,17 @@ def stack(tensors: Iterable[Tensor]) -> Tensor:
 
 
 class HeadsLinear(nn.Module):
-    """Replaces a parallel linear; takes over its weight as the frozen base of `method.heads_here` heads."""
+    """Replaces a parallel linear; takes over its weight as the frozen base of `heads` heads."""
 
     weight: Tensor
     merged_A: Tensor
     merged_B: Tensor
 
-    def __init__(self, base: ParallelLinear, method: MethodConfig) -> None:
+    def __init__(self, base: ParallelLinear, heads: int, rank: int, scaling: float, resetless: bool) -> None:
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
         self.tp, self.split, self.row_parallel = base.tp, base.split, base.split_dim == 1
-        self.heads, self.rank, self.scaling = method.heads_here, method.rank, method.scaling
-        self.resetless = method.resetless
+        self.heads, self.rank, self.scaling, self.resetless = heads, rank, scaling, resetless
         weight = base.weight.detach()
         self.register_buffer("weight", weight)
         self.quantised: Optional[Nf4Matrix] = None

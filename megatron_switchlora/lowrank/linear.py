@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_switchlora.config.run import MethodConfig
 from megatron_switchlora.distributed.collectives import leave
 from megatron_switchlora.distributed.linear import ParallelLinear
 from megatron_switchlora.distributed.shard import Split, declare
-from megatron_switchlora.lowrank.merged import MergedLinear, merge, uses_merged
+from megatron_switchlora.lowrank.merged import Form, MergedLinear, merge, uses_merged
 
 
 class LowRankLinear(nn.Module):
@@ -32,13 +31,14 @@ class LowRankLinear(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, base: ParallelLinear, method: MethodConfig, micro_batches: int = 1) -> None:
+    def __init__(
+        self, base: ParallelLinear, rank: int, scaling: float, form: Optional[Form] = None, micro_batches: int = 1
+    ) -> None:
         super().__init__()
         self.micro_batches = micro_batches  # of a step
         self.in_features, self.out_features = base.in_features, base.out_features
         self.tp, self.split, self.row_parallel = base.tp, base.split, base.split_dim == 1
-        self.rank, self.scaling = method.adapter_rank, method.scaling
-        self.method, self.cache = method, method.merged_cache
+        self.rank, self.scaling, self.form = rank, scaling, form or Form()
         self.register_buffer("weight", base.weight.detach())
         out_local, in_local = self.weight.shape
         A = nn.Parameter(self.weight.new_empty(self.rank, in_local))
@@ -64,15 +64,15 @@ class LowRankLinear(nn.Module):
     def _merges(self, x: Tensor) -> bool:
         out_local, in_local = self.weight.shape
         tokens = x.numel() // in_local
-        return uses_merged(self.method, tokens, (out_local, in_local), self.micro_batches, torch.is_grad_enabled())
+        return uses_merged(self.form, tokens, (out_local, in_local), self.micro_batches, torch.is_grad_enabled())
 
     def _split_form(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return torch.add(F.linear(x, self.weight.to(x.dtype)), F.linear(x, A) @ B, alpha=self.scaling)
 
     def _merged_form(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        if self.cache == "accumulation" and self._merged is None:
+        if self.form.cache == "accumulation" and self._merged is None:
             self._merged = merge(self.weight, A, B, self.scaling)
-        return MergedLinear.apply(x, A, B, self.weight, self._merged, self.scaling, self.cache != "recompute")
+        return MergedLinear.apply(x, A, B, self.weight, self._merged, self.scaling, self.form.cache != "recompute")
 
     def forget_merged(self) -> None:
         """W or a factor has changed: the cached W_eff, if any, is not theirs."""

@@ -20,7 +20,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from megatron_switchlora.config.run import LoraGaConfig, MethodConfig
+from megatron_switchlora.config.method import LoraGaConfig, MethodConfig
 from megatron_switchlora.distributed.collectives import leave
 from megatron_switchlora.distributed.linear import ParallelLinear
 from megatron_switchlora.distributed.shard import Axis, Split, named_generator

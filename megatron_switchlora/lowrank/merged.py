@@ -10,13 +10,20 @@ the product B A is rounded once before it is added and W_eff once after.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_switchlora.config.run import MethodConfig
+
+@dataclass(frozen=True)
+class Form:
+    """How adapted layers compute: `compute` auto, merged or split; `cache`: how long the merged form keeps W_eff."""
+
+    compute: str = "auto"
+    cache: str = "micro_batch"
 
 
 @torch.no_grad()
@@ -34,12 +41,12 @@ def prefers_merged(tokens: int, out_features: int, in_features: int, formed: flo
     return tokens * (out_features + in_features) > formed * out_features * in_features
 
 
-def uses_merged(method: MethodConfig, tokens: int, shape: tuple[int, int], micro_batches: int, trains: bool) -> bool:
-    """Whether a layer whose W has this shape (out, in) here computes in the merged form: as `method.compute` says, or
+def uses_merged(form: Form, tokens: int, shape: tuple[int, int], micro_batches: int, trains: bool) -> bool:
+    """Whether a layer whose W has this shape (out, in) here computes in the merged form: as `form.compute` says, or
     by FLOPs. W_eff lasts over the micro-batches of a step, or is formed again for a backward pass, if there is one."""
-    if method.compute != "auto":
-        return method.compute == "merged"
-    formed = {"recompute": 2 if trains else 1, "accumulation": 1 / micro_batches}.get(method.merged_cache, 1)
+    if form.compute != "auto":
+        return form.compute == "merged"
+    formed = {"recompute": 2 if trains else 1, "accumulation": 1 / micro_batches}.get(form.cache, 1)
     return prefers_merged(tokens, *shape, formed)
 
 

@@ -4,8 +4,32 @@ from __future__ import annotations
 
 from torch import nn
 
+from megatron_switchlora.config.errors import require
+from megatron_switchlora.config.method import MethodFacts, register
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.methods.base import Method
 from megatron_switchlora.model.llama.model import decoder_linears
+
+
+@register
+class FullFacts(MethodFacts):
+    """No adapters."""
+
+    name = "full"
+    about = "every weight"
+    adapts = False
+
+    @property
+    def kind(self) -> type[Method]:
+        return Full
+
+    def check(self, config: RunConfig) -> None:
+        steps = config.method.full_rank_steps
+        require(
+            not steps,
+            f"method.full_rank_steps {steps} comes before another method, and method.name full trains so throughout: "
+            "leave it out.",
+        )
 
 
 class Full(Method):

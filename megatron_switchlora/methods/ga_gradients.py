@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_switchlora.config.run import RunConfig, require
+from megatron_switchlora.config.errors import require
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.data.loader import BatchOrder, Samples
 from megatron_switchlora.distributed.collectives import leave
 from megatron_switchlora.distributed.mesh import Mesh
@@ -43,7 +44,7 @@ def find_factors(
     method = config.method
     if method.init != "lora_ga":
         return None
-    heads = mesh.heads(method.heads_here)
+    heads = mesh.heads(method.facts.heads_here)
     each = [_factors_of_head(config, model, mesh, samples, device, head) for head in heads]
     return {name: tuple(torch.cat([found[name][side] for found in each]) for side in (0, 1)) for name in each[0]}  # type: ignore[misc]
 

@@ -7,13 +7,79 @@ part of each gradient only) and bf16.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Optional
 
 from torch import Tensor
 
+from megatron_switchlora.config.errors import require
+from megatron_switchlora.config.facts import option
+from megatron_switchlora.config.method import MethodFacts, register
+from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.methods.adapter_options import check_rank
+from megatron_switchlora.methods.base import Method
 from megatron_switchlora.methods.full import Full
 from megatron_switchlora.optim.galore import GaloreAdamW, load_projector
 from megatron_switchlora.optim.row_adamw import RowAdamW
+
+
+@dataclass
+class GaloreOptions:
+    """Adam in a low-rank space of the gradients (GaLore, arXiv 2403.03507), with method.name galore."""
+
+    update_gap: int = option(200)
+    """Steps between decompositions of the gradients."""
+    scale: float = option(0.25)
+    """Scale of the update that is projected back."""
+
+
+@register
+class GaloreFacts(MethodFacts):
+    """Every weight trains, as in full-rank training."""
+
+    name = "galore"
+    about = "every weight, by Adam in a low-rank space of the gradients (needs the package galore-torch)"
+    reads = frozenset({"rank"})
+    sections = {"galore": GaloreOptions}  # noqa: RUF012
+    adapts = False
+
+    @property
+    def kind(self) -> type[Method]:
+        return Galore
+
+    @property
+    def projected_rank(self) -> int:
+        return self.method.rank
+
+    def require_packages(self) -> None:
+        load_projector()
+
+    def check_zero(self, stage: int) -> None:
+        require(
+            stage == 0,
+            f"method.name galore takes the singular vectors of whole gradients, and ZeRO stage {stage} cuts them over "
+            "the ranks (without --ds_config it is stage 1): use ds_configs/zero0.json.",
+        )
+
+    def check(self, config: RunConfig) -> None:
+        galore, tp = config.method.galore, config.parallel.tp
+        check_rank(config)
+        require(
+            tp == 1,
+            f"method.name galore takes the singular vectors of whole gradients, and with parallel.tp {tp} a rank has a "
+            "part of each: set parallel.tp to 1.",
+        )
+        require(
+            config.train.precision == "fp32",
+            f"method.name galore is proven on fp32 parameters alone, train.precision is {config.train.precision}: set "
+            "it to fp32.",
+        )
+        require(galore.update_gap >= 1, f"method.galore.update_gap must be at least 1, not {galore.update_gap}.")
+        require(
+            math.isfinite(galore.scale) and galore.scale > 0,
+            f"method.galore.scale must be positive, not {galore.scale}.",
+        )
 
 
 class Galore(Full):
@@ -26,7 +92,7 @@ class Galore(Full):
         method, optim = self.config.method, self.config.optim
         projectors = {
             matrix: self.projector_class(
-                method.rank, update_proj_gap=method.galore_update_gap, scale=method.galore_scale, proj_type="std"
+                method.rank, update_proj_gap=method.galore.update_gap, scale=method.galore.scale, proj_type="std"
             )
             for matrix in self.matrices()
         }

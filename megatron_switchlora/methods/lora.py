@@ -12,18 +12,24 @@ LoRA whose vectors are those of N heads side by side.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_switchlora.config.errors import require
+from megatron_switchlora.config.facts import option
+from megatron_switchlora.config.method import register
 from megatron_switchlora.config.run import RunConfig, accumulation_steps
 from megatron_switchlora.distributed.consensus import await_all
 from megatron_switchlora.distributed.shard import named_generator, shard_of
 from megatron_switchlora.distributed.slices import Part, parameter_part, replica_line
 from megatron_switchlora.lowrank.init import Side, draw_orthogonal, draw_vectors, factor_std, principal_factors
 from megatron_switchlora.lowrank.linear import LowRankLinear
+from megatron_switchlora.lowrank.merged import Form
+from megatron_switchlora.methods.adapter_options import AdapterFacts
 from megatron_switchlora.methods.base import Method, Replica
 from megatron_switchlora.model.llama.model import decoder_linears
 from megatron_switchlora.optim.row_adamw import RowAdamW
@@ -57,16 +63,38 @@ def part_sides(
     return [{**adapters, "name": "lora_A", "params": A}, faster, *others]
 
 
+ALL_INITS = frozenset({"switchlora", "classic", "pissa", "lora_ga", "semi_orthogonal"})
+
+
+@register
+class LoraFacts(AdapterFacts):
+    """A fixed adapter."""
+
+    name = "lora"
+    about = "a fixed low-rank adapter"
+    inits = ALL_INITS
+
+    @property
+    def kind(self) -> type[Method]:
+        return Lora
+
+    @property
+    def keeps_initial(self) -> bool:
+        return self.method.init == "lora_ga"
+
+
 class Lora(Method):
     """`linears` are the adapted layers by Hugging Face name, in layer order; `initial` the factors of the start, as the
     forward pass used them, where they are kept."""
 
     def adapt(self, factors: Optional[dict[str, tuple[Tensor, Tensor]]]) -> None:
         self.initial: dict[nn.Parameter, Tensor] = {}
+        method = self.config.method
+        form = Form(method.compute, method.merged_cache)
         micro_batches = accumulation_steps(self.config, self.mesh.size("dp"))
         self.linears: dict[str, LowRankLinear] = {}
         for name, parent, attribute, base in list(decoder_linears(self.model)):
-            linear = LowRankLinear(base, self.config.method, micro_batches)
+            linear = LowRankLinear(base, method.adapter_rank, method.scaling, form, micro_batches)
             setattr(parent, attribute, linear)
             self.linears[name] = linear
         self._draw_factors()
@@ -111,7 +139,7 @@ class Lora(Method):
             self._take_principal_factors()
         for linear in self.linears.values():
             linear.add_product(-1.0)
-        if self.config.method.keeps_initial:
+        if self.config.method.facts.keeps_initial:
             dtypes = {
                 factor: linear.weight.dtype
                 for linear in self.linears.values()
@@ -166,11 +194,53 @@ class Lora(Method):
             linear.forget_merged()
 
 
+@dataclass
+class MhLoraOptions:
+    """Multi-head LoRA, LTE's baseline (arXiv 2402.16828, section 3.1), with method.name mhlora."""
+
+    heads: int = option(1)
+    """Heads whose sum is one model."""
+
+
+@register
+class MhLoraFacts(AdapterFacts):
+    """Heads side by side."""
+
+    name = "mhlora"
+    about = "the sum of several LoRA heads in one model"
+    sections = {"mhlora": MhLoraOptions}  # noqa: RUF012
+    inits = frozenset({"switchlora", "classic", "semi_orthogonal"})
+
+    @property
+    def kind(self) -> type[Method]:
+        return MhLora
+
+    @property
+    def default_init(self) -> str:
+        return "semi_orthogonal"
+
+    @property
+    def default_alpha(self) -> float:
+        return 4096.0 if self.method.initial in ("semi_orthogonal", "classic") else 1.0
+
+    def default_dense_lr(self, lr: float) -> float:
+        return 0.001
+
+    @property
+    def side_by_side(self) -> int:
+        return self.method.mhlora.heads
+
+    def check(self, config: RunConfig) -> None:
+        heads = config.method.mhlora.heads
+        require(heads >= 1, f"method.mhlora.heads must be at least 1, not {heads}.")
+        super().check(config)
+
+
 class MhLora(Lora):
-    """Multi-head LoRA: `method.local_heads` heads side by side in one adapter."""
+    """Multi-head LoRA: `method.mhlora.heads` heads side by side in one adapter."""
 
     def _draw_vectors(self, side: Side, name: str, count: int) -> Tensor:
         linear = self.linears[name]
         shape = (linear.out_features, linear.in_features)
-        heads = range(self.config.method.local_heads)
+        heads = range(self.config.method.mhlora.heads)
         return torch.cat([draw_factor(self.config, side, name, shape, count, head) for head in heads])

@@ -12,22 +12,82 @@ Published code starts with A = B = 0, which trains nothing in the first cycle; t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_switchlora.config.errors import require
+from megatron_switchlora.config.facts import option
+from megatron_switchlora.config.method import register
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.shard import named_generator
 from megatron_switchlora.lowrank.init import draw_vectors, factor_std
-from megatron_switchlora.methods.lora import Lora
+from megatron_switchlora.methods.adapter_options import AdapterFacts
+from megatron_switchlora.methods.base import Method
+from megatron_switchlora.methods.lora import ALL_INITS, Lora
 from megatron_switchlora.optim.pruning import prune_moments
 from megatron_switchlora.optim.schedules import jagged_factor
 
 
+@dataclass
+class ReloraOptions:
+    """Adapters that are folded into W and re-initialised (ReLoRA, arXiv 2307.05695), with method.name relora."""
+
+    interval: int = option(5000)
+    """Steps K between restarts: fold sBA into W, re-initialise A, B zero."""
+    warmup: int = option(100)
+    """Steps in which the learning rates climb back to their schedule after a restart."""
+    moments: Literal["zero", "prune"] = option("zero")
+    """What a restart leaves of the adapters' Adam moments: nothing, or the entries of largest magnitude."""
+    keep: float = option(0.001)
+    """Share of a moment's entries that moments prune leaves (the paper prunes 99.9 %)."""
+
+
+@register
+class ReloraFacts(AdapterFacts):
+    """LoRA with restarts."""
+
+    name = "relora"
+    about = "an adapter that is folded into W and re-initialised every method.relora.interval steps"
+    sections = {"relora": ReloraOptions}  # noqa: RUF012
+    inits = ALL_INITS - {"lora_ga"}
+
+    @property
+    def kind(self) -> type[Method]:
+        return Relora
+
+    @property
+    def default_init(self) -> str:
+        return "classic"
+
+    def check(self, config: RunConfig) -> None:
+        relora, warmup = config.method.relora, config.train.warmup_steps
+        super().check(config)
+        require(
+            relora.interval >= max(1, warmup),
+            f"method.relora.interval must be at least 1 and not below train.warmup_steps, or the first warm-up would "
+            f"hide a restart's; they are {relora.interval} and {warmup}: restart later or warm up for fewer steps.",
+        )
+        require(
+            0 <= relora.warmup <= relora.interval,
+            f"method.relora.warmup must lie between 0 and method.relora.interval {relora.interval}, it is "
+            f"{relora.warmup}: warm up for fewer steps.",
+        )
+        require(
+            0 < relora.keep < 1,
+            f"method.relora.keep is the share of the moments that a pruning leaves and must lie between 0 and 1, it is "
+            f"{relora.keep}: for none, give method.relora.moments zero.",
+        )
+
+
 class Relora(Lora):
-    """Restarts after steps K, 2K, ..., K = `method.restart_interval`."""
+    """Restarts after steps K, 2K, ..., K = `method.relora.interval`."""
 
     def lr_factor(self, step: int) -> float:
-        train, method = self.config.train, self.config.method
-        return jagged_factor(step, train.warmup_steps, train.steps, method.restart_interval, method.restart_warmup)
+        train, relora = self.config.train, self.config.method.relora
+        return jagged_factor(step, train.warmup_steps, train.steps, relora.interval, relora.warmup)
 
     def after_step(self, step: int) -> None:
-        number, rest = divmod(step + 1, self.config.method.restart_interval)
+        number, rest = divmod(step + 1, self.config.method.relora.interval)
         if rest == 0:
             self._restart(number)
         super().after_step(step)
@@ -42,8 +102,8 @@ class Relora(Lora):
             linear.lora_B.data.zero_()
             self.optimizer.rows_rewritten(linear.lora_A)
             self.optimizer.rows_rewritten(linear.lora_B)
-        if self.config.method.restart_moments == "prune":
-            prune_moments(self.optimizer, self.matrices(), self.config.method.restart_keep, self.mesh)
+        if self.config.method.relora.moments == "prune":
+            prune_moments(self.optimizer, self.matrices(), self.config.method.relora.keep, self.mesh)
             for factor in self.matrices():
                 self.optimizer.reset_steps(factor)
         else:

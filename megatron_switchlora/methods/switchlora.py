@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megatron_switchlora.config.method import register
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.slices import Part, shard_part
 from megatron_switchlora.lowrank.bank import CandidateBank, Fetch
 from megatron_switchlora.lowrank.linear import LowRankLinear
@@ -31,9 +33,30 @@ from megatron_switchlora.lowrank.schedule import (
     plan_step,
 )
 from megatron_switchlora.lowrank.switch import fold, switch_rows
-from megatron_switchlora.methods.base import Replica
+from megatron_switchlora.methods.adapter_options import AdapterFacts
+from megatron_switchlora.methods.base import Method, Replica
 from megatron_switchlora.methods.lora import Lora, head_seed
+from megatron_switchlora.methods.switch_options import SwitchOptions, check_switching
 from megatron_switchlora.optim.row_adamw import RowAdamW
+
+
+@register
+class SwitchLoraFacts(AdapterFacts):
+    """Adapters whose vectors are switched."""
+
+    name = "switchlora"
+    about = "adapters whose vectors are switched against candidates"
+    sections = {"switch": SwitchOptions}  # noqa: RUF012
+    inits = frozenset({"switchlora", "classic", "lora_ga"})
+    switches = True
+
+    @property
+    def kind(self) -> type[Method]:
+        return SwitchLora
+
+    def check(self, config: RunConfig) -> None:
+        super().check(config)
+        check_switching(config)
 
 
 @dataclass
@@ -55,22 +78,22 @@ class SwitchLora(Lora):
 
     def _draw_factors(self) -> None:
         """Draw the candidates of every layer; the live vectors are members."""
-        method, train = self.config.method, self.config.train
+        switch, train = self.config.method.switch, self.config.train
         spare = {n: x for n, x in self.linears.items() if min(x.out_features, x.in_features) > x.rank}
         self.switching: list[LowRankLinear] = list(spare.values())
         self.schedule = ScheduleConfig(
             candidates=tuple(min(x.out_features, x.in_features) for x in self.switching),
-            rank=method.rank,
-            interval0=method.interval0,
-            ratio=method.switch_ratio,
-            total_steps=method.switch_total_steps or train.steps,
-            freeze_steps=method.freeze_steps,
-            selection=method.selection,
+            rank=self.config.method.rank,
+            interval0=switch.interval0,
+            ratio=switch.ratio,
+            total_steps=switch.total_steps or train.steps,
+            freeze_steps=switch.freeze_steps,
+            selection=switch.selection,
             seed=head_seed(train.seed, self.mesh.rank("lte")),
         )
         self.state = initial_state(self.schedule)
         self._planned: Optional[PlannedStep] = None
-        self.bank = CandidateBank(method.bank_device, method.bank_spread, self.mesh)
+        self.bank = CandidateBank(switch.bank_device, switch.bank_spread, self.mesh)
         for layer, (name, linear) in enumerate(spare.items()):
             for side, factor in (("A", linear.lora_A), ("B", linear.lora_B)):
                 vectors = self._draw_vectors(side, name, self.schedule.candidates[layer])  # type: ignore[arg-type]

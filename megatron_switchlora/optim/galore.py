@@ -17,7 +17,7 @@ from typing import Any, Optional, Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.distributed.slices import Part, shard_part
 from megatron_switchlora.optim.row_adamw import RowAdamW
 

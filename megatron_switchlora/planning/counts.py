@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from megatron_switchlora.config.run import MethodConfig, ModelConfig, RunConfig, shard_size
+from megatron_switchlora.config.method import MethodConfig
+from megatron_switchlora.config.run import ModelConfig, RunConfig, shard_size
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def count_shard(config: ModelConfig, method: MethodConfig, vocab_size: int, tp: 
         head=0 if config.tie_embeddings else embedding,
         norms=(2 * layers + 1) * config.hidden_size,
         matrices=layers * sum(m * n for m, n in shapes),
-        adapters=layers * method.adapter_rank * sum(m + n for m, n in shapes) if method.adapts else 0,
-        full_rank=not method.adapts,
+        adapters=layers * method.adapter_rank * sum(m + n for m, n in shapes) if method.facts.adapts else 0,
+        full_rank=not method.facts.adapts,
     )
 
 
@@ -91,29 +92,11 @@ def count_parameters(config: ModelConfig, method: MethodConfig, vocab_size: int)
     return count_shard(config, method, vocab_size, tp=1)
 
 
-def compute_bytes(config: RunConfig) -> int:
-    """Bytes of a number in the precision of compute."""
-    return 2 if config.train.precision == "bf16" else 4
-
-
 def count_here(config: RunConfig, vocab_size: int, tp: int) -> ParameterCounts:
     """What a rank holds; what trains as often as it has LTE heads."""
-    counts, heads = count_shard(config.model, config.method, vocab_size, tp), config.method.heads_here
+    counts, heads = count_shard(config.model, config.method, vocab_size, tp), config.method.facts.heads_here
     each = {name: heads * getattr(counts, name) for name in ("embedding", "head", "norms", "adapters")}
     return replace(counts, **each)
-
-
-def merge_sends_factors(config: RunConfig, out_features: int, in_features: int) -> bool:
-    """Whether a merge of LTE heads moves the factors of a layer whose W is [out, in] on a rank, and not their product:
-    by `method.merge_traffic`, or whatever is less. Received are (N - K) r (m + n) values in the precision of compute,
-    or 2 m n (H - 1) / H in fp32. Heads that switch move their weights."""
-    method, groups = config.method, config.parallel.lte_heads
-    if method.switches:
-        return False
-    if method.merge_traffic != "auto":
-        return method.merge_traffic == "factors"
-    factors = (config.heads - method.local_heads) * method.rank * (out_features + in_features) * compute_bytes(config)
-    return factors <= 2 * out_features * in_features * (groups - 1) / groups * 4
 
 
 def model_flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> float:

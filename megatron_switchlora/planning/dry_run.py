@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_switchlora.config.deepspeed import Zero, resolve_ds_config, zero_settings
-from megatron_switchlora.config.run import RunConfig, UserError, accumulation_steps, full_rank_config, require_shard
+from megatron_switchlora.config.ds_config import Zero, resolve_ds_config, zero_settings
+from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.run import RunConfig, accumulation_steps, full_rank_config, require_shard
 from megatron_switchlora.distributed.mesh import mesh_sizes
 from megatron_switchlora.planning.counts import count_parameters, count_shard
 from megatron_switchlora.planning.memory import Item, memory_items, peak_bytes, phase_bytes
@@ -67,7 +68,7 @@ def _setting(config: RunConfig, mesh: dict[str, int], zero: Zero, vocabulary: st
     train, method = config.train, config.method
     micro_batches = accumulation_steps(config, mesh["dp"])
     tokens = train.global_batch_size * train.seq_len
-    rank = "" if method.name == "full" else f" at rank {method.rank}"
+    rank = f" at rank {method.rank}" if "rank" in method.facts.reads else ""
     sums = ", micro-batches summed in fp32" if zero.fp32_accumulation else ""
     return [
         f"Dry run of {method.name}{rank}: nothing is read, trained or written.",
@@ -124,10 +125,10 @@ def memory_lines(items: list[Item]) -> list[str]:
 def _gradients(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Zero) -> list[str]:
     given, full = gradient_bytes(config, vocab_size, mesh["tp"], mesh["dp"], zero)
     merges = merge_bytes(config, vocab_size, mesh["tp"])
-    every = config.method.merge_interval
+    every = config.method.facts.merge_interval
     across = [
         f"Merge of {config.heads} LTE heads: a rank hands {merges / 1e6:,.2f} MB to the others, "
-        + ("never" if isinstance(every, str) else f"every {every} steps ({merges / every / 1e6:,.2f} MB a step)")
+        + ("never" if every is None else f"every {every} steps ({merges / every / 1e6:,.2f} MB a step)")
         + "; nothing else crosses heads but 32 bytes a step."
     ]
     return _gradient_lines(given, full, zero) + (across if mesh["lte"] > 1 else [])

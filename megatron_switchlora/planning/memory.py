@@ -13,13 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_switchlora.config.deepspeed import Zero
-from megatron_switchlora.config.run import RunConfig, accumulation_steps, shard_size
-from megatron_switchlora.lowrank.merged import uses_merged
+from megatron_switchlora.config.ds_config import Zero
+from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes, shard_size
+from megatron_switchlora.lowrank.merged import Form, uses_merged
 from megatron_switchlora.planning.counts import (
     ParameterCounts,
     Projection,
-    compute_bytes,
     count_here,
     count_parameters,
     count_shard,
@@ -72,13 +71,13 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
     counts, method, layers = count_parameters(config.model, config.method, vocab_size), config.method, config.model
     shapes = [(p.out_features, p.in_features) for p in projections(config.model)] * layers.num_layers
     dense = 2 * layers.num_layers + 2 + (not layers.tie_embeddings)  # tensors, with a counter each
-    counters = dense + len(shapes) * (2 * method.adapter_rank if method.adapts else 1)
+    counters = dense + len(shapes) * (2 * method.adapter_rank if method.facts.adapts else 1)
     moments, projectors = _moments(config, counts)
     total = config.heads * FP32 * (counts.trainable + 2 * moments + projectors + counters)
     total += _stored_bases(config, shapes, counts)
-    if method.keeps_initial:
+    if method.facts.keeps_initial:
         total += FP32 * counts.adapters
-    if method.switches:
+    if method.facts.switches:
         switching = [(m, n) for m, n in shapes if min(m, n) > method.rank]
         total += config.heads * sum(min(m, n) * (m + n) for m, n in switching) * compute_bytes(config)
         # pointer, slots and freezes of either side
@@ -90,13 +89,13 @@ def _stored_bases(config: RunConfig, shapes: list[tuple[int, int]], counts: Para
     """Bytes of every frozen W; of LTE heads also what their merges need: each head's own W, or the shared one with the
     factors of the last merge, and the origin."""
     method = config.method
-    if method.name != "lte":
+    if not method.facts.merges:
         return FP32 * counts.frozen
-    total = FP32 * counts.frozen * method.keeps_origins
-    if not method.shares_base:
-        return total + FP32 * counts.frozen * (config.heads if method.resetless else 1)
-    total += config.heads * counts.adapters * compute_bytes(config) * method.resetless
-    return total + (sum(nf4_bytes(m, n) for m, n in shapes) if method.base == "nf4" else FP32 * counts.frozen)
+    total = FP32 * counts.frozen * method.facts.keeps_origins
+    if not method.facts.shares_base:
+        return total + FP32 * counts.frozen * (config.heads if method.facts.resetless else 1)
+    total += config.heads * counts.adapters * compute_bytes(config) * method.facts.resetless
+    return total + (sum(nf4_bytes(m, n) for m, n in shapes) if method.facts.quantised else FP32 * counts.frozen)
 
 
 def nf4_bytes(out_features: int, in_features: int) -> int:
@@ -108,14 +107,14 @@ def _weights(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[Item]
     counts, method = count_here(config, vocab_size, tp), config.method
     shapes = [p.shard(tp) for p in projections(config.model)]
     in_4_bits = config.model.num_layers * sum(nf4_bytes(m, n) for m, n in shapes)
-    origins = shard_size(counts.frozen, dp) * method.keeps_origins
+    origins = shard_size(counts.frozen, dp) * method.facts.keeps_origins
     return [
         Item(f"trainable parameters, {config.train.precision}", counts.trainable * compute_bytes(config), "always"),
-        Item("frozen W, fp32", counts.frozen * FP32 * (method.base == "fp32"), "always"),
-        Item("frozen W, 4 bit", in_4_bits * (method.base == "nf4"), "always"),
+        Item("frozen W, fp32", counts.frozen * FP32 * (not method.facts.quantised), "always"),
+        Item("frozen W, 4 bit", in_4_bits * (method.facts.quantised), "always"),
         Item(
             "factors of the last merge",
-            counts.adapters * compute_bytes(config) * (method.resetless and method.shares_base),
+            counts.adapters * compute_bytes(config) * (method.facts.resetless and method.facts.shares_base),
             "always",
         ),
         Item("origins of the LTE heads, in host memory", origins * FP32, "host"),
@@ -125,10 +124,11 @@ def _weights(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[Item]
 
 def is_merged(config: RunConfig, projection: Projection, tp: int, micro_batches: int) -> bool:
     """Whether a layer computes with W + sBA on a rank's shard."""
-    if config.method.shares_base:
+    if config.method.facts.shares_base:
         return False
     tokens = config.train.micro_batch_size * config.train.seq_len
-    return uses_merged(config.method, tokens, projection.shard(tp), micro_batches, trains=True)
+    form = Form(config.method.compute, config.method.merged_cache)
+    return uses_merged(form, tokens, projection.shard(tp), micro_batches, trains=True)
 
 
 def _compute_copies(config: RunConfig, tp: int, micro_batches: int) -> list[Item]:
@@ -137,13 +137,14 @@ def _compute_copies(config: RunConfig, tp: int, micro_batches: int) -> list[Item
 
     Checkpointing keeps one decoder layer's at a time, unless the cache lasts over the micro-batches.
     """
-    if not config.method.adapts:
+    if not config.method.facts.adapts:
         return []
     method, layers, size = config.method, config.model.num_layers, compute_bytes(config)
     at_once = 1 if config.train.activation_checkpointing else layers
     shapes = [(p.shard(tp), is_merged(config, p, tp, micro_batches)) for p in projections(config.model)]
     merged = [size * m * n for (m, n), is_merged in shapes if is_merged]
-    split = [size * m * n for (m, n), is_merged in shapes if not is_merged and size != FP32 and method.base == "fp32"]
+    casts = size != FP32 and not method.facts.quantised
+    split = [size * m * n for (m, n), is_merged in shapes if not is_merged and casts]
     held = {
         "micro_batch": at_once * sum(merged),
         "accumulation": layers * sum(merged),
@@ -160,9 +161,9 @@ def _compute_copies(config: RunConfig, tp: int, micro_batches: int) -> list[Item
 def _stacked_factors(config: RunConfig, tp: int) -> int:
     """Bytes of a decoder layer's factors of several heads in one tensor each, with those of the last merge."""
     method = config.method
-    if not method.shares_base or (method.local_heads == 1 and not method.resetless):
+    if not method.facts.shares_base or (method.facts.heads_here == 1 and not method.facts.resetless):
         return 0
-    times = method.local_heads * (2 if method.resetless else 1)
+    times = method.facts.heads_here * (2 if method.facts.resetless else 1)
     shapes = [p.shard(tp) for p in projections(config.model)]
     return times * method.rank * sum(m + n for m, n in shapes) * compute_bytes(config)
 
@@ -171,9 +172,9 @@ def _bank(config: RunConfig, tp: int, dp: int) -> list[Item]:
     """C = min(out, in) candidates a side where that is more than the rank. The split factor's are [C, length / tp],
     the replicated factor's are spread by candidate over tp; `bank_spread dp` spreads both over dp too."""
     method = config.method
-    if not method.switches:
+    if not method.facts.switches:
         return []
-    spread = dp if method.bank_spread == "dp" else 1
+    spread = dp if method.switch.bank_spread == "dp" else 1
     values = 0
     for p in projections(config.model):
         candidates = min(p.out_features, p.in_features)
@@ -182,7 +183,7 @@ def _bank(config: RunConfig, tp: int, dp: int) -> list[Item]:
             values += shard_size(candidates, spread) * shard_size(split, tp)
             values += shard_size(candidates, spread * tp) * replicated
     held = values * config.model.num_layers * compute_bytes(config)
-    if method.bank_device == "host":
+    if method.switch.bank_device == "host":
         return [Item("candidate bank, in host memory", held, "host")]
     return [Item(f"candidate bank, {config.train.precision}", held, "always")]
 
@@ -193,7 +194,7 @@ def _lora_ga(config: RunConfig, vocab_size: int, tp: int) -> list[Item]:
     summed = method.init == "lora_ga" and method.ga.vectors == "gradient"
     return [
         Item("LoRA-GA's gradients before step 1, in host memory", counts.matrices * FP32 * summed, "host"),
-        Item("LoRA-GA's A_0 and B_0, in host memory", counts.adapters * FP32 * method.keeps_initial, "host"),
+        Item("LoRA-GA's A_0 and B_0, in host memory", counts.adapters * FP32 * method.facts.keeps_initial, "host"),
     ]
 
 
@@ -201,16 +202,17 @@ def step_counters(config: RunConfig) -> int:
     """Adam step counters without ZeRO: one a LoRA vector, one a dense tensor."""
     model = config.model
     tensors = (1 if model.tie_embeddings else 2) + 2 * model.num_layers + 1
-    per_projection = 2 * config.method.adapter_rank if config.method.adapts else 1
-    return config.method.heads_here * (tensors + 7 * model.num_layers * per_projection)
+    per_projection = 2 * config.method.adapter_rank if config.method.facts.adapts else 1
+    return config.method.facts.heads_here * (tensors + 7 * model.num_layers * per_projection)
 
 
 def _moments(config: RunConfig, counts: ParameterCounts) -> tuple[int, int]:
     """Elements of one Adam moment, and of GaLore's projectors: of a matrix (m, n) it keeps moments of max(m, n) x r
     and a projector of min(m, n) x r."""
-    if config.method.name != "galore":
+    rank = config.method.facts.projected_rank
+    if not rank:
         return counts.trainable, 0
-    ranks, shapes = config.model.num_layers * config.method.rank, decoder_shapes(config.model)
+    ranks, shapes = config.model.num_layers * rank, decoder_shapes(config.model)
     projected = ranks * sum(max(shape) for shape in shapes)
     return counts.trainable - counts.matrices + projected, ranks * sum(min(shape) for shape in shapes)
 
@@ -269,7 +271,7 @@ def _first_group(config: RunConfig, counts: ParameterCounts, tp: int) -> int:
         return counts.matrices if counts.full_rank else counts.adapters
     shapes = [p.shard(tp) for p in projections(config.model)]
     sides = (sum(sizes) for sizes in zip(*shapes, strict=True))
-    return config.method.heads_here * config.model.num_layers * config.method.adapter_rank * max(sides)
+    return config.method.facts.heads_here * config.model.num_layers * config.method.adapter_rank * max(sides)
 
 
 def layer_activation_bytes(config: RunConfig, tp: int, micro_batches: int = 1) -> int:
@@ -281,9 +283,9 @@ def layer_activation_bytes(config: RunConfig, tp: int, micro_batches: int = 1) -
     attention = size * (2 * hidden + 2 * kv) // tp + FP32 * model.num_heads // tp  # q, k, v, result, log-sums
     mlp = 4 * size * shard_size(model.intermediate_size, tp)  # gate, silu(gate), up, their product
     lowrank = 0
-    if config.method.adapts:
+    if config.method.facts.adapts:
         split = [p for p in projections(model) if not is_merged(config, p, tp, micro_batches)]
-        times = 2 if config.method.shares_base and config.method.resetless else 1
+        times = 2 if config.method.facts.shares_base and config.method.facts.resetless else 1
         lowrank = size * config.method.adapter_rank * times * len(split)
     return norms + inputs + attention + mlp + lowrank
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_switchlora.config.deepspeed import Zero
-from megatron_switchlora.config.run import RunConfig, accumulation_steps
+from megatron_switchlora.config.ds_config import Zero
+from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes
 from megatron_switchlora.distributed.mesh import AXES, PLANES
-from megatron_switchlora.planning.counts import Projection, compute_bytes, count_here, projections
+from megatron_switchlora.planning.counts import Projection, count_here, projections
 from megatron_switchlora.planning.memory import is_merged, nf4_bytes
 from megatron_switchlora.planning.traffic import Flow, axis_size, flows, on_the_wire
 from megatron_switchlora.startup.device import BF16_PEAK
@@ -105,10 +105,10 @@ def _matrix_flops(
     method, tokens = config.method, config.train.micro_batch_size * config.train.seq_len
     m, n = projection.shard(tp)
     rank = method.adapter_rank
-    if not method.adapts:
+    if not method.facts.adapts:
         return (6 + 2 * again - 2 * last) * m * n
-    if method.shares_base:
-        factors = 2 if method.resetless else 1
+    if method.facts.shares_base:
+        factors = 2 if method.facts.resetless else 1
         return (4 + 2 * again - 2 * last) * m * n + factors * (6 + 2 * again) * rank * (m + n)
     if is_merged(config, projection, tp, micro_batches):
         formed = _times_formed(config, micro_batches)
@@ -128,7 +128,7 @@ def memory_traffic(config: RunConfig, vocab_size: int, mesh: dict[str, int], zer
     method = config.method
     share = 1 if zero.stage == 0 else mesh["dp"]
     state = 28 * count_here(config, vocab_size, mesh["tp"]).trainable / share
-    if not method.adapts:
+    if not method.facts.adapts:
         return state
     micro_batches = accumulation_steps(config, mesh["dp"])
     again = config.train.activation_checkpointing
@@ -137,7 +137,7 @@ def memory_traffic(config: RunConfig, vocab_size: int, mesh: dict[str, int], zer
         m, n = p.shard(mesh["tp"])
         if is_merged(config, p, mesh["tp"], micro_batches):
             total += _times_formed(config, micro_batches) * m * n * (4 + compute_bytes(config))
-        elif method.base == "nf4":
+        elif method.facts.quantised:
             total += (2 + again) * (nf4_bytes(m, n) + m * n * compute_bytes(config))
         elif compute_bytes(config) != 4:  # W in bf16
             total += (1 + again) * m * n * (4 + compute_bytes(config))

@@ -16,18 +16,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_switchlora.config.deepspeed import Zero
-from megatron_switchlora.config.run import RunConfig, accumulation_steps, shard_size
+from megatron_switchlora.config.ds_config import Zero
+from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes, shard_size
 from megatron_switchlora.distributed.mesh import PLANES
 from megatron_switchlora.lowrank.schedule import mean_switch_rate
-from megatron_switchlora.planning.counts import (
-    ParameterCounts,
-    compute_bytes,
-    count_here,
-    count_shard,
-    merge_sends_factors,
-    projections,
-)
+from megatron_switchlora.methods.lte.merging import merge_sends_factors
+from megatron_switchlora.planning.counts import ParameterCounts, count_here, count_shard, projections
 
 FP32 = 4
 PARTS = ("adapters", "matrices", "embedding", "head", "norms")
@@ -60,8 +54,8 @@ def flows(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Zero) 
         *_bank(config, mesh),
         *_tensor_parallel(config, mesh),
     ]
-    interval = config.method.merge_interval
-    if isinstance(interval, int):
+    interval = config.method.facts.merge_interval
+    if interval is not None:
         merges = merge_flows(config, vocab_size, mesh, zero)
         found += [replace(flow, bytes=flow.bytes / interval) for flow in merges]
     return [flow for flow in found if flow.bytes]
@@ -94,18 +88,19 @@ def _bank(config: RunConfig, mesh: dict[str, int]) -> list[Flow]:
     """Candidates of a factor that tensor parallelism splits lie where they are used, or spread over dp; those of the
     replicated one over tp, or over the whole head. An all-reduce completes the rows that a step switches in."""
     method = config.method
-    if not method.switches:
+    if not method.facts.switches:
         return []
+    switch = method.switch
     steps = config.train.steps
-    rate = mean_switch_rate(steps, method.switch_ratio, method.switch_total_steps or steps)
-    axis = {"split": "dp", "replicated": "head"} if method.bank_spread == "dp" else {"replicated": "tp"}
+    rate = mean_switch_rate(steps, switch.ratio, switch.total_steps or steps)
+    axis = {"split": "dp", "replicated": "head"} if switch.bank_spread == "dp" else {"replicated": "tp"}
     values = dict.fromkeys(("split", "replicated"), 0)
     for p in projections(config.model):
         if min(p.out_features, p.in_features) > method.rank:
             split, replicated = (p.in_features, p.out_features) if p.row_parallel else (p.out_features, p.in_features)
             values["split"] += shard_size(split, mesh["tp"])
             values["replicated"] += replicated
-    each = method.rank / method.interval0 * rate * config.model.num_layers * compute_bytes(config)
+    each = method.rank / switch.interval0 * rate * config.model.num_layers * compute_bytes(config)
     return [
         Flow("bank", "", line, "all_reduce", each * values[side])
         for side, line in axis.items()
@@ -129,9 +124,9 @@ def _tensor_parallel(config: RunConfig, mesh: dict[str, int]) -> list[Flow]:
     again = layers if train.activation_checkpointing else 0  # attention's; the recomputation ends before the last sum
     vectors = 1 + 2 * layers + again + 2 * layers + 1
     factors = 0
-    if config.method.adapts:
+    if config.method.facts.adapts:
         whole = [p.out_features if p.row_parallel else p.in_features for p in projections(config.model)]
-        factors = layers * config.method.adapter_rank * config.method.heads_here * sum(whole)
+        factors = layers * config.method.adapter_rank * config.method.facts.heads_here * sum(whole)
     given = (vectors * tokens * config.model.hidden_size + factors) * size + 3 * tokens * FP32
     return [Flow("tensor parallel", "", "tp", "all_reduce", accumulation_steps(config, mesh["dp"]) * given)]
 
@@ -141,13 +136,14 @@ def merge_flows(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: 
     within a head the fp32 sums that become each W, where its ranks keep the origin in parts; and the fp32 means of the
     dense tensors, which put ZeRO's partitions together on the way."""
     method, counts = config.method, count_shard(config.model, config.method, vocab_size, mesh["tp"])
-    if method.name != "lte":
+    facts = method.facts
+    if not facts.merges:
         return []
     layers, origins, sent = config.model.num_layers, 0, {"all_gather": 0, "all_reduce": 0}
     for m, n in (p.shard(mesh["tp"]) for p in projections(config.model)):
-        origins += layers * FP32 * shard_size(m, mesh["dp"]) * n * method.keeps_origins
+        origins += layers * FP32 * shard_size(m, mesh["dp"]) * n * facts.keeps_origins
         if merge_sends_factors(config, m, n):
-            sent["all_gather"] += layers * method.local_heads * method.rank * (m + n) * compute_bytes(config)
+            sent["all_gather"] += layers * facts.heads_here * method.rank * (m + n) * compute_bytes(config)
         else:
             sent["all_reduce"] += layers * FP32 * m * n
     dense = FP32 * (counts.embedding + counts.head + counts.norms)  # the heads here are summed first

@@ -29,7 +29,8 @@ from typing import Any, BinaryIO, Optional
 
 from safetensors import SafetensorError
 
-from megatron_switchlora.config.run import RunConfig, UserError
+from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.config.yaml_text import dump_yaml
 from megatron_switchlora.disk import open_no_follow, read_json, remove_asides, replace_text, shown
 from megatron_switchlora.run.figures import decorating, new_figure, save_figure

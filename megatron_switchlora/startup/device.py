@@ -14,7 +14,7 @@ from typing import Optional
 
 import torch
 
-from megatron_switchlora.config.run import require
+from megatron_switchlora.config.errors import require
 from megatron_switchlora.startup.environment import Ranks, cpu_threads
 
 BF16_PEAK = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12}

@@ -19,7 +19,7 @@ from typing import Optional
 import torch
 import torch.distributed as dist
 
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.disk import settle_home
 from megatron_switchlora.distributed.consensus import PeerError
 from megatron_switchlora.startup.environment import RankError, Ranks, end_rank

@@ -16,7 +16,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import NoReturn
 
-from megatron_switchlora.config.run import UserError, require
+from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.startup.launchers import SLURM, TORCH, Launcher, in_srun_step, which_launcher
 
 

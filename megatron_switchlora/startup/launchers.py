@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.errors import UserError
 
 # SLURM_STEP_ID of what no srun started: salloc's shell on a node, a batch script, ...
 RESERVED_STEPS = [str(2**32 - below) for below in range(1, 7)]

@@ -13,7 +13,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from megatron_switchlora.config.run import UserError, require
+from megatron_switchlora.config.errors import UserError, require
 
 # The module that a section needs, its package, and the oldest version that DeepSpeed takes.
 PACKAGES = {

@@ -25,7 +25,7 @@ from typing import Any, Optional
 import torch.distributed as dist
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.distributed.consensus import PeerError
 from megatron_switchlora.startup.environment import (
     RankError,

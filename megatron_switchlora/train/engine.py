@@ -27,7 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_switchlora.config.run import RunConfig, UserError
+from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.consensus import gather_texts
 from megatron_switchlora.distributed.mesh import Mesh
 from megatron_switchlora.distributed.recorder import CommRecorder
@@ -131,9 +132,9 @@ class Engine:
         limit_waiting(config.parallel.timeout)
         self.model: LlamaForCausalLM = self.ds.module
         self.optimizer.attach(deepspeed_layout(self.ds.optimizer, self.params))
-        if config.method.heads_here > 1:
+        if config.method.facts.heads_here > 1:
             partitioned = mesh.axis("dp") if self.optimizer.partitioned else Axis()
-            heads = config.method.heads_here
+            heads = config.method.facts.heads_here
             self.optimizer.head_clip = HeadClip(config.optim.clip, heads, partitioned, mesh.axis("tp"), device)
         method.start(self.optimizer)
         self._check_replicas()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_switchlora.config.deepspeed import resolve_ds_config
+from megatron_switchlora.config.ds_config import resolve_ds_config
 from megatron_switchlora.config.run import RunConfig, full_rank_config, method_config
 from megatron_switchlora.data.loader import BatchOrder, Reader, Samples, TrainLoader
 from megatron_switchlora.distributed.mesh import Mesh, build_mesh
@@ -42,7 +42,7 @@ def build_phases(
     border = config.method.full_rank_steps
     phases = []
     for first, own in [(0, full_rank_config(config))] * (border > 0) + [(border, method_config(config))]:
-        mesh, local = build_mesh(own.parallel), own.method.heads_here
+        mesh, local = build_mesh(own.parallel), own.method.facts.heads_here
         reader = Reader(mesh.rank("dp"), mesh.size("dp"), mesh.heads(local).start, own.heads, local)
         loader = TrainLoader(samples, order, own.train.micro_batch_size, reader)
         phases.append(Phase(first, own, mesh, resolve_ds_config(given_ds_config, own, mesh.size("dp")), loader))

@@ -4,59 +4,58 @@ from __future__ import annotations
 
 import os
 from statistics import mean, median
-from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_switchlora.distributed.mesh import AXES
+from megatron_switchlora.checkpoint.resume import Start
+from megatron_switchlora.distributed.mesh import AXES, Mesh
 from megatron_switchlora.lowrank.nf4 import bitsandbytes_works
 from megatron_switchlora.planning.traffic import full_rank_bytes, saved_words
+from megatron_switchlora.run.folder import RunFolder
 from megatron_switchlora.run.metrics_log import perplexity
 from megatron_switchlora.startup.environment import cpu_threads
-
-if TYPE_CHECKING:
-    from megatron_switchlora.train.trainer import Trainer
+from megatron_switchlora.train.context import RunContext
 
 
-def opening_words(trainer: Trainer) -> list[str]:
+def opening_words(context: RunContext, mesh: Mesh, start: Start) -> list[str]:
     """What is trained, on what, from where."""
-    config, counts, start = trainer.config, trainer.counts, trainer.start
-    mesh = " x ".join(f"{axis} {trainer.mesh.size(axis)}" for axis in AXES)
-    _, source = cpu_threads(config.train.threads, trainer.ranks.local_size, os.environ)
+    config, counts = context.config, context.counts
+    sizes = " x ".join(f"{axis} {mesh.size(axis)}" for axis in AXES)
+    _, source = cpu_threads(config.train.threads, context.ranks.local_size, os.environ)
     heads = f" in each of {config.heads} heads" if config.heads > 1 else ""
     lines = [
         f"{config.method.name}: {counts.trainable / 1e6:.2f} M of {counts.full_total / 1e6:.2f} M parameters train"
-        f"{heads} ({counts.trainable / counts.full_total:.1%}); mesh {mesh} on "
-        f"{trainer.device.type}, CPU threads of a rank {torch.get_num_threads()} (by {source}); "
-        f"{len(trainer.train_store)} training and {len(trainer.val_store)} validation samples of "
-        f"{config.train.seq_len} tokens; a unigram model reaches perplexity {trainer.data.unigram_val_ppl:.1f}"
+        f"{heads} ({counts.trainable / counts.full_total:.1%}); mesh {sizes} on "
+        f"{context.device.type}, CPU threads of a rank {torch.get_num_threads()} (by {source}); "
+        f"{len(context.train_samples)} training and {len(context.val_samples)} validation samples of "
+        f"{config.train.seq_len} tokens; a unigram model reaches perplexity {context.data.unigram_val_ppl:.1f}"
     ]
-    if config.method.base == "nf4":
-        by = "bitsandbytes" if bitsandbytes_works(trainer.device) else "plain torch, much slower than bitsandbytes"
+    if config.method.facts.quantised:
+        by = "bitsandbytes" if bitsandbytes_works(context.device) else "plain torch, much slower than bitsandbytes"
         lines.append(f"the base is in 4 bits, dequantised by {by}")
     if start.checkpoint:
         lines.append(f"goes on after step {start.step} from {start.checkpoint.folder}")
-    if trainer.last_step < config.train.steps:
+    if context.last_step < config.train.steps:
         lines.append(
-            f"the data ends after {trainer.last_step} of {config.train.steps} steps "
+            f"the data ends after {context.last_step} of {config.train.steps} steps "
             f"(train.epochs {config.train.epochs}): the run will stop there"
         )
     return lines
 
 
-def closing_words(trainer: Trainer, val_loss: float, seconds: float) -> str:
+def closing_words(context: RunContext, mesh: Mesh, run: RunFolder, val_loss: float, seconds: float) -> str:
     """What was trained, how well, how fast, what it saved, where it is, what to try next; as far as there are records
     of it."""
-    config, counts, run = trainer.config, trainer.counts, trainer.run
+    config, counts = context.config, context.counts
     steps = [record for record in run.history if "loss" in record]
-    dp, tokens = trainer.mesh.size("dp"), config.train.global_batch_size * config.train.seq_len
+    dp, tokens = mesh.size("dp"), config.train.global_batch_size * config.train.seq_len
     speeds = [record["tokens_per_second"] for record in steps if "tokens_per_second" in record]
     lines = [
         f"Trained a LLaMA of {counts.full_total / 1e6:.2f} M parameters with {config.method.name}: "
-        f"{trainer.last_step} steps, {trainer.last_step * tokens / 1e6:.2f} M tokens, "
+        f"{context.last_step} steps, {context.last_step * tokens / 1e6:.2f} M tokens, "
         f"{dp} data-parallel rank{'s' if dp > 1 else ''}, {seconds:.0f} s.",
         f"Validation perplexity: {perplexity(val_loss):.2f} (unigram model of the training tokens on the "
-        f"same text: {trainer.data.unigram_val_ppl:.2f}).",
+        f"same text: {context.data.unigram_val_ppl:.2f}).",
         *([f"Speed: {median(speeds):,.0f} tokens per second (median step)."] if speeds else []),
         f"Trainable: {counts.trainable:,} of {counts.full_total:,} parameters, "
         f"{counts.trainable / counts.full_total:.1%}"
@@ -64,7 +63,7 @@ def closing_words(trainer: Trainer, val_loss: float, seconds: float) -> str:
     ]
     if dp > 1 and steps and "dp_bytes" in steps[-1]:
         given = steps[-1]["dp_bytes"]
-        full = full_rank_bytes(given, config, trainer.vocab_size, trainer.mesh.size("tp"))
+        full = full_rank_bytes(given, config, context.vocab_size, mesh.size("tp"))
         lines.append(
             f"Gradient bytes a step and rank: {given / 1e6:.2f} MB recorded; full-rank training of this model: "
             f"{full / 1e6:.2f} MB (by its parameter count), so {saved_words(given, full)}."

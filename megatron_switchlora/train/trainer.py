@@ -9,7 +9,6 @@ rank 0 writes (but for its share of a checkpoint) and speaks.
 from __future__ import annotations
 
 import gc
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -27,13 +26,13 @@ from megatron_switchlora.checkpoint.resume import Start, open_together
 from megatron_switchlora.checkpoint.resume_rules import compare_data
 from megatron_switchlora.checkpoint.saver import Saver
 from megatron_switchlora.checkpoint.weights import Weights, find_folder, load_initial
-from megatron_switchlora.config.run import RunConfig, UserError, require
-from megatron_switchlora.data.loader import BatchOrder, eval_batches
+from megatron_switchlora.config.errors import UserError, require
+from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.data.loader import eval_batches
 from megatron_switchlora.distributed.consensus import gather_texts, on_all_ranks, on_one_rank
 from megatron_switchlora.distributed.mesh import AXES, Mesh
-from megatron_switchlora.methods import Method, require_packages
+from megatron_switchlora.methods import Method
 from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
-from megatron_switchlora.planning.counts import count_parameters
 from megatron_switchlora.run.folder import (
     RunFolder,
     create_folder,
@@ -46,11 +45,12 @@ from megatron_switchlora.run.metrics_log import perplexity
 from megatron_switchlora.run.terminal import Terminal
 from megatron_switchlora.startup.environment import Ranks
 from megatron_switchlora.startup.signals import StopRequest
-from megatron_switchlora.train.dataset import data_identity, prepare_data, require_tokenizer, vocabulary_size
+from megatron_switchlora.train.context import open_context
+from megatron_switchlora.train.dataset import require_tokenizer
 from megatron_switchlora.train.diagnose import find_bad_layer
 from megatron_switchlora.train.engine import Engine, StepResult
 from megatron_switchlora.train.phases import Phase, build_phases, start_engine
-from megatron_switchlora.train.results import step_record, write_results, write_tokenizer
+from megatron_switchlora.train.results import Companions, step_record, write_results, write_tokenizer
 from megatron_switchlora.train.summary import opening_words
 
 
@@ -74,13 +74,9 @@ class Trainer:
         self.start, self.stop = start or Start(), stop or StopRequest()
         self.terminal = Terminal(ranks.rank == 0)
         self.say = self.terminal.say
-        on_all_ranks(partial(require_packages, config), device)
-        self.data = prepare_data(config, ranks, device)
-        self._load_data(given_ds_config)
-        self.vocab_size = vocabulary_size(config, self.data)
-        identity = on_one_rank(ranks.rank == 0, lambda: json.dumps(data_identity(self.data, self.vocab_size)), device)
-        self.identity: dict[str, Any] = json.loads(identity)
-        self.counts = count_parameters(config.model, config.method, self.vocab_size)
+        on_all_ranks(config.method.facts.require_packages, device)
+        self.context = open_context(config, ranks, device)
+        self._build_phases(given_ds_config)
         self._start_engine()
         folder = self._claim_folder()
         on_all_ranks(partial(self._open_folder, folder), device)
@@ -104,7 +100,7 @@ class Trainer:
         regrouped = False
         if checkpoint is None and train.init_from:
             initial = open_together(find_folder(Path(train.init_from)), self.device)
-            require_tokenizer(initial, self.data)
+            require_tokenizer(initial, self.context.data)
             weights = Weights(initial)
             self.imported = weights.imported
             on_all_ranks(partial(load_initial, model, weights), self.device)
@@ -115,12 +111,12 @@ class Trainer:
             regrouped = in_method and regroups(self.config, checkpoint.state())
             if begins or regrouped:  # it holds the end of the phase before, or the model that new heads begin from
                 on_all_ranks(partial(load_initial, model, Weights(checkpoint)), self.device)
-        self.engine = start_engine(self.phase, model, self.train_store, self.device, begins or regrouped)
+        self.engine = start_engine(self.phase, model, self.context.train_samples, self.device, begins or regrouped)
         if checkpoint is not None and not begins:
             self._load_start(checkpoint, regrouped)
 
     def _fresh_model(self) -> LlamaForCausalLM:
-        model = LlamaForCausalLM(self.config.model, self.vocab_size, self.mesh.axis("tp"))
+        model = LlamaForCausalLM(self.config.model, self.context.vocab_size, self.mesh.axis("tp"))
         initialize_weights(model, self.config.train.seed)
         return model
 
@@ -134,16 +130,17 @@ class Trainer:
         self.phase = self.phases[-1]
         model = self._fresh_model()
         model.load_state_dict(weights)
-        self.engine = start_engine(self.phase, model, self.train_store, self.device)
+        self.engine = start_engine(self.phase, model, self.context.train_samples, self.device)
         self.saver = Saver(self.saver.folder, self.engine, self.config.checkpoint, self.say)
         self.say(f"after {self.phase.first} steps of full-rank training {self.config.method.name} begins")
 
     def _check_start(self, checkpoint: Checkpoint) -> None:
         """Raises: UserError, if the run cannot go on from the checkpoint."""
-        compare_data(self.config, checkpoint.state(), self.identity)
+        compare_data(self.config, checkpoint.state(), self.context.identity)
+        last = self.context.last_step
         require(
-            checkpoint.step < self.last_step + self.start.keeps_records,  # equal: killed before its export
-            f"{checkpoint.folder} has {checkpoint.step} steps behind it, so of {self.last_step} none is left to train: "
+            checkpoint.step < last + self.start.keeps_records,  # equal: killed before its export
+            f"{checkpoint.folder} has {checkpoint.step} steps behind it, so of {last} none is left to train: "
             "raise train.steps, with --checkpoint.allow_changes '[\"train.steps\"]'.",
         )
 
@@ -158,17 +155,11 @@ class Trainer:
         found = self.engine.differing_replicas()
         require(not found, f"After loading {checkpoint.folder} ranks differ: {'; '.join(found[:5])}.")
 
-    def _load_data(self, given_ds_config: dict[str, Any]) -> None:
-        train = self.config.train
-        self.train_store = self.data.train.samples(train.seq_len)
-        self.val_store = self.data.val.samples(train.seq_len)
-        order = BatchOrder(len(self.train_store), train.global_batch_size, train.seed)
-        self.phases = build_phases(self.config, given_ds_config, self.train_store, order)
+    def _build_phases(self, given_ds_config: dict[str, Any]) -> None:
+        self.phases = build_phases(self.config, given_ds_config, self.context.train_samples, self.context.order)
         over = self.start.checkpoint is not None and self.start.checkpoint.step >= self.phases[-1].first
         self.phase = self.phases[-1 if over else 0]
         self._validation_batches()  # refuses a validation set without a sample
-        available = order.batches_in(train.epochs) if train.epochs else train.steps
-        self.last_step = min(train.steps, available)
 
     def _claim_folder(self) -> Path:
         """Rank 0 chooses, creates and locks the folder, if it does not go on in one."""
@@ -199,41 +190,44 @@ class Trainer:
         """The LTE heads whose records this rank writes."""
         mesh = self.phases[-1].mesh
         writes = self.config.heads > 1 and mesh.axis("head").rank == 0
-        return list(mesh.heads(self.config.method.heads_here)) if writes else []
+        return list(mesh.heads(self.config.method.facts.heads_here)) if writes else []
 
     def _write_head(self) -> None:
-        config, counts, checkpoint = self.config, self.counts, self.start.checkpoint
+        config, counts, checkpoint = self.config, self.context.counts, self.start.checkpoint
         if checkpoint and checkpoint.folder.parent.resolve() != (self.run.path / "checkpoints").resolve():
             self.run.update_meta(branched_from=str(checkpoint.folder))
         self.run.write_config(config, self.phases[-1].ds_config)
+        self.beside: Optional[Companions] = None  # on the rank that writes
         if self.run.writes:
-            source, folder = self.data.tokenizer_dir, self.run.path / "tokenizer"
-            self.tokenizer, self.tokenizer_files = write_tokenizer(source, folder, config.data.add_bos)
+            source, folder = self.context.data.tokenizer_dir, self.run.path / "tokenizer"
+            self.beside = write_tokenizer(source, folder, config.data.add_bos, self.imported)
         self.run.update_meta(
             versions=versions(),
             mesh={axis: self.mesh.size(axis) for axis in AXES},
             device=str(self.device.type),
             resumed_at=[*self.run.meta.get("resumed_at", []), self.start.step] if checkpoint else [],
             finished=False,
-            data=self.identity["data"],
-            vocab_size=self.vocab_size,
+            data=self.context.identity["data"],
+            vocab_size=self.context.vocab_size,
             parameters={"trainable": counts.trainable, "full_rank": counts.full_total},
-            train_samples=len(self.train_store),
-            val_samples=len(self.val_store),
-            unigram_val_ppl=self.data.unigram_val_ppl,
+            train_samples=len(self.context.train_samples),
+            val_samples=len(self.context.val_samples),
+            unigram_val_ppl=self.context.data.unigram_val_ppl,
         )
 
     def _say_head(self) -> None:
         kept = "\n".join(gather_texts("\n".join(self.run.notes), self.device)).split("\n")  # each rank's own files
         cleaned = self.saver.clean() if self.run.writes else []
-        for line in filter(None, [*opening_words(self), *self.start.notes, *kept, *cleaned]):
+        for line in filter(
+            None, [*opening_words(self.context, self.mesh, self.start), *self.start.notes, *kept, *cleaned]
+        ):
             self.say(line)
 
     def _validation_batches(self) -> Iterator[torch.Tensor]:
         """This data rank's share of the validation samples."""
         size, limit = self.config.train.micro_batch_size, self.config.train.eval_samples
         line = self.mesh.axis("data")
-        return eval_batches(self.val_store, size, line.rank, line.size, limit)
+        return eval_batches(self.context.val_samples, size, line.rank, line.size, limit)
 
     def _evaluate_and_log(self, step: int) -> float:
         loss, sent = self.engine.evaluate(self._validation_batches())
@@ -252,7 +246,7 @@ class Trainer:
     def _require_folder(self, step: int) -> str:
         final = f"the final model cannot be written to {self.run.path / 'final'}"
         with in_folder(self.run.path):
-            self.run.require_there(final if step == self.last_step else "nothing can be saved")
+            self.run.require_there(final if step == self.context.last_step else "nothing can be saved")
         return ""
 
     def _stop_unhealthy(self, step: int, result: StepResult, batches: list[torch.Tensor]) -> None:
@@ -281,23 +275,23 @@ class Trainer:
 
     def fit(self) -> Optional[float]:
         """Train, record, save, export; returns the final validation loss, or None if the run was asked to stop."""
-        self.terminal.begin(self.last_step)
+        self.terminal.begin(self.context.last_step)
         if self.start.step == 0:
             self._evaluate_and_log(0)
         earlier = next((record["seconds"] for record in reversed(self.run.history) if "seconds" in record), 0.0)
         self.stop.training = True
         start = time.perf_counter()
         try:
-            for step in range(self.start.step, self.last_step):
+            for step in range(self.start.step, self.context.last_step):
                 if self._one_step(step, start, earlier):
                     return None
         except UserError:  # on every rank alike: what was saved before stays saved
             self.saver.finish()
             raise
         self.terminal.end()
-        ends = (record for record in self.run.history if record["step"] == self.last_step)
+        ends = (record for record in self.run.history if record["step"] == self.context.last_step)
         losses = [record["val_loss"] for record in ends if "val_loss" in record]
-        val_loss = losses[-1] if losses else self._evaluate_and_log(self.last_step)
+        val_loss = losses[-1] if losses else self._evaluate_and_log(self.context.last_step)
         self._finish(val_loss)
         return val_loss
 
@@ -313,17 +307,17 @@ class Trainer:
         if not result.healthy:
             self._stop_unhealthy(step, result, batches)
         now = time.perf_counter()
-        record = step_record(self, step, result, now - began, earlier + now - start)
+        record = step_record(self.context, self.mesh, step, result, now - began, earlier + now - start)
         self.run.log(record)
         of_heads = zip(self.run.heads.values(), result.head_losses, result.head_norms, strict=False)
         for head, loss, norm in of_heads if self.phase is self.phases[-1] else ():
             head.log({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": result.lr})
-        self.terminal.show(record, self.last_step)
+        self.terminal.show(record, self.context.last_step)
         shown = {key: record[key] for key in ("loss", "lr", "grad_norm", "tokens_per_second")}
         self.terminal.monitor(self.engine.ds.monitor, record["step"], shown)
         if self.config.train.check_interval and (step + 1) % self.config.train.check_interval == 0:
             self._check_replicas(step)
-        last = step + 1 == self.last_step
+        last = step + 1 == self.context.last_step
         if (step + 1) % self.config.train.eval_interval == 0 or last:
             self._evaluate_and_log(step + 1)
         stops = result.votes[0] > 0 and not last
@@ -354,13 +348,13 @@ class Trainer:
 
     def _state_files(self, steps: int) -> dict[str, bytes]:
         """What a checkpoint holds beside tensors, on rank 0."""
-        if not self.run.writes:
+        if self.beside is None:
             return {}
         mesh = {axis: self.mesh.size(axis) for axis in AXES}
         factor = self.method.lr_factor(steps - self.phase.first)
         more = {"lr_factor": factor, "ds_config": self.phase.ds_config, "mesh": mesh}
         more |= {"versions": self.run.meta["versions"], "imported": self.imported}
-        return {"state.json": state_file(self.config, steps, self.identity | more), **self.tokenizer_files}
+        return {"state.json": state_file(self.config, steps, self.context.identity | more), **self.beside.files}
 
     def _stop(self, steps: int) -> None:
         """Asked to: leave a published checkpoint and say how to go on."""
@@ -383,4 +377,6 @@ class Trainer:
         """Write the last checkpoint, the final model, the plot and the outcome."""
         self.saver.finish()
         model = self.method.evaluated(exported=True)
-        on_all_ranks(partial(write_results, self, val_loss, model), self.device)
+        exports = self.mesh.axis("data").rank == 0
+        write = partial(write_results, self.context, self.run, self.beside, exports, val_loss, model)
+        on_all_ranks(write, self.device)

@@ -57,7 +57,7 @@ def fresh_heads(engine: Any, checkpoint: Checkpoint) -> int:
     tensors, with moments, of head n mod N."""
     archive, dense = checkpoint.archive(), set(engine.method.dense())
     stored = 1 + max(int(found[1]) for found in map(OF_HEAD.fullmatch, archive.names()) if found)
-    drawn = drawn_factors(engine) if engine.config.method.inner == "lora" else {}
+    drawn = drawn_factors(engine) if engine.config.method.lte.inner == "lora" else {}
     fresh = set()
     for part in state_parts(engine):
         found = OF_HEAD.fullmatch(part.name)

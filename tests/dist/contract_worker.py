@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_switchlora.config.deepspeed import resolve_ds_config
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.ds_config import resolve_ds_config
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.distributed.replica_check import differing
 from megatron_switchlora.methods import SwitchLora
 from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights

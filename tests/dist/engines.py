@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_switchlora.config.deepspeed import resolve_ds_config
+from megatron_switchlora.config.ds_config import resolve_ds_config
 from megatron_switchlora.config.run import ParallelConfig, RunConfig
 from megatron_switchlora.distributed.mesh import Mesh, build_mesh
 from megatron_switchlora.methods import build_method

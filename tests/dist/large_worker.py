@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_switchlora.config.command_line import parse_arguments
-from megatron_switchlora.config.deepspeed import resolve_ds_config
+from megatron_switchlora.config.ds_config import resolve_ds_config
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
 from tests.dist.engines import start

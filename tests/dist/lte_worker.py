@@ -13,10 +13,10 @@ from megatron_switchlora.config.run import ParallelConfig, RunConfig
 from megatron_switchlora.distributed.mesh import Mesh, build_mesh
 from megatron_switchlora.distributed.recorder import CommRecorder
 from megatron_switchlora.distributed.shard import shard_of
-from megatron_switchlora.methods import merging
-from megatron_switchlora.methods.lte import Merging
+from megatron_switchlora.methods.lte import merging
+from megatron_switchlora.methods.lte.heads import Merging
+from megatron_switchlora.methods.lte.merging import merge_sends_factors
 from megatron_switchlora.optim.schedules import lr_factor
-from megatron_switchlora.planning.counts import merge_sends_factors
 from megatron_switchlora.planning.traffic import merge_bytes
 from tests.dist.engines import build_engine, full_rows, start
 from tests.numerics.lte_pairs import (
@@ -38,7 +38,7 @@ def against_reference(config: RunConfig, steps: int, mesh: Mesh) -> dict[str, An
     """Float64, no DeepSpeed: this rank's heads after `steps` steps, every rank running the whole reference beside."""
     run, reference = PlainRun(config, torch.float64, mesh=mesh), make_lte_reference(config)
     layers, recorder = len(run.method.linears), CommRecorder()  # type: ignore[attr-defined]
-    here = slice(run.method.first_head, run.method.first_head + config.method.heads_here)  # type: ignore[attr-defined]
+    here = slice(run.method.first_head, run.method.first_head + config.method.facts.heads_here)  # type: ignore[attr-defined]
     loss_gap = 0.0
     for step, batch in enumerate(make_batches(config, steps)):
         factor = lr_factor(step, config.train.warmup_steps, config.train.steps)
@@ -62,7 +62,7 @@ def merged_in_fp32(config: RunConfig, steps: int, mesh: Mesh) -> dict[str, Any]:
         run.step(step, batch)
         if step % 3 < 2:
             continue
-        local = config.method.heads_here
+        local = config.method.facts.heads_here
         before = [exact_mean(linear, local) for linear in method.linears.values()]
         means = [mean / lte.size for mean in before]
         for mean in means:
@@ -80,9 +80,9 @@ def merged_in_fp32(config: RunConfig, steps: int, mesh: Mesh) -> dict[str, Any]:
 def without_switches(config: RunConfig, steps: int, mesh: Mesh) -> dict[str, Any]:
     """LTE over SwitchLoRA that never switches, and as it is, beside LTE from the same factors, float64."""
     found = {}
-    for name, interval in (("gap", math.inf), ("switching", config.method.interval0)):
+    for name, interval in (("gap", math.inf), ("switching", config.method.switch.interval0)):
         inner, plain = copy.deepcopy(config), copy.deepcopy(config)
-        inner.method.inner, inner.method.interval0 = "switchlora", interval
+        inner.method.lte.inner, inner.method.switch.interval0 = "switchlora", interval
         found[name] = equal_runs(inner, plain, steps, torch.float64, mesh)
     return found
 
@@ -90,7 +90,7 @@ def without_switches(config: RunConfig, steps: int, mesh: Mesh) -> dict[str, Any
 def against_one_process(config: RunConfig, steps: int, mesh: Mesh) -> dict[str, Any]:
     """Float64, no DeepSpeed: all heads in this process beside those here, from the same start."""
     together = copy.deepcopy(config)
-    together.parallel.lte_heads, together.method.local_heads = 1, config.heads
+    together.parallel.lte_heads, together.method.lte.local_heads = 1, config.heads
     together.train.micro_batch_size *= config.parallel.lte_heads
     run, twin = PlainRun(config, torch.float64, mesh=mesh), PlainRun(together, torch.float64)
     mine, theirs = cast(Merging, run.method), cast(Merging, twin.method)
@@ -114,7 +114,7 @@ def under_deepspeed(config: RunConfig, stage: str, steps: int, mesh: Mesh) -> di
     engine, reference = build_engine(config, stage, mesh), make_lte_reference(config)
     method: Any = engine.method
     found: dict[str, Any] = {"losses": [], "norms": [], "merge_bytes": [], "control_bytes": []}
-    here = slice(method.first_head, method.first_head + config.method.heads_here)
+    here = slice(method.first_head, method.first_head + config.method.facts.heads_here)
     gaps = {"loss_gap": 0.0, "norm_gap": 0.0}
     for step, batch in enumerate(make_batches(config, steps)):
         result = engine.train_step(step, by_heads(config, batch, mesh), lambda: (False, True))
@@ -179,7 +179,7 @@ def as_lora(config: RunConfig, stage: str, steps: int) -> dict[str, Any]:
     for name in ("lte", "lora"):
         mine = copy.deepcopy(config)
         mine.parallel.lte_heads, mine.method.name = 1, name  # type: ignore[assignment]
-        mine.method.merge_interval = "never" if name == "lte" else 10
+        mine.method.lte.merge_interval = "never" if name == "lte" else 10
         mine.optim.dense_lr = config.dense_lr
         mine.method.init = config.method.initial  # type: ignore[assignment]
         engine = build_engine(mine, stage, mesh)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_switchlora.config.deepspeed import resolve_ds_config, zero_settings
+from megatron_switchlora.config.ds_config import resolve_ds_config, zero_settings
 from megatron_switchlora.config.run import ModelConfig
 from megatron_switchlora.planning.memory import memory_items, phase_bytes
 from megatron_switchlora.planning.traffic import gradient_bytes
@@ -26,7 +26,7 @@ def live_bytes() -> int:
 
 def measure(precision: str, stage: str, mesh: Any) -> dict[str, float]:
     """Measured over predicted bytes."""
-    config = small_config("switchlora", train__precision=precision, method__interval0=1e9)  # no vector is on its way
+    config = small_config("switchlora", train__precision=precision, method__switch__interval0=1e9)  # none on its way
     config.model = ModelConfig(hidden_size=96, intermediate_size=157, num_layers=4, num_heads=4)
     batch = make_batches(config, 1)[0]
     before = live_bytes()

@@ -103,10 +103,8 @@ def watch_restarts(engine: Any, seen: dict[str, float]) -> None:
             seen["master_gap"] = max(seen["master_gap"], float((rows["master"] - factor.detach().float()).abs().max()))
             seen["reset_left"] = max(seen["reset_left"], float(rows["row_step"].max()))
             for key, values in before.items():
-                threshold = (
-                    values.abs().flatten().topk(kept_count(factor, method.config.method.restart_keep)).values[-1]
-                )
-                if method.config.method.restart_moments == "zero":
+                threshold = values.abs().flatten().topk(kept_count(factor, method.config.method.relora.keep)).values[-1]
+                if method.config.method.relora.moments == "zero":
                     threshold = torch.inf
                 seen["wrongly_pruned"] += int((after[key] != values.masked_fill(values.abs() < threshold, 0.0)).sum())
         seen["restarts"] += 1

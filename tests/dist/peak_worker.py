@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_switchlora.config.deepspeed import resolve_ds_config, zero_settings
+from megatron_switchlora.config.ds_config import resolve_ds_config, zero_settings
 from megatron_switchlora.config.run import ModelConfig
 from megatron_switchlora.planning.memory import memory_items, peak_bytes, phase_bytes
 from tests.dist.engines import DS_JSON, build_engine, micro_batches, start
@@ -19,8 +19,8 @@ def measure(case: dict[str, Any], mesh: Any) -> tuple[int, int]:
     changes = {"train__seq_len": 64, "train__micro_batch_size": 4, "train__global_batch_size": 8 * mesh.size("dp")}
     config = small_config(case["method"], **changes, **case["changes"])
     config.model, config.method.rank = MODEL, 32
-    if config.method.switches:
-        config.method.interval0 = 1e9
+    if config.method.facts.switches:
+        config.method.switch.interval0 = 1e9
     before = live_bytes()
     engine = build_engine(config, case["stage"], mesh)
     batches = make_batches(config, 2)

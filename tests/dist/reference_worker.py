@@ -57,7 +57,7 @@ def act(payload: dict[str, Any]) -> list[dict[str, float]]:
     results = []
     for case in payload["cases"]:
         config = small_config(
-            method__selection=case["selection"], optim__weight_decay=case["weight_decay"], optim__dense_lr=0.005
+            method__switch__selection=case["selection"], optim__weight_decay=case["weight_decay"], optim__dense_lr=0.005
         )
         engine = build_engine(config, case["stage"], mesh)
         reference = make_reference(config, engine.method)

@@ -124,12 +124,12 @@ def test_another_mesh_continues_the_same_trajectory(
     assert largest < 1e-5
 
 
-LTE: dict[str, Any] = {"method__merge_interval": 3, "method__alpha": 14.0, **PADDED}
+LTE: dict[str, Any] = {"method__lte__merge_interval": 3, "method__alpha": 14.0, **PADDED}
 LTE_FORMS: list[tuple[str, str, dict[str, Any]]] = [
     ("1", "fp32", {}),
-    ("0", "bf16", {"method__local_heads": 2}),
-    ("2", "fp32", {"method__inner": "switchlora", "method__alpha": 1.0}),
-    ("1", "fp32", {"method__base": "nf4", "method__merge_form": "reset", "method__redraw_A": True}),
+    ("0", "bf16", {"method__lte__local_heads": 2}),
+    ("2", "fp32", {"method__lte__inner": "switchlora", "method__alpha": 1.0}),
+    ("1", "fp32", {"method__lte__base": "nf4", "method__lte__merge_form": "reset", "method__lte__redraw_A": True}),
 ]
 
 
@@ -172,10 +172,11 @@ def test_lte_over_switchlora_and_in_4_bits_resumed_to_the_bit(tmp_path: Path) ->
 @pytest.mark.parametrize(("dp", "tp"), [(2, 1), (1, 2)])
 def test_lte_resumed_on_larger_heads_to_the_bit(tmp_path: Path, dp: int, tp: int) -> None:
     forms = [
-        (stage, precision, {**changes, **WIDE} if tp > 1 and "method__base" in changes else changes)
+        (stage, precision, {**changes, **WIDE} if tp > 1 and "method__lte__base" in changes else changes)
         for stage, precision, changes in LTE_FORMS
     ]
-    check_lte(tmp_path, dp, tp, [*forms, ("0", "fp32", {"method__merge_form": "reset", "method__local_heads": 2})])
+    reset = {"method__lte__merge_form": "reset", "method__lte__local_heads": 2}
+    check_lte(tmp_path, dp, tp, [*forms, ("0", "fp32", reset)])
 
 
 @pytest.mark.full
@@ -185,9 +186,9 @@ def test_heads_change_after_a_merge(tmp_path: Path) -> None:
     shared: dict[str, Any] = {"method": "lte", "stage": "1", "precision": "fp32", "steps": 9}
     forms: list[dict[str, Any]] = [
         {},
-        {"method__merge_form": "reset"},
-        {"method__base": "nf4"},
-        {"method__inner": "switchlora", "method__alpha": 1.0},
+        {"method__lte__merge_form": "reset"},
+        {"method__lte__base": "nf4"},
+        {"method__lte__inner": "switchlora", "method__alpha": 1.0},
     ]
     places = [tmp_path / str(number) for number in range(len(forms))]
     begun = [
@@ -198,11 +199,11 @@ def test_heads_change_after_a_merge(tmp_path: Path) -> None:
     for ranks in (1, 4):
         cases, wanted = [], []
         for form, place in zip(forms, places, strict=True):
-            for heads in (4, 1) if ranks == 1 and "method__inner" not in form else (ranks,):
+            for heads in (4, 1) if ranks == 1 and "method__lte__inner" not in form else (ranks,):
                 folder = place / f"{ranks} x {heads}" / "checkpoints"
                 folder.mkdir(parents=True)
                 (folder / "step-00000006").symlink_to(place / "checkpoints" / "step-00000006")
-                local = {"method__local_heads": heads, "train__micro_batch_size": heads} if ranks == 1 else {}
+                local = {"method__lte__local_heads": heads, "train__micro_batch_size": heads} if ranks == 1 else {}
                 changes = {**LTE, **form, **local}
                 cases.append({**shared, "changes": changes, "folder": str(folder.parent), "first": 6})
                 wanted.append((min(2, heads), max(0, heads - 2)))

@@ -58,7 +58,7 @@ def test_the_adapted_model_has_the_parameters_that_are_counted(tp: int, method: 
 def test_one_layer_trains(method: str, tp: int, precision: str) -> None:
     """In bf16, as they say, where it takes two processes; on many CPUs it is slow."""
     options = ["--model.num_layers=1", "--train.global_batch_size=1", "--train.micro_batch_size=1",
-               "--train.seq_len=64", f"--parallel.tp={tp}", "--method.interval0=10", "--train.device=cpu",
+               "--train.seq_len=64", f"--parallel.tp={tp}", "--method.switch.interval0=10", "--train.device=cpu",
                f"--train.precision={precision}"]  # fmt: skip
     payload = {"tp": tp, "files": ["llama_1.3b", f"methods/{method}"], "options": options}
     ranks = run_ranks(tp, "tests.dist.large_worker", payload, timeout=300)

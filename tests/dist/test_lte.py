@@ -10,10 +10,10 @@ from tests.dist.launch import run_ranks
 from tests.dist.tp_grid import WIDE
 
 full = pytest.mark.full
-SWITCHES: dict[str, Any] = {"method__inner": "switchlora", "method__alpha": 1.0}
-DELTA: dict[str, Any] = {"method__merge_traffic": "delta"}
-RESET: dict[str, Any] = {"method__merge_form": "reset"}
-MERGED = [{}, RESET, DELTA, SWITCHES, {"method__local_heads": 2}]
+SWITCHES: dict[str, Any] = {"method__lte__inner": "switchlora", "method__alpha": 1.0}
+DELTA: dict[str, Any] = {"method__lte__merge_traffic": "delta"}
+RESET: dict[str, Any] = {"method__lte__merge_form": "reset"}
+MERGED = [{}, RESET, DELTA, SWITCHES, {"method__lte__local_heads": 2}]
 BUCKETED = [{}, DELTA, SWITCHES]
 
 
@@ -61,17 +61,21 @@ def test_two_heads_on_two_ranks() -> None:
         {"changes": {}, "steps": 12},
         {"changes": SWITCHES, "steps": 12},
         {
-            "changes": {"method__local_heads": 2, "method__merge_form": "reset", "method__merge_traffic": "delta"},
+            "changes": {
+                "method__lte__local_heads": 2,
+                "method__lte__merge_form": "reset",
+                "method__lte__merge_traffic": "delta",
+            },
             "steps": 12,
         },
-        {"changes": {"method__base": "nf4"}, "steps": 9, "twin": True},
-        {"changes": {"method__base": "nf4", "method__merge_form": "reset", "method__redraw_A": True}, "steps": 8,
-         "twin": True},
+        {"changes": {"method__lte__base": "nf4"}, "steps": 9, "twin": True},
+        {"changes": {"method__lte__base": "nf4", "method__lte__merge_form": "reset", "method__lte__redraw_A": True},
+         "steps": 8, "twin": True},
         {"changes": {}, "steps": 9, "stage": "0"},
-        {"changes": {"method__local_heads": 2}, "steps": 9, "stage": "2"},
+        {"changes": {"method__lte__local_heads": 2}, "steps": 9, "stage": "2"},
         *({"changes": {"train__precision": precision, "method__compute": "auto"}, "steps": 5, "stage": stage,
            "as_lora": True} for precision, stage in (("fp32", "1"), ("bf16", "0"))),
-        *({"changes": changes | {"method__merge_interval": "never", "optim__lr": 0.01}, "steps": 6, "fp32": True}
+        *({"changes": changes | {"method__lte__merge_interval": "never", "optim__lr": 0.01}, "steps": 6, "fp32": True}
           for changes in MERGED),
         *({"changes": changes, "steps": 6, "bucket": 40_000} for changes in BUCKETED),
         {"changes": {"method__init": "switchlora", "method__alpha": 1.0}, "steps": 7, "ends": True},
@@ -116,16 +120,16 @@ def test_two_heads_of_two_tensor_parallel_ranks_under_zero_1() -> None:
 def test_every_form_under_every_stage(tp: int) -> None:
     """Two heads of two data-parallel ranks, or of two tensor-parallel ones."""
     forms: list[dict[str, Any]] = [
-        {"method__merge_form": "reset"},
-        {"method__merge_traffic": "delta"},
+        {"method__lte__merge_form": "reset"},
+        {"method__lte__merge_traffic": "delta"},
         SWITCHES,
-        {"method__local_heads": 2, "method__merge_form": "reset"},
-        {"method__local_heads": 2},
+        {"method__lte__local_heads": 2, "method__lte__merge_form": "reset"},
+        {"method__lte__local_heads": 2},
     ]
     stages = "012" if tp == 1 else "1"  # on one data rank they are the same arithmetic
     cases = [{"changes": form, "steps": 7, "stage": stage} for form in forms for stage in stages]
     plain = len(cases)
-    in_4_bits = {"method__base": "nf4", **(WIDE if tp > 1 else {})}
+    in_4_bits = {"method__lte__base": "nf4", **(WIDE if tp > 1 else {})}
     cases += [{"changes": {**in_4_bits, **more}, "steps": 7, "stage": "1"} for more in ({}, RESET)]
     if tp == 1:  # in bf16 they are dequantised by bitsandbytes' kernels, where these work
         cases.append({"changes": {**in_4_bits, "train__precision": "bf16"}, "steps": 7, "stage": "0"})
@@ -148,11 +152,11 @@ def test_every_form_under_every_stage(tp: int) -> None:
 def test_every_form_equals_the_reference_for_40_steps() -> None:
     forms: list[dict[str, Any]] = [
         {},
-        {"method__merge_form": "reset"},
-        {"method__merge_traffic": "delta"},
+        {"method__lte__merge_form": "reset"},
+        {"method__lte__merge_traffic": "delta"},
         SWITCHES,
-        {"method__local_heads": 2},
-        {"method__merge_interval": "never"},
+        {"method__lte__local_heads": 2},
+        {"method__lte__merge_interval": "never"},
     ]
     for results in run(2, 2, 1, [{"changes": form, "steps": 40} for form in forms]):
         check_reference(results)

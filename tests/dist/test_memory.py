@@ -27,7 +27,7 @@ def test_memory_and_gradient_bytes_are_as_planned(tp: int, classes: list[tuple[s
 SOME = [
     *({"method": method, "stage": "0", "changes": {}} for method in ("full", "lora")),
     {"method": "switchlora", "stage": "1s", "changes": {"train__precision": "bf16"}},
-    {"method": "lte", "stage": "1s", "changes": {"method__local_heads": 2}},
+    {"method": "lte", "stage": "1s", "changes": {"method__lte__local_heads": 2}},
 ]
 PEAKS = [
     *({"method": method, "stage": stage, "changes": changes}
@@ -36,8 +36,8 @@ PEAKS = [
     *({"method": "lora", "stage": "0", "changes": changes}
       for changes in ({"method__compute": "split"}, {"method__merged_cache": "accumulation"},
                       {"method__merged_cache": "recompute"})),
-    {"method": "mhlora", "stage": "0", "changes": {"method__local_heads": 4}},
-    *({"method": "lte", "stage": "1s", "changes": {"method__local_heads": heads, "method__merge_form": form}}
+    {"method": "mhlora", "stage": "0", "changes": {"method__mhlora__heads": 4}},
+    *({"method": "lte", "stage": "1s", "changes": {"method__lte__local_heads": heads, "method__lte__merge_form": form}}
       for heads in (1, 2, 4) for form in ("resetless", "reset")),
     # last: what this class of DeepSpeed's leaves behind would be freed while the next case is measured
     {"method": "lora", "stage": "1f", "changes": {"train__precision": "bf16"}},

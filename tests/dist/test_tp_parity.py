@@ -44,9 +44,9 @@ def small(steps: int) -> list[dict[str, Any]]:
 # the first of each selection is compared with one process, all of them with one another
 SPREAD = [
     {"method": "switchlora", "stage": "1", "precision": "fp32", "steps": SHORT,
-     "changes": {**PADDED, "method__selection": selection, **where}}
+     "changes": {**PADDED, "method__switch__selection": selection, **where}}
     for selection in ("ring", "random")
-    for where in ({}, {"method__bank_spread": "dp"}, {"method__bank_device": "host"})
+    for where in ({}, {"method__switch__bank_spread": "dp"}, {"method__switch__bank_device": "host"})
 ]  # fmt: skip
 LONG = {
     "method": "switchlora",
@@ -126,7 +126,7 @@ def test_one_fetch_a_step_for_all_layers(results: dict, mesh: tuple[int, int]) -
     cases, found = results[mesh]
     for case, run in zip(cases, found, strict=True):
         wanted = int(case["method"] == "switchlora")
-        if mesh == (2, 2) and case["changes"].get("method__bank_spread") == "dp":
+        if mesh == (2, 2) and case["changes"].get("method__switch__bank_spread") == "dp":
             wanted = 2
         first, *others = run["fetches"]
         assert first == 2 * wanted, case  # its own rows and the next step's

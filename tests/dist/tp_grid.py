@@ -16,14 +16,14 @@ STEPS, SHORT = 20, 9  # in the full set, and every day
 # odd sizes: 75 is padded at TP 2, 4, the vocabulary of 61 at any TP
 PADDED = {"model__intermediate_size": 75, "model__num_kv_heads": 4}
 WIDE = {"model__hidden_size": 128, "model__intermediate_size": 256}  # whole blocks of 4 bits on a rank
-RESTARTS = {"method__restart_interval": 5, "method__restart_warmup": 2, "method__restart_moments": "prune",
-            "method__restart_keep": 0.05}  # fmt: skip
+RESTARTS = {"method__relora__interval": 5, "method__relora__warmup": 2, "method__relora__moments": "prune",
+            "method__relora__keep": 0.05}  # fmt: skip
 
 
 NEEDS_GALORE = pytest.mark.skipif(
     find_spec("galore_torch") is None, reason="galore-torch is not installed: pip install '.[galore]'"
 )
-GALORE = {"method": "galore", "stage": "0", "precision": "fp32", "changes": {"method__galore_update_gap": 5}}
+GALORE = {"method": "galore", "stage": "0", "precision": "fp32", "changes": {"method__galore__update_gap": 5}}
 
 
 def grid(

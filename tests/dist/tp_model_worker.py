@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import transformers
 
-from megatron_switchlora.config.run import MethodConfig, ModelConfig, RunConfig
+from megatron_switchlora.config.method import MethodConfig, make_method
+from megatron_switchlora.config.run import ModelConfig, RunConfig
 from megatron_switchlora.distributed.mesh import Mesh, lone_mesh
 from megatron_switchlora.distributed.recorder import CommRecorder
 from megatron_switchlora.hf.folders import export_model, load_merged, merged_state_dict
@@ -120,9 +121,9 @@ def act(payload: dict[str, Any]) -> dict[str, Any]:
             name: against_transformers(case["shape"], case["vocab"], mesh) for name, case in payload["shapes"].items()
         },
         "adapters": [
-            adapter_gradients(MethodConfig(**method), payload["heads"], mesh)
+            adapter_gradients(make_method(**method), payload["heads"], mesh)
             for method in payload["methods"]
             if method["name"] != "full"
         ],
-        "traffic": [traffic(MethodConfig(**method), payload["heads"], mesh) for method in payload["methods"]],
+        "traffic": [traffic(make_method(**method), payload["heads"], mesh) for method in payload["methods"]],
     }

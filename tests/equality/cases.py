@@ -28,15 +28,15 @@ INITS = {  # that a method takes
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method.name": "full", "optim.lr": 0.001},
     "lora": {"method.name": "lora"},
-    "relora": {"method.name": "relora", "method.restart_interval": 4, "method.restart_warmup": 2},
-    "switchlora": {"method.name": "switchlora", "method.interval0": 4, "method.freeze_steps": 2},
-    "lte": {"method.name": "lte", "method.local_heads": 2, "method.merge_interval": 3, "method.alpha": 4},
+    "relora": {"method.name": "relora", "method.relora.interval": 4, "method.relora.warmup": 2},
+    "switchlora": {"method.name": "switchlora", "method.switch.interval0": 4, "method.switch.freeze_steps": 2},
+    "lte": {"method.name": "lte", "method.lte.local_heads": 2, "method.lte.merge_interval": 3, "method.alpha": 4},
     "lte_switchlora": {
-        "method.name": "lte", "method.inner": "switchlora", "method.merge_interval": 3, "method.interval0": 4,
-        "method.freeze_steps": 2, "parallel.lte_heads": 2,
+        "method.name": "lte", "method.lte.inner": "switchlora", "method.lte.merge_interval": 3,
+        "method.switch.interval0": 4, "method.switch.freeze_steps": 2, "parallel.lte_heads": 2,
     },
-    "mhlora": {"method.name": "mhlora", "method.local_heads": 2, "method.alpha": 4},
-    "galore": {"method.name": "galore", "method.galore_update_gap": 4},
+    "mhlora": {"method.name": "mhlora", "method.mhlora.heads": 2, "method.alpha": 4},
+    "galore": {"method.name": "galore", "method.galore.update_gap": 4},
 }  # fmt: skip
 SHARED: dict[str, Any] = {
     "model.hidden_size": 32, "model.intermediate_size": 48, "model.num_layers": 2, "model.num_heads": 2,
@@ -50,13 +50,13 @@ VARIANTS: list[tuple[set[str], dict[str, Any]]] = [
     (set(METHODS), {}),
     (set(METHODS), {"train.activation_checkpointing": True}),
     (set(METHODS) - {"full"}, {"method.full_rank_steps": 3}),
-    ({"switchlora", "lte_switchlora"}, {"method.bank_device": "host", "method.bank_spread": "dp"}),
+    ({"switchlora", "lte_switchlora"}, {"method.switch.bank_device": "host", "method.switch.bank_spread": "dp"}),
     ({"lora", "relora", "switchlora", "lte", "mhlora"}, {"method.compute": "split", "optim.lora_plus_ratio": 2.0}),
     ({"lora", "relora", "switchlora", "mhlora"}, {"method.merged_cache": "accumulation", "method.rslora": True}),
-    ({"switchlora"}, {"method.selection": "independent", "method.switch_ratio": 1.0}),
+    ({"switchlora"}, {"method.switch.selection": "independent", "method.switch.ratio": 1.0}),
     (set(METHODS), {"model.num_kv_heads": 2, "model.tie_embeddings": True, "optim.weight_decay": 0.1}),
-    ({"lte"}, {"method.merge_traffic": "delta", "method.alpha": 2}),
-    ({"lte"}, {"method.base": "nf4", "model.hidden_size": 128, "model.intermediate_size": 128}),
+    ({"lte"}, {"method.lte.merge_traffic": "delta", "method.alpha": 2}),
+    ({"lte"}, {"method.lte.base": "nf4", "model.hidden_size": 128, "model.intermediate_size": 128}),
 ]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_switchlora.config.deepspeed import Zero
-from megatron_switchlora.config.run import LoraGaConfig, ModelConfig
+from megatron_switchlora.config.ds_config import Zero
+from megatron_switchlora.config.method import LoraGaConfig
+from megatron_switchlora.config.run import ModelConfig
 from megatron_switchlora.distributed.mesh import lone_mesh
 from megatron_switchlora.methods.ga_gradients import find_factors
 from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
@@ -30,7 +31,7 @@ def test_steps_equal_the_cpu() -> None:
 
 
 def test_host_bank_is_pinned_and_changes_nothing() -> None:
-    host, device = moved_run(method__bank_device="host"), moved_run()
+    host, device = moved_run(method__switch__bank_device="host"), moved_run()
     assert all(rows.is_pinned() for _, rows in host.method.bank.tensors())
     for step, batch in enumerate(make_batches(host.config, 10)):
         assert host.step(step, batch.cuda()) == device.step(step, batch.cuda())
@@ -40,7 +41,7 @@ def test_host_bank_is_pinned_and_changes_nothing() -> None:
 def test_the_peak_of_a_step_is_as_planned(name: str) -> None:
     """Of a model whose tensors are large beside cuBLAS's workspace."""
     changes = {"train__seq_len": 256, "train__micro_batch_size": 8, "train__global_batch_size": 8, "method__rank": 64}
-    config = small_config(name, **changes, method__interval0=1e9)
+    config = small_config(name, **changes, method__switch__interval0=1e9)
     config.model = ModelConfig(hidden_size=768, intermediate_size=2048, num_layers=8, num_heads=12)
     run = PlainRun(config, device="cuda")
     batches = [batch.cuda() for batch in make_batches(config, 2)]

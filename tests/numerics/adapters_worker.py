@@ -19,7 +19,7 @@ def act(payload: dict[str, Any]) -> float:
     zeroed = os.environ["RANK"] == "1"
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_PORT=str(free_port()))
     from megatron_switchlora.methods import build_method
-    from megatron_switchlora.train import phase
+    from megatron_switchlora.train import phases
     from megatron_switchlora.train.engine import start_distributed
     from megatron_switchlora.train.trainer import Trainer
 
@@ -32,8 +32,8 @@ def act(payload: dict[str, Any]) -> float:
                 factor.register_hook(torch.zeros_like)
         return method
 
-    assert phase.build_method is build_method
-    phase.build_method = build
+    assert phases.build_method is build_method
+    phases.build_method = build
     start_distributed(device)
     with tempfile.TemporaryDirectory() as folder:
         options = {

@@ -13,7 +13,7 @@ from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.mesh import AXES, Mesh
 from megatron_switchlora.lowrank.heads import HeadsLinear
 from megatron_switchlora.methods import Lora
-from megatron_switchlora.methods.lte import Merging
+from megatron_switchlora.methods.lte.heads import Merging
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from tests.numerics.lte_reference import LteReference, QuantisedLteReference
 from tests.numerics.pairing import make_reference, reference_config
@@ -24,7 +24,7 @@ from tests.plain import PlainRun, make_batches, small_config
 def lte_config(**changes: object) -> RunConfig:
     """Two heads by default, s = 2; the rate suits it."""
     start: dict[str, Any] = {
-        "method__alpha": 14.0, "method__merge_interval": 3, "optim__lr": 0.002, "method__compute": "split",
+        "method__alpha": 14.0, "method__lte__merge_interval": 3, "optim__lr": 0.002, "method__compute": "split",
     }  # fmt: skip
     return small_config("lte", **{**start, **changes})
 
@@ -33,10 +33,10 @@ def head_alone(config: RunConfig, head: int) -> PlainRun:
     """A run of method lora or switchlora that draws what the head draws, without process groups."""
     alone = copy.deepcopy(config)
     alpha = config.method.scaling * config.method.rank
+    lte = type(config.method.lte)()
     alone.method = replace(
-        config.method, name=config.method.inner, init=config.method.initial, alpha=alpha,
-        local_heads=1, merge_interval=10, merge_form="resetless", merge_traffic="auto", inner="lora", base="fp32",
-    )  # type: ignore[arg-type]  # fmt: skip
+        config.method, name=config.method.lte.inner, init=config.method.initial, alpha=alpha, lte=lte
+    )
     alone.parallel.lte_heads = 1
     alone.optim.dense_lr = config.dense_lr
     mesh = Mesh(dict.fromkeys(AXES, 1), {"lte": head, "dp": 0, "tp": 0}, {})
@@ -49,7 +49,7 @@ def make_lte_reference(config: RunConfig) -> LteReference:
     for head in range(config.heads):
         run = head_alone(config, head)
         method: Any = run.method
-        if config.method.switches:
+        if config.method.facts.switches:
             heads.append(make_reference(run.config, method))
             continue
         assert isinstance(method, Lora)
@@ -70,9 +70,9 @@ def make_lte_reference(config: RunConfig) -> LteReference:
                 sample=lambda *a: [],
             )
         )
-    interval = config.method.merge_interval
-    kind = QuantisedLteReference if config.method.base == "nf4" else LteReference
-    return kind(heads, None if isinstance(interval, str) else interval, config.method.merge_form == "reset")
+    interval = config.method.lte.merge_interval
+    kind = QuantisedLteReference if config.method.lte.base == "nf4" else LteReference
+    return kind(heads, None if isinstance(interval, str) else interval, config.method.lte.merge_form == "reset")
 
 
 def exact_weight(linear: Any, head: int) -> Tensor:
@@ -92,7 +92,7 @@ def exact_mean(linear: Any, heads: int) -> Tensor:
 
 def head_batches(config: RunConfig, batch: Tensor) -> list[list[Tensor]]:
     """Every head's micro-batches of a global batch."""
-    micro = config.train.micro_batch_size // config.method.heads_here
+    micro = config.train.micro_batch_size // config.method.facts.heads_here
     return [list(share.split(micro)) for share in batch.chunk(config.heads)]
 
 

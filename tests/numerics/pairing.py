@@ -38,17 +38,17 @@ def reference_config(config: RunConfig) -> RefConfig:
         rms_norm_eps=model.rms_norm_eps,
         rank=method.rank,
         scaling=method.scaling,
-        interval0=method.interval0,
-        switch_ratio=method.switch_ratio,
-        switch_total_steps=method.switch_total_steps or config.train.steps,
-        freeze_steps=method.freeze_steps,
-        selection=method.selection,
+        interval0=method.switch.interval0,
+        switch_ratio=method.switch.ratio,
+        switch_total_steps=method.switch.total_steps or config.train.steps,
+        freeze_steps=method.switch.freeze_steps,
+        selection=method.switch.selection,
         beta1=optim.beta1,
         beta2=optim.beta2,
         eps=optim.eps,
         weight_decay=optim.weight_decay,
         clip=optim.clip,
-        switching=method.switches,
+        switching=method.facts.switches,
     )
 
 

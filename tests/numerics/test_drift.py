@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_switchlora.config.run import MethodConfig
 from megatron_switchlora.distributed.linear import ColumnParallelLinear
 from megatron_switchlora.distributed.mesh import lone_mesh
 from megatron_switchlora.distributed.shard import Axis, named_generator
@@ -22,7 +21,7 @@ def drift_after_folds(folds: int, weight_dtype: torch.dtype, factor_dtype: torch
     """Relative change of W + sBA (formed in float64) over at least `folds` switches of one linear."""
     base = ColumnParallelLinear(N, M, Axis())
     base.weight.data.normal_(0, 0.02, generator=named_generator(0, "W"))
-    linear = LowRankLinear(base, MethodConfig(rank=R)).to(factor_dtype)
+    linear = LowRankLinear(base, R, 1 / R).to(factor_dtype)
     linear.weight = base.weight.detach().to(weight_dtype)
     bank = CandidateBank("device", "tp", lone_mesh())
     config = ScheduleConfig((min(M, N),), R, 4.0, 1.0, 10**6, 2, "ring", 0)

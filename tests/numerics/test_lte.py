@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.shard import Axis
-from megatron_switchlora.methods.lte import LocalLte, Merging
-from megatron_switchlora.methods.merging import mean_products
+from megatron_switchlora.methods.lte.heads import LocalLte, Merging
+from megatron_switchlora.methods.lte.merging import mean_products
 from megatron_switchlora.optim.schedules import lr_factor
 from megatron_switchlora.train.diagnose import find_bad_layer
 from tests.numerics.lte_pairs import (
@@ -36,24 +36,24 @@ full = pytest.mark.full
     [
         (12, {}),
         pytest.param(40, {}, marks=full),
-        pytest.param(40, {"method__merge_form": "reset"}, marks=full),
+        pytest.param(40, {"method__lte__merge_form": "reset"}, marks=full),
         pytest.param(
             40,
-            {"method__local_heads": 4, "train__micro_batch_size": 4, "method__init": "switchlora",
+            {"method__lte__local_heads": 4, "train__micro_batch_size": 4, "method__init": "switchlora",
              "method__alpha": 1.0, "optim__weight_decay": 0.1}, marks=full,
         ),
-        pytest.param(40, {"method__merge_interval": "never", "method__orthogonal_scale": "sqrt_r_n"}, marks=full),
-        (7, {"method__base": "nf4"}),
-        pytest.param(10, {"method__base": "nf4", "method__merge_form": "reset"}, marks=full),
+        pytest.param(40, {"method__lte__merge_interval": "never", "method__orthogonal_scale": "sqrt_r_n"}, marks=full),
+        (7, {"method__lte__base": "nf4"}),
+        pytest.param(10, {"method__lte__base": "nf4", "method__lte__merge_form": "reset"}, marks=full),
         pytest.param(  # s = 256
             4,
-            {"method__local_heads": 32, "train__micro_batch_size": 32, "train__global_batch_size": 32,
+            {"method__lte__local_heads": 32, "train__micro_batch_size": 32, "train__global_batch_size": 32,
              "method__alpha": 7 * 256.0, "optim__lr": 2e-5, "optim__dense_lr": 0.002}, marks=full,
         ),
     ],
 )  # fmt: skip
 def test_local_heads_equal_the_reference(steps: int, changes: dict) -> None:
-    config = lte_config(**{"method__local_heads": 2, **changes})
+    config = lte_config(**{"method__lte__local_heads": 2, **changes})
     run, reference = PlainRun(config, torch.float64), make_lte_reference(config)
     worst = 0.0
     for step, batch in enumerate(make_batches(config, steps)):
@@ -90,11 +90,12 @@ def test_resetless_merged_each_step_is_mhlora() -> None:
     """SGD, every head on the same batch, no clip, a head's factor N in its gradient taken out."""
     heads = 3
     changes: dict[str, Any] = {
-        "method__local_heads": heads,
+        "method__lte__local_heads": heads,
+        "method__mhlora__heads": heads,
         "train__micro_batch_size": 3,
         "train__global_batch_size": 3,
     }
-    lte = PlainRun(lte_config(method__merge_interval=1, **changes), torch.float64)
+    lte = PlainRun(lte_config(method__lte__merge_interval=1, **changes), torch.float64)
     mhlora = PlainRun(small_config("mhlora", method__alpha=14.0, method__compute="split", **changes), torch.float64)
     for step, batch in enumerate(make_batches(mhlora.config, 10)):
         descend(lte, batch.repeat(heads, 1), heads, 0.01, step)
@@ -111,12 +112,13 @@ def test_resetless_merged_each_step_is_mhlora() -> None:
 @full
 def test_resetless_merged_each_step_is_mhlora_with_adam() -> None:
     changes: dict[str, Any] = {
-        "method__local_heads": 2,
+        "method__lte__local_heads": 2,
+        "method__mhlora__heads": 2,
         "optim__clip": 0.0,
         "optim__eps": 1e-20,
         "optim__dense_lr": 0.001,
     }
-    lte = PlainRun(lte_config(method__merge_interval=1, **changes), torch.float64)
+    lte = PlainRun(lte_config(method__lte__merge_interval=1, **changes), torch.float64)
     mhlora = PlainRun(
         small_config("mhlora", method__alpha=14.0, method__compute="split", optim__lr=0.002, **changes), torch.float64
     )
@@ -132,7 +134,8 @@ def test_resetless_merged_each_step_is_mhlora_with_adam() -> None:
 
 def test_reset_merged_each_step_never_moves_A() -> None:
     run = PlainRun(
-        lte_config(method__local_heads=2, method__merge_form="reset", method__merge_interval=1), torch.float64
+        lte_config(method__lte__local_heads=2, method__lte__merge_form="reset", method__lte__merge_interval=1),
+        torch.float64,
     )
     assert isinstance(run.method, LocalLte)
     before = [A.detach().clone() for linear in run.method.linears.values() for A in linear.lora_A]
@@ -156,8 +159,11 @@ def test_a_merge_keeps_the_mean(form: str, base: str) -> None:
     """In fp32: what the merge makes every head compute is the mean of what they computed before, as formed in float64
     from base and factors."""
     config = lte_config(
-        method__local_heads=2, method__merge_form=form, method__base=base, method__merge_interval="never",
-        method__redraw_A=form == "reset", optim__lr=0.01,
+        method__lte__local_heads=2,
+        method__lte__merge_form=form,
+        method__lte__base=base,
+        method__lte__merge_interval="never",
+        method__lte__redraw_A=form == "reset", optim__lr=0.01,
     )  # fmt: skip
     run = PlainRun(config)
     assert isinstance(run.method, LocalLte)
@@ -203,12 +209,14 @@ def assert_heads_compute(linear: Any, mean: Tensor, exact: bool) -> None:
 def test_one_head_never_merged_is_lora_to_the_bit(compute: str) -> None:
     same: dict[str, Any] = {"method__init": "classic", "method__alpha": 7.0, "method__compute": compute}
     same["optim__dense_lr"] = 0.002
-    alone = small_config("lte", method__merge_interval="never", **same)
+    alone = small_config("lte", method__lte__merge_interval="never", **same)
     assert equal_runs(alone, small_config("lora", **same)) == 0.0
 
 
 def test_one_head_of_switches_never_merged_is_switchlora_to_the_bit() -> None:
-    alone = small_config("lte", method__inner="switchlora", method__merge_interval="never", optim__dense_lr=0.002)
+    alone = small_config(
+        "lte", method__lte__inner="switchlora", method__lte__merge_interval="never", optim__dense_lr=0.002
+    )
     assert equal_runs(alone, small_config("switchlora")) == 0.0
 
 
@@ -217,7 +225,9 @@ def least_squares_error(interval: int, target_rank: int) -> float:
     is the identity; its model's method merges, with B <- 0 and A redrawn."""
     shape = {"model__hidden_size": 32, "model__intermediate_size": 32, "model__num_layers": 1, "model__num_kv_heads": 4}
     adapter = {"method__rank": 4, "method__alpha": 4.0, "method__init": "classic"}
-    run = PlainRun(lte_config(method__merge_form="reset", method__redraw_A=True, **shape, **adapter), torch.float64)
+    run = PlainRun(
+        lte_config(method__lte__merge_form="reset", method__lte__redraw_A=True, **shape, **adapter), torch.float64
+    )
     assert isinstance(run.method, Merging)
     layer = run.method.linears["model.layers.0.self_attn.q_proj"]
     generator = torch.Generator().manual_seed(0)
@@ -249,7 +259,7 @@ def test_least_squares_reaches_a_target_of_higher_rank_only_with_merges(target_r
 
 
 def test_heads_start_apart_and_head_0_as_lora() -> None:
-    run = PlainRun(lte_config(method__local_heads=3, train__micro_batch_size=3, train__global_batch_size=6))
+    run = PlainRun(lte_config(method__lte__local_heads=3, train__micro_batch_size=3, train__global_batch_size=6))
     alone = PlainRun(small_config("lora", method__init="semi_orthogonal"))
     assert isinstance(run.method, Merging)
     for linear, other in zip(run.method.linears.values(), alone.method.linears.values(), strict=True):  # type: ignore[attr-defined]
@@ -261,7 +271,7 @@ def test_heads_start_apart_and_head_0_as_lora() -> None:
 
 
 def test_rows_of_A_are_scaled_as_the_paper_has_it() -> None:
-    run = PlainRun(lte_config(method__local_heads=2, method__orthogonal_scale="sqrt_r_n"))
+    run = PlainRun(lte_config(method__lte__local_heads=2, method__orthogonal_scale="sqrt_r_n"))
     for linear in run.method.linears.values():  # type: ignore[attr-defined]
         A = linear.lora_A[1].detach()
         assert torch.allclose(A @ A.T, torch.eye(7) * 7 / A.size(1), atol=1e-5)
@@ -286,7 +296,7 @@ def test_a_merge_never_holds_the_products_of_all_heads(traffic: str, monkeypatch
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: None)
     size, rank = 512, 4
     for heads in (2, 16):
-        config = lte_config(method__merge_traffic=traffic, parallel__lte_heads=heads)
+        config = lte_config(method__lte__merge_traffic=traffic, parallel__lte_heads=heads)
         layers = [Factors(size, rank)]
         found: list[Tensor] = []
         merge = partial(mean_products, layers, config, Axis(heads, 0))
@@ -298,7 +308,7 @@ def test_a_merge_never_holds_the_products_of_all_heads(traffic: str, monkeypatch
 
 
 def test_the_bad_layer_of_a_head_is_named() -> None:
-    run = PlainRun(lte_config(method__local_heads=2))
+    run = PlainRun(lte_config(method__lte__local_heads=2))
     batch, cpu = make_batches(run.config, 1)[0], torch.device("cpu")
     assert find_bad_layer(run.model, [batch], cpu) is None
     run.method.linears["model.layers.1.mlp.up_proj"].lora_A[1].data.fill_(math.nan)  # type: ignore[attr-defined]
@@ -306,7 +316,7 @@ def test_the_bad_layer_of_a_head_is_named() -> None:
 
 
 def test_lora_plus_gives_B_of_local_heads_its_rate() -> None:
-    run = PlainRun(lte_config(method__local_heads=2, optim__lora_plus_ratio=16.0))
+    run = PlainRun(lte_config(method__lte__local_heads=2, optim__lora_plus_ratio=16.0))
     assert isinstance(run.method, LocalLte)
     rates = {param: group["base_lr"] for group in run.optimizer.param_groups for param in group["params"]}
     for linear in run.method.linears.values():
@@ -315,7 +325,7 @@ def test_lora_plus_gives_B_of_local_heads_its_rate() -> None:
 
 def test_a_bad_gradient_of_local_heads_is_named() -> None:
     """Their losses are several, and finite here."""
-    run = PlainRun(lte_config(method__local_heads=2))
+    run = PlainRun(lte_config(method__lte__local_heads=2))
     tokens = make_batches(run.config, 1)[0][:2]
     assert find_bad_layer(run.model, [tokens], torch.device("cpu")) is None
     bad = run.model.model.layers[1].mlp.down_proj.lora_A[1]
@@ -343,7 +353,7 @@ def kept_bytes(config: RunConfig) -> int:
 
 
 def test_a_base_in_4_bits_is_not_kept_dequantised() -> None:
-    config = lte_config(method__local_heads=2)
+    config = lte_config(method__lte__local_heads=2)
     wanted = kept_bytes(config)
-    config.method.base = "nf4"
+    config.method.lte.base = "nf4"
     assert kept_bytes(config) <= wanted

@@ -17,7 +17,10 @@ STEPS = 60
     ("selection", "changes"),
     [
         ("ring", {}),
-        ("ring", {"optim__weight_decay": 0.1, "method__rank": 5, "method__freeze_steps": 1, "optim__dense_lr": 0.01}),
+        (
+            "ring",
+            {"optim__weight_decay": 0.1, "method__rank": 5, "method__switch__freeze_steps": 1, "optim__dense_lr": 0.01},
+        ),
         *(pytest.param(name, {}, marks=pytest.mark.full) for name in ("random", "independent")),
         ("ring", {"method__compute": "merged"}),
         pytest.param(
@@ -29,7 +32,9 @@ STEPS = 60
     ],
 )
 def test_sixty_steps_equal_the_reference(selection: str, changes: dict) -> None:
-    config = small_config(**{"method__selection": selection, "optim__lr": 0.02, "method__compute": "split", **changes})
+    config = small_config(
+        **{"method__switch__selection": selection, "optim__lr": 0.02, "method__compute": "split", **changes}
+    )
     run = PlainRun(config, torch.float64)
     assert isinstance(run.method, SwitchLora)
     reference = make_reference(config, run.method)
@@ -56,7 +61,7 @@ def test_sixty_steps_equal_the_reference(selection: str, changes: dict) -> None:
 @pytest.mark.parametrize("selection", ["ring", "random"])
 def test_few_spare_slots(selection: str) -> None:
     """Four spare slots in k and v, four vectors a step: every row fetched ahead was written back by the step before."""
-    config = small_config(method__selection=selection, method__rank=20, optim__lr=0.002, model__num_layers=1)
+    config = small_config(method__switch__selection=selection, method__rank=20, optim__lr=0.002, model__num_layers=1)
     run = PlainRun(config, torch.float64)
     reference = make_reference(config, run.method)
     for step, batch in enumerate(make_batches(config, 20)):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_switchlora.config.command_line import parse_arguments
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.startup.environment import discover_ranks
 
 

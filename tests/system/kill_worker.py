@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any
 
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.errors import UserError
 from tests.dist.launch import REPOSITORY
 
 POINTS = {

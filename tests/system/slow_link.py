@@ -32,7 +32,7 @@ from tests.system.hosts import Hosts, missing_parts
 METHODS = {
     "full": {"method.name": "full"},
     "switchlora": {"method.name": "switchlora"},
-    "lte": {"method.name": "lte", "parallel.lte_heads": 2, "method.merge_interval": 10, "method.alpha": 1536},
+    "lte": {"method.name": "lte", "parallel.lte_heads": 2, "method.lte.merge_interval": 10, "method.alpha": 1536},
 }
 
 

@@ -271,8 +271,8 @@ def test_what_only_another_host_lacks_is_told_there(
 def test_ranks_of_mpirun_agree_on_a_port_below_a_shell(place: Place, tmp_path: Path) -> None:
     """The processes' parents differ there; two starts at a time get two ports."""
     code = (
-        "import os, sys; from megatron_switchlora.startup.environment import complete_environment as c; e = os.environ; "
-        "c(e); print(e['MASTER_ADDR'], e['MASTER_PORT'], file=open(sys.argv[1] + e['RANK'], 'w'))"
+        "import os, sys; from megatron_switchlora.startup.environment import complete_environment as c; "
+        "e = os.environ; c(e); print(e['MASTER_ADDR'], e['MASTER_PORT'], file=open(sys.argv[1] + e['RANK'], 'w'))"
     )
     said = []
     for start in "ab":  # files, since mpirun may mix the ranks' lines

@@ -21,19 +21,20 @@ MODEL = """
 model: {vocab_size: 2048, hidden_size: 192, intermediate_size: 512, num_layers: 3, num_heads: 4}
 train: {seq_len: 32, micro_batch_size: 2, global_batch_size: 8, steps: 100, device: cpu, threads: 1}
 """
-ALWAYS = "interval0: 24, switch_ratio: 100000.0, rank: 24"  # one vector a side, layer and step
+ALWAYS = "interval0: 24, ratio: 100000.0"  # one vector a side, layer and step
 METHODS = {
     "full": "method: {name: full}",
-    "switchlora": "method: {name: switchlora, interval0: 12, rank: 24}",
-    "local_heads": "method: {name: lte, rank: 24, local_heads: 2, merge_interval: 2}",
-    "heads": "{method: {name: lte, rank: 24, merge_interval: 2}, parallel: {lte_heads: 2}}",
-    "heads_2x2": "{method: {name: lte, rank: 24, local_heads: 2, merge_interval: 2}, parallel: {lte_heads: 2}}",
-    "reset": "{method: {name: lte, rank: 24, local_heads: 2, merge_interval: 2, merge_form: reset}}",
+    "switchlora": "method: {name: switchlora, switch: {interval0: 12}, rank: 24}",
+    "local_heads": "method: {name: lte, rank: 24, lte: {local_heads: 2, merge_interval: 2}}",
+    "heads": "{method: {name: lte, rank: 24, lte: {merge_interval: 2}}, parallel: {lte_heads: 2}}",
+    "heads_2x2": "{method: {name: lte, rank: 24, lte: {local_heads: 2, merge_interval: 2}}, parallel: {lte_heads: 2}}",
+    "reset": "{method: {name: lte, rank: 24, lte: {local_heads: 2, merge_interval: 2, merge_form: reset}}}",
     "tp_full": "{method: {name: full}, parallel: {tp: 2}}",
-    "tp_switchlora": f"{{method: {{name: switchlora, {ALWAYS}}}, parallel: {{tp: 2}}}}",
-    "tp_spread": f"{{method: {{name: switchlora, {ALWAYS}, bank_spread: dp}}, parallel: {{tp: 2}}, "
+    "tp_switchlora": f"{{method: {{name: switchlora, rank: 24, switch: {{{ALWAYS}}}}}, parallel: {{tp: 2}}}}",
+    "tp_spread": f"{{method: {{name: switchlora, rank: 24, switch: {{{ALWAYS}, bank_spread: dp}}}}, "
+    "parallel: {tp: 2}, "
     "train: {activation_checkpointing: true}}",
-    "tp_lte": "{method: {name: lte, rank: 24, merge_interval: 2}, parallel: {lte_heads: 2, tp: 2}}",
+    "tp_lte": "{method: {name: lte, rank: 24, lte: {merge_interval: 2}}, parallel: {lte_heads: 2, tp: 2}}",
     "bf16": "{method: {name: switchlora, rank: 24}, train: {precision: bf16}}",
 }
 

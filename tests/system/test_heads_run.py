@@ -16,7 +16,7 @@ from tests.system.soak import comparable
 from tests.system.test_signals import wait_for_steps, worker_pids
 
 HEADS = [
-    "--method.name", "lte", "--parallel.lte_heads", "2", "--method.merge_interval", "3", "--optim.lr", "0.001",
+    "--method.name", "lte", "--parallel.lte_heads", "2", "--method.lte.merge_interval", "3", "--optim.lr", "0.001",
     "--method.full_rank_steps", "4", "--checkpoint.interval", "5", "--checkpoint.keep_last", "9",
 ]  # fmt: skip
 
@@ -28,7 +28,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     status, output = place.run("2 ranks", place.options("whole", *HEADS))
     assert status == 0, output
     assert "after 4 steps of full-rank training lte begins" in output
-    unused = "warning: method.interval0, method.freeze_steps: without effect in method.name lte with method.inner lora."
+    given = "method.switch.interval0, method.switch.freeze_steps"
+    unused = f"warning: {given}: without effect in method.name lte with method.lte.inner lora."
     assert output.count("warning: ") == 1 and unused in output, output
     merges = [record["merge_bytes"] for record in place.records("whole") if "merge_bytes" in record]
     assert len(merges) == 8 and sum(merges) > 8_000  # two merges in the eight steps of heads
@@ -101,7 +102,7 @@ def test_the_mean_model_is_evaluated_and_exported(place: Place, tmp_path: Path) 
 
 def test_other_heads_only_after_a_merge(place: Place) -> None:
     """Step 10, six steps after the method's own start, follows a merge; step 5 does not."""
-    more = ["--parallel.lte_heads", "1", "--method.local_heads", "2", "--train.micro_batch_size", "4", "--resume"]
+    more = ["--parallel.lte_heads", "1", "--method.lte.local_heads", "2", "--train.micro_batch_size", "4", "--resume"]
     found = {}
     for steps in (5, 10):
         checkpoint = place.folder / "whole" / "checkpoints" / f"step-{steps:08d}"
@@ -114,7 +115,7 @@ def test_other_heads_only_after_a_merge(place: Place) -> None:
 @pytest.mark.full
 def test_tied_embeddings_in_bf16_with_local_heads(place: Place, tmp_path: Path) -> None:
     """The head is the embedding in the full-rank phase, in every LTE head, in the mean model and in its export."""
-    more = ["--parallel.lte_heads", "1", "--method.local_heads", "2", "--model.tie_embeddings", "true"]
+    more = ["--parallel.lte_heads", "1", "--method.lte.local_heads", "2", "--model.tie_embeddings", "true"]
     status, output = place.run("alone", place.options("tied", *HEADS, *more, "--train.precision", "bf16"))
     assert status == 0, output
     run = place.folder / "tied"

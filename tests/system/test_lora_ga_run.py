@@ -86,10 +86,10 @@ def test_it_begins_from_an_imported_model_and_keeps_its_function(tmp_path: Path)
 def test_new_lte_heads_begin_from_gradients_too(tmp_path: Path) -> None:
     """With A = B = 0 they would never train."""
     place = Place(tmp_path)
-    heads = [*LORA_GA, "--method.name", "lte", "--method.merge_interval", "3", "--checkpoint.interval", "3"]
-    status, output = place.run("alone", place.options("two", *heads, "--method.local_heads", "2"))
+    heads = [*LORA_GA, "--method.name", "lte", "--method.lte.merge_interval", "3", "--checkpoint.interval", "3"]
+    status, output = place.run("alone", place.options("two", *heads, "--method.lte.local_heads", "2"))
     assert status == 0, output
-    more = ["--method.local_heads", "4", "--train.micro_batch_size", "4", "--resume"]
+    more = ["--method.lte.local_heads", "4", "--train.micro_batch_size", "4", "--resume"]
     checkpoint = place.folder / "two" / "checkpoints" / "step-00000009"
     status, output = place.run("alone", place.options("four", *heads, *more, str(checkpoint)))
     assert status == 0, output

@@ -256,7 +256,11 @@ def test_a_run_without_its_records_ends_by_its_own_evaluation(place: Place) -> N
     ("file", "content", "message"),
     [
         ("meta.json", b'{"data": [3]}', "meta.json is damaged: restore it"),
-        ("final/model.safetensors", b"\xff" * 50, "final cannot be read (Error while deserializing header"),
+        (
+            "final/model.safetensors",
+            b"\xff" * 50,
+            "final/model.safetensors cannot be read (Error while deserializing header",
+        ),
     ],
     ids=["metadata", "weights"],
 )

@@ -16,12 +16,14 @@ METHODS = {
     "lora_plus": "--method.name lora --optim.lora_plus_ratio 4",
     "pissa": "--method.name lora --method.init pissa --method.alpha 8",
     "lora_ga": "--method.name lora --method.init lora_ga --method.rslora true --method.alpha 4 --method.ga.samples 8",
-    "relora": "--method.name relora --method.init classic --method.restart_interval 4 --method.restart_warmup 1",
+    "relora": "--method.name relora --method.init classic --method.relora.interval 4 --method.relora.warmup 1",
     "galore": "--method.name galore",
-    "mhlora": "--method.name mhlora --method.local_heads 2",
-    "lte": "--method.name lte --parallel.lte_heads 2 --method.merge_interval 3",
-    "lte_local": "--method.name lte --method.local_heads 2 --method.merge_interval 3 --method.merge_form reset",
-    "lte_switchlora": "--method.name lte --parallel.lte_heads 2 --method.merge_interval 3 --method.inner switchlora "
+    "mhlora": "--method.name mhlora --method.mhlora.heads 2",
+    "lte": "--method.name lte --parallel.lte_heads 2 --method.lte.merge_interval 3",
+    "lte_local": "--method.name lte --method.lte.local_heads 2 --method.lte.merge_interval 3 "
+    "--method.lte.merge_form reset",
+    "lte_switchlora": "--method.name lte --parallel.lte_heads 2 --method.lte.merge_interval 3 "
+    "--method.lte.inner switchlora "
     "--method.alpha 8",
     "switchlora": "--method.name switchlora",
 }

@@ -104,7 +104,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_switchlora_run(call: Call, tmp_path: Path) -> None:
-    run = PlainRun(small_config(optim__lr=0.02, train__steps=8, method__switch_total_steps=None))
+    run = PlainRun(small_config(optim__lr=0.02, train__steps=8, method__switch__total_steps=None))
     initial = LlamaForCausalLM(run.config.model, VOCAB)
     initialize_weights(initial, run.config.train.seed)
     records = []
@@ -181,7 +181,7 @@ def test_heads_of_lte(call: Call, tmp_path: Path) -> None:
 
 
 def test_switches_inside_a_head(call: Call, tmp_path: Path) -> None:
-    run = PlainRun(lte_config(method__inner="switchlora", method__alpha=1.0))
+    run = PlainRun(lte_config(method__lte__inner="switchlora", method__alpha=1.0))
     records = []
     for step, batch in enumerate(make_batches(run.config, 4)):
         loss, _, switched = run.step(step, batch)
@@ -200,7 +200,9 @@ def test_switches_inside_a_head(call: Call, tmp_path: Path) -> None:
 
 
 def test_a_reset_merge_leaves_no_cosine_and_says_so(call: Call, tmp_path: Path) -> None:
-    run = PlainRun(lte_config(method__local_heads=2, method__merge_form="reset", method__merge_interval=3))
+    run = PlainRun(
+        lte_config(method__lte__local_heads=2, method__lte__merge_form="reset", method__lte__merge_interval=3)
+    )
     for step, batch in enumerate(make_batches(run.config, 3)):
         run.step(step, batch)
     save(run, tmp_path / "checkpoints" / "step-00000006")
@@ -215,7 +217,7 @@ def test_a_reset_merge_leaves_no_cosine_and_says_so(call: Call, tmp_path: Path) 
 @pytest.mark.parametrize("base", ["fp32", "nf4"])
 def test_the_mean_of_local_heads_is_what_a_merge_would_make(call: Call, tmp_path: Path, base: str) -> None:
     """Between merges, where their shared matrix is not the W of any head's adapter."""
-    run = PlainRun(lte_config(method__local_heads=2, method__base=base, optim__lr=0.02))
+    run = PlainRun(lte_config(method__lte__local_heads=2, method__lte__base=base, optim__lr=0.02))
     for step, batch in enumerate(make_batches(run.config, 5)):
         run.step(step, batch)
     save(run, tmp_path / "checkpoints" / "step-00000006")
@@ -230,7 +232,7 @@ def test_the_mean_of_local_heads_is_what_a_merge_would_make(call: Call, tmp_path
 
 def test_the_switching_of_a_run_that_began_with_full_rank_steps(call: Call, tmp_path: Path) -> None:
     """Its schedule counts from the method's own start; before it there is nothing to switch."""
-    changes = {"train__steps": 8, "method__switch_total_steps": None, "method__full_rank_steps": 3}
+    changes = {"train__steps": 8, "method__switch__total_steps": None, "method__full_rank_steps": 3}
     run = PlainRun(small_config(**changes))
     save(run, tmp_path / "checkpoints" / "step-00000006")
     (tmp_path / "config.yaml").touch()

@@ -32,7 +32,8 @@ from megatron_switchlora.checkpoint.files import (
     write_manifest,
 )
 from megatron_switchlora.checkpoint.weights import stored_config
-from megatron_switchlora.config.run import RunConfig, UserError
+from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.shard import Axis, Split, declare
 from megatron_switchlora.distributed.slices import Part, flat_parts, parameter_part, shard_part
 

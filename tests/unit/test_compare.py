@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_switchlora.config.run import DataConfig, RunConfig, UserError
+from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.run import DataConfig, RunConfig
 from tests.dist.launch import REPOSITORY
 
 # The least loss is at lr 0.02, dense_lr 0.04; lr 0.16 diverges; a run writes its command to calls.txt.
@@ -259,7 +260,7 @@ def test_a_missing_package_is_told_before_anything_runs(
 
 
 def test_heads_on_ranks_have_their_own_launcher_and_their_merges(tool: ModuleType, tmp_path: Path) -> None:
-    options = {"method.name": "lte", "method.merge_interval": 10, "parallel.lte_heads": 2}
+    options = {"method.name": "lte", "method.lte.merge_interval": 10, "parallel.lte_heads": 2}
     heads = {"options": options, "lr": 0.02, "launcher": f"{sys.executable} {tmp_path / 'trainer.py'}", "world": 2}
     (tmp_path / "trainer.py").write_text(TRAINER)
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({**SETTING, "sweep": "none", "methods": {"lte": heads}}))

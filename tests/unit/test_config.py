@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 
 from megatron_switchlora.config.command_line import parse_arguments
-from megatron_switchlora.config.deepspeed import read_ds_config, resolve_ds_config
-from megatron_switchlora.config.rules import validate
-from megatron_switchlora.config.run import RunConfig, UserError
+from megatron_switchlora.config.ds_config import read_ds_config, resolve_ds_config
+from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.rules import unused_options, validate
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.mesh import mesh_sizes
 from megatron_switchlora.run import folder as run_folder
 from megatron_switchlora.run.folder import create_folder, default_folder
 
 ISSUE_LINE = (
-    "--method.name switchlora --method.rank 24 --method.interval0 40 --optim.lr 0.02 --optim.dense_lr 0.02 "
+    "--method.name switchlora --method.rank 24 --method.switch.interval0 40 --optim.lr 0.02 --optim.dense_lr 0.02 "
     "--train.steps 600 --train.warmup_steps 50 --train.seq_len 128 --train.micro_batch_size 8 "
     "--train.global_batch_size 32 --train.seed 0 --model.hidden_size 144 --model.intermediate_size 384 "
     "--model.num_layers 4 --model.num_heads 4 --data.source files --data.files a*.json.gz --data.tokenizer char "
@@ -85,7 +86,7 @@ def test_yaml_without_sections_names_the_file(tmp_path: Path, text: str) -> None
 @pytest.mark.parametrize(
     ("text", "wrong", "right"),
     [("optim:\n  lrr: 1\n", "optim.lrr", "optim.lr"), ("trian:\n  steps: 1\n", "trian.steps", "train.steps"),
-     ("method:\n  intervall0: 3\n", "method.intervall0", "method.interval0")],
+     ("method:\n  intervall0: 3\n", "method.intervall0", "method.switch.interval0")],
 )  # fmt: skip
 def test_unknown_yaml_keys_name_the_nearest(tmp_path: Path, text: str, wrong: str, right: str) -> None:
     path = tmp_path / "run.yaml"
@@ -119,12 +120,12 @@ def test_a_mistake_after_print_config_leaves_nothing_behind() -> None:
         ("--method.rank 40 --model.num_kv_heads 1", r"here 36; it is 40"),
         ("--method.rank 1", r"rank 1 cannot switch"),
         ("--method.rank 144", r"rank 144 leaves nothing to switch in any matrix \(min\(m, n\) is 144 at most\)"),
-        ("--method.name relora --method.restart_interval 49", r"not below train.warmup_steps.* 49 and 50"),
+        ("--method.name relora --method.relora.interval 49", r"not below train.warmup_steps.* 49 and 50"),
         (
-            "--method.name relora --method.restart_interval 60 --method.restart_warmup 61",
-            r"restart_warmup must lie between 0 and .* 60, it is 61",
+            "--method.name relora --method.relora.interval 60 --method.relora.warmup 61",
+            r"relora.warmup must lie between 0 and .* 60, it is 61",
         ),
-        ("--method.name relora --method.restart_keep 0", r"restart_keep .* it is 0.*restart_moments zero"),
+        ("--method.name relora --method.relora.keep 0", r"relora.keep .* it is 0.*relora.moments zero"),
         ("--method.full_rank_lr 0.1", r"full_rank_lr 0.1 belongs to method.full_rank_steps, which is 0"),
         ("--method.init pissa", r"pissa gives method.rank vectors .* method.name lora or relora"),
         ("--optim.lora_plus_ratio 0", r"lora_plus_ratio must be positive, not 0"),
@@ -132,11 +133,11 @@ def test_a_mistake_after_print_config_leaves_nothing_behind() -> None:
         ("--optim.lora_plus_ratio 2 --method.name galore", r"method.name galore has no adapters"),
         ("--method.name galore --parallel.tp 2", r"whole gradients, and with parallel.tp 2 .* set parallel.tp to 1"),
         ("--method.name galore --train.precision bf16", r"fp32 parameters alone, train.precision is bf16"),
-        ("--method.name galore --method.galore_update_gap 0", r"galore_update_gap must be at least 1, not 0"),
-        ("--method.name galore --method.galore_scale 0", r"galore_scale must be positive, not 0"),
+        ("--method.name galore --method.galore.update_gap 0", r"galore.update_gap must be at least 1, not 0"),
+        ("--method.name galore --method.galore.scale 0", r"galore.scale must be positive, not 0"),
         ("--method.name galore --method.rank 145", r"method.rank must be between 1 and .* 144; it is 145"),
-        ("--method.interval0 9", r"at least 2 \* method.freeze_steps.* 9 and 5"),
-        ("--method.switch_ratio 0", r"switch_ratio must be positive"),
+        ("--method.switch.interval0 9", r"at least 2 \* method.switch.freeze_steps.* 9 and 5"),
+        ("--method.switch.ratio 0", r"switch.ratio must be positive"),
         ("--train.warmup_steps 700", r"between 0 and train.steps 600; it is 700"),
         ("--train.micro_batch_size 0", r"micro_batch_size must be at least 1, not 0"),
         ("--optim.lr 0", r"optim.lr must be positive"),
@@ -154,42 +155,63 @@ def test_a_mistake_after_print_config_leaves_nothing_behind() -> None:
         ("--parallel.tp 0", r"parallel.tp must be at least 1, not 0"),
         ("--parallel.lte_heads 4", r"lte_heads 4 needs method.name lte, which trains heads apart; it is switchlora"),
         ("--parallel.lte_heads 0", r"lte_heads must be at least 1, not 0"),
-        ("--method.merge_interval 5", r"method.merge_interval belong to method.name lte, not switchlora"),
-        ("--method.name lora --method.local_heads 4", r"method.local_heads belong to method.name lte or mhlora, not"),
-        ("--method.name lora --method.base nf4", r"method.base belong to method.name lte, not lora"),
-        ("--method.name lora --method.restart_interval 7", r"method.restart_interval belong to method.name relora"),
-        ("--method.galore_scale 0.5", r"method.galore_scale belong to method.name galore, not switchlora"),
+        ("--method.lte.merge_interval 5", r"method.lte.merge_interval belongs to method.name lte, not switchlora"),
+        ("--method.name lora --method.mhlora.heads 4", r"method.mhlora.heads belongs to method.name mhlora, not"),
+        ("--method.name lora --method.lte.base nf4", r"method.lte.base belongs to method.name lte, not lora"),
+        ("--method.name lora --method.relora.interval 7", r"method.relora.interval belongs to method.name relora"),
+        ("--method.galore.scale 0.5", r"method.galore.scale belongs to method.name galore, not switchlora"),
         (
-            "--method.name lte --method.base nf4 --method.compute merged",
-            r"shared \(method.local_heads 1\) or in 4 bits \(method.base nf4\)",
+            "--method.name lte --method.lte.base nf4 --method.compute merged",
+            r"shared \(method.lte.local_heads 1\) or in 4 bits \(method.lte.base nf4\)",
         ),
-        ("--method.name lte --method.merge_interval 0", r"merge_interval must be at least 1 step, or never; it is 0"),
-        ("--method.name lte --method.merge_interval often", r"merge_interval"),
-        ("--method.name lte --method.alpha -1", r"alpha must be positive, not -1"),
-        ("--method.name lte --method.local_heads 0", r"local_heads must be at least 1, not 0"),
-        ("--method.name lte --method.local_heads 3", r"micro_batch_size 8 must be a multiple of method.local_heads 3"),
-        ("--method.name lte --parallel.lte_heads 3", r"global_batch_size 32 must be a multiple of the 3 LTE heads"),
-        ("--method.name lte --method.merge_form reset --method.init switchlora", r"reset starts with B = 0 and one W"),
-        ("--method.name lte --method.redraw_A true", r"redraw_A true needs method.merge_form reset"),
-        ("--method.name lte --method.local_heads 2 --method.compute merged", r"\(method.local_heads 2\) or in 4 bits"),
-        ("--method.name lte --method.base nf4 --parallel.tp 2", r"nf4 at parallel.tp 2 needs sizes .*hidden_size 144"),
-        ("--method.name lte --method.inner switchlora --method.local_heads 2", r"rewrites each head's own W"),
         (
-            "--method.name lte --method.inner switchlora --method.merge_form reset",
+            "--method.name lte --method.lte.merge_interval 0",
+            r"merge_interval must be at least 1 step, or never; it is 0",
+        ),
+        ("--method.name lte --method.lte.merge_interval often", r"merge_interval"),
+        ("--method.name lte --method.alpha -1", r"alpha must be positive, not -1"),
+        ("--method.name lte --method.lte.local_heads 0", r"local_heads must be at least 1, not 0"),
+        (
+            "--method.name lte --method.lte.local_heads 3",
+            r"micro_batch_size 8 must be a multiple of method.lte.local_heads 3",
+        ),
+        ("--method.name lte --parallel.lte_heads 3", r"global_batch_size 32 must be a multiple of the 3 LTE heads"),
+        (
+            "--method.name lte --method.lte.merge_form reset --method.init switchlora",
+            r"reset starts with B = 0 and one W",
+        ),
+        ("--method.name lte --method.lte.redraw_A true", r"redraw_A true needs method.lte.merge_form reset"),
+        (
+            "--method.name lte --method.lte.local_heads 2 --method.compute merged",
+            r"\(method.lte.local_heads 2\) or in 4 bits",
+        ),
+        (
+            "--method.name lte --method.lte.base nf4 --parallel.tp 2",
+            r"nf4 at parallel.tp 2 needs sizes .*hidden_size 144",
+        ),
+        ("--method.name lte --method.lte.inner switchlora --method.lte.local_heads 2", r"rewrites each head's own W"),
+        (
+            "--method.name lte --method.lte.inner switchlora --method.lte.merge_form reset",
             r"inner switchlora merges reset-less .*merge_form is reset",
         ),
         ("--method.name lte --method.init pissa", r"pissa gives every head of method.name lte the same vectors"),
         ("--method.name mhlora --method.init pissa", r"pissa gives every head of method.name mhlora"),
-        ("--method.name mhlora --method.merge_interval 3", r"merge_interval belong to method.name lte, not mhlora"),
+        (
+            "--method.name mhlora --method.lte.merge_interval 3",
+            r"merge_interval belongs to method.name lte, not mhlora",
+        ),
         (
             "--method.name relora --method.init lora_ga",
-            r"lora_ga is for method.name lora, switchlora and lte, not relora",
+            r"method.name relora takes method.init .*, not lora_ga",
         ),
         ("--method.name full --method.full_rank_steps 9", r"method.name full trains so throughout"),
         ("--method.full_rank_steps 999999", r"full_rank_steps 999999 of train.steps .* must leave the method"),
         ("--method.full_rank_steps -1", r"full_rank_steps must not be negative, it is -1"),
-        ("--method.name lte --method.inner switchlora --method.base nf4", r"rewrites each head's own W"),
-        ("--method.name lte --method.inner switchlora --method.merge_traffic factors", r"merges reset-less and by wei"),
+        ("--method.name lte --method.lte.inner switchlora --method.lte.base nf4", r"rewrites each head's own W"),
+        (
+            "--method.name lte --method.lte.inner switchlora --method.lte.merge_traffic factors",
+            r"merges reset-less and by wei",
+        ),
         ("--method.init semi_orthogonal", r"semi_orthogonal gives the vectors of one adapter"),
         ("--data.source files", r"needs data.files"),
         ("--data.files x", r"belong to data.source files"),
@@ -312,27 +334,31 @@ def test_two_runs_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.Monke
     ("words", "unused"),
     [
         ("", []),
-        ("--method.name full --method.rank 8", []),
+        ("--method.name full --method.rank 8", ["method.rank"]),
         (
-            "--method.name full --method.init pissa --method.alpha 3 --method.interval0 9",
-            ["interval0", "init", "alpha"],
+            "--method.name full --method.init pissa --method.alpha 3 --method.switch.interval0 9",
+            ["method.alpha", "method.init", "method.switch.interval0"],
         ),
-        ("--method.name galore --method.rslora true --method.compute split", ["rslora", "compute"]),
-        ("--method.name lora --method.freeze_steps 3 --method.bank_spread dp", ["freeze_steps", "bank_spread"]),
-        ("--method.name lte --method.selection random", ["selection"]),
-        ("--method.name lte --method.selection random --method.inner switchlora", []),
+        ("--method.name galore --method.rslora true --method.compute split", ["method.rslora", "method.compute"]),
+        (
+            "--method.name lora --method.switch.freeze_steps 3 --method.switch.bank_spread dp",
+            ["method.switch.freeze_steps", "method.switch.bank_spread"],
+        ),
+        ("--method.name lte --method.switch.selection random", ["method.switch.selection"]),
+        ("--method.name lte --method.switch.selection random --method.lte.inner switchlora", []),
         ("--method.name lte --method.orthogonal_scale sqrt_r_n", []),
-        ("--method.name lte --method.init classic --method.orthogonal_scale sqrt_r_n", ["orthogonal_scale"]),
+        ("--method.name lte --method.init classic --method.orthogonal_scale sqrt_r_n", ["method.orthogonal_scale"]),
         (
-            "--method.name lte --method.merge_form reset --method.redraw_A true --method.merge_interval never",
-            ["redraw_A"],
+            "--method.name lte --method.lte.merge_form reset --method.lte.redraw_A true "
+            "--method.lte.merge_interval never",
+            ["method.lte.redraw_A"],
         ),
-        ("--method.name lte --method.local_heads 2 --method.merged_cache recompute", ["merged_cache"]),
+        ("--method.name lte --method.lte.local_heads 2 --method.merged_cache recompute", ["method.merged_cache"]),
         ("--method.name relora --method.init classic", []),
     ],
 )
 def test_options_without_effect_are_known(words: str, unused: list[str]) -> None:
-    assert parse_arguments(words.split()).config.method.unused == unused
+    assert unused_options(parse_arguments(words.split()).config.method) == unused
 
 
 def test_shipped_files_load() -> None:
@@ -342,7 +368,7 @@ def test_shipped_files_load() -> None:
     for path in yamls:
         config = parse_arguments(["--config", str(path)]).config
         validate(config)
-        assert not config.method.unused, path
+        assert not unused_options(config.method), path
         for ds_path in jsons:
             config.train.precision = "bf16" if "fp32_accum" in ds_path.name else "fp32"
             resolved = resolve_ds_config(read_ds_config(str(ds_path)), config, dp=2)

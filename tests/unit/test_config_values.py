@@ -12,6 +12,7 @@ from typing import Any, Optional, get_args
 import pytest
 
 from megatron_switchlora.config.command_line import option_types, parse_arguments, read_options, take_options
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.field_checks import (
     check_fields,
     expand_paths,
@@ -22,7 +23,7 @@ from megatron_switchlora.config.field_checks import (
     sections,
 )
 from megatron_switchlora.config.rules import validate
-from megatron_switchlora.config.run import RunConfig, UserError
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.config.yaml_text import dump_yaml
 from tests.unit.test_yaml_text import TEXTS
 
@@ -57,7 +58,7 @@ def given(tmp_path: Path, content: dict[str, Any]) -> dict[str, Any]:
 def test_the_fields_are_all_there() -> None:
     assert len(FIELDS) > 95 and sections() >= {"method", "method.ga"} and "method.ga.svd" in FIELDS
     assert len(NUMBERS) > 50 and len(TEXT) > 10
-    assert {"method.merge_interval", "method.alpha", "parallel.start_timeout"} <= set(NUMBERS)
+    assert {"method.lte.merge_interval", "method.alpha", "parallel.start_timeout"} <= set(NUMBERS)
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -97,8 +98,8 @@ def test_numbers_are_finite_and_named(name: str) -> None:
         ("--data.vocab_size 20000000", "data.vocab_size must lie between 257"),
         ("--train.steps 6e2", 'train.steps must be a whole number, not "6e2"'),
         ("--train.precision fp16", 'train.precision must be fp32 or bf16, not "fp16"'),
-        ("--method.redraw_A 1", "method.redraw_A must be true or false"),
-        ("--method.merge_interval 1.5", "method.merge_interval must be a whole number or never"),
+        ("--method.lte.redraw_A 1", "method.lte.redraw_A must be true or false"),
+        ("--method.lte.merge_interval 1.5", "method.lte.merge_interval must be a whole number or never"),
         ("--checkpoint.allow_changes data", "checkpoint.allow_changes must be a list of texts"),
         ("--model.rope_scaling linear", "model.rope_scaling must be a section with fields or null"),
     ],

@@ -16,7 +16,8 @@ from megatron_switchlora.checkpoint.archive import write_parts
 from megatron_switchlora.checkpoint.engine_state import own_share, state_parts
 from megatron_switchlora.checkpoint.files import Checkpoint, seal, verified
 from megatron_switchlora.checkpoint.weights import Weights, find_folder, load_initial
-from megatron_switchlora.config.run import ModelConfig, UserError
+from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.run import ModelConfig
 from megatron_switchlora.distributed.mesh import lone_mesh
 from megatron_switchlora.distributed.shard import Axis, shard_of
 from megatron_switchlora.hf.export import export_dense, export_peft
@@ -174,16 +175,16 @@ def test_without_the_first_factors_there_is_no_original_base(tmp_path: Path, met
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method__merge_interval": 4},
-        {"method__merge_interval": 4, "method__merge_form": "reset", "method__base": "nf4"},
-        {"method__merge_interval": "never", "method__init": "lora_ga", "method__rslora": True},
+        {"method__lte__merge_interval": 4},
+        {"method__lte__merge_interval": 4, "method__lte__merge_form": "reset", "method__lte__base": "nf4"},
+        {"method__lte__merge_interval": "never", "method__init": "lora_ga", "method__rslora": True},
     ],
     ids=["resetless", "reset nf4", "lora_ga"],
 )
 def test_heads_export_their_mean(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Saved two steps after a merge: dense, as one adapter of rank N r, and as the start of another run."""
     peft = pytest.importorskip("peft")
-    run = trained("lte", method__local_heads=2, method__alpha=7.0, **changes)
+    run = trained("lte", method__lte__local_heads=2, method__alpha=7.0, **changes)
     mean = run.method.evaluated()
     checkpoint = save(run, tmp_path / "step")
     export_dense(checkpoint, tmp_path / "dense", "fp32")
@@ -200,7 +201,7 @@ def test_heads_export_their_mean(tmp_path: Path, changes: dict[str, Any]) -> Non
 
 
 def test_heads_begin_from_gradients_of_their_own() -> None:
-    config = small_config("lte", method__local_heads=2, method__init="lora_ga", method__rslora=True)
+    config = small_config("lte", method__lte__local_heads=2, method__init="lora_ga", method__rslora=True)
     method = PlainRun(config).method
     for linear in method.linears.values():  # type: ignore[attr-defined]
         first, second = linear.lora_A
@@ -284,11 +285,11 @@ def test_a_checkpoint_has_the_bytes_of_the_formula(tmp_path: Path, method: str, 
     "changes",
     [
         {},
-        {"method__local_heads": 2},
-        {"method__local_heads": 2, "method__merge_form": "reset", "model__tie_embeddings": True},
-        {"method__base": "nf4"},
-        {"method__base": "nf4", "method__merge_form": "reset", "method__local_heads": 2},
-        {"method__inner": "switchlora", "method__alpha": 1.0},
+        {"method__lte__local_heads": 2},
+        {"method__lte__local_heads": 2, "method__lte__merge_form": "reset", "model__tie_embeddings": True},
+        {"method__lte__base": "nf4"},
+        {"method__lte__base": "nf4", "method__lte__merge_form": "reset", "method__lte__local_heads": 2},
+        {"method__lte__inner": "switchlora", "method__alpha": 1.0},
     ],
 )
 def test_a_checkpoint_of_heads_has_the_bytes_of_the_formula(tmp_path: Path, changes: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_switchlora.config.deepspeed import Zero
+from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.mesh import lone_mesh
 from megatron_switchlora.methods import build_method
@@ -23,8 +23,8 @@ CASES = {
     "lora merged, formed again": {"method__compute": "merged", "method__merged_cache": "recompute"},
     "lora split": {"method__compute": "split"},
     "lora by FLOPs": {},
-    "lte resetless": {"method__local_heads": 2},
-    "lte reset": {"method__local_heads": 2, "method__merge_form": "reset"},
+    "lte resetless": {"method__lte__local_heads": 2},
+    "lte reset": {"method__lte__local_heads": 2, "method__lte__merge_form": "reset"},
 }
 
 
@@ -97,7 +97,7 @@ def test_nothing_is_sent_by_one_rank() -> None:
 
 
 def test_switching_traffic_is_hidden() -> None:
-    config = small_config("switchlora", method__bank_spread="dp")
+    config = small_config("switchlora", method__switch__bank_spread="dp")
     mesh = {"lte": 1, "dp": 2, "tp": 1}
     fast = step_time(config, VOCAB, mesh, Zero(1), Machine(GPUS["a100"], 2, 1, 1e15), False)
     assert fast.exposed["bank"] == 0 < fast.hidden

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.data import BatchOrder, Reader, Samples, TokenStore, TrainLoader, eval_batches
 
 EPOCH_0 = [5, 6, 8, 3, 4, 7, 0, 1, 9, 2]

@@ -11,7 +11,8 @@ import huggingface_hub.constants
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megatron_switchlora.config.run import DataConfig, UserError
+from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.run import DataConfig
 from megatron_switchlora.data.tokenizer import build_tokenizer, tokenizer_identity
 
 TEXTS = [

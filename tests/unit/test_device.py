@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.startup.device import choose_device, precision_warning
 from megatron_switchlora.startup.environment import Ranks
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.disk import settle_home, user_path
 from megatron_switchlora.distributed.consensus import PeerError
 from megatron_switchlora.startup.door import the_door

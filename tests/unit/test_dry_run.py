@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from megatron_switchlora.config.command_line import parse_arguments
-from megatron_switchlora.config.deepspeed import Zero, read_ds_config, zero_settings
-from megatron_switchlora.config.run import ModelConfig, RunConfig, UserError
+from megatron_switchlora.config.ds_config import Zero, read_ds_config, zero_settings
+from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.run import ModelConfig, RunConfig
 from megatron_switchlora.distributed.mesh import Mesh
 from megatron_switchlora.methods import SwitchLora, build_method
 from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
@@ -125,7 +126,12 @@ def test_shipped_numbers_are_the_papers() -> None:
         assert (data.source, data.hf_name, data.hf_config) == ("hf", "allenai/c4", "en")
         assert (data.tokenizer, data.max_documents) == ("t5-base", 46_000_000)
         method = alone.method
-        assert (method.name, method.interval0, method.switch_ratio, method.freeze_steps) == ("switchlora", 40, 0.1, 5)
+        assert (method.name, method.switch.interval0, method.switch.ratio, method.switch.freeze_steps) == (
+            "switchlora",
+            40,
+            0.1,
+            5,
+        )
         assert method.rank == {"130m": 128, "250m": 256, "350m": 256, "1.3b": 512}[model]
 
 
@@ -171,13 +177,13 @@ def test_bank_sizes() -> None:
     whole = kinds(config, zero=Zero(), vocab=32100)["candidate bank"]
     assert round(whole / 2 / 1e6, 1) == 1912.6
     assert kinds(config, 2, 8, Zero(), 32100)["candidate bank"] == (whole + 24 * 3 * 2048 * 2) // 2  # 5462 for 5461
-    config.method.bank_spread = "dp"
+    config.method.switch.bank_spread = "dp"
     assert kinds(config, 1, 8, Zero(), 32100)["candidate bank"] == whole // 8
-    config.method.bank_spread = "tp"
-    config.method.bank_device = "host"
+    config.method.switch.bank_spread = "tp"
+    config.method.switch.bank_device = "host"
     items = memory_items(config, 32100, 1, 8, Zero())
     assert [item.bytes for item in items if item.phase == "host"] == [whole]
-    config.method.bank_device = "device"
+    config.method.switch.bank_device = "device"
     assert peak_bytes(memory_items(config, 32100, 1, 8, Zero())) == peak_bytes(items) + whole
     small = small_config()
     small.method.rank = 24  # min(m, n) of k and v is 24: nothing to switch there
@@ -206,7 +212,7 @@ def test_memory_is_that_of_built_objects(name: str) -> None:
 @pytest.mark.parametrize(("tp", "dp", "spread"), [(1, 3, "tp"), (1, 3, "dp"), (2, 2, "dp"), (4, 1, "tp"), (4, 3, "dp")])
 def test_memory_is_that_of_every_rank(tp: int, dp: int, spread: str) -> None:
     """Each rank of a mesh, built alone: sizes that do not divide are padded alike on all of them."""
-    config = small_config(method__bank_spread=spread)
+    config = small_config(method__switch__bank_spread=spread)
     config.model.num_heads, config.model.num_kv_heads, config.model.intermediate_size = 8, 4, 77
     config.train.global_batch_size = 24  # for dp 3
     found = kinds(config, tp, dp)

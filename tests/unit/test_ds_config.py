@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_switchlora.config.deepspeed import read_ds_config, resolve_ds_config, zero_settings
+from megatron_switchlora.config.ds_config import read_ds_config, resolve_ds_config, zero_settings
 from megatron_switchlora.config.ds_keys import SCALARS, SECTIONS, Kind
-from megatron_switchlora.config.run import RunConfig, UserError
+from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.planning.dry_run import plan
 from megatron_switchlora.startup import monitors
 from megatron_switchlora.startup.monitors import check_monitors

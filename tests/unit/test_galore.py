@@ -14,9 +14,10 @@ from torch import Tensor
 
 from megatron_switchlora.checkpoint.engine_state import state_parts
 from megatron_switchlora.checkpoint.weights import Weights
-from megatron_switchlora.config.deepspeed import Zero
-from megatron_switchlora.config.run import RunConfig, UserError
-from megatron_switchlora.methods import Galore, build_method, galore, require_packages
+from megatron_switchlora.config.ds_config import Zero
+from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.methods import Galore, build_method, galore
 from megatron_switchlora.model.llama.model import LlamaForCausalLM
 from megatron_switchlora.optim.galore import GaloreAdamW, load_projector
 from megatron_switchlora.optim.layout import plain_layout
@@ -58,7 +59,7 @@ def projector(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def config_of(**changes: Any) -> RunConfig:
-    return small_config("galore", method__galore_update_gap=4, optim__lr=0.01, optim__weight_decay=0.1, **changes)
+    return small_config("galore", method__galore__update_gap=4, optim__lr=0.01, optim__weight_decay=0.1, **changes)
 
 
 @NEEDS_PACKAGE
@@ -155,7 +156,10 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "galore_torch", None)
     config = config_of()
-    for act in (lambda: require_packages(config), lambda: build_method(config, LlamaForCausalLM(config.model, VOCAB))):
+    for act in (
+        config.method.facts.require_packages,
+        lambda: build_method(config, LlamaForCausalLM(config.model, VOCAB)),
+    ):
         with pytest.raises(UserError, match=r"needs the package galore-torch.*pip install '.*\[galore\]'"):
             act()
-    require_packages(small_config("full"))
+    small_config("full").method.facts.require_packages()

@@ -56,19 +56,19 @@ def test_an_export_in_several_files_goes_on_as_a_document_would(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1, not 0."),
-        (["--max_new_tokens", "-3"], "--max_new_tokens must be at least 1, not -3."),
-        (["--temperature", "nan"], "--temperature must be a number of at least 0, not nan."),
-        (["--temperature", "inf"], "--temperature must be a number of at least 0, not inf."),
-        (["--temperature", "-1"], "--temperature must be a number of at least 0, not -1.0."),
-        (["--seed", str(2**65)], "--seed must fit into 64 bits"),
+        (["--max_new_tokens", "0"], "--max_new_tokens: it must be at least 1, not 0"),
+        (["--max_new_tokens=-3"], "--max_new_tokens: it must be at least 1, not -3"),
+        (["--temperature", ".nan"], "--temperature: it must be a finite number"),
+        (["--temperature", "1e39"], "--temperature: it must be a finite number"),
+        (["--temperature=-1"], "--temperature: it must be at least 0, not -1"),
+        (["--seed", str(2**65)], "--seed: it must be a whole number of 64 bits"),
     ],
 )
 def test_options_out_of_range(
     model: Path, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, _, err = run(monkeypatch, capsys, str(model), "one", *words)
-    assert (status, err.count("\n")) == (2, 1) and message in err
+    assert status == 2 and message in err and "Traceback" not in err
 
 
 def test_folders_that_do_not_load(

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.hf.import_ import hf_tensors, read_hf_config
 from tests.hf_folders import VOCAB, YARN, change_index, edit, rewrite, save
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_switchlora.checkpoint.files import verified
 from megatron_switchlora.checkpoint.weights import Weights
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.data.hf_tokenizer import tokenizer_files
 from megatron_switchlora.hf.export import export_dense
 from megatron_switchlora.hf.folders import joined_marks

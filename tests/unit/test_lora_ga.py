@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.method import LoraGaConfig
 from megatron_switchlora.config.rules import validate
-from megatron_switchlora.config.run import LoraGaConfig, RunConfig, UserError
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.data.loader import BatchOrder
 from megatron_switchlora.distributed.mesh import lone_mesh
 from megatron_switchlora.distributed.shard import Axis, Split, named_generator
@@ -306,7 +308,7 @@ def test_rules() -> None:
     validate(ga_config("switchlora"))
     validate(ga_config(method__rank=12))  # 24 key/value columns
     refused(r"2 \* method.rank .* here 24; they are 26: lower method.rank to 12", method__rank=13)
-    refused(r"lora, switchlora and lte, not full", "full")
+    refused(r"lora_ga begins adapters, and method.name full has none", "full")
     refused(r"method.rslora is False: set it to true", method__rslora=False)
     refused(r"method.ga.gamma, method.ga.samples belong to method.init lora_ga, not classic", method__init="classic",
             ga=LoraGaConfig(gamma=4.0, samples=3))  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_switchlora.config.deepspeed import Zero
+from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.lowrank.init import principal_factors
 from megatron_switchlora.methods import Lora, Relora, build_method
 from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
@@ -51,7 +51,9 @@ def test_lora_plus_moves_b_faster(method: str) -> None:
     """Without momentum's history the first step's size is the learning rate."""
     moved = {}
     for ratio in (1.0, 16.0):
-        run = PlainRun(small_config(method, optim__lora_plus_ratio=ratio, method__interval0=1e9, optim__clip=0.0))
+        run = PlainRun(
+            small_config(method, optim__lora_plus_ratio=ratio, method__switch__interval0=1e9, optim__clip=0.0)
+        )
         assert isinstance(run.method, Lora)
         names = [group["name"] for group in run.optimizer.param_groups]
         assert names == (["matrices"] if ratio == 1 else ["lora_A", "lora_B"]) + ["dense", "norms"]

@@ -67,7 +67,7 @@ def test_bank_stays_consistent_over_training() -> None:
 
 @pytest.mark.parametrize("place", ["device", "host"])
 def test_bank_location_changes_nothing(place: str) -> None:
-    config = small_config(method__bank_device=place)
+    config = small_config(method__switch__bank_device=place)
     run = PlainRun(config)
     losses = [run.step(step, batch)[0] for step, batch in enumerate(make_batches(config, 8))]
     base = PlainRun(small_config())
@@ -84,7 +84,7 @@ def test_bank_size() -> None:
 
 def test_layers_without_spare_candidates_do_not_switch() -> None:
     """k and v have min(m, n) = 24 = rank; the others switch."""
-    config = small_config(method__rank=24, method__interval0=6.0)
+    config = small_config(method__rank=24, method__switch__interval0=6.0)
     run = PlainRun(config)
     assert len(run.method.linears) == 21
     assert len(run.method.switching) == 15

@@ -9,11 +9,10 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_switchlora.config.run import MethodConfig
 from megatron_switchlora.distributed.linear import ColumnParallelLinear
 from megatron_switchlora.distributed.shard import Axis, named_generator
 from megatron_switchlora.lowrank.linear import LowRankLinear
-from megatron_switchlora.lowrank.merged import merge, prefers_merged
+from megatron_switchlora.lowrank.merged import Form, merge, prefers_merged
 from tests.plain import PlainRun, make_batches, small_config
 
 M, N, R = 40, 56, 7
@@ -23,7 +22,7 @@ CACHES = ("micro_batch", "accumulation", "recompute")
 def make_linear(compute: str, dtype: torch.dtype, cache: str = "micro_batch") -> LowRankLinear:
     base = ColumnParallelLinear(N, M, Axis())
     base.weight.data.normal_(0, 0.2, generator=named_generator(0, "W"))
-    linear = LowRankLinear(base, MethodConfig(rank=R, compute=compute, merged_cache=cache))  # type: ignore[arg-type]
+    linear = LowRankLinear(base, R, 1 / R, Form(compute, cache))
     for name, factor in (("A", linear.lora_A), ("B", linear.lora_B)):
         factor.data.normal_(generator=named_generator(0, name))
     linear.weight = linear.weight.to(torch.promote_types(dtype, torch.float32))

@@ -69,7 +69,7 @@ def test_the_configuration_itself(planned: Callable[..., dict]) -> None:
 
 def test_heads_need_no_link_between_merges(planned: Callable[..., dict]) -> None:
     words = [*LARGE, "--config", "launch/configs/methods/lte_r64.yaml", "--parallel.lte_heads", "4", "--nodes", "4"]
-    often, seldom = (planned(*words, "--method.merge_interval", t) for t in ("10", "1000"))
+    often, seldom = (planned(*words, "--method.lte.merge_interval", t) for t in ("10", "1000"))
     assert often["by_link"]["between nodes"] == pytest.approx(100 * seldom["by_link"]["between nodes"], rel=1e-6)
 
 

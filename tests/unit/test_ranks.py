@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.startup import launchers
 from megatron_switchlora.startup.environment import (
     RankError,

@@ -16,7 +16,7 @@ from tests.plain import PlainRun, make_batches, small_config
 
 
 def relora(**changes: Any) -> RunConfig:
-    return small_config("relora", method__restart_interval=6, method__restart_warmup=3, **changes)
+    return small_config("relora", method__relora__interval=6, method__relora__warmup=3, **changes)
 
 
 def watch(run: PlainRun, seen: list[dict[str, float]]) -> None:
@@ -54,7 +54,7 @@ def watch(run: PlainRun, seen: list[dict[str, float]]) -> None:
 
 @pytest.mark.parametrize("moments", ["zero", "prune"])
 def test_a_restart_keeps_the_function_and_begins_anew(moments: str) -> None:
-    run = PlainRun(relora(method__restart_moments=moments, optim__lr=0.01))
+    run = PlainRun(relora(method__relora__moments=moments, optim__lr=0.01))
     seen: list[dict[str, float]] = []
     watch(run, seen)
     losses = [run.step(step, batch)[0] for step, batch in enumerate(make_batches(run.config, 20))]
@@ -88,7 +88,7 @@ def test_until_the_first_restart_it_is_classic_lora() -> None:
     """Unlike A = B = 0, which would train nothing. The first loss after the restart is LoRA's too."""
     found = {}
     for name, init in (("relora", None), ("lora", "classic")):
-        changes = {"method__restart_interval": 5, "method__restart_warmup": 2, "optim__lr": 0.02}
+        changes = {"method__relora__interval": 5, "method__relora__warmup": 2, "optim__lr": 0.02}
         run = PlainRun(small_config(name, method__init=init, **changes))
         assert isinstance(run.method, Lora)
         found[name] = [run.step(step, batch)[0] for step, batch in enumerate(make_batches(run.config, 7))]

@@ -14,7 +14,8 @@ import yaml
 from megatron_switchlora.checkpoint.resume import choose as choose_start
 from megatron_switchlora.checkpoint.resume_rules import compare, compare_data
 from megatron_switchlora.config.command_line import parse_arguments
-from megatron_switchlora.config.run import RunConfig, UserError
+from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.run.folder import RunFolder, create_folder, lock_folder
 from megatron_switchlora.run.metrics_log import read_records
 from tests.unit.test_checkpoint_files import make_checkpoint
@@ -122,7 +123,8 @@ def test_a_path_names_a_checkpoint_or_a_run(tmp_path: Path) -> None:
 
 
 FREE = (
-    "--parallel.tp 2 --train.micro_batch_size 4 --method.compute split --method.bank_spread dp --train.eval_interval 9"
+    "--parallel.tp 2 --train.micro_batch_size 4 --method.compute split --method.switch.bank_spread dp "
+    "--train.eval_interval 9"
 )
 
 

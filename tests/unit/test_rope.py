@@ -13,9 +13,10 @@ import transformers
 import yaml
 
 from megatron_switchlora.config.command_line import parse_arguments
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.rules import validate
 from megatron_switchlora.config.rules_model import check_model
-from megatron_switchlora.config.run import ModelConfig, RunConfig, UserError
+from megatron_switchlora.config.run import ModelConfig, RunConfig
 from megatron_switchlora.hf.folders import export_model, merged_state_dict
 from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
 from tests.hf_folders import LENGTH, LLAMA3, ROPES, VOCAB, YARN, tokens

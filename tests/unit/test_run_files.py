@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_switchlora.config.run import UserError
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.disk import read_json, replace_text
 from megatron_switchlora.run.folder import RunFolder, create_folder, lock_folder, read_meta, refuse_folder
 from megatron_switchlora.run.metrics_log import read_records

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_switchlora.checkpoint.resume import Start
+from megatron_switchlora.distributed.mesh import lone_mesh
 from megatron_switchlora.train import summary
 from tests.plain import small_config
 
@@ -16,11 +18,11 @@ from tests.plain import small_config
 def test_who_dequantises_is_told(monkeypatch: pytest.MonkeyPatch, works: bool, said: str) -> None:
     monkeypatch.setattr(summary, "bitsandbytes_works", lambda device: works)
     for base in ("fp32", "nf4"):
-        config = small_config("lte", method__base=base)
-        trainer: Any = SimpleNamespace(
-            config=config, counts=SimpleNamespace(trainable=1, full_total=2), start=SimpleNamespace(checkpoint=None),
-            mesh=SimpleNamespace(size=lambda axis: 1), device=torch.device("cpu"), train_store=[0], val_store=[0],
-            data=SimpleNamespace(unigram_val_ppl=2.0), last_step=config.train.steps,
+        config = small_config("lte", method__lte__base=base)
+        context: Any = SimpleNamespace(
+            config=config, counts=SimpleNamespace(trainable=1, full_total=2), device=torch.device("cpu"),
+            train_samples=[0], val_samples=[0], data=SimpleNamespace(unigram_val_ppl=2.0),
+            last_step=config.train.steps, ranks=SimpleNamespace(local_size=1),
         )  # fmt: skip
-        lines = summary.opening_words(trainer)
+        lines = summary.opening_words(context, lone_mesh(), Start())
         assert any(f"dequantised by {said}" in line for line in lines) == (base == "nf4")

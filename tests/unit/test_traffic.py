@@ -11,7 +11,7 @@ from typing import Optional
 import pytest
 
 from megatron_switchlora.config.command_line import parse_arguments
-from megatron_switchlora.config.deepspeed import Zero
+from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.planning.traffic import Flow, flows, on_the_wire
 
@@ -76,7 +76,7 @@ def test_a_merge_moves_the_smaller_of_factors_and_products(heads: int, precision
     precision of compute, products in fp32; with as many heads as pass one for 1.3B they pass the other."""
 
     def received(how: str) -> float:
-        given = ("--parallel.lte_heads", str(heads), "--train.precision", precision, "--method.merge_traffic", how,
+        given = ("--parallel.lte_heads", str(heads), "--train.precision", precision, "--method.lte.merge_traffic", how,
                  "--train.global_batch_size", str(12 * heads), "--train.micro_batch_size", "12")  # fmt: skip
         found = flows(large("lte_r64", *given), VOCAB, {"lte": heads, "dp": 1, "tp": 1}, Zero(0))
         gathered, reduced = total(found, "merges", "all_gather"), total(found, "merges", "all_reduce")

@@ -26,7 +26,8 @@ from megatron_switchlora.lowrank.heads import HeadsLinear
 from megatron_switchlora.lowrank.nf4 import bitsandbytes_works
 from megatron_switchlora.methods.base import Method, Replica
 from megatron_switchlora.methods.lora import Lora, draw_factor, part_sides
-from megatron_switchlora.methods.merging import mean_dense, mean_matrices, mean_products
+from megatron_switchlora.methods.lte import options as options  # registers LTE
+from megatron_switchlora.methods.lte.merging import mean_dense, mean_matrices, mean_products
 from megatron_switchlora.methods.switchlora import SwitchLora
 from megatron_switchlora.model.heads import split_dense_tensors
 from megatron_switchlora.model.llama.model import LlamaForCausalLM, decoder_linears
@@ -57,12 +58,12 @@ class Merging(Method):
 
     @property
     def first_head(self) -> int:
-        return self.mesh.heads(self.config.method.heads_here).start
+        return self.mesh.heads(self.config.method.facts.heads_here).start
 
     def merges_after(self, steps: int) -> bool:
         """Whether heads are merged after so many steps."""
-        interval = self.config.method.merge_interval
-        return not isinstance(interval, str) and steps > 0 and steps % interval == 0
+        interval = self.config.method.facts.merge_interval
+        return interval is not None and steps > 0 and steps % interval == 0
 
     def after_step(self, step: int) -> None:
         super().after_step(step)
@@ -74,7 +75,7 @@ class Merging(Method):
         """Merge all heads. Collective over the world."""
         for (name, linear), mean in zip(self.linears.items(), self.mean_weights(), strict=True):
             self._adopt(name, linear, mean)
-            if not self.config.method.resetless:
+            if not self.config.method.facts.resetless:
                 self._restart(name, linear, step)
         dense = self.dense()
         for name, mean in self._mean_dense(dense):
@@ -89,7 +90,7 @@ class Merging(Method):
     def _keep_origins(self) -> None:
         """Before the adapters are taken out of W: M is W, so the origin is W - (s/N) sum_n B_n A_n."""
         self.origins = {}
-        if self.config.method.keeps_origins:
+        if self.config.method.facts.keeps_origins:
             for name, linear, product in self._mean_products():
                 self.origins[name] = Origin(linear.weight - product, self.mesh.axis("dp"))
 
@@ -102,7 +103,7 @@ class Merging(Method):
         for head, (A, B) in enumerate(self._pairs(linear)):
             B.data.zero_()
             self.optimizer.rows_rewritten(B)
-            if self.config.method.redraw_A:
+            if self.config.method.lte.redraw_A:
                 shape = (linear.out_features, linear.in_features)
                 drawn = f"{name}, merge after step {step + 1}"
                 full = draw_factor(self.config, "A", drawn, shape, A.size(0), self.first_head + head)
@@ -136,7 +137,7 @@ class Merging(Method):
     def evaluated(self, exported: bool = False) -> LlamaForCausalLM:
         """The mean effective model, with plain linears, in the precision of compute; of one head its own model. To be
         exported it is fp32: matrices as they are folded, dense tensors rounded as the forward pass sees them."""
-        if self.config.heads == 1 and not self.config.method.shares_base:
+        if self.config.heads == 1 and not self.config.method.facts.shares_base:
             return self.model
         some = next(self.model.parameters())
         with torch.device(some.device):
@@ -151,7 +152,7 @@ class Merging(Method):
 
     def set_mean(self, name: str, mean: Tensor) -> None:
         """Lay down a layer's mean effective weight, this rank's shard, where `regrouped` finds it."""
-        if self.config.method.base == "nf4":
+        if self.config.method.facts.quantised:
             self.origins[name].store(mean)
         else:
             self.linears[name].weight.copy_(mean)
@@ -160,7 +161,7 @@ class Merging(Method):
     def regrouped(self) -> None:
         """The heads here are others than those whose mean was laid down: form origins and each W anew. Collective."""
         for name, linear, product in self._mean_products():
-            in_origin = self.config.method.base == "nf4"
+            in_origin = self.config.method.facts.quantised
             mean = self.origins[name].plus(torch.zeros_like(product)) if in_origin else linear.weight.clone()
             self._adopt(name, linear, mean)
             if name in self.origins:
@@ -189,14 +190,14 @@ class HeadOnRanks(Merging):
 
     def _adopt(self, name: str, linear: Any, mean: Tensor) -> None:
         linear.weight.copy_(mean)
-        if self.config.method.resetless:
+        if self.config.method.facts.resetless:
             linear.add_product(-1.0)
         linear.forget_merged()
 
     def parts(self) -> Iterator[Part]:
         """A head's own tensors are named head_NN/NAME; W, if all heads have the same, and NAME.origin are not."""
         for part in super().parts():
-            if not self.config.method.resetless and part.name.endswith(".weight"):
+            if not self.config.method.facts.resetless and part.name.endswith(".weight"):
                 yield replace(part, line="data")
             else:
                 yield replace(part, name=self.stored_name(part.name))
@@ -205,7 +206,7 @@ class HeadOnRanks(Merging):
     def replicas(self) -> Iterator[Replica]:
         """Also W over all heads, where it is the same."""
         yield from super().replicas()
-        if not self.config.method.resetless:
+        if not self.config.method.facts.resetless:
             for name, linear in self.linears.items():
                 yield Replica(f"{name}.weight", linear.weight, "data")
 
@@ -227,15 +228,16 @@ class LocalLte(Merging):
 
     def adapt(self, factors: Optional[dict[str, tuple[Tensor, Tensor]]]) -> None:
         self.linears = {}
+        method, facts = self.config.method, self.config.method.facts
         for name, parent, attribute, base in list(decoder_linears(self.model)):
-            linear = HeadsLinear(base, self.config.method)
+            linear = HeadsLinear(base, facts.heads_here, method.rank, method.scaling, facts.resetless)
             setattr(parent, attribute, linear)
             self.linears[name] = linear
             if self.config.method.init == "lora_ga":
                 self._take_factors(linear, factors[name] if factors else None)
             else:
                 self._draw_factors(name, linear)
-        split_dense_tensors(self.model, self.config.method.local_heads)
+        split_dense_tensors(self.model, self.config.method.lte.local_heads)
 
     def _draw_factors(self, name: str, linear: HeadsLinear) -> None:
         shape = (linear.out_features, linear.in_features)
@@ -264,7 +266,7 @@ class LocalLte(Merging):
         self._keep_origins()
         for linear in self.linears.values():
             linear.remember_factors()
-        if self.config.method.base == "nf4":
+        if self.config.method.facts.quantised:
             kernels = bitsandbytes_works(next(self.model.parameters()).device)
             for linear in self.linears.values():
                 linear.quantise(kernels)
@@ -272,7 +274,7 @@ class LocalLte(Merging):
     def _adopt(self, name: str, linear: Any, mean: Tensor) -> None:
         linear.set_base(mean)
         linear.remember_factors()
-        if not self.config.method.resetless and name in self.origins:
+        if not self.config.method.facts.resetless and name in self.origins:
             self.origins[name].store(mean)
 
     def stored_name(self, name: str) -> str:

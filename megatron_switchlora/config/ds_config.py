@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from megatron_switchlora.config.ds_keys import checked
+from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.field_checks import expanded
-from megatron_switchlora.config.run import RunConfig, UserError, accumulation_steps, require
+from megatron_switchlora.config.run import RunConfig, accumulation_steps
 
 
 @dataclass(frozen=True)
@@ -123,17 +124,14 @@ def resolve_ds_config(given: dict[str, Any], config: RunConfig, dp: int) -> dict
             f"train.global_batch_size / (train.micro_batch_size x {dp} data-parallel ranks)",
         ),
         "gradient_clipping": (
-            config.optim.clip if config.method.heads_here == 1 else 0.0,
-            "optim.clip" if config.method.heads_here == 1 else "local heads are clipped one by one, by the optimizer",
+            (config.optim.clip, "optim.clip")
+            if config.method.facts.heads_here == 1
+            else (0.0, "local heads are clipped one by one, by the optimizer")
         ),
         "zero_allow_untested_optimizer": (True, "the row-step optimizer"),
     }
     stage = given.get("zero_optimization", {}).get("stage", 0)
-    require(
-        config.method.name != "galore" or stage == 0,
-        f"method.name galore takes the singular vectors of whole gradients, and ZeRO stage {stage} cuts them over the "
-        "ranks (without --ds_config it is stage 1): use ds_configs/zero0.json.",
-    )
+    config.method.facts.check_zero(stage)
     resolved = dict(given)
     for key, (value, owner) in derived.items():
         stated = given.get(key, value)

@@ -19,15 +19,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_switchlora.checkpoint.archive import grouped
-from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.config.run import RunConfig, compute_bytes
+from megatron_switchlora.distributed.buckets import grouped
 from megatron_switchlora.distributed.shard import Axis
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.optim.layout import at_least_fp32
 from megatron_switchlora.optim.row_adamw import RowAdamW
-from megatron_switchlora.planning.counts import merge_sends_factors
 
 BUCKET_BYTES = 64 << 20  # of what a rank holds of one collective, unless one tensor is larger
+
+
+def merge_sends_factors(config: RunConfig, out_features: int, in_features: int) -> bool:
+    """Whether a merge of LTE heads moves the factors of a layer whose W is [out, in] on a rank, and not their product:
+    by `method.lte.merge_traffic`, or whatever is less. Received are (N - K) r (m + n) values in the precision of
+    compute, or 2 m n (H - 1) / H in fp32. Heads that switch move their weights."""
+    lte, facts, groups = config.method.lte, config.method.facts, config.parallel.lte_heads
+    if facts.switches:
+        return False
+    if lte.merge_traffic != "auto":
+        return lte.merge_traffic == "factors"
+    values = (config.heads - lte.local_heads) * config.method.rank * (out_features + in_features)
+    factors = values * compute_bytes(config)
+    return factors <= 2 * out_features * in_features * (groups - 1) / groups * 4
 
 
 class Adapted(Protocol):

@@ -1,0 +1,108 @@
+"""Rules and facts that all methods with adapters share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+
+from megatron_switchlora.config.errors import require
+from megatron_switchlora.config.method import LoraGaConfig, MethodFacts
+from megatron_switchlora.config.run import RunConfig
+
+
+class AdapterFacts(MethodFacts):
+    """Of a method whose W is frozen beside adapters."""
+
+    reads = frozenset({"rank", "alpha", "rslora", "init", "orthogonal_scale", "compute", "merged_cache", "ga"})
+
+    @property
+    def unused(self) -> list[str]:
+        method = self.method
+        names = [] if method.initial == "semi_orthogonal" else ["orthogonal_scale"]
+        return [*names, "merged_cache"] if method.compute == "split" or self.shares_base else names
+
+    def check(self, config: RunConfig) -> None:
+        check_adapter(config)
+
+
+def smallest_dimension(config: RunConfig) -> int:
+    """Return the smallest min(m, n) of the decoder's matrices."""
+    m = config.model
+    return min(m.hidden_size, m.intermediate_size, m.kv_heads * m.head_dim)
+
+
+def check_rank(config: RunConfig) -> None:
+    """Raises: UserError, if a matrix has fewer than `method.rank` rows or columns."""
+    rank, smallest = config.method.rank, smallest_dimension(config)
+    require(
+        1 <= rank <= smallest,
+        f"method.rank must be between 1 and min(m, n) of every matrix of the decoder, here {smallest}; it is {rank}: "
+        "lower the rank or widen the model.",
+    )
+
+
+def check_adapter(config: RunConfig) -> None:
+    """Raises: UserError, with the rule, the values and what to change."""
+    method = config.method
+    check_rank(config)
+    alpha = method.alpha
+    require(alpha is None or (math.isfinite(alpha) and alpha > 0), f"method.alpha must be positive, not {alpha}.")
+    _check_init(config)
+    _check_lora_ga(config)
+
+
+def _check_init(config: RunConfig) -> None:
+    method, facts = config.method, config.method.facts
+    require(
+        method.initial != "pissa" or not facts.switches,
+        "method.init pissa gives method.rank vectors of W itself, but switching needs candidates for all of min(m, n): "
+        "use init switchlora or classic, or method.name lora or relora.",
+    )
+    require(
+        method.initial != "semi_orthogonal" or not facts.switches,
+        "method.init semi_orthogonal gives the vectors of one adapter, and switching needs candidates like them: use "
+        "method.init switchlora or classic.",
+    )
+    require(
+        method.initial != "pissa" or "pissa" in facts.inits,
+        f"method.init pissa gives every head of method.name {method.name} the same vectors: use another init.",
+    )
+    require(
+        method.initial in facts.inits,
+        f"method.name {facts.title} takes method.init {', '.join(sorted(facts.inits))}, not {method.initial}: use one "
+        "of them, or leave method.init out.",
+    )
+
+
+def _check_lora_ga(config: RunConfig) -> None:
+    method, ga, tp = config.method, config.method.ga, config.parallel.tp
+    if method.init != "lora_ga":
+        given = [f.name for f in fields(ga) if getattr(ga, f.name) != getattr(LoraGaConfig(), f.name)]
+        require(
+            not given,
+            f"method.ga.{', method.ga.'.join(given)} belong to method.init lora_ga, not {method.init}: give it too, or "
+            "leave them out.",
+        )
+        return
+    smallest = smallest_dimension(config)
+    require(
+        2 * method.rank <= smallest,
+        f"method.init lora_ga takes 2 * method.rank singular pairs of every adapted matrix, at most min(m, n), here "
+        f"{smallest}; they are {2 * method.rank}: lower method.rank to {smallest // 2} or widen the "
+        "model.",
+    )
+    require(
+        method.rslora,
+        f"method.init lora_ga is defined with the scaling alpha / sqrt(rank), and method.rslora is {method.rslora}: "
+        "set it to true.",
+    )
+    require(math.isfinite(ga.gamma) and ga.gamma > 0, f"method.ga.gamma must be positive, not {ga.gamma}.")
+    require(ga.samples >= 1, f"method.ga.samples must be at least 1, not {ga.samples}.")
+    for name in ("oversample", "power_iterations"):
+        value = getattr(ga, name)
+        require(value is None or value >= 0, f"method.ga.{name} must not be negative, it is {value}.")
+    require(
+        ga.svd == "randomised" or tp == 1,
+        f"method.ga.svd exact needs a matrix's whole gradient on one rank, but parallel.tp is {tp}: use randomised, "
+        "with a larger method.ga.oversample where it must be closer.",
+    )

@@ -1,1 +1,0 @@
-"""Mesh, ranks and parallel layers; knows nothing of LoRA."""
