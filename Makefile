@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: pretrain test test-full checks clean
+.PHONY: pretrain test test-full test-long checks clean
 
 # Two ranks, or one where there is exactly one GPU; without any the two compute on the CPU. The batch is the same.
 RANKS = import torch; print(min(2, torch.cuda.device_count()) or 2)
@@ -12,11 +12,17 @@ RANKS = import torch; print(min(2, torch.cuda.device_count()) or 2)
 pretrain: $(STAMP)
 	ranks="$$($(BIN)/python -c '$(RANKS)')" && PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus "$$ranks" launch/pretrain.py --config launch/configs/cpu_quickstart.yaml --ds_config ds_configs/zero1.json
 
+# One worker starts ranks, launch after launch; the other runs the tests of a single process meanwhile.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not full"
+	$(PYTEST) -m "not full and not long"
 
 test-full: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not long"
+
+test-long: $(STAMP)
+	$(PYTEST) -m long
 
 checks: $(STAMP)
 	$(BIN)/ruff check .

@@ -7,6 +7,8 @@ import torch
 
 import megatron_switchlora.methods  # noqa: F401  # registers them
 
+pytest_plugins = ["tests.selection", "tests.timing"]
+
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)

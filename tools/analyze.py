@@ -39,13 +39,12 @@ from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.run import TrainConfig
 from megatron_switchlora.disk import replace_text, user_path
 from megatron_switchlora.lowrank.schedule import switch_rate
-from megatron_switchlora.model.llama.model import initial_matrix
+from megatron_switchlora.model.protocol import build_on_meta, initial_value
 from megatron_switchlora.planning.counts import projections
 from megatron_switchlora.run.figures import decorating
 from megatron_switchlora.run.metrics_log import read_records
 from megatron_switchlora.study.spectra import effective_rank, head_alignment, numerical_rank, spectrum
 
-MATRIX = re.compile(r"(?:head_\d+/)?(model\.layers\.(\d+)\.\w+\.(\w+)\.weight)")
 Base = Callable[[str], Tensor]
 
 
@@ -67,12 +66,14 @@ def open_run(run: Path) -> list[Weights]:
 
 def matrices(weights: Weights, layers: Optional[set[int]]) -> dict[str, str]:
     """Names of the decoder's matrices, each once whatever heads there are, and their kinds (q_proj, ...)."""
-    found = {}
-    for name in weights.names():
-        match = MATRIX.fullmatch(name)
-        if match and (layers is None or int(match[2]) in layers):
-            found[match[1]] = match[3]
-    return found
+    model = build_on_meta(weights.model, weights.vocab_size)
+    linears = [(each.name, each.attribute) for each in model.decoder_linears()]
+    return {f"{name}.weight": kind for name, kind in linears if layers is None or _layer(name) in layers}
+
+
+def _layer(name: str) -> int:
+    """The number of a linear's layer: the first in its name."""
+    return next(int(word) for word in name.split(".") if word.isdecimal())
 
 
 def heads_of(weights: Weights, name: str) -> list[str]:
@@ -100,7 +101,7 @@ def make_base(weights: list[Weights], choice: str) -> tuple[Base, str]:
     seed = train["seed"]
 
     def drawn(name: str) -> Tensor:
-        return initial_matrix(name, first.shape(name), first.model, seed)
+        return initial_value(name, first.shape(name), first.model, seed)
 
     return drawn, f"the initial weights of seed {seed}"
 

@@ -2,13 +2,14 @@
 """Between this project's checkpoints and Hugging Face's folders.
 
     python tools/convert_hf.py export RUN_OR_CHECKPOINT OUT [--dtype fp32] [--peft [--original_base]]
-    python tools/convert_hf.py import HF_DIR OUT [--base HF_DIR]
+    python tools/convert_hf.py import HF_DIR OUT [--base HF_DIR] [--plugins MODULE ...]
 
 export folds the adapters and writes what AutoModelForCausalLM loads; with --peft OUT/base and OUT/adapter, which
 PeftModel loads; with --original_base too, of a run begun by LoRA-GA, an adapter of twice the rank over the matrices
 that the run began from. The adapter names OUT/base by its absolute path, which AutoPeftModel follows from anywhere;
-after a move, give PeftModel the base. import makes a LLaMA, or a LoRA of PEFT merged into its base, the starting point
-of a run: --config OUT/model.yaml --train.init_from OUT. Both need memory for a few layers only.
+after a move, give PeftModel the base. import makes a LLaMA (or a model of a plugin's family), or a LoRA of PEFT merged
+into its base, the starting point of a run: --config OUT/model.yaml --train.init_from OUT. Both need memory for a few
+layers only.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def export(arguments: argparse.Namespace) -> str:
 
 def import_(arguments: argparse.Namespace) -> str:
     out = arguments.out
-    import_model(arguments.source, out, base=arguments.base)
+    import_model(arguments.source, out, base=arguments.base, plugins=arguments.plugins)
     found = (out / "tokenizer").is_dir()
     tokenizer = f"{out}/tokenizer" if found else "THE_TOKENIZER_IT_WAS_TRAINED_WITH"
     return (
@@ -65,10 +66,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         "--shard_mb", type=number_from(0.001, float), default=1000.0, help="largest safetensors file, in MB"
     )
     out.set_defaults(act=export)
-    into = commands.add_parser("import", help="a Hugging Face LLaMA to a starting point")
+    into = commands.add_parser("import", help="a Hugging Face model to a starting point")
     into.add_argument("source", type=user_path, metavar="HF_DIR")
     into.add_argument("out", type=user_path, metavar="OUT")
     into.add_argument("--base", type=user_path, metavar="HF_DIR", help="of an adapter: its base, if that has moved")
+    into.add_argument("--plugins", nargs="+", default=[], metavar="MODULE", help="modules that register its family")
     into.set_defaults(act=import_)
     return parser.parse_args(words)
 

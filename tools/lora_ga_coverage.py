@@ -29,7 +29,7 @@ from megatron_switchlora.data.packing import prepare
 from megatron_switchlora.disk import replace_text, user_path
 from megatron_switchlora.distributed.mesh import lone_mesh
 from megatron_switchlora.methods.ga_gradients import mean_gradients
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.protocol import build_model, initialize_weights
 from megatron_switchlora.run.figures import decorating, new_figure, save_figure
 from megatron_switchlora.startup.device import choose_device
 from megatron_switchlora.startup.door import settle
@@ -49,7 +49,7 @@ def measure(config: RunConfig, device: torch.device) -> dict[str, Any]:
     data = prepare(config.data)
     for note in data.notes:
         print(f"warning: {note}", file=sys.stderr)
-    model = LlamaForCausalLM(config.model, vocabulary_size(config, data))
+    model = build_model(config.model, vocabulary_size(config, data))
     initialize_weights(model, config.train.seed)
     if config.train.init_from:
         load_initial(model, Weights(verified(find_folder(Path(config.train.init_from)))))

@@ -32,7 +32,7 @@ from megatron_switchlora.config.field_checks import number_from
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.disk import user_path
 from megatron_switchlora.distributed.slices import Part
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, decoder_linears
+from megatron_switchlora.model.protocol import build_on_meta
 from megatron_switchlora.planning.counts import count_parameters
 from megatron_switchlora.run.folder import versions
 
@@ -51,9 +51,8 @@ def state_of(name: str, shape: tuple[int, ...], rows: int) -> Iterator[Part]:
 
 def write_checkpoint(folder: Path, config: RunConfig, vocab_size: int) -> None:
     """One file for each adapted matrix, one for all dense tensors."""
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config.model, vocab_size)
-    linears = {name: linear.weight.shape for name, _, _, linear in decoder_linears(model)}
+    model = build_on_meta(config.model, vocab_size)
+    linears = {name: linear.weight.shape for name, _, _, linear in model.decoder_linears()}
     r = config.method.rank
     dense = [(n, tuple(p.shape)) for n, p in model.named_parameters() if n.removesuffix(".weight") not in linears]
     write_parts(folder / "tensors-00000.safetensors", [p for n, shape in dense for p in state_of(n, shape, 1)])

@@ -29,7 +29,7 @@ from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.disk import user_path
 from megatron_switchlora.distributed.mesh import build_mesh
 from megatron_switchlora.methods import build_method
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.protocol import build_model, initialize_weights
 from megatron_switchlora.run.folder import versions
 from megatron_switchlora.startup.device import choose_device
 from megatron_switchlora.startup.door import the_door
@@ -48,7 +48,7 @@ def make_engine(
     from megatron_switchlora.train.engine import Engine
 
     mesh = build_mesh(config.parallel)
-    model = LlamaForCausalLM(config.model, vocab_size, mesh.axis("tp"))
+    model = build_model(config.model, vocab_size, mesh.axis("tp"))
     initialize_weights(model, config.train.seed)
     resolved = resolve_ds_config(ds_config or read_ds_config(None), config, mesh.size("dp"))
     return Engine(model, build_method(config, model, mesh), config, resolved, mesh, device)

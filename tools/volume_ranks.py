@@ -181,10 +181,10 @@ def part_of(engine: Engine) -> dict[torch.nn.Parameter, str]:
     for name, param in engine.model.named_parameters():
         if param in matrices:
             found[param] = "adapters" if "lora_" in name else "matrices"
-        elif "embed_tokens" in name:
-            found[param] = "embedding"
+        elif "lm_head" in name:
+            found[param] = "head"
         else:
-            found[param] = "head" if "lm_head" in name else "norms"
+            found[param] = "embedding" if param.dim() > 1 else "norms"
     return found
 
 

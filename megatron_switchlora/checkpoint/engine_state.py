@@ -20,7 +20,7 @@ from megatron_switchlora.distributed.mesh import Mesh
 from megatron_switchlora.distributed.shard import is_split
 from megatron_switchlora.distributed.slices import Part, parameter_part
 from megatron_switchlora.methods.base import Method
-from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import LanguageModel
 from megatron_switchlora.optim.row_adamw import RowAdamW
 
 
@@ -32,7 +32,7 @@ class Engine(Protocol):
     method: Method
     device: torch.device
     optimizer: RowAdamW
-    model: LlamaForCausalLM
+    model: LanguageModel
     ds: Any
 
 

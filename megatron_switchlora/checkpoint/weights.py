@@ -1,4 +1,4 @@
-"""The dense weights of a checkpoint: what its model computes, by Hugging Face name, whatever trained it.
+"""The dense weights of a checkpoint: what its model computes, by the model's names, whatever trained it.
 
 A full-rank tensor is its fp32 master; an adapted one is W + s B A, folded in fp32; of LTE heads it is their mean,
 O + (s/N) sum_n B_n A_n with the origin O, or the W, that all have, or else the mean of W_n. Factors and dense
@@ -26,7 +26,7 @@ from megatron_switchlora.config.plugins import listed, load_plugins
 from megatron_switchlora.config.rules_model import check_model
 from megatron_switchlora.config.run import ModelConfig, RunConfig
 from megatron_switchlora.distributed.slices import parameter_part
-from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import LanguageModel, build_on_meta, family_of
 
 T = TypeVar("T")
 OF_HEAD = re.compile(r"head_([0-9]+)/")
@@ -45,6 +45,11 @@ def find_folder(path: Path) -> Path:
     return inside[-1] if inside else path
 
 
+def run_of(folder: Path) -> Path:
+    """The folder of the run that a checkpoint lies in; the checkpoint's own where it lies in none."""
+    return folder.absolute().parents[1] if folder.absolute().parent.name == "checkpoints" else folder
+
+
 class Weights:
     """Dense weights of a checkpoint; `config` is its run's, as nested dicts."""
 
@@ -52,22 +57,27 @@ class Weights:
         self.state: dict[str, Any] = checkpoint.state()
         self.config: dict[str, Any] = stored_config(checkpoint)
         self.imported: dict[str, Any] = self.state.get("imported") or {}  # marks of the model that it all began from
-        self.archive = checkpoint.archive()
+        self.folder, self.archive = checkpoint.folder, checkpoint.archive()
+        load_plugins(listed(self.config.get("plugins", [])), run_of(checkpoint.folder))
         self.model = _known(ModelConfig, self.config.get("model", {}))
         self.vocab_size: int = self.state.get("vocab_size", 0)
         check_model(self.model)
+        self.family = family_of(self.model)
         self.precision = PRECISIONS[self.config.get("train", {}).get("precision", "fp32")]
-        load_plugins(listed(self.config.get("plugins", [])))
         self.method = _known(method_config_class(), self.config.get("method", {}))
         found = {match[1] for name in self.archive.names() if (match := OF_HEAD.match(name))}
         self.heads = [f"head_{number}/" for number in sorted(found, key=int)]
         self.scaling = self.method.scaling / max(1, len(self.heads))
 
     def names(self) -> list[str]:
-        """Hugging Face names in the model's order."""
+        """Return the names of the model's parameters, in its order."""
         known = {name.split("/", 1)[-1] for name in self.archive.names()}
         known |= {f"{name.removesuffix('origin')}weight" for name in known if name.endswith(".origin")}
-        return sorted((name for name in known if name.endswith(".weight")), key=_model_order)
+        order = [name for name, _ in build_on_meta(self.model, self.vocab_size).named_parameters()]
+        odd = sorted(set(order) ^ {name for name in known if name.endswith(".weight")})
+        if odd:
+            damaged(self.folder, f"its tensors are not those of its model ({', '.join(odd[:3])})")
+        return order
 
     def _of_heads(self, name: str) -> list[str]:
         """The stored tensors of that name: one a head, or one."""
@@ -181,14 +191,6 @@ def _known(kind: type[T], stored: dict[str, Any]) -> T:
     )
 
 
-def _model_order(name: str) -> tuple[int, int, str]:
-    """Embedding, layers by number, final norm, head."""
-    words = name.split(".")
-    if words[1] == "layers" and words[2].isdecimal():
-        return 1, int(words[2]), name
-    return {"embed_tokens": 0, "norm": 2}.get(words[1], 3), 0, name
-
-
 def describe_model(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
     """What must agree for weights to mean the same function."""
     same = {field.name: getattr(config, field.name) for field in fields(config)}
@@ -197,7 +199,7 @@ def describe_model(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_initial(model: LlamaForCausalLM, weights: Weights) -> None:
+def load_initial(model: LanguageModel, weights: Weights) -> None:
     """Replace a dense model's initial values, or this rank's part of them, by a checkpoint's weights.
 
     Raises:

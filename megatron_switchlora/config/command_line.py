@@ -124,15 +124,15 @@ def _explain(error: Exception) -> UserError:
     return _unknown(name) if name else UserError(f"The command line is not valid: {message}")
 
 
-def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Parse and validate.
+def parse_arguments(argv: Sequence[str], kept_in: Optional[Path] = None) -> Arguments:
+    """Parse and validate. A file that is kept in a run's folder names that: no plugin beside it is imported.
 
     Raises:
         UserError: unknown keys, wrong types, unreadable files, or a rule of `rules.validate`.
     """
     require_utf8(argv)
     files, words = split_config_files(argv)
-    load_plugins(named_plugins(files, words))
+    load_plugins(named_plugins(files, words), kept_in)
     given: dict[str, Any] = {}
     for path in files:
         given |= read_options(path)

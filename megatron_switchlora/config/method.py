@@ -221,7 +221,7 @@ class MethodFacts:
         return False
 
 
-METHODS: dict[str, type[MethodFacts]] = {}  # the one table of the package that is filled at import
+METHODS: dict[str, type[MethodFacts]] = {}  # filled at import, as config.family.FAMILIES
 
 
 def register(facts: type[MethodFacts]) -> type[MethodFacts]:

@@ -1,14 +1,15 @@
-"""Plugins: modules of the user's that register methods of their own.
+"""Plugins: modules of the user's that register methods or model families of their own.
 
 They are named by the run option `plugins`, imported before anything else of a configuration is read, and kept with it:
 resuming, evaluating and exporting import them again. A configuration may come from somebody else, so a module is only
-imported if its source speaks of this package.
+imported if its source speaks of this package, and never if it came along with the run or checkpoint that names it.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.machinery
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,24 +24,29 @@ def listed(given: Any) -> list[Any]:
     return list(given) if isinstance(given, (list, tuple)) else [given] if given else []
 
 
-def load_plugins(names: Iterable[Any]) -> None:
-    """Import the modules.
+def load_plugins(names: Iterable[Any], kept_in: Path | None = None) -> None:
+    """Import the modules that a user names, or a configuration kept in a run's or checkpoint's folder.
 
     Raises:
-        UserError: one is missing, is no plugin, or fails as it is imported.
+        UserError: one is missing, is no plugin, came along with that folder, or fails as it is imported.
     """
     for name in names:
         valid = isinstance(name, str) and all(word.isidentifier() for word in name.split("."))
         require(valid, f"plugins holds {name!r}: give names of Python modules, as my_methods.sparse.")
         path = _find(name)
+        if path is None or PACKAGE not in _source(name, path):
+            raise UserError(
+                f"plugins names {name}, which is no plugin: there is no such Python module on the path, or it does not "
+                f"import {PACKAGE}. Correct the name, or add its folder to PYTHONPATH."
+            )
         require(
-            path is not None and PACKAGE in path.read_text(encoding="utf-8", errors="replace"),
-            f"plugins names {name}, which is no plugin: there is no such Python module on the path, or it does not "
-            f"import {PACKAGE}. Correct the name, or add its folder to PYTHONPATH.",
+            kept_in is None or name in sys.modules or not _came_along(name, path, kept_in),
+            f"{kept_in} names the plugin {name}, which came along with it ({path}): its code is not run. If you trust "
+            "it, move it to a folder of your own on PYTHONPATH.",
         )
         try:
             importlib.import_module(name)
-        except Exception as error:  # somebody else's code
+        except (Exception, SystemExit) as error:  # somebody else's code
             raise UserError(f"The plugin {name} fails as it is imported ({type(error).__name__}: {error}).") from error
 
 
@@ -55,3 +61,17 @@ def _find(name: str) -> Path | None:
             return None
         folders = list(spec.submodule_search_locations or [])
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+
+
+def _source(name: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"The plugin {name} cannot be read: {error.strerror} ({path}). Give access to it.") from None
+
+
+def _came_along(name: str, path: Path, folder: Path) -> bool:
+    """Return whether a module lies in the folder, or the folder in the module's outermost package."""
+    depth = name.count(".") + (path.name == "__init__.py")
+    outermost = path.parents[depth] / name.split(".")[0]
+    return path.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(outermost.resolve())

@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 
 from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.facts import names_where, walk
+from megatron_switchlora.config.family import find_family
 from megatron_switchlora.config.field_checks import check_fields
 from megatron_switchlora.config.method import METHODS, MethodConfig, method_config_class
 from megatron_switchlora.config.rules_data import validate_data
@@ -165,13 +166,7 @@ def _validate_parallel(config: RunConfig) -> None:
             0 < wait <= 604_800, f"parallel.{name} must be above 0 and at most 604800 seconds, a week; it is {wait}."
         )
     require(seconds >= 1, f"parallel.timeout must be at least 1 second, not {seconds}: 300 suits most.")
-    for name, count in (("num_heads", m.num_heads), ("num_kv_heads", m.kv_heads)):
-        require(
-            count % tp == 0,
-            f"model.{name} {count} must be a multiple of parallel.tp {tp}, since a rank holds whole heads: change one "
-            "of them.",
-        )
-    require_shard("model.intermediate_size", m.intermediate_size, tp)
+    find_family(m.family).check_run(config)
     if m.vocab_size is not None:
         require_shard("The vocabulary", m.vocab_size, tp)
 

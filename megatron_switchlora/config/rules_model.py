@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from megatron_switchlora.config.errors import require
+from megatron_switchlora.config.family import find_family
 from megatron_switchlora.config.run import ModelConfig
 
-# Scalings of the rotary embedding that do not depend on the sequence: keys that they need, keys that they may have.
-ROPE_SCALINGS: dict[str, tuple[set[str], set[str]]] = {
-    "linear": ({"factor"}, set()),
-    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
-    "yarn": (
-        {"factor", "original_max_position_embeddings"},
-        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
-    ),
-}
 LARGEST_SIZE = 2**24  # of a model's dimension: the elements of a matrix can still be counted
 
 
 def check_model(m: ModelConfig) -> None:
-    """Check every rule of the model's shape alone.
+    """Check every rule of the model's shape alone: those of all families, then those of its own.
 
     Raises:
         UserError: with the rule, the values and what to change.
@@ -29,28 +20,9 @@ def check_model(m: ModelConfig) -> None:
     for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads"):
         value = getattr(m, name)
         require(1 <= value <= LARGEST_SIZE, f"model.{name} must be at least 1 and at most 2^24, not {value}.")
-    require(
-        m.num_kv_heads is None or m.num_kv_heads >= 1,
-        f"model.num_kv_heads must be at least 1, not {m.num_kv_heads}: leave it out for as many as model.num_heads.",
-    )
-    require(
-        m.hidden_size % m.num_heads == 0,
-        f"model.hidden_size {m.hidden_size} must be a multiple of model.num_heads {m.num_heads}: change one of them.",
-    )
-    require(
-        m.head_dim % 2 == 0,
-        f"The head size {m.head_dim} (model.hidden_size {m.hidden_size} / model.num_heads {m.num_heads}) must be even "
-        "for rotary embeddings: change one of them.",
-    )
-    require(
-        m.num_heads % m.kv_heads == 0,
-        f"model.num_heads {m.num_heads} must be a multiple of model.num_kv_heads {m.kv_heads}: change one of them.",
-    )
     for name in ("initializer_range", "rope_theta", "rms_norm_eps"):
         number = getattr(m, name)
         require(math.isfinite(number) and number > 0, f"model.{name} must be positive, not {number}.")
-    if m.rope_scaling is not None:
-        _check_rope_scaling(m.rope_scaling, m.rope_theta)
     length = m.max_position_embeddings
     require(length is None or length >= 1, f"model.max_position_embeddings must be at least 1, not {length}.")
     vocabulary = m.vocab_size
@@ -58,64 +30,4 @@ def check_model(m: ModelConfig) -> None:
         vocabulary is None or 1 <= vocabulary <= LARGEST_SIZE,
         f"model.vocab_size must be positive and at most 2^24, not {vocabulary}.",
     )
-
-
-def _check_rope_scaling(scaling: dict[str, Any], theta: float) -> None:
-    kind: Any = scaling.get("rope_type")
-    supported = ", ".join(ROPE_SCALINGS)
-    require(
-        kind not in ("dynamic", "longrope"),
-        f"model.rope_scaling has rope_type {kind!r}, whose frequencies change with the length of the sequence; "
-        f"supported are {supported}, which do not. Where sequences stay within the model's max_position_embeddings, "
-        "dynamic scales nothing: leave it out. For longrope, start from a model with another scaling.",
-    )
-    require(
-        isinstance(kind, str) and kind in ROPE_SCALINGS,
-        f"model.rope_scaling must name a rope_type of {supported}, not {kind!r}: give one of them, or null for none.",
-    )
-    needed, optional = ROPE_SCALINGS[kind]
-    given = set(scaling) - {"rope_type"}
-    require(
-        needed <= given <= needed | optional,
-        f"model.rope_scaling of rope_type {kind} must have {', '.join(sorted(needed))}"
-        + (f" and may have {', '.join(sorted(optional))}" if optional else "")
-        + f"; it has {', '.join(sorted(map(str, given))) or 'nothing else'}: add what is missing, leave out the rest.",
-    )
-    for name in sorted(given):
-        _check_rope_value(name, scaling[name])
-    _check_rope_order(kind, scaling, theta)
-
-
-def _check_rope_order(kind: str, scaling: dict[str, Any], theta: float) -> None:
-    factor = scaling["factor"]
-    require(factor >= 1, f"model.rope_scaling.factor stretches the context and must be at least 1, it is {factor}.")
-    if kind == "llama3":
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        require(
-            low < high,
-            f"model.rope_scaling.low_freq_factor {low} must be below high_freq_factor {high}: change one of them.",
-        )
-    if kind == "yarn":
-        slow, fast = scaling.get("beta_slow", 1), scaling.get("beta_fast", 32)
-        require(
-            slow <= fast,
-            f"model.rope_scaling.beta_slow {slow} must not be above beta_fast {fast} (by default 1 and 32): change one "
-            "of them.",
-        )
-        require(theta > 1, f"model.rope_theta must be above 1 for rope_type yarn, it is {theta}: raise it.")
-
-
-def _check_rope_value(name: str, value: Any) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if name == "truncate":
-        require(isinstance(value, bool), f"model.rope_scaling.truncate must be true or false, not {value!r}.")
-    elif name == "original_max_position_embeddings":
-        require(
-            whole and 1 <= value < 1e9,
-            f"model.rope_scaling.{name} must be a whole number from 1 and below 1e9, not {value!r}.",
-        )
-    else:
-        require(
-            (whole or isinstance(value, float)) and 0 < value < 1e9,
-            f"model.rope_scaling.{name} must be a number above 0 and below 1e9, not {value!r}.",
-        )
+    find_family(m.family).check(m)

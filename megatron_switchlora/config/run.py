@@ -21,8 +21,10 @@ from megatron_switchlora.config.method import MethodConfig, make_method, method_
 
 @dataclass
 class ModelConfig:
-    """Shape of the LLaMA."""
+    """Family and shape of the model."""
 
+    family: str = option("llama")
+    """The model family; plugins may add some."""
     vocab_size: Optional[int] = option(None, resume="free")
     """Vocabulary size; by default the tokenizer's."""
     hidden_size: int = option(144)
@@ -217,7 +219,8 @@ class RunConfig:
     output_dir: Optional[str] = option(None, resume="free", results=False, swept=True, path=True)
     """Run folder; by default runs/<method>-<date>-<time>. One that holds another run is never written to."""
     plugins: Union[list[str], str, None] = option(None)
-    """Python modules that register methods of their own, imported before the rest is read: one, or a list."""
+    """Python modules that register methods or model families of their own, imported before the rest is read: one, or a
+    list."""
     resume: str = option("auto", resume="free", results=False, swept=True, path=True)
     """auto: go on with the run in output_dir, if it holds one, from its newest checkpoint; none: never; else the path
     of a checkpoint, or of a run whose newest is taken."""

@@ -21,12 +21,11 @@ from megatron_switchlora.disk import user_path
 from megatron_switchlora.hf.import_ import (
     Stored,
     first_names,
-    read_number,
     read_object,
     read_stored,
-    read_whole,
     scan,
 )
+from megatron_switchlora.model.entries import read_number, read_whole
 
 CONFIG, FILE, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 KNOWN = (  # what does not change the sum; every other entry must be unset

@@ -22,7 +22,7 @@ from megatron_switchlora.checkpoint.archive import save_durably
 from megatron_switchlora.checkpoint.files import Checkpoint, build_folder
 from megatron_switchlora.checkpoint.weights import Weights
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.data.hf_tokenizer import as_trained, load_tokenizer, save_tokenizer
+from megatron_switchlora.data.hf_tokenizer import as_trained, load_tokenizer, require_own, save_tokenizer
 from megatron_switchlora.distributed.buckets import grouped
 from megatron_switchlora.hf.folders import hf_config, joined_marks, write_configs
 
@@ -67,8 +67,9 @@ def _write_model(
     weights: Weights, checkpoint: Checkpoint, folder: Path, dtype: str, read: Callable[[str], Tensor], limit: int
 ) -> None:
     target = DTYPES[dtype]
-    sizes = {name: torch.Size(weights.shape(name)).numel() * target.itemsize for name in weights.names()}
-    write_shards(folder, sizes, lambda name: read(name).to(target), limit)
+    ours = {weights.family.hf_name(name): name for name in weights.names()}
+    sizes = {theirs: torch.Size(weights.shape(name)).numel() * target.itemsize for theirs, name in ours.items()}
+    write_shards(folder, sizes, lambda theirs: read(ours[theirs]).to(target), limit)
     marks = joined_marks(_hand_on_tokenizer(weights, checkpoint.folder / "tokenizer", folder), weights.imported)
     seq_len = weights.config.get("train", {}).get("seq_len", weights.model.max_position_embeddings)
     stored = str(target).removeprefix("torch.")
@@ -77,9 +78,14 @@ def _write_model(
 
 def _hand_on_tokenizer(weights: Weights, source: Path, folder: Path) -> Any:
     """Write the tokenizer, if there is one: a run's as it was trained with, an import's as it came. Returns the one
-    that trained, or None."""
+    that trained, or None.
+
+    Raises:
+        UserError: a link out of the checkpoint.
+    """
     if not source.is_dir():
         return None
+    require_own(source.parent, [source, *source.rglob("*")])
     if "data" not in weights.config:
         shutil.copytree(source, folder, dirs_exist_ok=True)
         return None if weights.imported else load_tokenizer(str(source))
@@ -121,7 +127,7 @@ def export_peft(
             if original:
                 A_0, B_0 = weights.initial_factors(name)
                 A, B = torch.cat([A, A_0]), torch.cat([B, -B_0])
-            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            stem = f"base_model.model.{weights.family.hf_name(name).removesuffix('.weight')}"
             tensors[f"{stem}.lora_A.weight"] = A.to(DTYPES[dtype])
             tensors[f"{stem}.lora_B.weight"] = B.t().to(DTYPES[dtype])
         save_tensors(tensors, folder / "adapter" / "adapter_model.safetensors")
@@ -147,5 +153,5 @@ def peft_config(weights: Weights, adapted: Iterable[str], base: str, times: int 
         "fan_in_fan_out": False,
         "use_rslora": method.rslora,
         "inference_mode": True,
-        "target_modules": sorted({name.split(".")[-2] for name in adapted}),
+        "target_modules": sorted({weights.family.hf_name(name).split(".")[-2] for name in adapted}),
     }

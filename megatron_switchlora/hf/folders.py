@@ -23,8 +23,7 @@ from megatron_switchlora.checkpoint.archive import save_durably
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.run import ModelConfig
 from megatron_switchlora.distributed.shard import full_shape, shard_of
-from megatron_switchlora.model.llama.model import LlamaForCausalLM
-from megatron_switchlora.model.llama.rope import rope_parameters
+from megatron_switchlora.model.protocol import LanguageModel, family_of
 
 MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -51,33 +50,20 @@ def _joined(tokenizer: Any, imported: dict[str, Any]) -> dict[str, Any]:
 def hf_config(
     config: ModelConfig, vocab_size: int, seq_len: int, marks: dict[str, Any], dtype: str = "float32"
 ) -> dict[str, Any]:
-    """`config.json` of the equivalent `transformers.LlamaForCausalLM`, its weights stored as `dtype`."""
-    # where transformers 4 looks for it; version 5 reads either
-    scaling = {} if config.rope_scaling is None else {"rope_scaling": config.rope_scaling}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": max(seq_len, config.max_position_embeddings or 0),
-        "rope_parameters": rope_parameters(config),
-        "rope_theta": config.rope_theta,
-        **scaling,
-        "rms_norm_eps": config.rms_norm_eps,
-        "initializer_range": config.initializer_range,
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        **{key: marks[key] for key in MARKS},
-        "use_cache": True,
-        "dtype": dtype,
-    }
+    """Return `config.json` of the equivalent model of transformers, its weights stored as `dtype`."""
+    named = {key: marks[key] for key in MARKS}
+    return family_of(config).hf_config(config, vocab_size, seq_len, named, dtype)
+
+
+def hf_names(model: LanguageModel) -> dict[str, str]:
+    """Return the Hugging Face names of all parameters by ours, in the model's order."""
+    return {name: family_of(model.config).hf_name(name) for name, _ in model.named_parameters()}
+
+
+def hf_shapes(model: LanguageModel) -> dict[str, list[int]]:
+    """Return the full shapes of all parameters by their Hugging Face names."""
+    names = hf_names(model)
+    return {names[name]: full_shape(param) for name, param in model.named_parameters()}
 
 
 def write_configs(folder: Path, config: dict[str, Any], generation: dict[str, Any]) -> None:
@@ -87,23 +73,23 @@ def write_configs(folder: Path, config: dict[str, Any], generation: dict[str, An
 
 
 @torch.no_grad()
-def merged_state_dict(model: LlamaForCausalLM, keeps: bool = True) -> dict[str, Tensor]:
+def merged_state_dict(model: LanguageModel, keeps: bool = True) -> dict[str, Tensor]:
     """The effective weights by Hugging Face name, fp32 on the CPU, on the ranks that keep them; a tied head is left
     out. Collective over tp."""
-    state = {}
+    state, family, tied = {}, family_of(model.config), model.tied_names()
     for name, module in model.named_modules():
-        if getattr(module, "weight", None) is None or (name == "lm_head" and model.config.tie_embeddings):
+        if getattr(module, "weight", None) is None or f"{name}.weight" in tied:
             continue
         part = module.effective_weight() if hasattr(module, "effective_weight") else module.weight.detach()
         split = getattr(module, "split", None)
         whole = part if split is None else split.gather(part)
         if keeps:
-            state[f"{name}.weight"] = whole.to("cpu", torch.float32).contiguous()
+            state[family.hf_name(f"{name}.weight")] = whole.to("cpu", torch.float32).contiguous()
     return state
 
 
 def export_model(
-    model: LlamaForCausalLM, folder: Path, seq_len: int, marks: dict[str, Any] | None = None, writes: bool = True
+    model: LanguageModel, folder: Path, seq_len: int, marks: dict[str, Any] | None = None, writes: bool = True
 ) -> None:
     """Write `config.json`, `generation_config.json` and `model.safetensors` into an existing folder, on the rank that
     `writes`; `marks` are `joined_marks`, by default none. Collective over tp."""
@@ -115,7 +101,7 @@ def export_model(
     save_durably(state, folder / "model.safetensors", {"format": "pt"})
 
 
-def load_merged(model: LlamaForCausalLM, folder: Path) -> None:
+def load_merged(model: LanguageModel, folder: Path) -> None:
     """Load an exported folder into a model whose linears are plain, or this rank's part of it.
 
     Raises:
@@ -128,13 +114,13 @@ def load_merged(model: LlamaForCausalLM, folder: Path) -> None:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}): export a checkpoint of the run anew.") from None
-    if model.config.tie_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    own = dict(model.named_parameters(remove_duplicate=False))
+    theirs = hf_names(model)
+    own = {theirs[name]: param for name, param in model.named_parameters()}
     names = sorted(set(own) | set(state))
     wrong = [n for n in names if n not in own or n not in state or full_shape(own[n]) != list(state[n].shape)]
     if wrong:
         raise UserError(
             f"{path} does not fit the configured model: {len(wrong)} tensors differ, the first is {wrong[0]}."
         )
-    model.load_state_dict({name: shard_of(own[name], tensor) for name, tensor in state.items()})
+    for name, param in own.items():
+        param.data.copy_(shard_of(param, state[name]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,29 +20,38 @@ from torch import Tensor
 from megatron_switchlora.checkpoint.archive import write_parts
 from megatron_switchlora.checkpoint.files import build_folder, seal
 from megatron_switchlora.config.errors import require
+from megatron_switchlora.config.plugins import load_plugins
+from megatron_switchlora.config.run import ModelConfig
 from megatron_switchlora.data.hf_tokenizer import require_own, tokenizer_files
 from megatron_switchlora.distributed.buckets import grouped
 from megatron_switchlora.distributed.slices import Part
 from megatron_switchlora.hf.adapter import is_adapter, read_adapter
-from megatron_switchlora.hf.folders import MARKS
-from megatron_switchlora.hf.import_ import hf_shapes, hf_tensors, read_hf_config, read_object
+from megatron_switchlora.hf.folders import MARKS, hf_names, hf_shapes
+from megatron_switchlora.hf.import_ import hf_tensors, read_hf_config, read_object
+from megatron_switchlora.model.protocol import build_on_meta
 
 
-def import_model(source: Path, out: Path, limit: int = 1 << 30, base: Path | None = None) -> None:
-    """Make a Hugging Face folder, or a LoRA's of PEFT over its base, the starting point of runs: a checkpoint of
-    weights alone, in files of about `limit` bytes, with its tokenizer, if it has one, and model.yaml for --config.
+def import_model(
+    source: Path, out: Path, limit: int = 1 << 30, base: Path | None = None, plugins: Sequence[str] = ()
+) -> None:
+    """Make a Hugging Face folder, or a LoRA's of PEFT over its base, the starting point of runs.
+
+    Written are a checkpoint of weights alone, in files of about `limit` bytes, its tokenizer, if it has one, and
+    model.yaml for --config. `plugins` may register the model's family, and go into both.
 
     Raises:
         UserError: as `read_hf_config`, `hf_tensors` and `read_adapter`; links out of the folder; `out` exists or cannot
             be written.
     """
+    load_plugins(plugins)
     adapter = read_adapter(source, base) if is_adapter(source) else None
     require(adapter is not None or base is None, f"{source} is no adapter, so that it has no base: leave --base out.")
     whole = adapter.base if adapter else source
     config, vocab_size = read_hf_config(whole)
     tensors = hf_tensors(whole, config, vocab_size)  # refuses here, before anything is written
     if adapter:
-        tensors = adapter.merged(tensors, hf_shapes(config, vocab_size))
+        tensors = adapter.merged(tensors, hf_shapes(build_on_meta(config, vocab_size)))
+    tensors = _by_our_names(config, vocab_size, tensors)
     imported = read_marks(whole)
     folders = [folder for folder in (source, whole) if tokenizer_files(folder)]
     if folders:
@@ -50,16 +59,24 @@ def import_model(source: Path, out: Path, limit: int = 1 << 30, base: Path | Non
 
     def fill(folder: Path) -> None:
         _write_tensors(tensors, folder, limit)
-        model = asdict(config)
-        state = {"step": 0, "config": {"model": model}, "vocab_size": vocab_size, "imported_from": str(source)}
+        model, registers = asdict(config), {"plugins": list(plugins)} if plugins else {}
+        state = {"step": 0, "config": {"model": model, **registers}, "vocab_size": vocab_size}
+        state["imported_from"] = str(source)
         (folder / "state.json").write_text(json.dumps({**state, "imported": imported}, indent=1), encoding="utf-8")
-        given = {key: value for key, value in model.items() if value is not None}
-        (folder / "model.yaml").write_text(yaml.safe_dump({"model": given}, sort_keys=False), encoding="utf-8")
+        given = {"model": {key: value for key, value in model.items() if value is not None}, **registers}
+        (folder / "model.yaml").write_text(yaml.safe_dump(given, sort_keys=False), encoding="utf-8")
         if folders:
             copy_tokenizer(folders[0], folder / "tokenizer")
         seal(folder, 0)
 
     build_folder(out, fill)
+
+
+def _by_our_names(
+    config: ModelConfig, vocab_size: int, tensors: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    ours = {theirs: name for name, theirs in hf_names(build_on_meta(config, vocab_size)).items()}
+    return ((ours[name], tensor) for name, tensor in tensors)
 
 
 def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: int) -> None:

@@ -18,7 +18,7 @@ from megatron_switchlora.methods.relora import Relora  # isort: skip
 from megatron_switchlora.methods.switchlora import SwitchLora  # isort: skip
 from megatron_switchlora.methods.lte.heads import LocalLte, Lte, LteSwitchLora  # isort: skip
 from megatron_switchlora.methods.galore import Galore  # isort: skip
-from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import LanguageModel
 
 __all__ = [
     "Full", "Galore", "LocalLte", "Lora", "Lte", "LteSwitchLora", "Method", "MhLora", "Relora", "SwitchLora",
@@ -28,7 +28,7 @@ __all__ = [
 
 def build_method(
     config: RunConfig,
-    model: LlamaForCausalLM,
+    model: LanguageModel,
     mesh: Optional[Mesh] = None,
     factors: Optional[dict[str, tuple[Tensor, Tensor]]] = None,
 ) -> Method:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.method import LoraGaConfig, MethodFacts
 from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.model.protocol import family_of
 
 
 class AdapterFacts(MethodFacts):
@@ -27,8 +28,7 @@ class AdapterFacts(MethodFacts):
 
 def smallest_dimension(config: RunConfig) -> int:
     """Return the smallest min(m, n) of the decoder's matrices."""
-    m = config.model
-    return min(m.hidden_size, m.intermediate_size, m.kv_heads * m.head_dim)
+    return min(min(p.out_features, p.in_features) for p in family_of(config.model).projections(config.model))
 
 
 def check_rank(config: RunConfig) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.mesh import Mesh
 from megatron_switchlora.distributed.slices import Part, replica_line, shard_part
-from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import LanguageModel
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.optim.schedules import lr_factor
 
@@ -37,7 +37,7 @@ class Method:
     def __init__(
         self,
         config: RunConfig,
-        model: LlamaForCausalLM,
+        model: LanguageModel,
         mesh: Mesh,
         factors: Optional[dict[str, tuple[Tensor, Tensor]]] = None,
     ) -> None:
@@ -89,7 +89,7 @@ class Method:
         """How a checkpoint calls the model's parameter."""
         return name
 
-    def evaluated(self, exported: bool = False) -> LlamaForCausalLM:
+    def evaluated(self, exported: bool = False) -> LanguageModel:
         """The model whose loss is the method's, or the one that is exported. Collective."""
         return self.model
 

@@ -8,7 +8,6 @@ from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.method import MethodFacts, register
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.methods.base import Method
-from megatron_switchlora.model.llama.model import decoder_linears
 
 
 @register
@@ -36,4 +35,4 @@ class Full(Method):
     """The baseline. The decoder's matrices train at `optim.lr`, everything else at `optim.dense_lr`."""
 
     def matrices(self) -> list[nn.Parameter]:
-        return [linear.weight for _, _, _, linear in decoder_linears(self.model)]
+        return [linear.weight for _, _, _, linear in self.model.decoder_linears()]

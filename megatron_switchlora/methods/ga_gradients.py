@@ -26,13 +26,13 @@ from megatron_switchlora.distributed.collectives import leave
 from megatron_switchlora.distributed.mesh import Mesh
 from megatron_switchlora.lowrank.lora_ga import initial_factors
 from megatron_switchlora.methods.lora import head_seed
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, decoder_linears
+from megatron_switchlora.model.protocol import LanguageModel, build_model
 
 STREAM = 0x6A << 32  # keeps the draw of these samples apart from the data order of the same seed
 
 
 def find_factors(
-    config: RunConfig, model: LlamaForCausalLM, mesh: Mesh, samples: Samples, device: torch.device
+    config: RunConfig, model: LanguageModel, mesh: Mesh, samples: Samples, device: torch.device
 ) -> Optional[dict[str, tuple[Tensor, Tensor]]]:
     """This rank's A [r, in] and B transposed [r, out] of every adapted layer, by name, on the CPU, of K LTE heads here
     one after the other [K r, ...], each from samples of its own; None unless `method.init` is lora_ga. `model` is
@@ -50,12 +50,12 @@ def find_factors(
 
 
 def _factors_of_head(
-    config: RunConfig, model: LlamaForCausalLM, mesh: Mesh, samples: Samples, device: torch.device, head: int
+    config: RunConfig, model: LanguageModel, mesh: Mesh, samples: Samples, device: torch.device, head: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
     method, seed = config.method, head_seed(config.train.seed, head)
     gradients = mean_gradients(config, model, mesh, samples, device, head) if method.ga.vectors == "gradient" else {}
     found = {}
-    for name, _, _, linear in decoder_linears(model):
+    for name, _, _, linear in model.decoder_linears():
         gradient = gradients.pop(name).to(device) if gradients else None
         A, B = initial_factors(linear, gradient, method, name, seed, device)
         found[name] = A.cpu().contiguous(), B.cpu().contiguous()
@@ -63,7 +63,7 @@ def _factors_of_head(
 
 
 def mean_gradients(
-    config: RunConfig, model: LlamaForCausalLM, mesh: Mesh, samples: Samples, device: torch.device, head: int = 0
+    config: RunConfig, model: LanguageModel, mesh: Mesh, samples: Samples, device: torch.device, head: int = 0
 ) -> dict[str, Tensor]:
     """This rank's part of dL/dW [out, in] of every adapted matrix, by layer, on the host, in fp32 at least."""
     twin = working_copy(config, model, device)
@@ -86,16 +86,16 @@ def mean_gradients(
     return sums
 
 
-def working_copy(config: RunConfig, model: LlamaForCausalLM, device: torch.device) -> LlamaForCausalLM:
+def working_copy(config: RunConfig, model: LanguageModel, device: torch.device) -> LanguageModel:
     """The model on the device in the run's precision, of which only the decoder's matrices take gradients. What needs
     no conversion shares the model's memory."""
-    twin = LlamaForCausalLM(model.config, model.vocab_size, model.tp)
-    twin.model.checkpointing = config.train.activation_checkpointing
+    twin = build_model(model.config, model.vocab_size, model.tp)
+    twin.checkpointing = config.train.activation_checkpointing
     dtype = torch.bfloat16 if config.train.precision == "bf16" else None
     for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
         mine.data = theirs.data.to(device, dtype or theirs.dtype)
         mine.requires_grad_(False)
-    for _, _, _, linear in decoder_linears(twin):
+    for _, _, _, linear in twin.decoder_linears():
         linear.weight.requires_grad_(True)
     return twin
 
@@ -118,10 +118,10 @@ def gradient_batches(config: RunConfig, mesh: Mesh, samples: Samples, head: int 
 
 
 def sum_gradients(
-    model: LlamaForCausalLM, batches: Iterator[Tensor], count: int, device: torch.device
+    model: LanguageModel, batches: Iterator[Tensor], count: int, device: torch.device
 ) -> dict[str, Tensor]:
     """Over these batches, the sum of the gradients of each sample's mean loss / count, by layer, on the host."""
-    weights = {name: linear.weight for name, _, _, linear in decoder_linears(model)}
+    weights = {name: linear.weight for name, _, _, linear in model.decoder_linears()}
     sums = {
         name: torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
         for name, weight in weights.items()

@@ -31,7 +31,6 @@ from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.lowrank.merged import Form
 from megatron_switchlora.methods.adapter_options import AdapterFacts
 from megatron_switchlora.methods.base import Method, Replica
-from megatron_switchlora.model.llama.model import decoder_linears
 from megatron_switchlora.optim.row_adamw import RowAdamW
 
 
@@ -93,7 +92,7 @@ class Lora(Method):
         form = Form(method.compute, method.merged_cache)
         micro_batches = accumulation_steps(self.config, self.mesh.size("dp"))
         self.linears: dict[str, LowRankLinear] = {}
-        for name, parent, attribute, base in list(decoder_linears(self.model)):
+        for name, parent, attribute, base in self.model.decoder_linears():
             linear = LowRankLinear(base, method.adapter_rank, method.scaling, form, micro_batches)
             setattr(parent, attribute, linear)
             self.linears[name] = linear

@@ -8,6 +8,7 @@ from typing import Literal, Optional
 from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.facts import option
 from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.model.protocol import family_of
 
 
 @dataclass
@@ -34,11 +35,11 @@ class SwitchOptions:
 
 def check_switching(config: RunConfig) -> None:
     """Raises: UserError, with the rule, the values and what to change."""
-    method, switch, m = config.method, config.method.switch, config.model
+    method, switch = config.method, config.method.switch
     require(
         method.rank >= 2, "method.rank 1 cannot switch: A and B switch different positions, so give rank 2 or more."
     )
-    largest = m.hidden_size  # of q and o; kv and a narrow feed-forward have less
+    largest = max(min(p.out_features, p.in_features) for p in family_of(config.model).projections(config.model))
     require(
         method.rank < largest,
         f"A bank has min(m, n) candidates for each matrix, of which method.rank are live, so method.rank {method.rank} "

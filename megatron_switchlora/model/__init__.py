@@ -1,1 +1,3 @@
-"""LLaMA with Hugging Face's module names, its import and export, and analytic counts."""
+"""Model families and what the package asks of one. Importing this package registers LLaMA."""
+
+from megatron_switchlora.model.llama import family as family

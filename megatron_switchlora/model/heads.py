@@ -2,7 +2,8 @@
 
 Activations hold the heads' samples one head after the other, [K b, S, D]. Every head's tensor is a
 parameter of its own, NAME.weight.k, so that optimizer, checkpoint and merge treat it as that of a head on
-ranks of its own. Tensor parallelism as in the layers replaced.
+ranks of its own. Tensor parallelism as in the layers replaced. A family's own modules with dense tensors
+have `for_heads(heads)`, which returns what replaces them; see `model/norm.py`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.distributed.collectives import leave
 from megatron_switchlora.distributed.linear import ColumnParallelLinear, VocabParallelEmbedding
 from megatron_switchlora.distributed.shard import declare
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, RMSNorm, normalised
+from megatron_switchlora.model.protocol import LanguageModel
 
 
 def copies(param: nn.Parameter, heads: int) -> nn.ParameterList:
@@ -22,18 +24,6 @@ def copies(param: nn.Parameter, heads: int) -> nn.ParameterList:
     shard = param.shard  # type: ignore[attr-defined]
     each = (nn.Parameter(param.detach().clone()) for _ in range(heads))
     return nn.ParameterList(declare(copy, shard=shard, head=head) for head, copy in enumerate(each))
-
-
-class HeadsNorm(nn.Module):
-    """RMSNorm with weights [hidden] a head."""
-
-    def __init__(self, base: RMSNorm, heads: int) -> None:
-        super().__init__()
-        self.weight, self.eps = copies(base.weight, heads), base.eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        by_head = normalised(x, self.eps).unflatten(0, (len(self.weight), -1))
-        return (torch.stack(list(self.weight))[:, None, None] * by_head).flatten(0, 1)
 
 
 class HeadsEmbedding(nn.Module):
@@ -67,15 +57,33 @@ class HeadsOutput(nn.Module):
         return torch.cat([F.linear(each, weight) for each, weight in pairs])
 
 
-def split_dense_tensors(model: LlamaForCausalLM, heads: int) -> None:
-    """Give each of `heads` heads its own embedding, norms and output layer, equal at first; losses are [heads]."""
+def split_dense_tensors(model: LanguageModel, heads: int) -> None:
+    """Give each of `heads` heads its own dense tensors, equal at first; the model's losses are then [heads].
+
+    Raises:
+        UserError: a module of the family has none for several heads.
+    """
+    output, tied = model.lm_head, None
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, RMSNorm):
-                setattr(module, name, HeadsNorm(child, heads))
-    embedding = HeadsEmbedding(model.model.embed_tokens, heads)
-    output = model.lm_head
-    weight = embedding.weight if model.config.tie_embeddings else copies(output.weight, heads)
-    model.model.embed_tokens = embedding  # type: ignore[assignment]
+            if isinstance(child, VocabParallelEmbedding):
+                embedding = HeadsEmbedding(child, heads)
+                tied = embedding.weight if child.weight is output.weight else tied
+                setattr(module, name, embedding)
+            elif child is not output and not isinstance(child, nn.ParameterList):
+                setattr(module, name, _for_heads(model, child, heads))
+    weight = copies(output.weight, heads) if tied is None else tied
     model.lm_head = HeadsOutput(output, weight)  # type: ignore[assignment]
     model.heads = heads
+
+
+def _for_heads(model: LanguageModel, module: nn.Module, heads: int) -> nn.Module:
+    """Return what replaces a module: itself, if it has no parameters of its own."""
+    if not list(module.parameters(recurse=False)):
+        return module
+    if not hasattr(module, "for_heads"):
+        raise UserError(
+            f"model.family {model.config.family} has no {type(module).__name__} for several LTE heads in one process, "
+            f"and there are {heads}: give each head its ranks with parallel.lte_heads."
+        )
+    return module.for_heads(heads)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Analytic counts of a configuration: parameters and FLOPs. Nothing here builds a model.
+"""Counts of a configuration: parameters and FLOPs.
 
 A total counts every parameter once and no padding (`count_parameters`). What one tensor-parallel rank
 holds is its shard of each split tensor, padded to ceil(size / tp), and all of each replicated one
@@ -8,11 +8,14 @@ on the vocabulary; of an adapter the factor on the split side; norms and the oth
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 
 from megatron_switchlora.config.method import MethodConfig
-from megatron_switchlora.config.run import ModelConfig, RunConfig, shard_size
+from megatron_switchlora.config.run import ModelConfig, RunConfig
+from megatron_switchlora.distributed.shard import Axis
+from megatron_switchlora.model.protocol import Projection, build_on_meta, family_of
 
 
 @dataclass(frozen=True)
@@ -40,32 +43,9 @@ class ParameterCounts:
         return self.embedding + self.head + self.norms + self.matrices
 
 
-class Projection(NamedTuple):
-    """A linear layer of the decoder: full sizes, and which of them tensor parallelism splits."""
-
-    out_features: int
-    in_features: int
-    row_parallel: bool
-
-    def shard(self, tp: int) -> tuple[int, int]:
-        """(out, in) of a rank's part of W."""
-        if self.row_parallel:
-            return self.out_features, shard_size(self.in_features, tp)
-        return shard_size(self.out_features, tp), self.in_features
-
-
 def projections(config: ModelConfig) -> list[Projection]:
-    """The seven of one decoder layer: q, k, v, o, gate, up, down."""
-    h, f, kv = config.hidden_size, config.intermediate_size, config.kv_heads * config.head_dim
-    return [
-        Projection(h, h, False),
-        Projection(kv, h, False),
-        Projection(kv, h, False),
-        Projection(h, h, True),
-        Projection(f, h, False),
-        Projection(f, h, False),
-        Projection(h, f, True),
-    ]
+    """Return the linears of one decoder layer, in the model's order."""
+    return family_of(config).projections(config)
 
 
 def decoder_shapes(config: ModelConfig) -> list[tuple[int, int]]:
@@ -73,14 +53,46 @@ def decoder_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     return [(p.out_features, p.in_features) for p in projections(config)]
 
 
+@dataclass(frozen=True)
+class DenseTensors:
+    """Elements of the dense tensors by group, and how many tensors they are."""
+
+    embedding: int
+    head: int
+    norms: int
+    tensors: int
+
+
+def dense_tensors(config: ModelConfig, vocab_size: int, tp: int) -> DenseTensors:
+    """Count what a rank holds beside the decoder's linears."""
+    return _dense_tensors(json.dumps(asdict(config), sort_keys=True), vocab_size, tp)
+
+
+@cache
+def _dense_tensors(model: str, vocab_size: int, tp: int) -> DenseTensors:
+    """Count in models of one and two layers, built on meta: every further layer adds as much."""
+    config = ModelConfig(**json.loads(model))
+    one, two = (_dense_of(replace(config, num_layers=layers), vocab_size, tp) for layers in (1, 2))
+    return DenseTensors(*(a + (config.num_layers - 1) * (b - a) for a, b in zip(one, two, strict=True)))
+
+
+def _dense_of(config: ModelConfig, vocab_size: int, tp: int) -> tuple[int, int, int, int]:
+    model = build_on_meta(config, vocab_size, Axis(tp))
+    linears = {id(each.linear.weight) for each in model.decoder_linears()}
+    dense = [param for param in model.parameters() if id(param) not in linears]
+    head = 0 if model.tied_names() else model.lm_head.weight.numel()
+    matrices, vectors = (sum(p.numel() for p in dense if (p.dim() > 1) == wanted) for wanted in (True, False))
+    return matrices - head, head, vectors, len(dense)
+
+
 def count_shard(config: ModelConfig, method: MethodConfig, vocab_size: int, tp: int) -> ParameterCounts:
     """Elements that one of `tp` tensor-parallel ranks holds, padding included."""
     shapes, layers = [p.shard(tp) for p in projections(config)], config.num_layers
-    embedding = shard_size(vocab_size, tp) * config.hidden_size
+    dense = dense_tensors(config, vocab_size, tp)
     return ParameterCounts(
-        embedding=embedding,
-        head=0 if config.tie_embeddings else embedding,
-        norms=(2 * layers + 1) * config.hidden_size,
+        embedding=dense.embedding,
+        head=dense.head,
+        norms=dense.norms,
         matrices=layers * sum(m * n for m, n in shapes),
         adapters=layers * method.adapter_rank * sum(m + n for m, n in shapes) if method.facts.adapts else 0,
         full_rank=not method.facts.adapts,
@@ -105,5 +117,5 @@ def model_flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) ->
     MFU is reported against this number for every method, so that runs of different methods compare.
     """
     weights = sum(m * n for m, n in decoder_shapes(config)) * config.num_layers + vocab_size * config.hidden_size
-    attention = 6 * config.num_layers * config.num_heads * config.head_dim * seq_len
+    attention = 3 * config.num_layers * family_of(config).mixing_flops(config, seq_len)
     return 6.0 * weights + attention

@@ -4,7 +4,7 @@ The peak is what is always there plus the larger of two phases: forward and back
 live, and the optimizer's step, where fp32 gradients do. Tensors are counted with their tensor-parallel
 padding; ZeRO's alignment, tensors that straddle two partitions, temporaries of one operation, libraries
 and the allocator's gaps are left out. Gradients, masters and buckets are those of deepspeed 0.19.8's
-classes (see `optim/layout.py`). Activations are a formula: what autograd keeps in `model/llama/model.py`.
+classes (see `optim/layout.py`). Activations are a formula, of which the model's family knows its layers' part.
 All sizes are bytes. tp and dp are the mesh's; a "token" is one of a micro-batch.
 """
 
@@ -16,6 +16,7 @@ from typing import Literal
 from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes, shard_size
 from megatron_switchlora.lowrank.merged import Form, uses_merged
+from megatron_switchlora.model.protocol import family_of
 from megatron_switchlora.planning.counts import (
     ParameterCounts,
     Projection,
@@ -23,6 +24,7 @@ from megatron_switchlora.planning.counts import (
     count_parameters,
     count_shard,
     decoder_shapes,
+    dense_tensors,
     projections,
 )
 
@@ -70,7 +72,7 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
     matrices projected moments and projectors. Headers, tokenizer and doubled counters are left out."""
     counts, method, layers = count_parameters(config.model, config.method, vocab_size), config.method, config.model
     shapes = [(p.out_features, p.in_features) for p in projections(config.model)] * layers.num_layers
-    dense = 2 * layers.num_layers + 2 + (not layers.tie_embeddings)  # tensors, with a counter each
+    dense = dense_tensors(layers, vocab_size, tp=1).tensors  # with a counter each
     counters = dense + len(shapes) * (2 * method.adapter_rank if method.facts.adapts else 1)
     moments, projectors = _moments(config, counts)
     total = config.heads * FP32 * (counts.trainable + 2 * moments + projectors + counters)
@@ -201,9 +203,9 @@ def _lora_ga(config: RunConfig, vocab_size: int, tp: int) -> list[Item]:
 def step_counters(config: RunConfig) -> int:
     """Adam step counters without ZeRO: one a LoRA vector, one a dense tensor."""
     model = config.model
-    tensors = (1 if model.tie_embeddings else 2) + 2 * model.num_layers + 1
+    tensors = dense_tensors(model, vocab_size=1, tp=1).tensors
     per_projection = 2 * config.method.adapter_rank if config.method.facts.adapts else 1
-    return config.method.facts.heads_here * (tensors + 7 * model.num_layers * per_projection)
+    return config.method.facts.heads_here * (tensors + len(projections(model)) * model.num_layers * per_projection)
 
 
 def _moments(config: RunConfig, counts: ParameterCounts) -> tuple[int, int]:
@@ -277,17 +279,12 @@ def _first_group(config: RunConfig, counts: ParameterCounts, tp: int) -> int:
 def layer_activation_bytes(config: RunConfig, tp: int, micro_batches: int = 1) -> int:
     """What autograd keeps of one decoder layer for the backward pass, a token."""
     model, size = config.model, compute_bytes(config)
-    hidden, kv = model.hidden_size, model.kv_heads * model.head_dim
-    norms = 2 * ((FP32 + size) * hidden + FP32)  # the input in fp32, the normalised one, 1 / rms
-    inputs = 2 * size * hidden  # of q, k, v and of gate, up
-    attention = size * (2 * hidden + 2 * kv) // tp + FP32 * model.num_heads // tp  # q, k, v, result, log-sums
-    mlp = 4 * size * shard_size(model.intermediate_size, tp)  # gate, silu(gate), up, their product
     lowrank = 0
     if config.method.facts.adapts:
         split = [p for p in projections(model) if not is_merged(config, p, tp, micro_batches)]
         times = 2 if config.method.facts.shares_base and config.method.facts.resetless else 1
         lowrank = size * config.method.adapter_rank * times * len(split)
-    return norms + inputs + attention + mlp + lowrank
+    return family_of(model).kept_bytes(model, tp, size) + lowrank
 
 
 def _activations(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[Item]:

@@ -20,6 +20,7 @@ import numpy as np
 from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes
 from megatron_switchlora.distributed.mesh import AXES, PLANES
+from megatron_switchlora.model.protocol import family_of
 from megatron_switchlora.planning.counts import Projection, count_here, projections
 from megatron_switchlora.planning.memory import is_merged, nf4_bytes
 from megatron_switchlora.planning.traffic import Flow, axis_size, flows, on_the_wire
@@ -90,18 +91,19 @@ def flops_per_token(config: RunConfig, vocab_size: int, tp: int, micro_batches: 
     (12 with the factors of the last merge); attention and head; a forward pass more with checkpointing."""
     model, train = config.model, config.train
     again = train.activation_checkpointing
+    layer = projections(model)
     total = sum(
-        tp * _matrix_flops(config, p, tp, micro_batches, again, again and number == 6)
-        for number, p in enumerate(projections(model))
+        tp * _matrix_flops(config, p, tp, micro_batches, again, again and number == len(layer) - 1)
+        for number, p in enumerate(layer)
     )
-    attention = (8 if again else 6) * model.num_heads * model.head_dim * train.seq_len
+    attention = (4 if again else 3) * family_of(model).mixing_flops(model, train.seq_len)
     return model.num_layers * (total + attention) + 6 * model.hidden_size * vocab_size
 
 
 def _matrix_flops(
     config: RunConfig, projection: Projection, tp: int, micro_batches: int, again: bool, last: bool
 ) -> float:
-    """Of one of the seven, on a rank. A layer that is computed `again` stops before its last product."""
+    """Of one linear of a layer, on a rank. A layer that is computed `again` stops before its last product."""
     method, tokens = config.method, config.train.micro_batch_size * config.train.seq_len
     m, n = projection.shard(tp)
     rank = method.adapter_rank

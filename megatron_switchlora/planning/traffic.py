@@ -21,6 +21,7 @@ from megatron_switchlora.config.run import RunConfig, accumulation_steps, comput
 from megatron_switchlora.distributed.mesh import PLANES
 from megatron_switchlora.lowrank.schedule import mean_switch_rate
 from megatron_switchlora.methods.lte.merging import merge_sends_factors
+from megatron_switchlora.model.protocol import family_of
 from megatron_switchlora.planning.counts import ParameterCounts, count_here, count_shard, projections
 
 FP32 = 4
@@ -114,15 +115,19 @@ def axis_size(mesh: dict[str, int], axis: str) -> int:
 
 
 def _tensor_parallel(config: RunConfig, mesh: dict[str, int]) -> list[Flow]:
-    """Forward: the embedding's vectors, and what attention and feed-forward give, again where a layer is computed again
-    for backward; the maximum, the sum and the target's logit of each token in fp32. Backward: the gradient of what
-    enters attention, feed-forward and head, with those of seven replicated factors a layer."""
+    """Count what tensor parallelism sums.
+
+    Forward: the embedding's vectors, and what a layer's blocks (attention, feed-forward) give, again where a layer is
+    computed again for backward; the maximum, the sum and the target's logit of each token in fp32. Backward: the
+    gradient of what enters the blocks and the head, with those of a replicated factor of each linear.
+    """
     if mesh["tp"] == 1:
         return []
     train, layers, size = config.train, config.model.num_layers, compute_bytes(config)
     tokens = train.micro_batch_size * train.seq_len
-    again = layers if train.activation_checkpointing else 0  # attention's; the recomputation ends before the last sum
-    vectors = 1 + 2 * layers + again + 2 * layers + 1
+    sums = family_of(config.model).sums_per_layer
+    again = (sums - 1) * train.activation_checkpointing  # the recomputation ends before the last sum
+    vectors = 1 + layers * (sums + again + sums) + 1
     factors = 0
     if config.method.facts.adapts:
         whole = [p.out_features if p.row_parallel else p.in_features for p in projections(config.model)]

@@ -9,6 +9,7 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from packaging.version import Version
@@ -59,6 +60,8 @@ def _require_writable(key: str, folder: Path) -> None:
     try:
         parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         fits = parent.is_dir() and os.access(parent, os.W_OK)
+        if fits:  # to root everything looks so: what an NFS server or /proc refuses is found by doing it
+            TemporaryDirectory(prefix=".probe-", dir=parent).cleanup()
     except OSError as error:
         raise UserError(
             f"{key} in the DeepSpeed JSON: {folder} cannot be made ({error.strerror}): change it."

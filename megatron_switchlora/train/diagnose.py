@@ -13,14 +13,14 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import LanguageModel
 
 
 def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def _run(model: LlamaForCausalLM, tokens: Tensor) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+def _run(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, list[tuple[str, Tensor]]]:
     """The loss and every module's output, in forward order."""
     outputs: list[tuple[str, Tensor]] = []
 
@@ -32,16 +32,16 @@ def _run(model: LlamaForCausalLM, tokens: Tensor) -> tuple[Tensor, list[tuple[st
         return hook
 
     handles = [m.register_forward_hook(keep(name)) for name, m in model.named_modules() if name]
-    checkpointing, model.model.checkpointing = model.model.checkpointing, False
+    checkpointing, model.checkpointing = model.checkpointing, False
     try:
         return model(tokens[:, :-1], tokens[:, 1:]), outputs
     finally:
-        model.model.checkpointing = checkpointing
+        model.checkpointing = checkpointing
         for handle in handles:
             handle.remove()
 
 
-def find_bad_layer(model: LlamaForCausalLM, micro_batches: list[Tensor], device: torch.device) -> Optional[str]:
+def find_bad_layer(model: LanguageModel, micro_batches: list[Tensor], device: torch.device) -> Optional[str]:
     """A phrase that names the first bad tensor, or None if this rank's data gives none. Collective over tp."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     bad = [f"the weights of {name}" for name, tensor in tensors if not _finite(tensor)]
@@ -55,7 +55,7 @@ def find_bad_layer(model: LlamaForCausalLM, micro_batches: list[Tensor], device:
     return bad[0] if bad else None
 
 
-def _bad_gradients(model: LlamaForCausalLM, loss: Tensor, outputs: list[tuple[str, Tensor]]) -> list[str]:
+def _bad_gradients(model: LanguageModel, loss: Tensor, outputs: list[tuple[str, Tensor]]) -> list[str]:
     """Phrases for the gradients that are not finite, in the order of the backward pass."""
     params = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     named = [(f"the gradient of the output of {n}", t) for n, t in reversed(outputs) if t.requires_grad]

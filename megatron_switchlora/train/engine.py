@@ -35,7 +35,7 @@ from megatron_switchlora.distributed.recorder import CommRecorder
 from megatron_switchlora.distributed.replica_check import differing
 from megatron_switchlora.distributed.shard import Axis, is_split
 from megatron_switchlora.methods.base import Method
-from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import LanguageModel
 from megatron_switchlora.optim.head_clip import HeadClip
 from megatron_switchlora.optim.layout import deepspeed_layout, partition_gradients
 from megatron_switchlora.startup.environment import complete_environment, meets_on_loopback
@@ -114,7 +114,7 @@ class Engine:
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: LanguageModel,
         method: Method,
         config: RunConfig,
         ds_config: dict[str, Any],
@@ -125,12 +125,12 @@ class Engine:
         self.recorder = CommRecorder()
         self.optimizer = method.build_optimizer()
         self.params = [param for group in self.optimizer.param_groups for param in group["params"]]
-        model.model.checkpointing = config.train.activation_checkpointing
+        model.checkpointing = config.train.activation_checkpointing
         self.ds, *_ = deepspeed.initialize(
             model=model.to(device), optimizer=self.optimizer, config=ds_config, mpu=mesh, dist_init_required=False
         )
         limit_waiting(config.parallel.timeout)
-        self.model: LlamaForCausalLM = self.ds.module
+        self.model: LanguageModel = self.ds.module
         self.optimizer.attach(deepspeed_layout(self.ds.optimizer, self.params))
         if config.method.facts.heads_here > 1:
             partitioned = mesh.axis("dp") if self.optimizer.partitioned else Axis()
@@ -283,9 +283,7 @@ class Engine:
 
 
 @torch.no_grad()
-def mean_loss(
-    model: LlamaForCausalLM, batches: Iterable[Tensor], group: dist.ProcessGroup, device: torch.device
-) -> float:
+def mean_loss(model: LanguageModel, batches: Iterable[Tensor], group: dist.ProcessGroup, device: torch.device) -> float:
     """Mean cross entropy of a token over the group's batches, each [samples, S + 1] tokens. Collective."""
     training = model.training
     model.eval()

@@ -21,7 +21,7 @@ from megatron_switchlora.data.loader import eval_batches
 from megatron_switchlora.distributed.consensus import on_all_ranks, on_one_rank
 from megatron_switchlora.distributed.mesh import build_mesh
 from megatron_switchlora.hf.folders import load_merged
-from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import LanguageModel, build_model
 from megatron_switchlora.run.folder import read_meta
 from megatron_switchlora.run.metrics_log import perplexity
 from megatron_switchlora.startup.environment import Ranks
@@ -40,7 +40,7 @@ def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float
         (folder / "meta.json").is_file() and (folder / "config.yaml").is_file(),
         f"{folder} holds no run (config.yaml and meta.json): give the folder of a finished one with --output_dir.",
     )
-    stored = parse_arguments(["--config", str(folder / "config.yaml")]).config
+    stored = parse_arguments(["--config", str(folder / "config.yaml")], kept_in=folder).config
     tp = stored.parallel.tp if ranks.world_size % stored.parallel.tp == 0 else 1
     mesh = build_mesh(ParallelConfig(tp=tp, timeout=config.parallel.timeout))
     data = prepare_data(stored, ranks, device)
@@ -55,7 +55,7 @@ def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float
         f"The text that {folder} was trained on has changed since (the fingerprint of its tokens is {tokens} now and "
         f"was {trained_on}), so its numbers cannot be repeated: restore the files that its config.yaml names.",
     )
-    model = LlamaForCausalLM(stored.model, vocab_size, mesh.axis("tp"))
+    model = build_model(stored.model, vocab_size, mesh.axis("tp"))
     on_all_ranks(lambda: _load(model, folder / "final"), device)
     train = stored.train
     batches = eval_batches(
@@ -68,7 +68,7 @@ def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float
     return loss
 
 
-def _load(model: LlamaForCausalLM, final: Path) -> None:
+def _load(model: LanguageModel, final: Path) -> None:
     try:
         load_merged(model, final)
     except (OSError, SafetensorError) as error:

@@ -20,7 +20,7 @@ from megatron_switchlora.data.loader import BatchOrder, Reader, Samples, TrainLo
 from megatron_switchlora.distributed.mesh import Mesh, build_mesh
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.methods.ga_gradients import find_factors
-from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import LanguageModel
 from megatron_switchlora.train.engine import Engine
 
 
@@ -50,7 +50,7 @@ def build_phases(
 
 
 def start_engine(
-    phase: Phase, model: LlamaForCausalLM, samples: Samples, device: torch.device, begins: bool = True
+    phase: Phase, model: LanguageModel, samples: Samples, device: torch.device, begins: bool = True
 ) -> Engine:
     """The phase's engine around an initialised model; one that does not begin is to be filled from a checkpoint."""
     factors = find_factors(phase.config, model, phase.mesh, samples, device) if begins else None

@@ -14,7 +14,7 @@ from megatron_switchlora.checkpoint.files import replace_folder
 from megatron_switchlora.data.hf_tokenizer import as_trained, load_tokenizer, save_tokenizer
 from megatron_switchlora.distributed.mesh import Mesh
 from megatron_switchlora.hf.folders import export_model, joined_marks
-from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import LanguageModel
 from megatron_switchlora.planning.counts import model_flops_per_token
 from megatron_switchlora.run.folder import RunFolder, in_folder
 from megatron_switchlora.run.metrics_log import perplexity
@@ -75,7 +75,7 @@ def write_results(
     beside: Optional[Companions],
     exports: bool,
     val_loss: float,
-    model: LlamaForCausalLM,
+    model: LanguageModel,
 ) -> None:
     """Write the outcome and the final model. `beside` is known to the rank that writes; `exports` says whether this one
     takes part in the export, as the tensor-parallel ranks of the first data rank do.
@@ -99,7 +99,7 @@ def write_results(
         run.close()
 
 
-def _export(model: LlamaForCausalLM, final: Path, seq_len: int, beside: Optional[Companions]) -> None:
+def _export(model: LanguageModel, final: Path, seq_len: int, beside: Optional[Companions]) -> None:
     """Write `final/` from the first data rank's tensor-parallel ranks, aside and then renamed."""
     if beside is None:
         export_model(model, final, seq_len, {}, writes=False)

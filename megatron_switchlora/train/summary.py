@@ -10,6 +10,7 @@ import torch
 from megatron_switchlora.checkpoint.resume import Start
 from megatron_switchlora.distributed.mesh import AXES, Mesh
 from megatron_switchlora.lowrank.nf4 import bitsandbytes_works
+from megatron_switchlora.model.protocol import family_of
 from megatron_switchlora.planning.traffic import full_rank_bytes, saved_words
 from megatron_switchlora.run.folder import RunFolder
 from megatron_switchlora.run.metrics_log import perplexity
@@ -51,8 +52,8 @@ def closing_words(context: RunContext, mesh: Mesh, run: RunFolder, val_loss: flo
     dp, tokens = mesh.size("dp"), config.train.global_batch_size * config.train.seq_len
     speeds = [record["tokens_per_second"] for record in steps if "tokens_per_second" in record]
     lines = [
-        f"Trained a LLaMA of {counts.full_total / 1e6:.2f} M parameters with {config.method.name}: "
-        f"{context.last_step} steps, {context.last_step * tokens / 1e6:.2f} M tokens, "
+        f"Trained a {family_of(config.model).title} of {counts.full_total / 1e6:.2f} M parameters with "
+        f"{config.method.name}: {context.last_step} steps, {context.last_step * tokens / 1e6:.2f} M tokens, "
         f"{dp} data-parallel rank{'s' if dp > 1 else ''}, {seconds:.0f} s.",
         f"Validation perplexity: {perplexity(val_loss):.2f} (unigram model of the training tokens on the "
         f"same text: {context.data.unigram_val_ppl:.2f}).",

@@ -32,7 +32,7 @@ from megatron_switchlora.data.loader import eval_batches
 from megatron_switchlora.distributed.consensus import gather_texts, on_all_ranks, on_one_rank
 from megatron_switchlora.distributed.mesh import AXES, Mesh
 from megatron_switchlora.methods import Method
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.protocol import LanguageModel, build_model, initialize_weights
 from megatron_switchlora.run.folder import (
     RunFolder,
     create_folder,
@@ -115,8 +115,8 @@ class Trainer:
         if checkpoint is not None and not begins:
             self._load_start(checkpoint, regrouped)
 
-    def _fresh_model(self) -> LlamaForCausalLM:
-        model = LlamaForCausalLM(self.config.model, self.context.vocab_size, self.mesh.axis("tp"))
+    def _fresh_model(self) -> LanguageModel:
+        model = build_model(self.config.model, self.context.vocab_size, self.mesh.axis("tp"))
         initialize_weights(model, self.config.train.seed)
         return model
 

@@ -11,7 +11,8 @@ from megatron_switchlora.config.ds_config import resolve_ds_config
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.distributed.replica_check import differing
 from megatron_switchlora.methods import SwitchLora
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import initialize_weights
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.train.diagnose import find_bad_layer
 from tests.dist.engines import DS_JSON, build_engine, full_rows, micro_batches, start
@@ -127,7 +128,7 @@ def act(payload: dict[str, Any]) -> dict[str, Any]:
         if key == "fp32 0":
             unclipped = small_config("full", optim__clip=0.0, train__activation_checkpointing=True)
             bare = build_engine(unclipped, stage, mesh)
-            results["checkpointing"] = bare.model.model.checkpointing
+            results["checkpointing"] = bare.model.checkpointing
             assert bare.train_step(0, micro_batches(unclipped, make_batches(unclipped, 1)[0], mesh)).healthy
             results["poison"]["fp32 0 without clip output"] = poisoned_step(bare, unclipped, mesh, "output")
         for where in ("output", "gradient"):

@@ -13,7 +13,8 @@ from megatron_switchlora.config.run import ParallelConfig, RunConfig
 from megatron_switchlora.distributed.mesh import Mesh, build_mesh
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.methods.ga_gradients import find_factors
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import initialize_weights
 from tests.plain import VOCAB, by_heads, make_samples
 
 DS_JSON: dict[str, dict[str, Any]] = {

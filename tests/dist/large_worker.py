@@ -9,7 +9,8 @@ import torch
 from megatron_switchlora.config.command_line import parse_arguments
 from megatron_switchlora.config.ds_config import resolve_ds_config
 from megatron_switchlora.methods import build_method
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import initialize_weights
 from tests.dist.engines import start
 from tests.dist.launch import REPOSITORY
 

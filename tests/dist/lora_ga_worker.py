@@ -15,7 +15,8 @@ from megatron_switchlora.distributed.recorder import CommRecorder
 from megatron_switchlora.distributed.shard import Split
 from megatron_switchlora.lowrank import lora_ga
 from megatron_switchlora.methods.ga_gradients import find_factors, mean_gradients
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, decoder_linears, initialize_weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import initialize_weights
 from tests.plain import VOCAB, make_samples, small_config
 
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ def gradients_on(config: RunConfig, mesh: Mesh) -> dict[str, Tensor]:
 def gradient_gap(mesh: Mesh, whole: dict[str, Tensor]) -> float:
     config = configured(3)
     part = gradients_on(config, mesh)
-    return max(gap(x.split, part[name], whole[name]) for name, _, _, x in decoder_linears(model_on(config, mesh)))
+    return max(gap(x.split, part[name], whole[name]) for name, _, _, x in model_on(config, mesh).decoder_linears())
 
 
 def factors_on(config: RunConfig, mesh: Mesh) -> dict[str, tuple[Tensor, Tensor]]:
@@ -59,7 +60,7 @@ def factors_on(config: RunConfig, mesh: Mesh) -> dict[str, tuple[Tensor, Tensor]
 def factor_gap(config: RunConfig, mesh: Mesh, whole: dict[str, tuple[Tensor, Tensor]]) -> float:
     """Of every A and B."""
     part, worst = factors_on(config, mesh), 0.0
-    for name, _, _, linear in decoder_linears(model_on(config, mesh)):
+    for name, _, _, linear in model_on(config, mesh).decoder_linears():
         along = Split(1, linear.split.size, linear.tp)
         splits = (None, along) if linear.split_dim == 0 else (along, None)  # of A, of B
         for split, mine, goal in zip(splits, part[name], whole[name], strict=True):
@@ -70,7 +71,7 @@ def factor_gap(config: RunConfig, mesh: Mesh, whole: dict[str, tuple[Tensor, Ten
 
 def traffic(config: RunConfig, mesh: Mesh, kind: str) -> list[int]:
     """Of decomposing one layer: the values given to each collective."""
-    (_, _, _, linear), *_ = (entry for entry in decoder_linears(model_on(config, mesh)) if entry[2] == kind)
+    (_, _, _, linear), *_ = (entry for entry in model_on(config, mesh).decoder_linears() if entry[2] == kind)
     gradient = torch.randn(linear.weight.shape, dtype=torch.float64)
     recorder, given = CommRecorder(), []
     recorder.watch = lambda record, tensor: given.append(tensor.numel())

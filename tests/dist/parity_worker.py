@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from megatron_switchlora.hf.folders import merged_state_dict
 from megatron_switchlora.methods import Relora, SwitchLora
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import initialize_weights
 from megatron_switchlora.optim.pruning import kept_count
 from tests.dist.engines import build_engine, full_rows, micro_batches, start
 from tests.plain import VOCAB, make_batches, small_config

@@ -10,6 +10,7 @@ import pytest
 
 from tests.dist.launch import run_ranks
 from tests.dist.tp_grid import BF16_STAGES, GALORE, METHODS, NEEDS_GALORE, PADDED, RESTARTS, STAGES, WIDE, worst
+from tests.equality.covering import covering_array, pairs_of, possible_pairs
 
 pytestmark = pytest.mark.timeout(900)
 STEPS, SAVED = 11, 6
@@ -35,10 +36,15 @@ def relora(*classes: tuple[str, str]) -> list[dict[str, Any]]:
     return [{"method": "relora", "stage": stage, "precision": p, "changes": RESTARTS} for stage, p in classes]
 
 
-FULL_GRID = [
-    *cases_of(METHODS, STAGES, BF16_STAGES[-1:]),
-    *cases_of(("switchlora",), (), BF16_STAGES[:-1]),
-    *relora(("0", "fp32"), ("1", "fp32"), ("1", "bf16"), ("1f", "bf16")),
+FACTORS = {"method": [*METHODS, "relora"], "stage": list(BF16_STAGES), "precision": ["fp32", "bf16"]}
+
+
+def valid(row: dict[str, Any]) -> bool:
+    return row["precision"] == "bf16" or row["stage"] in STAGES
+
+
+FULL_GRID: list[dict[str, Any]] = [  # every pair of method, stage and precision
+    row | ({"changes": RESTARTS} if row["method"] == "relora" else {}) for row in covering_array(FACTORS, valid)
 ]
 SMALL_GRID = [
     *cases_of(("switchlora",), ("0", "2"), ("1f",)),
@@ -48,6 +54,12 @@ SMALL_GRID = [
 ]
 LORA_GA = {"method": "lora", "stage": "2", "precision": "fp32",
            "changes": {"method__init": "lora_ga", "method__rslora": True}}  # fmt: skip
+
+
+@pytest.mark.full
+def test_every_pair_of_method_stage_and_precision_is_saved() -> None:
+    bare = [{name: row[name] for name in FACTORS} for row in FULL_GRID]
+    assert not possible_pairs(FACTORS, valid) - set().union(*map(pairs_of, bare))
 
 
 def check_same_mesh(dp: int, tp: int, cases: list[dict[str, Any]], folder: Path) -> None:
@@ -68,6 +80,7 @@ def check_same_mesh(dp: int, tp: int, cases: list[dict[str, Any]], folder: Path)
                 assert whole["facts"]["frozen"] > 0 and whole["facts"]["wrapped"] > 0, (where, whole["facts"])
 
 
+@pytest.mark.guard_of("tests/dist/test_checkpoint.py::test_the_grid_on_the_same_mesh[dp2tp2]")
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
     check_same_mesh(2, 2, [*SMALL_GRID, LORA_GA], tmp_path)
 
@@ -79,24 +92,35 @@ def test_galore_resumes_to_the_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 2), (2, 2)], ids=lambda mesh: f"dp{mesh[0]}tp{mesh[1]}")
-def test_the_grid_on_the_same_mesh(tmp_path: Path, mesh: tuple[int, int]) -> None:
-    """Every class on one process and on the largest mesh, some on those between."""
-    check_same_mesh(*mesh, FULL_GRID if mesh[0] == mesh[1] else SMALL_GRID, tmp_path)
+@pytest.mark.parametrize(
+    ("mesh", "cases"),
+    [((1, 1), SMALL_GRID), ((2, 2), [*FULL_GRID, LORA_GA])],
+    ids=["dp1tp1", "dp2tp2"],
+)
+def test_the_grid_on_the_same_mesh(tmp_path: Path, mesh: tuple[int, int], cases: list[dict[str, Any]]) -> None:
+    """Every pair of method and class on dp 2 x tp 2, some on one process. Dp 2 alone saves the partitions of this mesh
+    and tp 2 alone its shards, so they have no case."""
+    check_same_mesh(*mesh, cases, tmp_path)
+
+
+ON_ALL = pytest.mark.guard_of("tests/dist/test_checkpoint.py::{test}[all]")
 
 
 @pytest.mark.parametrize(
     ("others", "methods"),
     [
-        ([((1, 1), "1")], ("switchlora",)),
-        pytest.param([((1, 4), "0"), ((4, 1), "2"), ((1, 1), "1")], METHODS[1:], marks=pytest.mark.full),
+        pytest.param([((1, 1), "1")], ("switchlora",), marks=ON_ALL),
+        pytest.param([((1, 4), "0"), ((4, 1), "2"), ((1, 1), "1")], ("switchlora",), marks=pytest.mark.full),
     ],
     ids=["one process", "all"],
 )
 def test_another_mesh_continues_the_same_trajectory(
     tmp_path: Path, others: list[tuple[tuple[int, int], str]], methods: tuple[str, ...]
 ) -> None:
-    """Saved at dp 2 x tp 2, ZeRO 1; resumed on `others` ((dp, tp), stage); what these save goes on at dp 2 x tp 2."""
+    """Saved at dp 2 x tp 2, ZeRO 1; resumed on `others` ((dp, tp), stage); what these save is resumed at dp 2 x tp 2.
+
+    Switchlora's state is lora's and its bank, slots and counters, so lora has no case of its own.
+    """
     changes = {**PADDED, "train__micro_batch_size": 2}
     shared = {"precision": "fp32", "changes": changes, "steps": 20}
     home = [
@@ -159,24 +183,22 @@ def check_lte(folder: Path, dp: int, tp: int, forms: list[tuple[str, str, dict[s
             assert resumed["export_gap"] < (1e-6 if form[1] == "fp32" else 5e-3), (rank, form)
 
 
+@pytest.mark.guard_of("tests/dist/test_checkpoint.py::test_lte_resumed_on_larger_heads_to_the_bit[dp2]")
 def test_lte_resumed_between_merges_to_the_bit(tmp_path: Path) -> None:
     check_lte(tmp_path, 1, 1, LTE_FORMS[:2])
 
 
 @pytest.mark.full
-def test_lte_over_switchlora_and_in_4_bits_resumed_to_the_bit(tmp_path: Path) -> None:
-    check_lte(tmp_path, 1, 1, LTE_FORMS[2:])
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(("dp", "tp"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("dp", "tp"), [(2, 1), (1, 2)], ids=["dp2", "tp2"])
 def test_lte_resumed_on_larger_heads_to_the_bit(tmp_path: Path, dp: int, tp: int) -> None:
-    forms = [
-        (stage, precision, {**changes, **WIDE} if tp > 1 and "method__lte__base" in changes else changes)
-        for stage, precision, changes in LTE_FORMS
-    ]
-    reset = {"method__lte__merge_form": "reset", "method__lte__local_heads": 2}
-    check_lte(tmp_path, dp, tp, [*forms, ("0", "fp32", reset)])
+    """Every form with two data ranks a head, which implies one. With two tensor-parallel ones those forms whose further
+    state is split: the bank, and W in 4 bits."""
+    reset: tuple[str, str, dict[str, Any]] = (
+        "0", "fp32", {"method__lte__merge_form": "reset", "method__lte__local_heads": 2},
+    )  # fmt: skip
+    forms = [*LTE_FORMS, reset] if tp == 1 else LTE_FORMS[2:]
+    wide = WIDE if tp > 1 else {}
+    check_lte(tmp_path, dp, tp, [(s, p, {**c, **(wide if "method__lte__base" in c else {})}) for s, p, c in forms])
 
 
 @pytest.mark.full

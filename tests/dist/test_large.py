@@ -49,11 +49,15 @@ def test_the_adapted_model_has_the_parameters_that_are_counted(tp: int, method: 
     assert len(method_.matrices()) == 2 * 7 * 24
 
 
-@pytest.mark.full
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("method", "tp", "precision"),
-    [("full", 1, "fp32"), ("switchlora_r512", 1, "fp32"), ("switchlora_r256", 2, "bf16"), ("lte_r64", 1, "fp32")],
+    [
+        pytest.param("switchlora_r256", 2, "bf16", marks=pytest.mark.full),
+        pytest.param("lte_r64", 1, "fp32", marks=pytest.mark.full),
+        pytest.param("full", 1, "fp32", marks=pytest.mark.long),
+        pytest.param("switchlora_r512", 1, "fp32", marks=pytest.mark.long),
+    ],
 )
 def test_one_layer_trains(method: str, tp: int, precision: str) -> None:
     """In bf16, as they say, where it takes two processes; on many CPUs it is slow."""

@@ -28,7 +28,7 @@ def shapes(tp: int) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=[2, 3, pytest.param(4, marks=pytest.mark.full)])
+@pytest.fixture(scope="module", params=[2, 3, pytest.param(4, marks=pytest.mark.long)])
 def ranks(request: pytest.FixtureRequest) -> tuple[int, list[dict[str, Any]]]:
     payload = {"tp": request.param, "shapes": shapes(request.param), "methods": METHODS, "heads": HEADS[request.param]}
     return request.param, run_ranks(request.param, "tests.dist.tp_model_worker", payload, timeout=150)

@@ -1,5 +1,7 @@
-"""TP 2 x dp 2 (in the full set dp 1 too) against one process: switchlora at ZeRO 0, 1, 2, full and lora at 1. The whole
-grid is in test_full_grid."""
+"""TP 2 x dp 2 against one process: switchlora at ZeRO 0, 1, 2, full and lora at 1. Other meshes: test_full_grid.py.
+
+TP 2 alone has no case of its own: its collectives and shards are those of this mesh, whose data ranks add to them.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,11 @@ from safetensors.torch import load_file
 from tests.dist.tp_grid import PADDED, RESTARTS, SHORT, STAGES, STEPS, gaps, grid, run_mesh, worst
 
 pytestmark = pytest.mark.timeout(900)
-full = pytest.mark.full
-RUNS = [  # steps, and (dp, tp)
-    (SHORT, (2, 2)),
-    pytest.param(STEPS, (2, 2), marks=full),
-    pytest.param(STEPS, (1, 2), marks=full),
-]
-on_meshes = pytest.mark.parametrize(("steps", "mesh"), RUNS)
-short_and_long = pytest.mark.parametrize("steps", [SHORT, pytest.param(STEPS, marks=full)])
+MESH = (2, 2)  # dp, tp
+GUARD = pytest.mark.guard_of(f"tests/dist/test_tp_parity.py::{{test}}[{STEPS}]")
+short_and_long = pytest.mark.parametrize(
+    "steps", [pytest.param(SHORT, marks=GUARD), pytest.param(STEPS, marks=pytest.mark.full)]
+)
 
 
 def small(steps: int) -> list[dict[str, Any]]:
@@ -70,7 +69,7 @@ class Results(dict):
 
     def __missing__(self, mesh: tuple[int, int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         dp, tp = mesh
-        cases = [*self.small, *(SPREAD if mesh == (2, 2) else SPREAD[::3])]
+        cases = [*self.small, *(SPREAD if mesh == MESH else SPREAD[::3])]
         for index, case in enumerate(cases):
             if case["method"] == "switchlora" and (case["stage"], case["precision"]) == ("1", "fp32"):
                 cases[index] = {**case, "export": str(self.folder / f"{dp}-{tp}-{index}.safetensors")}
@@ -88,30 +87,30 @@ def results(lengths: dict[int, Results], steps: int) -> Results:
     return lengths[steps]
 
 
-@on_meshes
-def test_every_mesh_equals_one_process(results: dict, mesh: tuple[int, int]) -> None:
-    found = {identity(case): run for case, run in zip(*results[mesh], strict=True)}
+@short_and_long
+def test_the_mesh_equals_one_process(results: dict) -> None:
+    found = {identity(case): run for case, run in zip(*results[MESH], strict=True)}
     cases, base = results[1, 1]
     worst_gaps = gaps(cases, [found[identity(case)] for case in cases], base)
-    print(f"\ndp {mesh[0]} x tp {mesh[1]}: " + ", ".join(f"{key} {value:.1e}" for key, value in worst_gaps.items()))
+    print("\ndp 2 x tp 2: " + ", ".join(f"{key} {value:.1e}" for key, value in worst_gaps.items()))
     assert worst_gaps["fp32 losses"] < 1e-5 and worst_gaps["fp32 norms"] < 1e-5
     assert worst_gaps["bf16 losses"] < 5e-3 and worst_gaps["bf16 norms"] < 5e-2
     assert base[0]["switched"] > 15 * len(base[0]["losses"])
 
 
-@on_meshes
-def test_stages_agree_on_a_mesh(results: dict, mesh: tuple[int, int]) -> None:
-    runs = results[mesh][1][: len(STAGES)]
-    assert [case["stage"] for case in results[mesh][0][: len(STAGES)]] == list(STAGES)
+@short_and_long
+def test_stages_agree_on_a_mesh(results: dict) -> None:
+    runs = results[MESH][1][: len(STAGES)]
+    assert [case["stage"] for case in results[MESH][0][: len(STAGES)]] == list(STAGES)
     largest = max(worst(run[key], runs[0][key]) for run in runs[1:] for key in ("losses", "norms"))
-    print(f"\ndp {mesh[0]} x tp {mesh[1]}: losses and norms across stages within {largest:.1e}")
+    print(f"\ndp 2 x tp 2: losses and norms across stages within {largest:.1e}")
     assert largest < 1e-6
 
 
 @short_and_long
 def test_where_the_bank_lies_changes_nothing(results: Results) -> None:
     """On the same mesh, dp 2 x tp 2: bit for bit."""
-    cases, found = results[2, 2]
+    cases, found = results[MESH]
     first = len(results.small)
     for start in (first, first + 3):
         for offset in (1, 2):
@@ -120,13 +119,13 @@ def test_where_the_bank_lies_changes_nothing(results: Results) -> None:
     assert found[first + 1]["bank"]["bytes"] < 0.52 * found[first]["bank"]["bytes"]
 
 
-@on_meshes
-def test_one_fetch_a_step_for_all_layers(results: dict, mesh: tuple[int, int]) -> None:
+@short_and_long
+def test_one_fetch_a_step_for_all_layers(results: dict) -> None:
     """Nothing at TP 1; one all-reduce over tp; with candidates spread over dp, one over dp and one over the head."""
-    cases, found = results[mesh]
+    cases, found = results[MESH]
     for case, run in zip(cases, found, strict=True):
         wanted = int(case["method"] == "switchlora")
-        if mesh == (2, 2) and case["changes"].get("method__switch__bank_spread") == "dp":
+        if case["changes"].get("method__switch__bank_spread") == "dp":
             wanted = 2
         first, *others = run["fetches"]
         assert first == 2 * wanted, case  # its own rows and the next step's
@@ -137,26 +136,26 @@ def test_one_fetch_a_step_for_all_layers(results: dict, mesh: tuple[int, int]) -
 @short_and_long
 def test_the_bank_is_split_over_tp(results: dict) -> None:
     """Half of the bytes of one process, but for padding: 75 columns become 38, odd counts of candidates one more."""
-    alone, split = (results[mesh][1][0]["bank"]["bytes"] for mesh in ((1, 1), (2, 2)))
+    alone, split = (results[mesh][1][0]["bank"]["bytes"] for mesh in ((1, 1), MESH))
     assert alone / 2 <= split < 0.51 * alone
 
 
-@on_meshes
-def test_the_export_is_that_of_one_process(results: dict, mesh: tuple[int, int]) -> None:
+@short_and_long
+def test_the_export_is_that_of_one_process(results: dict) -> None:
     largest = 0.0
-    exports = {identity(case): case["export"] for case in results[mesh][0] if "export" in case}
+    exports = {identity(case): case["export"] for case in results[MESH][0] if "export" in case}
     pairs = [(exports[identity(case)], case["export"]) for case in results[1, 1][0] if "export" in case]
     assert len(pairs) == 3
     for mine, theirs in pairs:
         ours, base = load_file(Path(mine)), load_file(Path(theirs))
         assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in base.items()}
         largest = max(largest, *(float((ours[n] - base[n]).norm() / base[n].norm()) for n in base))
-    print(f"\ndp {mesh[0]} x tp {mesh[1]}: exported tensors within {largest:.1e} relative")
+    print(f"\ndp 2 x tp 2: exported tensors within {largest:.1e} relative")
     assert largest < 1e-4
     assert torch.isfinite(torch.tensor(largest))
 
 
-@full
+@pytest.mark.long
 def test_replicas_stay_bit_identical_over_a_hundred_steps() -> None:
     (found,) = run_mesh(2, 2, [LONG])  # which asserts it
     assert found["switched"] > 1500

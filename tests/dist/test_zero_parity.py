@@ -52,7 +52,12 @@ def label(case: dict[str, Any]) -> tuple[str, str, str, str]:
     return case["method"], case["stage"], case["precision"], case.get("name", "")
 
 
-@pytest.fixture(scope="module", params=[SHORT, pytest.param(STEPS, marks=pytest.mark.full)])
+GUARD = pytest.mark.guard_of(f"tests/dist/test_zero_parity.py::{{test}}[{STEPS}]")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(SHORT, marks=GUARD), pytest.param(STEPS, marks=pytest.mark.full)], ids=str
+)
 def results(request: pytest.FixtureRequest) -> dict[int, dict[tuple, dict[str, Any]]]:
     found, chosen = {}, cases(request.param)
     for dp in (1, 2):
@@ -106,7 +111,7 @@ def test_learns(results: dict) -> None:
         assert losses[-1] < losses[0]
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_drift_at_the_published_rate_is_reported() -> None:
     runs = [run for dp in (1, 2) for run in run_ranks(dp, "tests.dist.parity_worker", {"cases": DRIFT}, timeout=280)[0]]
     drifts = [worst(run["losses"], runs[0]["losses"]) for run in runs]

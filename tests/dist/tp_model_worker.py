@@ -15,7 +15,8 @@ from megatron_switchlora.distributed.mesh import Mesh, lone_mesh
 from megatron_switchlora.distributed.recorder import CommRecorder
 from megatron_switchlora.hf.folders import export_model, load_merged, merged_state_dict
 from megatron_switchlora.methods import build_method
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import initialize_weights
 from megatron_switchlora.optim.layout import plain_layout
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from tests.dist.engines import start

@@ -10,7 +10,8 @@ from megatron_switchlora.config.method import LoraGaConfig
 from megatron_switchlora.config.run import ModelConfig
 from megatron_switchlora.distributed.mesh import lone_mesh
 from megatron_switchlora.methods.ga_gradients import find_factors
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import initialize_weights
 from megatron_switchlora.planning.memory import memory_items, peak_bytes
 from tests.plain import VOCAB, PlainRun, make_batches, make_samples, small_config
 

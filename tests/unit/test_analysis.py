@@ -16,7 +16,8 @@ from torch import Tensor
 from megatron_switchlora.checkpoint.archive import write_parts
 from megatron_switchlora.checkpoint.files import seal
 from megatron_switchlora.distributed.slices import Part
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import initialize_weights
 from megatron_switchlora.study.spectra import (
     effective_rank,
     grassmann_distance,

@@ -23,7 +23,8 @@ from megatron_switchlora.distributed.shard import Axis, shard_of
 from megatron_switchlora.hf.export import export_dense, export_peft
 from megatron_switchlora.hf.start import import_model
 from megatron_switchlora.methods import build_method
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import initialize_weights
 from megatron_switchlora.optim.layout import plain_layout
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.planning.memory import checkpoint_bytes

@@ -11,7 +11,8 @@ from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.mesh import lone_mesh
 from megatron_switchlora.methods import build_method
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import initialize_weights
 from megatron_switchlora.planning.counts import model_flops_per_token
 from megatron_switchlora.planning.step_time import GPUS, Machine, flops_per_token, flow_time, rings_of_a_node, step_time
 from megatron_switchlora.planning.traffic import Flow
@@ -34,7 +35,7 @@ def counted(config: RunConfig) -> float:
     model = LlamaForCausalLM(config.model, VOCAB)
     initialize_weights(model, 0)
     build_method(config, model, lone_mesh())
-    model.model.checkpointing = config.train.activation_checkpointing
+    model.checkpointing = config.train.activation_checkpointing
     tokens = make_batches(config, 1)[0][: config.train.micro_batch_size]
     with FlopCounterMode(display=False) as counter:
         model(tokens[:, :-1], tokens[:, 1:]).sum().backward()

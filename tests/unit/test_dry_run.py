@@ -19,7 +19,8 @@ from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.run import ModelConfig, RunConfig
 from megatron_switchlora.distributed.mesh import Mesh
 from megatron_switchlora.methods import SwitchLora, build_method
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import initialize_weights
 from megatron_switchlora.planning.counts import count_parameters, count_shard
 from megatron_switchlora.planning.dry_run import plan
 from megatron_switchlora.planning.memory import memory_items, peak_bytes
@@ -274,7 +275,7 @@ def test_activations_of_a_micro_batch(
     if precision == "bf16":
         for param in run.model.parameters():
             param.data = param.data.bfloat16()
-    run.model.model.checkpointing = checkpointing
+    run.model.checkpointing = checkpointing
     tokens = make_batches(config, 1)[0][: config.train.micro_batch_size]
 
     def one_pass() -> None:

@@ -139,8 +139,8 @@ def test_monitors_that_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "file").touch()
     for name in ("csv_monitor", "flops_profiler"):
         key = "output_path" if name == "csv_monitor" else "output_file"
-        for path in (tmp_path / "file" / "x" / "y", tmp_path / ("x" * 300) / "y"):
-            with pytest.raises(UserError, match=f"{name}.{key} in the DeepSpeed JSON: .* cannot be made"):
+        for path in (tmp_path / "file" / "x" / "y", tmp_path / ("x" * 300) / "y", Path("/proc/none/y")):
+            with pytest.raises(UserError, match=rf"{name}.{key} in the DeepSpeed JSON: .* cannot be made"):
                 check_monitors({name: {"enabled": True, key: str(path)}})
         check_monitors({name: {"enabled": True, key: str(tmp_path / "new" / "x")}})
     assert not (tmp_path / "new").exists()

@@ -26,7 +26,7 @@ def refused(folder: Path, message: str) -> None:
     ("changes", "message"),
     [
         ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, r"'mistral'.*'MistralForCausalLM'"),
-        ({"model_type": "qwen2"}, r"model_type 'qwen2'.*only LLaMA's function is implemented.*give a model of"),
+        ({"model_type": "qwen2"}, r"model_type 'qwen2'.*no model family here computes.*give .* model_type llama"),
         ({"model_type": None}, r"model_type None"),
         ({"architectures": ["LlamaForSequenceClassification"]}, r"LlamaForSequenceClassification"),
         ({"architectures": "LlamaForCausalLM"}, r"architectures 'LlamaForCausalLM'"),

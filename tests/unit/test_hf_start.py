@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron_switchlora.checkpoint.files import verified
+from megatron_switchlora.checkpoint.files import open_checkpoint, verified
 from megatron_switchlora.checkpoint.weights import Weights
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.data.hf_tokenizer import tokenizer_files
@@ -184,6 +184,22 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path, name: str) -> 
     (source / name).symlink_to("../private")
     with pytest.raises(UserError, match=rf"{name} is a link to .*private, out of its folder, and is not followed"):
         import_model(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("inside", ["", "notes.txt"])
+def test_an_export_follows_no_link_out_of_its_checkpoint(tmp_path: Path, inside: str) -> None:
+    """Neither one among the tokenizer's files, of any name, nor the tokenizer's folder as one."""
+    import_model(llama_like(save(tmp_path / "source")), tmp_path / "theirs")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key").write_text("secret")
+    link = tmp_path / "theirs" / "tokenizer" / inside
+    if not inside:
+        link.rename(tmp_path / "away")
+    link.symlink_to(tmp_path / "private" / ("key" if inside else ""))
+    checkpoint = open_checkpoint(tmp_path / "theirs")
+    with pytest.raises(UserError, match=r"is a link to .*private.*, out of its folder, and is not followed"):
+        export_dense(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -26,7 +26,8 @@ from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.lowrank.lora_ga import pair_indices, randomised_svd, singular_pairs
 from megatron_switchlora.methods import ga_gradients
 from megatron_switchlora.methods.ga_gradients import find_factors, gradient_batches, mean_gradients, sum_gradients
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, decoder_linears, initialize_weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import initialize_weights
 from tests.dist.launch import REPOSITORY, clean_environment, run_scripts
 from tests.plain import VOCAB, PlainRun, make_samples, small_config
 from tests.system.commands import SMALL, write_corpus
@@ -56,7 +57,7 @@ def plain_gradients(config: RunConfig, model: LlamaForCausalLM) -> dict[str, Ten
     """dL/dW of the whole batch, by autograd alone."""
     tokens = drawn_batch(config)
     model(tokens[:, :-1], tokens[:, 1:]).backward()
-    return {name: linear.weight.grad for name, _, _, linear in decoder_linears(model)}  # type: ignore[misc]
+    return {name: linear.weight.grad for name, _, _, linear in model.decoder_linears()}  # type: ignore[misc]
 
 
 def relative(mine: Tensor, goal: Tensor) -> float:
@@ -262,7 +263,7 @@ def peak_bytes(layers: int) -> tuple[int, int]:
     of a matrix or larger, which no activation is, and the bytes of the largest matrix."""
     config = ga_config(model__num_layers=layers, model__hidden_size=96, model__intermediate_size=160)
     model = ga_gradients.working_copy(config, dense_model(config), CPU)
-    sizes = [linear.weight.nbytes for _, _, _, linear in decoder_linears(model)]
+    sizes = [linear.weight.nbytes for _, _, _, linear in model.decoder_linears()]
     live = LiveBytes(min(sizes))
 
     def batches() -> Iterator[Tensor]:

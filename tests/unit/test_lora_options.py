@@ -8,7 +8,8 @@ import torch
 from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.lowrank.init import principal_factors
 from megatron_switchlora.methods import Lora, Relora, build_method
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import initialize_weights
 from megatron_switchlora.optim.layout import RowLayout
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.planning.memory import memory_items

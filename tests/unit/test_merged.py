@@ -123,7 +123,7 @@ def test_auto_takes_the_cheaper_form(cache: str) -> None:
 def run_losses(**changes: Any) -> list[float]:
     config = small_config(optim__lr=0.002, **changes)
     run = PlainRun(config, torch.float64)
-    run.model.model.checkpointing = config.train.activation_checkpointing
+    run.model.checkpointing = config.train.activation_checkpointing
     losses = []
     for step, batch in enumerate(make_batches(config, 6)):
         losses.append(run.step(step, batch)[0])

@@ -14,7 +14,8 @@ from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.run import ModelConfig
 from megatron_switchlora.hf.folders import export_model, load_merged
 from megatron_switchlora.methods import build_method
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import initialize_weights
 from megatron_switchlora.optim.layout import plain_layout
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.planning.counts import count_parameters, model_flops_per_token
@@ -95,7 +96,7 @@ def test_activation_checkpointing_changes_nothing(name: str) -> None:
     gradients = []
     for checkpointing in (False, True):
         run = PlainRun(small_config(name))
-        run.model.model.checkpointing = checkpointing
+        run.model.checkpointing = checkpointing
         data = make_batches(run.config, 1)[0]
         run.model(data[:, :-1], data[:, 1:]).backward()
         gradients.append([p.grad.clone() for p in run.params])

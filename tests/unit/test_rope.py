@@ -18,7 +18,8 @@ from megatron_switchlora.config.rules import validate
 from megatron_switchlora.config.rules_model import check_model
 from megatron_switchlora.config.run import ModelConfig, RunConfig
 from megatron_switchlora.hf.folders import export_model, merged_state_dict
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, initialize_weights
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import initialize_weights
 from tests.hf_folders import LENGTH, LLAMA3, ROPES, VOCAB, YARN, tokens
 
 

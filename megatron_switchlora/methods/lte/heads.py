@@ -30,7 +30,7 @@ from megatron_switchlora.methods.lte import options as options  # registers LTE
 from megatron_switchlora.methods.lte.merging import mean_dense, mean_matrices, mean_products
 from megatron_switchlora.methods.switchlora import SwitchLora
 from megatron_switchlora.model.heads import split_dense_tensors
-from megatron_switchlora.model.llama.model import LlamaForCausalLM, decoder_linears
+from megatron_switchlora.model.protocol import LanguageModel, build_model
 from megatron_switchlora.optim.layout import at_least_fp32
 from megatron_switchlora.optim.row_adamw import RowAdamW
 
@@ -134,14 +134,14 @@ class Merging(Method):
             yield name, linear, product
 
     @torch.no_grad()
-    def evaluated(self, exported: bool = False) -> LlamaForCausalLM:
+    def evaluated(self, exported: bool = False) -> LanguageModel:
         """The mean effective model, with plain linears, in the precision of compute; of one head its own model. To be
         exported it is fp32: matrices as they are folded, dense tensors rounded as the forward pass sees them."""
         if self.config.heads == 1 and not self.config.method.facts.shares_base:
             return self.model
         some = next(self.model.parameters())
         with torch.device(some.device):
-            model = LlamaForCausalLM(self.config.model, self.model.vocab_size, self.mesh.axis("tp"))
+            model = build_model(self.config.model, self.model.vocab_size, self.mesh.axis("tp"))
         model.to(at_least_fp32(some.dtype) if exported else some.dtype)
         own = dict(model.named_parameters())
         matrices = zip((f"{name}.weight" for name in self.linears), self.mean_weights(), strict=True)
@@ -229,7 +229,7 @@ class LocalLte(Merging):
     def adapt(self, factors: Optional[dict[str, tuple[Tensor, Tensor]]]) -> None:
         self.linears = {}
         method, facts = self.config.method, self.config.method.facts
-        for name, parent, attribute, base in list(decoder_linears(self.model)):
+        for name, parent, attribute, base in self.model.decoder_linears():
             linear = HeadsLinear(base, facts.heads_here, method.rank, method.scaling, facts.resetless)
             setattr(parent, attribute, linear)
             self.linears[name] = linear

@@ -12,53 +12,30 @@ stand in `rope.py`. Not supported: biases, attention masks other than causal, ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_switchlora.config.run import ModelConfig
-from megatron_switchlora.distributed.collectives import gather_columns
-from megatron_switchlora.distributed.cross_entropy import token_cross_entropy
 from megatron_switchlora.distributed.linear import (
     ColumnParallelLinear,
-    ParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     enter_block,
 )
-from megatron_switchlora.distributed.shard import Axis, Split, declare, full_shape, named_generator, shard_of
+from megatron_switchlora.distributed.shard import Axis
 from megatron_switchlora.model.llama.rope import scaled_frequencies, scaled_tables
-
-
-def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def normalised(x: Tensor, eps: float) -> Tensor:
-    """x / rms(x) over the last dimension, the mean square in fp32 at least."""
-    high = x.to(_at_least_fp32(x.dtype))
-    return (high * torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension."""
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = declare(nn.Parameter(torch.ones(hidden_size)), shard=None)
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * normalised(x, self.eps)
+from megatron_switchlora.model.norm import RMSNorm
+from megatron_switchlora.model.protocol import LanguageModel
+from megatron_switchlora.optim.layout import at_least_fp32
 
 
 def rotary_tables(seq_len: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin [S, head_dim], computed in fp32 (float64 for float64 activations) and cast."""
-    dtype = _at_least_fp32(like.dtype)
+    dtype = at_least_fp32(like.dtype)
     exponents = torch.arange(0, head_dim, 2, device=like.device).to(dtype) / head_dim
     angles = torch.outer(torch.arange(seq_len, device=like.device).to(dtype), 1.0 / theta**exponents)
     angles = torch.cat((angles, angles), dim=-1)
@@ -137,7 +114,6 @@ class LlamaModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # no buffer, which would be rounded when the model is cast to bf16
         self.scaled_rotary = None if config.rope_scaling is None else scaled_frequencies(config)
-        self.checkpointing = False
 
     def rotary(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [S, head_dim] for these activations."""
@@ -145,62 +121,23 @@ class LlamaModel(nn.Module):
             return scaled_tables(x_BSD.size(1), *self.scaled_rotary, x_BSD)
         return rotary_tables(x_BSD.size(1), self.config.head_dim, self.config.rope_theta, x_BSD)
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
+    def forward(self, tokens_BS: Tensor, run_layer: Callable[..., Tensor]) -> Tensor:
         x_BSD = self.embed_tokens(tokens_BS)
         rotary = self.rotary(x_BSD)
         for layer in self.layers:
-            if self.checkpointing and torch.is_grad_enabled():
-                x_BSD = checkpoint(layer, x_BSD, rotary, use_reentrant=False)
-            else:
-                x_BSD = layer(x_BSD, rotary)
+            x_BSD = run_layer(layer, x_BSD, rotary)
         return self.norm(x_BSD)
 
 
-class LlamaForCausalLM(nn.Module):
-    """The whole model, or this rank's part of it. `vocab_size` overrides the configuration's (which may leave it to
-    the tokenizer)."""
+class LlamaForCausalLM(LanguageModel):
+    """The whole model, or this rank's part of it."""
 
     def __init__(self, config: ModelConfig, vocab_size: Optional[int] = None, tp: Optional[Axis] = None) -> None:
-        super().__init__()
-        size = vocab_size if vocab_size is not None else config.vocab_size
-        assert size is not None, "vocabulary size unknown"
-        self.config, self.vocab_size, self.tp = config, size, tp or Axis()
-        self.heads = 1  # among which the batch is split
-        self.model = LlamaModel(config, size, self.tp)
-        self.lm_head = ColumnParallelLinear(config.hidden_size, size, self.tp)
+        super().__init__(config, vocab_size, tp)
+        self.model = LlamaModel(config, self.vocab_size, self.tp)
+        self.lm_head = ColumnParallelLinear(config.hidden_size, self.vocab_size, self.tp)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens_BS: Tensor, labels_BS: Optional[Tensor] = None) -> Tensor:
-        """Logits [B, S, V], or with labels [B, S] (already shifted) their mean cross entropy; where the batch is split
-        over K LTE heads that of each, [K]."""
-        x_BSD, _ = enter_block(self.model(tokens_BS), (self.lm_head,), self.tp)
-        logits = self.lm_head(x_BSD)
-        if labels_BS is None:
-            return gather_columns(Split(logits.dim() - 1, self.vocab_size, self.tp), logits)
-        losses_BS = token_cross_entropy(logits, labels_BS, self.lm_head.split)
-        return losses_BS.mean() if self.heads == 1 else losses_BS.unflatten(0, (self.heads, -1)).flatten(1).mean(1)
-
-
-def initialize_weights(model: LlamaForCausalLM, seed: int) -> None:
-    """Normal matrices with `initializer_range`, norms one; drawn by name for the full tensor, then cut."""
-    for name, param in model.named_parameters():
-        if param.dim() < 2:
-            param.data.fill_(1.0)
-        else:
-            param.data.copy_(shard_of(param, initial_matrix(name, full_shape(param), model.config, seed)))
-
-
-def initial_matrix(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
-    """What a matrix of the whole model is before the first step, whatever the method: a function of its name."""
-    return torch.empty(tuple(shape)).normal_(0.0, config.initializer_range, generator=named_generator(seed, name))
-
-
-def decoder_linears(model: LlamaForCausalLM) -> Iterator[tuple[str, nn.Module, str, ParallelLinear]]:
-    """(full name, parent module, attribute, linear) of the seven projections of every layer, in order."""
-    for layer_name, layer in model.model.layers.named_children():
-        for block_name in ("self_attn", "mlp"):
-            block = getattr(layer, block_name)
-            for attribute, linear in list(block.named_children()):
-                if isinstance(linear, ParallelLinear):
-                    yield f"model.layers.{layer_name}.{block_name}.{attribute}", block, attribute, linear
+    def hidden(self, tokens_BS: Tensor) -> Tensor:
+        return self.model(tokens_BS, self.run_layer)

@@ -1,0 +1,50 @@
+"""The table of model families, and what a configuration's rules ask of one.
+
+This module knows no family. The package `model` fills the table as it is imported, plugins add to it, and entry points
+import both before they parse.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from megatron_switchlora.config.errors import require
+from megatron_switchlora.config.run import ModelConfig, RunConfig
+
+
+class FamilyRules:
+    """What of a family needs no model; `model.protocol.Family` has the rest. Every family registers one."""
+
+    name: ClassVar[str]
+    """What `model.family` calls it."""
+    title: ClassVar[str]
+    """What texts call it."""
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises: UserError, with the rule, the values and what to change, beside `rules_model.check_model`."""
+
+    def check_run(self, config: RunConfig) -> None:
+        """Raises: UserError, if the model does not go with the rest of the run, as `parallel.tp`."""
+
+
+FAMILIES: dict[str, FamilyRules] = {}  # filled at import, as config.method.METHODS
+
+
+def register_family(kind: type[FamilyRules]) -> type[FamilyRules]:
+    """Add a family to the table: a decorator of its class."""
+    FAMILIES[kind.name] = kind()
+    return kind
+
+
+def find_family(name: str) -> FamilyRules:
+    """Return a family by its name.
+
+    Raises:
+        UserError: there is none.
+    """
+    require(
+        name in FAMILIES,
+        f"model.family must be one of {', '.join(FAMILIES)}, not {name!r}: choose one of them, or name the module that "
+        "registers it with plugins.",
+    )
+    return FAMILIES[name]

@@ -1,0 +1,58 @@
+"""Which tests run, and beside which others.
+
+A guard is a short form of a test, for every day: `@pytest.mark.guard_of("tests/dist/test_x.py::test_long[case]")`.
+It is deselected where its larger form is selected. `{test}` stands for the guard's own function. What stands in
+brackets is one part of the larger form's id.
+
+With several workers (pytest-xdist), tests that start ranks run one after the other in one of them: two launches at a
+time would exceed two cores. Tests of a single process run beside them, a file at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import pytest
+
+SERIAL = ("tests/dist/", "tests/system/", "tests/numerics/test_adapters_matter.py", "tests/unit/test_rollcall.py")
+
+
+def named_form(item: pytest.Item) -> str | None:
+    """Return the name of a guard's larger form, None for other tests."""
+    marker = item.get_closest_marker("guard_of")
+    return marker.args[0].format(test=getattr(item, "originalname", item.name)) if marker else None
+
+
+def is_form(nodeid: str, name: str) -> bool:
+    """Return whether the name means this test: its function, and in brackets one part of its id."""
+    function, _, given = nodeid.removesuffix("]").partition("[")
+    wanted, _, part = name.removesuffix("]").partition("[")
+    return function == wanted and (not part or part in given.split("-"))
+
+
+def guards_to_drop(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """Return the guards whose larger form is among the tests."""
+    ids = {item: item.nodeid.removesuffix(f"@{group_of(item)}") for item in items}  # xdist adds the group
+    named = [(item, name) for item in ids if (name := named_form(item))]
+    return [item for item, name in named if any(is_form(ids[other], name) for other in ids if other is not item)]
+
+
+def group_of(item: pytest.Item) -> str:
+    """Return the group of tests that one worker runs in order."""
+    file = item.nodeid.split("::")[0]
+    serial = file.startswith(SERIAL) and item.get_closest_marker("single_process") is None
+    return "ranks" if serial else file
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.xdist_group(group_of(item)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Deselect guards whose larger form is among what -m and -k leave."""
+    yield
+    dropped = guards_to_drop(items)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
