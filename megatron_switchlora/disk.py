@@ -5,6 +5,7 @@ kind is one error where we read.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -90,6 +91,19 @@ def open_no_follow(path: Path, flags: int) -> BinaryIO:
         raise OSError(errno.EINVAL, "Not a plain file", str(path))
     access = {os.O_WRONLY: "wb", os.O_RDWR: "r+b"}[flags & os.O_ACCMODE]
     return os.fdopen(handle, access, buffering=0)  # type: ignore[return-value]
+
+
+def take_lock(file: BinaryIO, wait: bool = False) -> bool:
+    """Lock an open file until it is closed; return whether it is locked, which without `wait` another may prevent.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def write_all(file: BinaryIO, content: bytes) -> None:

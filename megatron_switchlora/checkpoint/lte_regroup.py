@@ -10,7 +10,6 @@ Between merges the heads' functions differ and one could only be lost: that is r
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -21,10 +20,9 @@ from megatron_switchlora.checkpoint.weights import Weights
 from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.facts import value_of
 from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.distributed.head_names import of_head, split_head
 from megatron_switchlora.distributed.slices import Part, shard_part
 from megatron_switchlora.methods.lte.heads import Merging
-
-OF_HEAD = re.compile(r"head_(\d+)/(.+)")
 
 
 def regroups(config: RunConfig, state: dict[str, Any]) -> bool:
@@ -64,10 +62,10 @@ def load_regrouped(engine: Engine, checkpoint: Checkpoint) -> None:
     dense, heads = set(method.dense()), len(weights.heads)
 
     def fill(part: Part) -> None:
-        found = OF_HEAD.fullmatch(part.name)
-        name = found[2].split(":")[0] if found else part.name
-        if found and name in dense and int(found[1]) >= heads:
-            stand_in = f"head_{int(found[1]) % heads:02d}/{found[2]}"
+        head, inner = split_head(part.name)
+        name = part.name if head is None else inner.split(":")[0]
+        if head is not None and name in dense and head >= heads:
+            stand_in = of_head(head % heads, inner)
             part = Part(stand_in, part.shape, part.offset, part.tensor, part.line)
         of_base = name.endswith((".weight", ".merged_A", ".merged_B", ".origin", ".nf4_codes", ".nf4_scales"))
         if name in dense or (part.name in archive and not of_base):

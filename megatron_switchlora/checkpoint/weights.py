@@ -9,7 +9,6 @@ method, on any mesh, from these weights: its function is the checkpoint's.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -25,11 +24,11 @@ from megatron_switchlora.config.method import method_config_class
 from megatron_switchlora.config.plugins import listed, load_plugins
 from megatron_switchlora.config.rules_model import check_model
 from megatron_switchlora.config.run import ModelConfig, RunConfig
+from megatron_switchlora.distributed.head_names import of_head, split_head
 from megatron_switchlora.distributed.slices import parameter_part
 from megatron_switchlora.model.protocol import LanguageModel, build_on_meta, family_of
 
 T = TypeVar("T")
-OF_HEAD = re.compile(r"head_([0-9]+)/")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -65,13 +64,13 @@ class Weights:
         self.family = family_of(self.model)
         self.precision = PRECISIONS[self.config.get("train", {}).get("precision", "fp32")]
         self.method = _known(method_config_class(), self.config.get("method", {}))
-        found = {match[1] for name in self.archive.names() if (match := OF_HEAD.match(name))}
-        self.heads = [f"head_{number}/" for number in sorted(found, key=int)]
+        found = {head for name in self.archive.names() if (head := split_head(name)[0]) is not None}
+        self.heads = sorted(found)
         self.scaling = self.method.scaling / max(1, len(self.heads))
 
     def names(self) -> list[str]:
         """Return the names of the model's parameters, in its order."""
-        known = {name.split("/", 1)[-1] for name in self.archive.names()}
+        known = {split_head(name)[1] for name in self.archive.names()}
         known |= {f"{name.removesuffix('origin')}weight" for name in known if name.endswith(".origin")}
         order = [name for name, _ in build_on_meta(self.model, self.vocab_size).named_parameters()]
         odd = sorted(set(order) ^ {name for name in known if name.endswith(".weight")})
@@ -81,7 +80,7 @@ class Weights:
 
     def _of_heads(self, name: str) -> list[str]:
         """The stored tensors of that name: one a head, or one."""
-        own = [prefix + name for prefix in self.heads if prefix + name in self.archive]
+        own = [stored for head in self.heads if (stored := of_head(head, name)) in self.archive]
         return own or [name]
 
     def adapted(self, name: str) -> bool:

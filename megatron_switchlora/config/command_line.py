@@ -41,7 +41,7 @@ from megatron_switchlora.config.field_checks import (
 from megatron_switchlora.config.plugins import listed, load_plugins
 from megatron_switchlora.config.rules import validate
 from megatron_switchlora.config.run import RunConfig, run_config_class
-from megatron_switchlora.config.yaml_text import FORBIDDEN, dump_yaml, read_yaml
+from megatron_switchlora.config.yaml_text import FORBIDDEN, dump_yaml, read_given_yaml, read_yaml
 from megatron_switchlora.disk import shown
 
 
@@ -279,14 +279,8 @@ def read_options(path: str) -> dict[str, Any]:
     Raises:
         UserError: unless it holds sections with options, each with a value of its type.
     """
-    try:
-        content = read_yaml(Path(expanded("--config", path)))
-    except OSError as error:
-        raise UserError(f"--config {path} cannot be read: {error.strerror}. Give a file of launch/configs/.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--config {path} is not valid YAML: it is not a text in UTF-8.") from None
-    except ValueError as error:
-        raise UserError(f"--config {path} is not valid YAML: {error}.") from None
+    file = Path(expanded("--config", path))
+    content = read_given_yaml(file, f"--config {path}", "Give a file of launch/configs/.")
     _require_section(path, isinstance(content, dict), f"it holds {type(content).__name__}")
     types = option_types() | dict.fromkeys(("evaluate_only", "prepare_only", "dry_run"), bool)
     found: dict[str, Any] = {}

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from megatron_switchlora.config.errors import UserError
+
 MOST_REPEATED = 10_000  # values that aliases may stand for, all together
 FORBIDDEN = ("class_path", "init_args")
 
@@ -70,6 +72,22 @@ def load_yaml(text: str) -> Any:
 def read_yaml(path: Path) -> Any:
     """Raises: OSError, if the file cannot be read; ValueError as `load_yaml`, and for what is not UTF-8."""
     return load_yaml(path.read_text(encoding="utf-8"))
+
+
+def read_given_yaml(path: Path, name: str, advice: str) -> Any:
+    """Read a YAML that a person has named.
+
+    Raises:
+        UserError: it cannot be read, with advice, or it is not valid; `name` is what the message calls it.
+    """
+    try:
+        return read_yaml(path)
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}. {advice}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{name} is not valid YAML: it is not a text in UTF-8.") from None
+    except ValueError as error:
+        raise UserError(f"{name} is not valid YAML: {error}.") from None
 
 
 def dump_yaml(tree: Any) -> str:

@@ -9,7 +9,6 @@ builder removes that.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -25,7 +24,7 @@ from typing import Any
 
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.data.loader import TokenStore
-from megatron_switchlora.disk import make_durable, open_no_follow, read_json, replace_text
+from megatron_switchlora.disk import make_durable, open_no_follow, read_json, replace_text, take_lock
 
 SPLITS = ("train", "val")
 BUILDING = re.compile(r"\.[0-9a-f]{20}-\d+-\w+")
@@ -182,7 +181,7 @@ def alone(path: Path) -> Iterator[None]:
     """One builder at a time, also of several nodes that share the disk; who is killed lets go."""
     with open_no_follow(path, os.O_RDWR | os.O_CREAT) as file:
         with contextlib.suppress(OSError):  # a file system without locks: each builds its own, one is published
-            fcntl.flock(file, fcntl.LOCK_EX)
+            take_lock(file, wait=True)
         try:
             yield
         finally:  # who waits for the file that goes finds the cache; if there is none, two may build it
@@ -197,7 +196,7 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
         starting = Path(name) / "starting"
         with open_no_follow(starting, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
             with contextlib.suppress(OSError):  # a file system without locks: nobody can tell, nobody removes it
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                take_lock(file)
             file.write(socket.gethostname().encode())
             starting.rename(starting.with_name(ALIVE))  # locked before it has this name
             yield Path(name)
@@ -215,12 +214,13 @@ def remove_leftovers(cache: Path) -> int:
 def _is_dead(folder: Path) -> bool:
     try:
         with open_no_follow(folder / ALIVE, os.O_RDWR) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not take_lock(file):  # its builder lives
+                return False
             here = file.read() == socket.gethostname().encode()
             return here or _unchanged(folder) > QUIET
     except FileNotFoundError:  # of a version without such files, or killed in the first moment
         return _unchanged(folder) > ABANDONED
-    except OSError:  # its builder lives, or the file system has no locks
+    except OSError:  # the file system has no locks
         return False
 
 

@@ -93,14 +93,14 @@ def flops_per_token(config: RunConfig, vocab_size: int, tp: int, micro_batches: 
     again = train.activation_checkpointing
     layer = projections(model)
     total = sum(
-        tp * _matrix_flops(config, p, tp, micro_batches, again, again and number == len(layer) - 1)
+        tp * matrix_flops(config, p, tp, micro_batches, again, again and number == len(layer) - 1)
         for number, p in enumerate(layer)
     )
     attention = (4 if again else 3) * family_of(model).mixing_flops(model, train.seq_len)
     return model.num_layers * (total + attention) + 6 * model.hidden_size * vocab_size
 
 
-def _matrix_flops(
+def matrix_flops(
     config: RunConfig, projection: Projection, tp: int, micro_batches: int, again: bool, last: bool
 ) -> float:
     """Of one linear of a layer, on a rank. A layer that is computed `again` stops before its last product."""

@@ -15,15 +15,11 @@ is a link in the folder is replaced or refused, never written through. `checkpoi
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import platform
 import re
-import subprocess
 from collections.abc import Iterable, Iterator
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO, Optional
 
@@ -32,12 +28,13 @@ from safetensors import SafetensorError
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.config.yaml_text import dump_yaml
-from megatron_switchlora.disk import open_no_follow, read_json, remove_asides, replace_text, shown
+from megatron_switchlora.disk import open_no_follow, read_json, remove_asides, replace_text, shown, take_lock
+from megatron_switchlora.distributed.head_names import LABEL, head_label
 from megatron_switchlora.run.figures import decorating, new_figure, save_figure
 from megatron_switchlora.run.metrics_log import RecordFile, as_line, keep_records, sort_records
 
 RUN_FILES = ("config.yaml", "ds_config.json", "metrics.jsonl", "meta.json", "tokenizer", "checkpoints", "final")
-ASIDES = (*map(re.escape, RUN_FILES), "loss\\.png", r"metrics\.head_\d+\.jsonl")
+ASIDES = (*map(re.escape, RUN_FILES), "loss\\.png", rf"metrics\.{LABEL}\.jsonl")
 META: dict[str, type] = {  # what is read of meta.json anywhere
     "finished": bool, "branched_from": str, "resumed_at": list, "data": str, "val_loss": float, "device": str,
     "parameters": dict, "vocab_size": int, "versions": dict,
@@ -119,31 +116,6 @@ def default_folder(method: str) -> Path:
     raise UserError(f"A hundred runs have taken {Path('runs') / base}: give --output_dir.")
 
 
-def _git(*arguments: str) -> Optional[str]:
-    """What git says of the tree this package lies in, if it is one."""
-    try:
-        done = subprocess.run(
-            ["git", "--no-optional-locks", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
-            timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, ValueError, subprocess.SubprocessError):  # also an answer that is not UTF-8
-        return None
-    return done.stdout.strip()
-
-
-def versions() -> dict[str, Optional[str]]:
-    """Versions of what computes, and the git revision with a mark if the tree is changed."""
-    found: dict[str, Optional[str]] = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("megatron_switchlora", "torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    revision = _git("rev-parse", "HEAD")
-    found["git_revision"] = revision and revision + ("-changed" if _git("status", "--porcelain", "-uno") else "")
-    return found
-
-
 def lock_folder(folder: Path) -> BinaryIO:
     """Lock a run folder for the life of the process, or of the returned file.
 
@@ -154,10 +126,8 @@ def lock_folder(folder: Path) -> BinaryIO:
         raise _is_link(folder / ".lock")
     with in_folder(folder):
         file = open_no_follow(folder / ".lock", os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"Another process is running in {folder}: wait for its end, or choose another.") from None
+        if not take_lock(file):
+            raise UserError(f"Another process is running in {folder}: wait for its end, or choose another.")
         remove_asides(folder, ASIDES)
     return file
 
@@ -201,7 +171,7 @@ class RunFolder:
         self.metrics = RecordFile(path / "metrics.jsonl") if writes else None
         self.heads: dict[int, RecordFile] = {}
         for head in heads:
-            own = path / f"metrics.head_{head:02d}.jsonl"
+            own = path / f"metrics.{head_label(head)}.jsonl"
             self._kept(own, keep_steps or 0, True)
             self.heads[head] = RecordFile(own)
         stat = path.stat()

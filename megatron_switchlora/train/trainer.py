@@ -39,8 +39,8 @@ from megatron_switchlora.run.folder import (
     default_folder,
     in_folder,
     lock_folder,
-    versions,
 )
+from megatron_switchlora.run.machine import versions
 from megatron_switchlora.run.metrics_log import perplexity
 from megatron_switchlora.run.terminal import Terminal
 from megatron_switchlora.startup.environment import Ranks

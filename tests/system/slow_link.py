@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -24,7 +23,7 @@ import yaml
 
 from megatron_switchlora.disk import replace_text, user_path
 from megatron_switchlora.run.figures import new_figure, save_figure
-from megatron_switchlora.run.folder import versions
+from megatron_switchlora.run.machine import machine, versions
 from tests.dist.launch import REPOSITORY, free_port
 from tests.system.cluster import Cluster
 from tests.system.hosts import Hosts, missing_parts
@@ -119,7 +118,7 @@ def main() -> None:
     chosen = json.loads(arguments.rates.read_text())["chosen"]
     results: dict[str, Any] = {"link": arguments.link, "target": arguments.target, "steps": arguments.steps,
                                "rates": {name: chosen[name] for name in METHODS}, "fast": {}, "slow": {},
-                               "machine": {"cpus": os.cpu_count(), **versions()}}  # fmt: skip
+                               "machine": machine() | versions()}  # fmt: skip
     data = arguments.data.absolute()
     for name in METHODS:
         places = (("fast", None, max(10, arguments.steps // 10)), ("slow", arguments.link, arguments.steps))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import collections
 import json
-import platform
 import random
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 
 from megatron_switchlora.checkpoint.files import open_checkpoint, published
 from megatron_switchlora.disk import user_path
-from megatron_switchlora.run.folder import versions
+from megatron_switchlora.run.machine import machine, versions
 from tests.dist.launch import REPOSITORY, end, free_port
 from tests.system.commands import Place
 from tests.system.kill_worker import POINTS, RANK_0_ONLY
@@ -150,7 +149,7 @@ def main() -> None:
         place = Place(Path(name))
         place.env["OMP_NUM_THREADS"] = "1"
         found = soak(place, arguments.kills, arguments.seed, [*place.options("unused")[:-2], *options])
-    found |= {"seconds": round(time.time() - began), "machine": platform.platform(), "versions": versions()}
+    found |= {"seconds": round(time.time() - began), "machine": machine(), "versions": versions()}
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_switchlora.checkpoint.files import open_checkpoint
-from tests.dist.launch import REPOSITORY
 from tests.system.commands import Place
 from tests.system.soak import comparable
 
@@ -26,9 +25,8 @@ def refuse(*_):
     raise SystemExit("the gradient was taken again")
 
 ga_gradients.mean_gradients = refuse
-sys.path.insert(0, "{launch}")
-from pretrain import main
-main()
+from megatron_switchlora.train.pretrain import main
+main(sys.argv[1:])
 """
 
 
@@ -38,7 +36,7 @@ class Watched(Place):
     def command(self, launcher: str, arguments: list[str]) -> list[str]:
         if launcher != "watched":
             return super().command(launcher, arguments)
-        return [sys.executable, "-c", NO_GRADIENT.format(launch=REPOSITORY / "launch"), *arguments]
+        return [sys.executable, "-c", NO_GRADIENT, *arguments]
 
 
 @pytest.mark.full

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from megatron_switchlora.checkpoint.files import seal
 from megatron_switchlora.distributed.slices import Part
 from megatron_switchlora.model.llama.model import LlamaForCausalLM
 from megatron_switchlora.model.protocol import initialize_weights
-from megatron_switchlora.study.spectra import (
+from megatron_switchlora.study.analysis import command
+from megatron_switchlora.study.analysis.spectra import (
     effective_rank,
     grassmann_distance,
     head_alignment,
@@ -26,7 +26,6 @@ from megatron_switchlora.study.spectra import (
     spectrum,
     update_cosine,
 )
-from tests.dist.launch import REPOSITORY
 from tests.numerics.lte_pairs import lte_config
 from tests.plain import VOCAB, PlainRun, make_batches, small_config
 from tests.unit.test_convert import save
@@ -87,16 +86,13 @@ def test_alignment_means_over_pairs() -> None:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
     """tools/analyze.py with some words, in this process: exit status and output."""
-    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
-    import analyze  # type: ignore[import-not-found]
 
     def run(*words: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["analyze.py", *map(str, words)])
         status = 0
         try:
-            analyze.main()
+            command.main([*map(str, words)])
         except SystemExit as end:
             status = int(end.code or 0)
         return status, "".join(capsys.readouterr())
@@ -262,9 +258,9 @@ def test_odd_input_is_one_line_and_status_2(call: Call, tmp_path: Path) -> None:
 
 def test_a_failing_plot_costs_no_analysis(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "analyze.analyze", lambda *given: {"run": "$x_", "checkpoints": []}
+        "megatron_switchlora.study.analysis.command.analyze", lambda *given: {"run": "$x_", "checkpoints": []}
     )  # of which none can be drawn
-    monkeypatch.setattr("analyze.words_of", lambda *given: "the numbers")
+    monkeypatch.setattr("megatron_switchlora.study.analysis.command.words_of", lambda *given: "the numbers")
     status, output = call(tmp_path)
     assert status == 0 and output.splitlines()[1] == "the numbers", output
     assert output.startswith("warning: drawing the plots failed (") and output.count("\n") == 2

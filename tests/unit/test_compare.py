@@ -19,6 +19,8 @@ import yaml
 
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.run import DataConfig, RunConfig
+from megatron_switchlora.study.comparison import command, runs
+from megatron_switchlora.study.comparison.runs import read_run, text_of
 from tests.dist.launch import REPOSITORY
 
 # The least loss is at lr 0.02, dense_lr 0.04; lr 0.16 diverges; a run writes its command to calls.txt.
@@ -65,11 +67,8 @@ SETTING: dict[str, Any] = {
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """tools/compare.py as a module; the text, which nobody reads, has the trainer's fingerprint."""
-    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
-    import compare  # type: ignore[import-not-found]
-
-    monkeypatch.setattr(compare, "text_of", lambda config: "cache")
-    return compare
+    monkeypatch.setattr(command, "text_of", lambda config: "cache")
+    return command
 
 
 def start(tool: ModuleType, folder: Path, *more: str, **changes: Any) -> dict[str, Any]:
@@ -305,7 +304,6 @@ def test_runs_of_another_text_have_folders_of_their_own(
 
 def test_the_text_is_known_by_its_tokens(tool: ModuleType, tmp_path: Path) -> None:
     """The same files elsewhere are the same text; a changed one is another."""
-    from compare_runs import text_of  # type: ignore[import-not-found]
 
     def text(folder: str, words: str) -> str:
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -348,10 +346,8 @@ def test_a_loss_without_a_perplexity_has_its_row(tool: ModuleType, tmp_path: Pat
 
 
 def test_divergence_is_told_in_the_trainers_words(tool: ModuleType) -> None:
-    import compare_runs  # type: ignore[import-not-found]
-
     trainer = (REPOSITORY / "megatron_switchlora" / "train" / "trainer.py").read_text().replace('"\n            f"', "")
-    assert all(words in trainer for words in compare_runs.DIVERGED)
+    assert all(words in trainer for words in runs.DIVERGED)
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "tools" / "settings").glob("*.yaml")), ids=lambda path: path.stem)
@@ -382,7 +378,5 @@ def test_the_numbers_of_a_damaged_run_are_not_taken(tmp_path: Path, tool: Module
     start(tool, tmp_path, sweep="none", seeds=1, best={"methods": 0})
     (folder, *_) = (path for path in (tmp_path / "work").iterdir() if path.is_dir())
     (folder / name).write_text(content)
-    from compare_runs import read_run  # type: ignore[import-not-found]
-
     with pytest.raises(UserError, match="is damaged, so the run's numbers are lost: move the folder away"):
         read_run(folder, diverged=False)

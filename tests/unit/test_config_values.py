@@ -27,6 +27,7 @@ from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.config.yaml_text import dump_yaml
 from tests.unit.test_yaml_text import TEXTS
 
+PACKAGE = Path(__file__).resolve().parents[2] / "megatron_switchlora"
 FIELDS = sorted(field_types())
 OPTIONAL = {name for name in FIELDS if type(None) in get_args(field_types()[name])}
 TEXT = [name for name in FIELDS if field_types()[name] in (str, Optional[str])]
@@ -227,8 +228,7 @@ def test_an_empty_path_is_no_path(name: str) -> None:
 
 
 def test_programs_expand_home_too() -> None:
-    root = Path(__file__).resolve().parents[2]
-    programs = [path for path in (root / "tools").glob("*.py") if "add_argument(" in path.read_text()]
+    programs = [path for path in PACKAGE.rglob("*.py") if "add_argument(" in path.read_text()]
     assert len(programs) > 10
     assert not [path.name for path in programs if "type=Path" in path.read_text()]
 
@@ -241,9 +241,9 @@ def test_numbers_of_programs_are_finite(word: str) -> None:
 
 
 def test_programs_check_their_numbers() -> None:
-    """plan.py, gradient_volume.py and compare.py's --jobs have sentences of their own."""
-    root = Path(__file__).resolve().parents[2]
-    own = {"plan.py", "gradient_volume.py"}
-    found = [path for path in (root / "tools").glob("*.py") if re.search("type=(int|float),", path.read_text())]
-    assert {path.name for path in found} == own | {"compare.py"}
-    assert len(re.findall("type=(int|float)", (root / "tools" / "compare.py").read_text())) == 1
+    """Those of plan and gradient_volume, and compare's --jobs, have sentences of their own."""
+    compare = PACKAGE / "study" / "comparison" / "command.py"
+    own = {PACKAGE / "planning" / "command.py", PACKAGE / "study" / "volume" / "command.py", compare}
+    found = [path for path in PACKAGE.rglob("*.py") if re.search("type=(int|float),", path.read_text())]
+    assert set(found) == own
+    assert len(re.findall("type=(int|float)", compare.read_text())) == 1

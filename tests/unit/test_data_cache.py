@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.run import DataConfig
-from megatron_switchlora.data import cache, packing
+from megatron_switchlora.data import packing
 from megatron_switchlora.data.packing import PreparedData, open_prepared, prepare
 from tests.dist.launch import REPOSITORY, end_ranks, join_all, stand_alone, warm_interpreters
 
@@ -135,7 +136,7 @@ def test_a_cache_published_meanwhile_is_used(data: DataConfig, monkeypatch: pyte
     def no_locks(*args: object) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(cache.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     original = packing._build
     theirs: list[PreparedData] = []
     before: dict[str, tuple[int, int]] = {}

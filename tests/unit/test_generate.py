@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from megatron_switchlora.hf.generate import main
 from tests.hf_folders import save
 from tests.hf_tokenizers import configure, llama_like
-from tools.generate import main
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +22,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return llama_like(folder)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     """Exit status, output and errors of a command line."""
-    monkeypatch.setattr(sys, "argv", ["generate.py", *words])
     status = 0
     try:
-        main()
+        main(words)
     except SystemExit as end:
         status = int(end.code or 0)
     said = capsys.readouterr()
@@ -36,7 +34,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
 
 
 def test_an_export_in_several_files_goes_on_as_a_document_would(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Alone, or as a run's final/; behind the mark that its tokenizer puts before a text."""
     (tmp_path / "run").mkdir()
@@ -49,7 +47,7 @@ def test_an_export_in_several_files_goes_on_as_a_document_would(
         wanted = network.generate(torch.tensor([tokens]), max_new_tokens=5, do_sample=False, pad_token_id=0)
         for folder in (model, tmp_path / "run"):
             words = (str(folder), prompt, "--max_new_tokens", "5", "--temperature", "0")
-            status, out, err = run(monkeypatch, capsys, *words)
+            status, out, err = run(capsys, *words)
             assert status == 0 and out == tokenizer.decode(wanted[0], skip_special_tokens=True) + "\n", err
 
 
@@ -64,16 +62,12 @@ def test_an_export_in_several_files_goes_on_as_a_document_would(
         (["--seed", str(2**65)], "--seed: it must be a whole number of 64 bits"),
     ],
 )
-def test_options_out_of_range(
-    model: Path, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, _, err = run(monkeypatch, capsys, str(model), "one", *words)
+def test_options_out_of_range(model: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, str(model), "one", *words)
     assert status == 2 and message in err and "Traceback" not in err
 
 
-def test_folders_that_do_not_load(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folders_that_do_not_load(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     save(tmp_path / "wordless")
     llama_like(save(tmp_path / "damaged"))
@@ -88,7 +82,7 @@ def test_folders_that_do_not_load(
         ("damaged", "damaged does not load in transformers: "),
         ("odd", "odd does not load in transformers: "),
     ):
-        status, _, err = run(monkeypatch, capsys, str(tmp_path / name), "one")
+        status, _, err = run(capsys, str(tmp_path / name), "one")
         said = [line for line in err.splitlines() if line.startswith("error: ")]
         assert status == 2 and len(said) == 1 and message in said[0], err
     assert not (tmp_path / "ran").exists()

@@ -18,12 +18,12 @@ from megatron_switchlora.checkpoint.files import open_checkpoint, verified
 from megatron_switchlora.checkpoint.weights import Weights
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.data.hf_tokenizer import tokenizer_files
+from megatron_switchlora.hf.convert import import_, parse
 from megatron_switchlora.hf.export import export_dense
 from megatron_switchlora.hf.folders import joined_marks
 from megatron_switchlora.hf.start import import_model
 from tests.hf_folders import save
 from tests.hf_tokenizers import TEMPLATES, llama_like, sentencepiece_only
-from tools.convert_hf import import_, parse
 
 UP, HEAD = "model.layers.1.mlp.up_proj", "lm_head"
 

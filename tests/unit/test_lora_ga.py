@@ -28,10 +28,10 @@ from megatron_switchlora.methods import ga_gradients
 from megatron_switchlora.methods.ga_gradients import find_factors, gradient_batches, mean_gradients, sum_gradients
 from megatron_switchlora.model.llama.model import LlamaForCausalLM
 from megatron_switchlora.model.protocol import initialize_weights
+from megatron_switchlora.study.coverage import covered
 from tests.dist.launch import REPOSITORY, clean_environment, run_scripts
 from tests.plain import VOCAB, PlainRun, make_samples, small_config
 from tests.system.commands import SMALL, write_corpus
-from tools import lora_ga_coverage
 
 CPU = torch.device("cpu")
 EXACT = LoraGaConfig(samples=7, svd="exact")  # 7 samples: the last micro-batch is smaller
@@ -297,7 +297,7 @@ def test_coverage_tool(tmp_path: Path) -> None:
         assert len(shares) == 32 and entry["layers"] == 2
         assert shares == sorted(shares) and shares[0] > 0.03 and shares[-1] == pytest.approx(1)
         assert entry["rank_6"] == shares[5] and entry["rank_12"] == shares[11]
-    assert lora_ga_coverage.covered(torch.diag(torch.tensor([2.0, 1.0, 0.0]))).tolist() == pytest.approx([0.8, 1, 1])
+    assert covered(torch.diag(torch.tensor([2.0, 1.0, 0.0]))).tolist() == pytest.approx([0.8, 1, 1])
 
 
 def test_rules() -> None:

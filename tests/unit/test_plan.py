@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from megatron_switchlora.planning import command
 from tests.dist.launch import clean_environment, run_scripts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,15 +18,8 @@ LARGE = ["--config", "launch/configs/llama_1.3b.yaml"]
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """The command in this process."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     monkeypatch.chdir(ROOT)
-    import plan  # type: ignore[import-not-found]
-
-    def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["plan.py", *words])
-        plan.main()
-
-    return run
+    return lambda *words: command.main(words)
 
 
 @pytest.fixture

@@ -47,8 +47,6 @@ def test_imports_point_one_way() -> None:
         own = layer(path)
         for name in imported(path):
             parts = name.split(".")
-            if parts[0] in ("launch", "tools", "tests"):
-                raise AssertionError(f"{path} imports {name}")
             if parts[0] == PACKAGE and len(parts) > 1 and parts[1] != own:
                 before = ROOMS[: ROOMS.index(own)]
                 assert parts[1] in before, f"{path} imports {name}: {own} may import {before}"
@@ -83,6 +81,59 @@ def test_only_methods_ask_for_a_methods_name() -> None:
         if asks.search(line)
     ]
     assert not found
+
+
+def scripts() -> list[Path]:
+    return [path for folder in ("launch", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_scripts_only_call_a_main_of_the_package() -> None:
+    for path in scripts():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 12, path
+        names = imported(path)
+        assert len(names) == 2 and "sys" in names, f"{path} imports {names}"
+        kinds = [type(node) for node in tree.body]
+        assert kinds == [ast.Expr, ast.Import, ast.ImportFrom, ast.If], f"{path} holds code of its own"
+    assert len(scripts()) > 10
+
+
+def reached(start: str) -> set[str]:
+    """Modules of the package that are imported, at once, with one of them."""
+    found, queue = set(), [start]
+    while queue:
+        name = queue.pop()
+        base = ROOT.joinpath(*name.split("."))
+        path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+        if name in found or not path.is_file():
+            continue
+        found.add(name)
+        queue += [".".join(name.split(".")[:end]) for end in range(1, name.count(".") + 1)]
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import):
+                queue += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                queue += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
+
+
+def test_commands_know_all_methods() -> None:
+    """A command that reads a configuration or a checkpoint has imported `methods`, which registers them."""
+    for path in scripts():
+        (command,) = imported(path) - {"sys"}
+        modules = reached(command)
+        reads = {f"{PACKAGE}.config.command_line", f"{PACKAGE}.checkpoint.weights"} & modules
+        assert f"{PACKAGE}.methods" in modules or not reads, f"{path} does not import the methods"
+
+
+def test_no_module_imports_a_script() -> None:
+    """By its place, or by its name from its own folder; nor does anything change where Python looks for modules."""
+    stems = {path.stem for path in scripts()} | {"launch", "tools"}
+    for path in sources():
+        wrong = [name for name in imported(path) if name.split(".")[0] in stems]
+        assert not wrong, f"{path} imports {wrong}"
+        text = path.read_text(encoding="utf-8")
+        assert "tests" in path.parts or "sys.path" not in text, f"{path} changes sys.path"
 
 
 def test_only_the_engine_imports_deepspeed() -> None:
@@ -122,11 +173,31 @@ def test_no_code_beside_a_model_is_run() -> None:
 
 def test_programs_with_ranks_end_them() -> None:
     """Through the door: left to the interpreter's end, gloo's threads sometimes abort a rank whose peers are gone."""
-    starts = ("train.engine import start_distributed", "volume_ranks import")
-    programs = [p for p in sources() if p.parent.name in ("launch", "tools") and "def main(" in p.read_text()]
-    found = {p.name: "the_door(" in p.read_text() for p in programs if any(word in p.read_text() for word in starts)}
+    starts = ("start_distributed(device, timeout", "join_ranks(")
+    texts = {path: path.read_text(encoding="utf-8") for path in sources() if "tests" not in path.parts}
+    found = {
+        path.name: "the_door(" in text
+        for path, text in texts.items()
+        if "def main(" in text and any(word in text for word in starts)
+    }
     assert len(found) == 5
     assert all(found.values()), found
+
+
+@pytest.mark.parametrize(
+    ("what", "place"),
+    [
+        (r"\bfcntl\b", "disk.py"),
+        (r"/proc/cpuinfo|platform\.(platform|processor|machine)\(", "run/machine.py"),
+        (r"\"head_\{|head_\\+d|head_\[0-9\]|\"head_\"", "distributed/head_names.py"),
+    ],
+)
+def test_is_written_once(what: str, place: str) -> None:
+    """Locks, facts of the machine, names of heads."""
+    found = [
+        path for path in sources() if "tests" not in path.parts and re.search(what, path.read_text(), re.MULTILINE)
+    ]
+    assert found == [ROOT / PACKAGE / place]
 
 
 def test_every_test_folder_is_collected(pytestconfig: pytest.Config) -> None:

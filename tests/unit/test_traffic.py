@@ -14,6 +14,7 @@ from megatron_switchlora.config.command_line import parse_arguments
 from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.planning.traffic import Flow, flows, on_the_wire
+from megatron_switchlora.study.volume.command import main
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "launch" / "configs"
@@ -123,13 +124,9 @@ def test_the_command_writes_table_and_chart(tmp_path: Path) -> None:
 def test_mistakes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     monkeypatch.chdir(ROOT)
-    import gradient_volume  # type: ignore[import-not-found]
-
     monkeypatch.setattr("megatron_switchlora.startup.door.end_rank", sys.exit)
-    monkeypatch.setattr(sys, "argv", ["gradient_volume.py", "--config", "launch/configs/llama_1.3b.yaml", *words])
     with pytest.raises(SystemExit) as end:
-        gradient_volume.main()
+        main(["--config", "launch/configs/llama_1.3b.yaml", *words])
     assert end.value.code == 2
     assert f"error: {message}" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from megatron_switchlora.distributed.head_names import of_head
 from megatron_switchlora.distributed.shard import Axis, Split, shard_of
 from megatron_switchlora.distributed.slices import Part, parameter_part, replica_line, shard_part
 from megatron_switchlora.lowrank.heads import HeadsLinear
@@ -168,7 +169,7 @@ class Merging(Method):
                 self.origins[name].store(mean - product)
 
     def stored_name(self, name: str) -> str:
-        return f"head_{self.first_head:02d}/{name}"
+        return of_head(self.first_head, name)
 
     def replicas(self) -> Iterator[Replica]:
         """Also the origins, over heads: a head's data ranks hold parts of them."""
@@ -279,7 +280,7 @@ class LocalLte(Merging):
 
     def stored_name(self, name: str) -> str:
         base, head = name.rsplit(".", 1)
-        return f"head_{self.first_head + int(head):02d}/{base}"
+        return of_head(self.first_head + int(head), base)
 
     def replicas(self) -> Iterator[Replica]:
         """Also what holds the base, over all heads."""

@@ -12,14 +12,12 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import MutableMapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 import torch.distributed as dist
-from measure_switching import make_engine
 
 from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.distributed.consensus import gather_texts, on_all_ranks
@@ -27,27 +25,15 @@ from megatron_switchlora.distributed.mesh import AXES, Mesh
 from megatron_switchlora.distributed.recorder import Record
 from megatron_switchlora.planning.dry_run import planned_vocabulary
 from megatron_switchlora.planning.traffic import PARTS, axis_size, on_the_wire
-from megatron_switchlora.startup.device import choose_device
-from megatron_switchlora.startup.environment import Ranks, discover_ranks
 from megatron_switchlora.startup.launchers import own_host
+from megatron_switchlora.study.benchmarks.common import make_engine
+from megatron_switchlora.study.volume.cases import Case
 
 if TYPE_CHECKING:
-    from gradient_volume import Case
-
     from megatron_switchlora.train.engine import Engine
 
 MARK_BITS = 20  # between the marks of two groups
 IP_HEADERS, ETHERNET = 20 + 32, 14  # of IPv4 and TCP with time stamps; in each packet that an interface counts
-
-
-def start(environment: MutableMapping[str, str]) -> tuple[Ranks, torch.device]:
-    """Join the launcher's ranks, on a GPU each where there are some."""
-    ranks = discover_ranks(environment)
-    device = choose_device("auto", ranks, 1)
-    from megatron_switchlora.train.engine import start_distributed
-
-    start_distributed(device)
-    return ranks, device
 
 
 def merges(case: Case) -> int:

@@ -9,11 +9,8 @@ after every run; a finished run's checkpoints and final model are then deleted (
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -23,88 +20,30 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, median
 from types import TracebackType
 from typing import Any, Optional
 
-from compare_setting import ROOT, Point, Setting, run_key
-
 from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.run import RunConfig
-from megatron_switchlora.disk import open_no_follow, read_json, replace_text
+from megatron_switchlora.disk import open_no_follow, take_lock
 from megatron_switchlora.run.folder import lock_folder, read_meta
+from megatron_switchlora.run.machine import machine
 from megatron_switchlora.run.metrics_log import read_records
 from megatron_switchlora.startup.signals import REQUEUE
+from megatron_switchlora.study.comparison.results import Results
+from megatron_switchlora.study.comparison.settings import Point, Setting, run_key
+from megatron_switchlora.study.places import ROOT
 
 SCRIPT = ROOT / "launch" / "pretrain.py"
-NUMBER = (int, float)
-MAYBE = (int, float, type(None))
-OF_A_RUN: dict[str, Any] = {  # what the table and the plot read of a run
-    "method": str, "lr": NUMBER, "dense_lr": MAYBE, "seed": int, "sweep": bool, "val_loss": MAYBE, "diverged": bool,
-    "curve": list, "peak_memory_bytes": MAYBE, "dp_bytes": MAYBE, "device": (str, type(None)), "trainable": MAYBE,
-    "full_rank": MAYBE, "vocab_size": MAYBE, "revision": (str, type(None)), "machine": dict,
-}  # fmt: skip
-OF_A_TIMING: dict[str, Any] = {"ratio": NUMBER, "lowest": NUMBER, "highest": NUMBER, "machine": dict}
 DIVERGED = ("not finite, so the step was", "the last update has destroyed the model")  # what launch/pretrain.py says
 
 
 class Stopped(Exception):
     """A run was asked to stop, and has left a checkpoint."""
-
-
-class Results:
-    """Finished runs by key, chosen rates and step times, in a JSON file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.report: Callable[[], Any] = lambda: None  # called after every change, under the lock
-        self._lock = threading.Lock()
-        self.content: dict[str, Any] = {"data": None, "chosen": {}, "timing": {}, "runs": {}}
-        if path.exists():
-            try:
-                found = read_json(path)
-            except (OSError, ValueError) as error:
-                raise UserError(f"The results {path} cannot be read ({error}): move the file away.") from None
-            require(
-                are_results(found), f"{path} does not hold results of this tool: move it away, or give another --out."
-            )
-            self.content |= found
-
-    def change(self, section: str, key: str, value: Any) -> None:
-        """Set an entry and write the file, so that a kill leaves the old or the new one."""
-        with self._lock:
-            self.content[section][key] = value
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(self.path, json.dumps(self.content, indent=1) + "\n")
-            self.report()
-
-    def choose(self, method: str, point: Optional[Point]) -> None:
-        """The rates that a sweep has found; None while it is under way."""
-        self.change("chosen", method, point and [point.lr, point.dense_lr])
-
-    def chosen(self, method: str) -> Optional[Point]:
-        """The rates that a finished sweep has found."""
-        found = self.content["chosen"].get(method)
-        return found and Point(*found)
-
-    def require_text(self, data: Optional[str], what: str) -> None:
-        """Raises: UserError, if tokens of this fingerprint are not those of the runs that are there."""
-        before = self.content["data"]
-        require(
-            data is None or before in (None, data),
-            f"{what} has tokens of fingerprint {data}, the runs in {self.path} read {before}: give the same --data, or "
-            "another --out.",
-        )
-
-    def add(self, key: str, run: dict[str, Any]) -> None:
-        """Raises: UserError, if the run read other tokens than those before it."""
-        data = run.pop("data")
-        self.require_text(data, key)
-        self.content["data"] = self.content["data"] or data
-        self.change("runs", key, run)
 
 
 class Runner:
@@ -205,12 +144,11 @@ class Runner:
         with open_no_follow(folder / ".lock", os.O_RDWR) as file:
             told = False
             while not self._stopping:
-                try:
-                    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    if not told:
-                        print(f"{folder.name} still runs, from an earlier comparison: waiting for its end", flush=True)
-                    told = True
+                if take_lock(file):
+                    return
+                if not told:
+                    print(f"{folder.name} still runs, from an earlier comparison: waiting for its end", flush=True)
+                told = True
                 time.sleep(0.2)
 
     def train(self, method: str, options: dict[str, Any], folder: Path, may_stop: bool = False) -> bool:
@@ -257,52 +195,6 @@ def text_of(config: RunConfig) -> Optional[str]:
     for note in data.notes:
         print(f"warning: {note}", flush=True)
     return str(data_identity(data, data.vocab_size)["data"])
-
-
-def are_results(content: Any) -> bool:
-    """Whether a JSON has the shape of `Results.content`."""
-    if not isinstance(content, dict):
-        return False
-    sections = [content.get(name, {}) for name in ("chosen", "timing", "runs")]
-    if not all(isinstance(section, dict) for section in sections):
-        return False
-    chosen, timing, runs = (list(section.values()) for section in sections)
-    return (
-        all(point is None or (isinstance(point, list) and len(point) == 2 and _are(MAYBE, point)) for point in chosen)
-        and all(_has(OF_A_TIMING, entry) for entry in timing)
-        and all(_has(OF_A_RUN, run) and all(map(_is_point, run["curve"])) for run in runs)
-    )
-
-
-def _has(kinds: dict[str, Any], entry: Any) -> bool:
-    """Whether a JSON has these fields, and a machine its own."""
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(key, ...), kind) for key, kind in kinds.items()):
-        return False
-    return {"cpus", "processor", "system"} <= set(entry["machine"])
-
-
-def _are(kinds: Any, values: list[Any]) -> bool:
-    return all(isinstance(value, kinds) for value in values)
-
-
-def _is_point(entry: Any) -> bool:
-    """Whether it is a step, tokens and a loss."""
-    return isinstance(entry, list) and len(entry) == 3 and _are(NUMBER, entry)
-
-
-def machine() -> dict[str, Any]:
-    """Where a run was made; on a cluster the host that started it."""
-    return {"processor": processor(), "cpus": os.cpu_count(), "system": platform.platform()}
-
-
-def processor() -> str:
-    """The processor's own name where the system tells, else its kind."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def read_run(folder: Path, diverged: bool) -> dict[str, Any]:

@@ -13,11 +13,11 @@ import shutil
 from statistics import median
 from typing import Any
 
-from compare_runs import Runner, machine, step_seconds
-from compare_setting import Setting
-
 from megatron_switchlora.config.errors import require
+from megatron_switchlora.run.machine import machine
 from megatron_switchlora.run.metrics_log import read_records
+from megatron_switchlora.study.comparison.runs import Runner, step_seconds
+from megatron_switchlora.study.comparison.settings import Setting
 
 
 def time_methods(setting: Setting, runner: Runner) -> None:

@@ -25,10 +25,10 @@ from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.facts import flatten, names_where, walk
 from megatron_switchlora.config.field_checks import expanded
 from megatron_switchlora.config.run import RunConfig, run_config_class
-from megatron_switchlora.config.yaml_text import read_yaml
+from megatron_switchlora.config.yaml_text import read_given_yaml
 from megatron_switchlora.distributed.mesh import mesh_sizes
+from megatron_switchlora.study.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 KINDS: dict[str, tuple[str, tuple[type[Any], ...]]] = {  # of a YAML's fields, by their annotation
     "str": ("a text", (str,)), "Optional[str]": ("a text", (str, type(None))), "int": ("a whole number", (int,)),
     "Optional[int]": ("a whole number", (int, type(None))), "dict[str, Any]": ("a section of fields", (dict,)),
@@ -117,7 +117,7 @@ class Setting:
         chosen = self.methods[method]
         given: dict[str, Any] = {}
         for path in [*self.configs, *chosen.configs]:
-            content = _read_yaml(ROOT / expanded("configs", path))
+            content = _read_section(ROOT / expanded("configs", path))
             given |= flatten(content, {name for name, _, _ in walk(run_config_class()())})
         given |= self.options | chosen.options | (self.sweep_options if sweep else {})
         given |= {"optim.lr": point.lr, "train.seed": seed}
@@ -174,7 +174,7 @@ def read_setting(
     """
     if not path.exists() and (ROOT / "tools" / "settings" / f"{path}.yaml").is_file():
         path = ROOT / "tools" / "settings" / f"{path}.yaml"
-    content = _read_yaml(path) | overrides
+    content = _read_section(path) | overrides
     given: dict[str, Any] = content.get("methods") or {}
     named = isinstance(given, dict) and bool(given) and all(isinstance(name, str) for name in given)
     require(named, f"{path} must name its methods, a section each, under 'methods'.")
@@ -269,15 +269,8 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = read_yaml(path)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read: {error.strerror}. The shipped settings are in tools/settings."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid YAML: {error}.") from None
+def _read_section(path: Path) -> dict[str, Any]:
+    content = read_given_yaml(path, str(path), "The shipped settings are in tools/settings.")
     require(isinstance(content, dict), f"{path} must hold fields, as 'options:' with lines below it.")
     return content
 

@@ -15,9 +15,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Optional
 
-from compare_runs import Results
-from compare_setting import ROOT, Point, Setting, run_key
-
 from megatron_switchlora.config.ds_config import read_ds_config, resolve_ds_config, zero_settings
 from megatron_switchlora.config.field_checks import expanded
 from megatron_switchlora.config.run import RunConfig
@@ -26,6 +23,9 @@ from megatron_switchlora.distributed.mesh import mesh_sizes
 from megatron_switchlora.planning.traffic import gradient_bytes
 from megatron_switchlora.run.figures import decorating, new_figure, save_figure
 from megatron_switchlora.run.metrics_log import perplexity
+from megatron_switchlora.study.comparison.results import Results
+from megatron_switchlora.study.comparison.settings import Point, Setting, run_key
+from megatron_switchlora.study.places import ROOT
 
 Run = dict[str, Any]
 HEAD = (

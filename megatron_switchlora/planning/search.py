@@ -1,0 +1,130 @@
+"""The mesh search: every way to run a configuration on a machine, those that fit, fastest first."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Optional
+
+from megatron_switchlora.config.ds_config import Zero, resolve_ds_config, zero_settings
+from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.rules import validate
+from megatron_switchlora.config.run import RunConfig, full_rank_config, method_config
+from megatron_switchlora.distributed.mesh import mesh_sizes
+from megatron_switchlora.planning.memory import Item, memory_items, peak_bytes
+from megatron_switchlora.planning.step_time import Machine, StepTime, step_time
+
+WORKSPACE = 2.5e9  # CUDA's context, cuBLAS, NCCL's buffers and the allocator's gaps: assumed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run it; `before` are the full-rank steps that it may begin with, on the same ranks."""
+
+    config: RunConfig
+    mesh: dict[str, int]
+    zero: Zero
+    micro_batches: int
+    items: list[Item]
+    time: StepTime
+    before: Optional[Plan] = None
+
+    @property
+    def peak(self) -> float:
+        return max(peak_bytes(self.items) + WORKSPACE, self.before.peak if self.before else 0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps."""
+        return self.config.train.steps * self.time.seconds + (self.before.seconds if self.before else 0.0)
+
+    def words(self) -> str:
+        train, method, mesh = self.config.train, self.config.method, self.mesh
+        heads = f"lte {mesh['lte']} x " if mesh["lte"] > 1 else ""
+        again = ", activations computed again" if train.activation_checkpointing else ""
+        again += ", bank spread over dp" if method.facts.switches and method.switch.bank_spread == "dp" else ""
+        return (
+            f"{heads}dp {mesh['dp']} x tp {mesh['tp']}, ZeRO {self.zero.stage}, {self.micro_batches} micro-batches of "
+            f"{train.micro_batch_size}{again}"
+        )
+
+
+def make_plan(config: RunConfig, ds_config: dict[str, Any], machine: Machine, vocab_size: int) -> Plan:
+    """Raises: UserError, for what the run would refuse."""
+    validate(config)
+    border = config.method.full_rank_steps
+    found = _plan_phase(method_config(config), ds_config, machine, vocab_size)
+    if not border:
+        return found
+    first = full_rank_config(config)
+    first = replace(first, train=replace(first.train, steps=border))
+    return replace(found, before=_plan_phase(first, ds_config, machine, vocab_size))
+
+
+def _plan_phase(config: RunConfig, ds_config: dict[str, Any], machine: Machine, vocab_size: int) -> Plan:
+    mesh = mesh_sizes(config.parallel, machine.world)
+    resolved = resolve_ds_config(ds_config, config, mesh["dp"])
+    zero = zero_settings(resolved)
+    overlap = zero.stage > 0 and bool(resolved["zero_optimization"].get("overlap_comm"))
+    return Plan(
+        config, mesh, zero, resolved["gradient_accumulation_steps"],
+        memory_items(config, vocab_size, mesh["tp"], mesh["dp"], zero),
+        step_time(config, vocab_size, mesh, zero, machine, overlap),
+    )  # fmt: skip
+
+
+def variants(config: RunConfig, ds_config: dict[str, Any], max_tp: int, kept: Sequence[str]) -> Iterator[tuple]:
+    """(configuration, DeepSpeed JSON) of everything that may be tried; options that are `kept` are not."""
+    sizes = [2**power for power in range(20) if 2**power <= max_tp]
+    if "parallel.tp" in kept:
+        sizes = [config.parallel.tp]
+    largest = config.train.global_batch_size // config.parallel.lte_heads
+    batches = [size for size in range(1, min(largest, 256) + 1) if largest % size == 0]
+    if "train.micro_batch_size" in kept:
+        batches = [config.train.micro_batch_size]
+    for tp in sizes:
+        for micro in batches:
+            for again, spread in product((False, True), ("tp", "dp") if config.method.facts.switches else ("tp",)):
+                train = replace(config.train, micro_batch_size=micro, activation_checkpointing=again)
+                method = copy.deepcopy(config.method)
+                method.switch.bank_spread = spread
+                tried = replace(config, method=method, train=train, parallel=replace(config.parallel, tp=tp))
+                for stage in (0, 1, 2):
+                    section = {**ds_config.get("zero_optimization", {}), "stage": stage}
+                    yield tried, {**ds_config, "zero_optimization": section}
+
+
+def search(
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    machine: Machine,
+    max_tp: int,
+    vocab_size: int,
+    kept: Sequence[str],
+) -> list[Plan]:
+    """All that fit, in classes of a per cent of time, fastest first; within one by fewest micro-batches, whose larger
+    products run best, then by memory.
+
+    Raises:
+        UserError: nothing runs on these ranks, or nothing fits, with what comes nearest.
+    """
+    plans, refusals = [], []
+    for tried, json_ in variants(config, ds_config, max_tp, kept):
+        try:
+            plans.append(make_plan(tried, json_, machine, vocab_size))
+        except UserError as error:
+            refusals.append(error)
+    if not plans:
+        raise refusals[0]
+    fitting = [plan for plan in plans if plan.peak <= machine.gpu.memory]
+    if not fitting:
+        best = min(plans, key=lambda plan: plan.peak)
+        raise UserError(
+            f"Nothing fits {machine.gpu.memory / 1e9:.0f} GB: {best.words()} comes nearest and needs "
+            f"{best.peak / 1e9:.1f} GB, most of it {max(best.items, key=lambda item: item.bytes).kind}. Give more GPUs "
+            "a node with a larger --max_tp, or another GPU."
+        )
+    return sorted(fitting, key=lambda plan: (round(100 * math.log(plan.seconds)), plan.micro_batches, plan.peak))

@@ -1,0 +1,46 @@
+"""What a result was computed with: the machine, and the versions of the code."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Optional
+
+
+def machine() -> dict[str, Any]:
+    """Return the processor's own name, where the system tells it, its number of cores, and the system's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    return {"processor": processor, "cpus": os.cpu_count(), "system": platform.platform()}
+
+
+def _git(*arguments: str) -> Optional[str]:
+    """What git says of the tree this package lies in, if it is one."""
+    try:
+        done = subprocess.run(
+            ["git", "--no-optional-locks", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
+            timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, ValueError, subprocess.SubprocessError):  # also an answer that is not UTF-8
+        return None
+    return done.stdout.strip()
+
+
+def versions() -> dict[str, Optional[str]]:
+    """Versions of what computes, and the git revision with a mark if the tree is changed."""
+    found: dict[str, Optional[str]] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("megatron_switchlora", "torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    revision = _git("rev-parse", "HEAD")
+    found["git_revision"] = revision and revision + ("-changed" if _git("status", "--porcelain", "-uno") else "")
+    return found

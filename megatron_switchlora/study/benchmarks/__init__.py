@@ -1,0 +1,1 @@
+"""What a step, switching, a checkpoint and an export cost."""

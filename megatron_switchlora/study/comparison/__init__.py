@@ -1,0 +1,1 @@
+"""Comparing methods at swept rates over several seeds."""

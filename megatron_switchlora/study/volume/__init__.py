@@ -1,0 +1,1 @@
+"""Bytes that a step gives to collectives: predicted, recorded, on the wire."""

@@ -1,0 +1,162 @@
+"""Pre-train a LLaMA. Start it with deepspeed, torchrun, mpirun, srun, or alone as one process:
+
+deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/cpu_quickstart.yaml --ds_config ds_configs/zero1.json
+
+A mistake in the input is reported once, by rank 0, and ends every rank with status 2. startup/door.py has all other
+ends.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Optional
+
+import torch
+
+import megatron_switchlora.methods  # noqa: F401  # registers them
+from megatron_switchlora.checkpoint.resume_rules import what_must_agree
+from megatron_switchlora.config.command_line import Arguments, parse_arguments
+from megatron_switchlora.config.ds_config import read_ds_config, resolve_ds_config
+from megatron_switchlora.config.errors import require
+from megatron_switchlora.config.method import MethodConfig
+from megatron_switchlora.config.rules import unused_options
+from megatron_switchlora.distributed.consensus import on_one_rank
+from megatron_switchlora.startup.device import allow_open_files, choose_device, precision_warning
+from megatron_switchlora.startup.door import Door, the_door
+from megatron_switchlora.startup.environment import Ranks, complete_environment, discover_ranks, end_rank
+from megatron_switchlora.startup.launchers import is_first
+from megatron_switchlora.startup.monitors import check_monitors
+from megatron_switchlora.startup.preflight import meet
+from megatron_switchlora.startup.signals import REQUEUE, StopRequest
+
+
+def check_early(arguments: Arguments, ranks: Ranks) -> None:
+    """What can be refused before deepspeed is imported."""
+    from megatron_switchlora.distributed.mesh import mesh_sizes
+
+    if arguments.evaluate_only:  # mesh and batch are those of the run's own configuration
+        require(
+            arguments.config.output_dir is not None,
+            "--evaluate_only evaluates the finished run in --output_dir: give its folder.",
+        )
+        return
+    dp = mesh_sizes(arguments.config.parallel, ranks.world_size)["dp"]
+    resolve_ds_config(read_ds_config(arguments.ds_config), arguments.config, dp)
+
+
+def show_plan(arguments: Arguments, first: bool) -> None:
+    """The plan of the run, from rank 0; raises what the run would on every rank."""
+    from megatron_switchlora.planning.dry_run import plan
+
+    world_size = arguments.dry_run_world or discover_ranks(os.environ).world_size
+    given = read_ds_config(arguments.ds_config)
+    text = plan(arguments.config, given, world_size)
+    check_monitors(given)
+    if first:
+        warn(unused_warning(arguments.config.method))
+        print(text)
+
+
+def unused_warning(method: MethodConfig) -> Optional[str]:
+    """What to report of options that change nothing."""
+    names = ", ".join(unused_options(method))
+    return f"{names}: without effect in method.name {method.facts.title}." if names else None
+
+
+def warn(*texts: Optional[str]) -> None:
+    """Print those that say something."""
+    for text in texts:
+        if text:
+            print(f"warning: {text}", flush=True)
+
+
+def prepare_only(arguments: Arguments, first: bool) -> None:
+    """The token cache, made by rank 0 alone."""
+    from megatron_switchlora.data.packing import prepare
+
+    if first:
+        data = prepare(arguments.config.data, progress=True)
+        warn(*data.notes)
+        print(
+            f"{data.folder}: {data.train.num_tokens:,} tokens to train on, {data.val.num_tokens:,} to validate, a "
+            f"vocabulary of {data.vocab_size:,}. Runs with the same data options open it."
+        )
+
+
+def meet_others(arguments: Arguments, ranks: Ranks, device: torch.device) -> torch.distributed.Store:
+    """Compare with the other ranks what all must have alike; returns the store in which they have met."""
+    same = what_must_agree(arguments.config, read_ds_config(arguments.ds_config), device)
+    same["--evaluate_only"] = arguments.evaluate_only
+    return meet(os.environ, ranks, same, arguments.config.parallel.start_timeout)
+
+
+def run(arguments: Arguments, ranks: Ranks, stop: StopRequest, door: Door) -> int:
+    """Train or evaluate; returns the exit status."""
+    allow_open_files()
+    timeout = arguments.config.parallel.timeout
+    device = choose_device(arguments.config.train.device, ranks, arguments.config.train.threads)
+    store = meet_others(arguments, ranks, device) if ranks.world_size > 1 else None
+    door.watch_others(ranks, timeout, store)
+    from megatron_switchlora.train.engine import start_distributed
+
+    start_distributed(device, timeout, store)
+    status = 0
+    if arguments.evaluate_only:
+        from megatron_switchlora.train.evaluate import evaluate_run
+
+        evaluate_run(arguments.config, ranks, device)
+    else:
+        status = train(arguments, ranks, device, stop)
+    door.close()
+    return status
+
+
+def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRequest) -> int:
+    """A run, or what is left of it; returns the exit status."""
+    from megatron_switchlora.checkpoint.resume import find_start
+    from megatron_switchlora.run.figures import decorating, outlive_terminal
+    from megatron_switchlora.train.summary import closing_words
+    from megatron_switchlora.train.trainer import Trainer
+
+    began = time.perf_counter()
+    outlive_terminal()
+    given = read_ds_config(arguments.ds_config)
+    on_one_rank(ranks.rank == 0, partial(check_monitors, given), device)
+    start = find_start(arguments.config, device)
+    if start.finished:
+        if ranks.rank == 0:
+            print(f"The run in {arguments.config.output_dir} is finished: give another --output_dir for a new one.")
+        return 0
+    if ranks.rank == 0:
+        warn(unused_warning(arguments.config.method), precision_warning(device, arguments.config.train.precision))
+    trainer = Trainer(arguments.config, given, ranks, device, start, stop)
+    val_loss = trainer.fit()
+    if val_loss is not None:
+        with decorating("the summary"):
+            seconds = time.perf_counter() - began
+            trainer.say("\n" + closing_words(trainer.context, trainer.mesh, trainer.run, val_loss, seconds))
+    return REQUEUE if val_loss is None else 0
+
+
+def main(argv: Sequence[str]) -> None:
+    quiet = {"--print_config", "--help", "-h"}
+    first = is_first(os.environ)
+    if not first and any(arg.split("=")[0] in quiet for arg in argv):
+        return  # rank 0 prints
+    with the_door() as door:
+        stop = StopRequest()
+        stop.install()
+        arguments = parse_arguments(argv)  # --help works wherever it is typed
+        if arguments.dry_run:
+            show_plan(arguments, first)
+            end_rank(0)
+        if arguments.prepare_only:
+            prepare_only(arguments, first)
+            end_rank(0)
+        ranks = discover_ranks(os.environ)
+        complete_environment(os.environ)
+        check_early(arguments, ranks)
+        end_rank(run(arguments, ranks, stop, door))
