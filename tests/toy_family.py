@@ -94,6 +94,7 @@ class Toy(Family):
 
     name = "toy"
     title = "toy"
+    unread = frozenset({"num_heads", "num_kv_heads", "rope_theta", "rope_scaling"})
     sums_per_layer = 1
     model_types = ("toy",)
 
@@ -116,7 +117,7 @@ class Toy(Family):
         h, f = config.hidden_size, config.intermediate_size
         return [Projection(f, h, False), Projection(h, f, True)]
 
-    def kept_bytes(self, config: ModelConfig, tp: int, size: int) -> int:
+    def kept_bytes(self, config: ModelConfig, tp: int, size: int, norms_train: bool) -> int:
         """The norm's input and 1 / rms in fp32, what it gives, the input of up, that of down."""
         h, f = config.hidden_size, shard_size(config.intermediate_size, tp)
         return (4 + size) * h + 4 + size * h + size * f

@@ -1,8 +1,9 @@
 """The whole state of a run as parts of named tensors: what a checkpoint writes and what it fills.
 
 Trainable tensors are saved as their fp32 masters, of which the weights are the cast, with both moments
-and the row steps; then the method's own parts (frozen W, bank, schedule). Rank by rank nothing is held
-twice in the files: of ranks with the same part, one writes it, in turns.
+and the row steps, frozen dense tensors as they are; then the method's own parts (frozen W, bank,
+schedule). Rank by rank nothing is held twice in the files: of ranks with the same part, one writes it,
+in turns.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ def state_parts(engine: Engine) -> Iterator[Part]:
     """This rank's parts, in the same order on all ranks of a line."""
     optimizer, stored_name = engine.optimizer, engine.method.stored_name
     for name, param in engine.model.named_parameters():
-        yield from optimizer.parts(stored_name(name), param, _same_here(is_split(param), optimizer.partitioned))
+        if param.requires_grad:
+            yield from optimizer.parts(stored_name(name), param, _same_here(is_split(param), optimizer.partitioned))
+        else:  # of LTE heads, too, there is one
+            yield parameter_part(name, param, engine.method.frozen_line(param))
     yield from engine.method.parts()
 
 
@@ -81,8 +85,8 @@ def fill_parts(engine: Engine, fill: Callable[[Part], None], step: int) -> None:
     for part in state_parts(engine):
         fill(part)
     for name, param in engine.model.named_parameters():
-        # from the masters: ZeRO gathers only what it has stepped
-        fill(parameter_part(engine.method.stored_name(name), param, None))
+        if param.requires_grad:  # from the masters: ZeRO gathers only what it has stepped
+            fill(parameter_part(engine.method.stored_name(name), param, None))
     engine.ds.global_steps = step
     engine.ds.global_samples = step * engine.config.train.global_batch_size
 

@@ -59,7 +59,7 @@ def load_regrouped(engine: Engine, checkpoint: Checkpoint) -> None:
     method = engine.method
     assert isinstance(method, Merging)
     weights, archive = Weights(checkpoint), checkpoint.archive()
-    dense, heads = set(method.dense()), len(weights.heads)
+    dense, heads = {*method.dense(), *method.frozen_dense()}, len(weights.heads)
 
     def fill(part: Part) -> None:
         head, inner = split_head(part.name)

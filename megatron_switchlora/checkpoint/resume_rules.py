@@ -13,7 +13,7 @@ from dataclasses import asdict
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -21,6 +21,7 @@ from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.facts import names_where, value_of, walk
 from megatron_switchlora.config.rules import changeable_options, unread_options
 from megatron_switchlora.config.run import RunConfig, run_config_class
+from megatron_switchlora.startup.device import gpu_identity
 
 
 def what_must_agree(config: RunConfig, ds_config: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def what_must_agree(config: RunConfig, ds_config: dict[str, Any], device: torch.
         code.update(Path(script).read_bytes())
     same = {"device": device.type, "ds_config": ds_config, "the code's digest": code.hexdigest()[:12]}
     same |= {f"version of {name}": version(name) for name in ("torch", "deepspeed", "numpy")}
-    return {name: value for name, _, value in walk(config)} | same
+    return {name: value for name, _, value in walk(config)} | same | gpu_identity(device)
 
 
 def compare(config: RunConfig, stored: dict[str, Any], what: str) -> None:
@@ -45,6 +46,9 @@ def compare(config: RunConfig, stored: dict[str, Any], what: str) -> None:
     allowed = [*free, *config.checkpoint.allow_changes, *config.method.facts.may_change]
     if mine["method.name"] == theirs["method.name"]:
         allowed += unread_options(config.method)
+    if all(_dense_follows(config, side) for side in (mine, theirs)):
+        allowed += ["optim.dense_lr"]
+    _refuse_thawing(config, theirs["optim.dense_lr"], what)
     names = [name for name in mine if mine[name] != theirs[name] and not _matches(name, allowed)]
     if not names:
         return
@@ -58,6 +62,23 @@ def compare(config: RunConfig, stored: dict[str, Any], what: str) -> None:
         f"{what} has another configuration: {listed}{more}. Give its values, or another --output_dir for a new "
         f"run.{advice}"
     )
+
+
+def _refuse_thawing(config: RunConfig, stored: Optional[float], what: str) -> None:
+    """Raises: UserError, if dense tensors were frozen there and train here, or the reverse: their state is another."""
+    given = config.optim.dense_lr
+    if (stored == 0) != (given == 0):
+        raise UserError(
+            f"{what} has another configuration: optim.dense_lr is {stored!r} there and {given!r} here, and 0 freezes "
+            "embedding, head and norms from the start, without moments: give its value, or begin another run from it "
+            "with --train.init_from."
+        )
+
+
+def _dense_follows(config: RunConfig, options: dict[str, Any]) -> bool:
+    """Return whether the rate of the dense tensors is what the method derives from the other, which is compared."""
+    lr, dense_lr = options["optim.lr"], options["optim.dense_lr"]
+    return dense_lr is None or (lr is not None and dense_lr == config.method.facts.default_dense_lr(lr))
 
 
 def compare_data(config: RunConfig, state: dict[str, Any], here: dict[str, Any]) -> None:

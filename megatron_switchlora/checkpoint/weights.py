@@ -191,10 +191,11 @@ def _known(kind: type[T], stored: dict[str, Any]) -> T:
 
 
 def describe_model(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """What must agree for weights to mean the same function."""
+    """Return what must agree for weights to mean the same function."""
+    free = {"initializer_range", "max_position_embeddings"} | family_of(config).unread
     same = {field.name: getattr(config, field.name) for field in fields(config)}
     same |= {"vocab_size": vocab_size, "num_kv_heads": config.kv_heads}
-    return {key: value for key, value in same.items() if key not in ("initializer_range", "max_position_embeddings")}
+    return {key: value for key, value in same.items() if key not in free}
 
 
 @torch.no_grad()

@@ -12,12 +12,13 @@ import contextlib
 import difflib
 import itertools
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, NoReturn, Optional, Union
 
 from jsonargparse import (
     ActionConfigFile,
@@ -38,6 +39,8 @@ from megatron_switchlora.config.field_checks import (
     read_word,
     sections,
 )
+from megatron_switchlora.config.help_text import DESCRIPTION, added_help, short_help, wanted_help
+from megatron_switchlora.config.method import METHODS
 from megatron_switchlora.config.plugins import listed, load_plugins
 from megatron_switchlora.config.rules import validate
 from megatron_switchlora.config.run import RunConfig, run_config_class
@@ -70,7 +73,7 @@ def _parser_of(kind: type[RunConfig]) -> ArgumentParser:
     set_dumper("yaml", dump_yaml)  # what --print_config writes is what --config reads
     parser = ArgumentParser(
         prog="pretrain.py",
-        description="Pre-train a LLaMA with full-rank, LoRA, ReLoRA, SwitchLoRA or GaLore training under DeepSpeed.",
+        description=DESCRIPTION,
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -103,7 +106,20 @@ def _parser_of(kind: type[RunConfig]) -> ArgumentParser:
         "--local_rank", type=int, default=0, help="Set by the deepspeed launcher; the environment decides."
     )
     parser.add_class_arguments(kind)
+    added = added_help() | {"help": "--help all shows this, --help alone the options to start with."}
+    for action in parser._actions:
+        if action.dest in added:
+            action.help = f"{'' if action.dest == 'help' else action.help} {added[action.dest]}".strip()
     return parser
+
+
+def print_help(which: str) -> NoReturn:
+    """Print the help that `wanted_help` found and exit; --help alone builds no parser, which takes a second."""
+    if which == "all":
+        build_parser().print_help()
+    else:
+        print(short_help())
+    sys.exit(0)
 
 
 def _unknown_name(message: str) -> Optional[str]:
@@ -114,7 +130,7 @@ def _unknown_name(message: str) -> Optional[str]:
 
 def _unknown(name: str) -> UserError:
     near = difflib.get_close_matches(name, sorted(option_types()), n=1, cutoff=0.0)
-    return UserError(f"Unknown option or key {name!r}: did you mean {near[0]!r}? --help lists all of them.")
+    return UserError(f"Unknown option or key {name!r}: did you mean {near[0]!r}? --help all lists all of them.")
 
 
 def _explain(error: Exception) -> UserError:
@@ -133,6 +149,9 @@ def parse_arguments(argv: Sequence[str], kept_in: Optional[Path] = None) -> Argu
     require_utf8(argv)
     files, words = split_config_files(argv)
     load_plugins(named_plugins(files, words), kept_in)
+    help_for = wanted_help(words)
+    if help_for:
+        print_help(help_for)
     given: dict[str, Any] = {}
     for path in files:
         given |= read_options(path)
@@ -143,8 +162,11 @@ def parse_arguments(argv: Sequence[str], kept_in: Optional[Path] = None) -> Argu
         if name in field_types():
             setattr(attrgetter(section)(Namespace(config=config)), entry, value)
     expand_paths(config)
-    flags = _parse_flags(given, others)
-    config.method.init = config.method.initial  # type: ignore[assignment]  # a run's records say which it was
+    known = METHODS.get(config.method.name)  # one that is not is refused by `validate`
+    rates = {"optim.lr": config.lr, "optim.dense_lr": config.dense_lr} if known else {}
+    flags = _parse_flags(given | rates, others)
+    config.method.init = config.method.initial  # type: ignore[assignment]  # a run's records say which they were
+    config.optim.lr, config.optim.dense_lr = config.lr, config.dense_lr
     validate(config)
     check_modes(flags)
     return Arguments(

@@ -91,6 +91,12 @@ def _refuse_unsupported(given: dict[str, Any], precision: str) -> None:
         f"data_types.grad_accum_dtype {accumulate!r} does not go with train.precision {precision!r} at ZeRO stage "
         f"{stage}: fp32 accumulation of bf16 gradients needs stage 1; else leave it out.",
     )
+    timers = given.get("timers", {}).get("throughput", {})
+    require(
+        all(key in ("enabled", "synchronized") and isinstance(value, bool) for key, value in timers.items()),
+        f"timers.throughput in the DeepSpeed JSON has enabled and synchronized, each true or false, not {timers}: "
+        "change it, or leave timers out.",
+    )
     _refuse_prescaling(given, stage)
 
 
@@ -150,6 +156,8 @@ def resolve_ds_config(given: dict[str, Any], config: RunConfig, dp: int) -> dict
     )
     resolved["bf16"] = {"enabled": bf16}
     resolved.setdefault("steps_per_print", 10**9)
+    # On by default, it waits for the device twice a micro-batch. A step's time is taken where its loss is read.
+    resolved.setdefault("timers", {"throughput": {"enabled": False}})
     return resolved
 
 

@@ -71,6 +71,7 @@ SECTIONS: dict[str, dict[str, Kind]] = {
         "enabled": AUTO_FLAG, "prof_all": AUTO_FLAG, "prof_ops": Kind("a list of texts", (list,), auto=True),
         "verbose": AUTO_FLAG, "debug": AUTO_FLAG,
     },
+    "timers": {"throughput": Kind('{"enabled": false}, or with "synchronized"', (dict,))},
     "flops_profiler": {
         "enabled": FLAG, "recompute_fwd_factor": Kind("a number from 0", (int, float), 0), "profile_step": _whole(1),
         "module_depth": _whole(-1), "top_modules": _whole(1), "detailed": FLAG,

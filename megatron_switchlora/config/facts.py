@@ -20,6 +20,7 @@ def option(
     results: bool = True,
     path: bool = False,
     swept: bool = False,
+    basic: bool = False,
     factory: Union[Callable[[], Any], Any] = MISSING,
 ) -> Any:
     """Declare an option.
@@ -29,8 +30,9 @@ def option(
         results: whether it changes what a run computes, beyond rounding.
         path: whether it is a file or folder of the user's, in which ~ stands for the home folder.
         swept: whether a comparison of methods chooses it for each of its runs.
+        basic: whether the short help shows it, as one of those that people start with.
     """
-    metadata = {"resume": resume, "results": results, "path": path, "swept": swept}
+    metadata = {"resume": resume, "results": results, "path": path, "swept": swept, "basic": basic}
     return field(default=default, default_factory=factory, metadata=metadata)
 
 

@@ -19,6 +19,8 @@ class FamilyRules:
     """What `model.family` calls it."""
     title: ClassVar[str]
     """What texts call it."""
+    unread: ClassVar[frozenset[str]] = frozenset()
+    """Options below `model` that it does not read."""
 
     def check(self, model: ModelConfig) -> None:
         """Raises: UserError, with the rule, the values and what to change, beside `rules_model.check_model`."""

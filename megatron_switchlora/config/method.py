@@ -45,9 +45,9 @@ class LoraGaConfig:
 class MethodConfig:
     """How the linear layers of the decoder are trained. Each method's own options stand in its section."""
 
-    name: str = option("switchlora")
+    name: str = option("switchlora", basic=True)
     """The training method."""
-    rank: int = option(24)
+    rank: int = option(24, basic=True)
     """Rank r of every adapter; with galore, of every projected gradient."""
     alpha: Optional[float] = option(None)
     """Scaling s = alpha / rank; by default 1 (SwitchLoRA, eq. 4 and 14), and 4096 with lte and mhlora, whose s is large
@@ -165,6 +165,11 @@ class MethodFacts:
     @property
     def default_alpha(self) -> float:
         return 1.0
+
+    @property
+    def default_lr(self) -> float:
+        """The peak learning rate where none is given: that of full-rank training."""
+        return 0.001
 
     def default_dense_lr(self, lr: float) -> float:
         """Return the peak learning rate of the dense tensors where none is given."""

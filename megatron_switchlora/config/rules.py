@@ -94,8 +94,7 @@ def _validate_train(config: RunConfig) -> None:
     require(0 <= t.threads <= 4096, f"train.threads must lie between 0 (the cores) and 4096, it is {t.threads}.")
     require(t.check_interval >= 0, f"train.check_interval must not be negative, it is {t.check_interval}.")
     require(t.seed >= 0, f"train.seed must not be negative, it is {t.seed}.")
-    for name in ("lr", "eps"):
-        value = getattr(o, name)
+    for name, value in (("lr", config.lr), ("eps", o.eps)):
         require(value > 0, f"optim.{name} must be positive, not {value}.")
     require(
         o.dense_lr is None or o.dense_lr >= 0,
@@ -121,7 +120,7 @@ def _validate_train(config: RunConfig) -> None:
 def _validate_decay(config: RunConfig) -> None:
     o, method = config.optim, config.method
     require(o.weight_decay >= 0, f"optim.weight_decay must not be negative, it is {o.weight_decay}.")
-    rate = max(o.lr * max(1.0, o.lora_plus_ratio), config.dense_lr, method.full_rank_steps and method.full_rank_lr)
+    rate = max(config.lr * max(1.0, o.lora_plus_ratio), config.dense_lr, method.full_rank_steps and method.full_rank_lr)
     require(
         o.weight_decay * rate < 1,
         f"optim.weight_decay {o.weight_decay:g} times the largest learning rate {rate:g} must be below 1, or a step "

@@ -64,11 +64,12 @@ class ModelConfig:
 class OptimConfig:
     """AdamW with one step counter for each LoRA vector."""
 
-    lr: float = option(0.02, resume="ask", swept=True)
-    """Peak learning rate of the adapters (with method full: of the decoder's matrices)."""
-    dense_lr: Optional[float] = option(None, resume="ask", swept=True)
+    lr: Optional[float] = option(None, resume="ask", swept=True, basic=True)
+    """Peak learning rate of the adapters (with full and galore: of the decoder's matrices); by default the method's,
+    from its paper or from the one that compares it."""
+    dense_lr: Optional[float] = option(None, resume="ask", swept=True, basic=True)
     """Peak learning rate of embedding, head and norms; by default lr, as SwitchLoRA published it, and 0.001 with lte
-    and mhlora. Sweep it for every method."""
+    and mhlora; 0 freezes them. Sweep it for every method."""
     lora_plus_ratio: float = option(1.0, resume="ask")
     """Learning rate of B as a multiple of A's, which is lr (LoRA+, arXiv 2402.12354; its authors advise 16)."""
     beta1: float = option(0.9, resume="ask")
@@ -87,7 +88,7 @@ class OptimConfig:
 class TrainConfig:
     """Length, batch and numerics of a run."""
 
-    steps: int = option(600, resume="ask")
+    steps: int = option(600, resume="ask", basic=True)
     """Optimizer steps."""
     warmup_steps: int = option(50, resume="ask")
     """Steps of linear warm-up before the cosine to zero."""
@@ -95,7 +96,7 @@ class TrainConfig:
     """Tokens of a sample."""
     micro_batch_size: int = option(8, resume="free", results=False)
     """Samples a rank handles at once."""
-    global_batch_size: int = option(32)
+    global_batch_size: int = option(32, basic=True)
     """Samples of a step over all ranks and accumulation."""
     epochs: Optional[int] = option(None, resume="ask")
     """Passes over the data at most; by default as many as the steps need. A run whose data ends first stops there."""
@@ -145,10 +146,10 @@ class CheckpointConfig:
 class DataConfig:
     """The text and its tokenizer."""
 
-    source: Literal["stdlib", "files", "hf"] = option("stdlib", resume="free")
+    source: Literal["stdlib", "files", "hf"] = option("stdlib", resume="free", basic=True)
     """stdlib: the sources of Python's standard library on this machine; files: text, JSON lines (C4's .json.gz),
     Parquet; hf: a dataset of the Hugging Face hub, tokenised while it streams."""
-    files: Union[list[str], str, None] = option(None, resume="free", results=False, path=True)
+    files: Union[list[str], str, None] = option(None, resume="free", results=False, path=True, basic=True)
     """Training files or glob patterns (source files): one, or a list."""
     val_files: Union[list[str], str, None] = option(None, resume="free", results=False, path=True)
     """Validation files or patterns; without them the last val_fraction of the training text is held out."""
@@ -196,7 +197,7 @@ class ParallelConfig:
 
     lte_heads: int = option(1, resume="free")
     """Groups of ranks that train LTE heads of their own, the outermost axis; each has method.lte.local_heads heads."""
-    tp: int = option(1, resume="free", results=False)
+    tp: int = option(1, resume="free", results=False, basic=True)
     """Tensor-parallel ranks, the innermost axis. Heads and key/value heads must divide; other sizes are padded."""
     start_timeout: float = option(300.0, resume="free", results=False)
     """Seconds that ranks wait for one another at the start."""
@@ -216,7 +217,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    output_dir: Optional[str] = option(None, resume="free", results=False, swept=True, path=True)
+    output_dir: Optional[str] = option(None, resume="free", results=False, swept=True, path=True, basic=True)
     """Run folder; by default runs/<method>-<date>-<time>. One that holds another run is never written to."""
     plugins: Union[list[str], str, None] = option(None)
     """Python modules that register methods or model families of their own, imported before the rest is read: one, or a
@@ -226,10 +227,20 @@ class RunConfig:
     of a checkpoint, or of a run whose newest is taken."""
 
     @property
+    def lr(self) -> float:
+        """Peak learning rate of the decoder's matrices or their adapters: `optim.lr`, or the method's default."""
+        return self.method.facts.default_lr if self.optim.lr is None else self.optim.lr
+
+    @property
     def dense_lr(self) -> float:
-        """Peak learning rate of the dense tensors."""
+        """Peak learning rate of the dense tensors: `optim.dense_lr`, or the method's default."""
         given = self.optim.dense_lr
-        return self.method.facts.default_dense_lr(self.optim.lr) if given is None else given
+        return self.method.facts.default_dense_lr(self.lr) if given is None else given
+
+    @property
+    def freezes_dense(self) -> bool:
+        """Whether embedding, head and norms stay as they begin: no gradient, no moments, nothing to communicate."""
+        return self.dense_lr == 0
 
     @property
     def heads(self) -> int:
@@ -253,8 +264,12 @@ def _with_method(method: type[MethodConfig]) -> type[RunConfig]:
 
 
 def full_rank_config(config: RunConfig) -> RunConfig:
-    """What the full-rank phase before a method trains with (`method.full_rank_steps`)."""
-    optim = replace(config.optim, lr=config.method.full_rank_lr, dense_lr=config.dense_lr, lora_plus_ratio=1.0)
+    """Return what the full-rank phase before a method trains with (`method.full_rank_steps`).
+
+    It trains every weight: dense tensors that the method freezes train at `method.full_rank_lr`.
+    """
+    rate = config.method.full_rank_lr
+    optim = replace(config.optim, lr=rate, dense_lr=config.dense_lr or rate, lora_plus_ratio=1.0)
     parallel = replace(config.parallel, lte_heads=1)
     return replace(config, method=make_method("full"), optim=optim, parallel=parallel)
 

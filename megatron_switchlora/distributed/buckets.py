@@ -18,4 +18,5 @@ def grouped(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterato
             group, filled = [], 0
         group.append(item)
         filled += size(item)
-    yield group
+    if group:
+        yield group

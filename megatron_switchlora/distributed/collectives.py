@@ -56,8 +56,12 @@ class _Gather(torch.autograd.Function):
 
 def enter(axis: Axis, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Replicated tensors on their way into split computation: their gradients, each rank's part, are summed over the
-    axis in one all-reduce once all are there. All of one dtype."""
-    return tensors if axis.size == 1 else _Enter.apply(axis.group, *tensors)
+    axis in one all-reduce once all are there. All of one dtype. What needs no gradient passes."""
+    if axis.size == 1:
+        return tensors
+    needed = [tensor for tensor in tensors if tensor.requires_grad]
+    entered = iter(_Enter.apply(axis.group, *needed) if needed else ())
+    return tuple(next(entered) if tensor.requires_grad else tensor for tensor in tensors)
 
 
 def leave(axis: Axis, x: Tensor) -> Tensor:

@@ -22,6 +22,11 @@ class AdapterFacts(MethodFacts):
         names = [] if method.initial == "semi_orthogonal" else ["orthogonal_scale"]
         return [*names, "merged_cache"] if method.compute == "split" or self.shares_base else names
 
+    @property
+    def default_lr(self) -> float:
+        """LoRA's where SwitchLoRA's paper compares it (arXiv 2406.06564), whose s = 1 / rank it has."""
+        return 0.01
+
     def check(self, config: RunConfig) -> None:
         check_adapter(config)
 

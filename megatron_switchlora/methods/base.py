@@ -43,6 +43,10 @@ class Method:
     ) -> None:
         self.config, self.model, self.mesh = config, model, mesh
         self.adapt(factors)
+        if config.freezes_dense:
+            trained = {id(param) for param in self.matrices()}
+            for param in model.parameters():
+                param.requires_grad_(id(param) in trained)
 
     def adapt(self, factors: Optional[dict[str, tuple[Tensor, Tensor]]]) -> None:
         """Replace linears of the initialised model, on the CPU; `factors` are initial ones found from gradients."""
@@ -53,17 +57,17 @@ class Method:
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups with `name`, `base_lr` and `weight_decay`."""
-        optim, dense_lr = self.config.optim, self.config.dense_lr
+        optim, lr, dense_lr = self.config.optim, self.config.lr, self.config.dense_lr
         matrices = self.matrices()
         known = {id(param) for param in matrices}
         rest = [param for param in self.model.parameters() if param.requires_grad and id(param) not in known]
         groups: list[dict[str, Any]] = [
-            {"name": "matrices", "params": matrices, "base_lr": optim.lr, "weight_decay": optim.weight_decay},
+            {"name": "matrices", "params": matrices, "base_lr": lr, "weight_decay": optim.weight_decay},
             {"name": "dense", "params": [p for p in rest if p.dim() > 1], "base_lr": dense_lr,
              "weight_decay": optim.weight_decay},
             {"name": "norms", "params": [p for p in rest if p.dim() == 1], "base_lr": dense_lr, "weight_decay": 0.0},
         ]  # fmt: skip
-        return groups
+        return [group for group in groups if group["params"]]  # none of frozen dense tensors
 
     def build_optimizer(self) -> RowAdamW:
         """The optimizer of these groups, without its layout yet."""
@@ -88,6 +92,10 @@ class Method:
     def stored_name(self, name: str) -> str:
         """How a checkpoint calls the model's parameter."""
         return name
+
+    def frozen_line(self, param: nn.Parameter) -> str:
+        """Return the mesh line of ranks that hold the same of a frozen dense tensor."""
+        return replica_line(param)
 
     def evaluated(self, exported: bool = False) -> LanguageModel:
         """The model whose loss is the method's, or the one that is exported. Collective."""

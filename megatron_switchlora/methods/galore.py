@@ -49,6 +49,11 @@ class GaloreFacts(MethodFacts):
         return Galore
 
     @property
+    def default_lr(self) -> float:
+        """GaLore's (arXiv 2403.03507), whose updates are scaled by method.galore.scale."""
+        return 0.01
+
+    @property
     def projected_rank(self) -> int:
         return self.method.rank
 

@@ -222,6 +222,11 @@ class MhLoraFacts(AdapterFacts):
     def default_alpha(self) -> float:
         return 4096.0 if self.method.initial in ("semi_orthogonal", "classic") else 1.0
 
+    @property
+    def default_lr(self) -> float:
+        """LTE's, whose baseline it is at the same large s; LoRA's where B is not zero and s = 1 / rank."""
+        return 0.00005 if self.default_alpha > 1 else super().default_lr
+
     def default_dense_lr(self, lr: float) -> float:
         return 0.001
 

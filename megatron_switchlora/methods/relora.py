@@ -59,6 +59,11 @@ class ReloraFacts(AdapterFacts):
     def default_init(self) -> str:
         return "classic"
 
+    @property
+    def default_lr(self) -> float:
+        """ReLoRA's where SwitchLoRA's paper compares it."""
+        return 0.001
+
     def check(self, config: RunConfig) -> None:
         relora, warmup = config.method.relora, config.train.warmup_steps
         super().check(config)

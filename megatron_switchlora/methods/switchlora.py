@@ -54,6 +54,11 @@ class SwitchLoraFacts(AdapterFacts):
     def kind(self) -> type[Method]:
         return SwitchLora
 
+    @property
+    def default_lr(self) -> float:
+        """The paper's, for every trainable tensor."""
+        return 0.02
+
     def check(self, config: RunConfig) -> None:
         super().check(config)
         check_switching(config)

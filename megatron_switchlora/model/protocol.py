@@ -133,7 +133,7 @@ class Family(FamilyRules):
         """Return the FLOPs of a token's forward pass through a layer beside its projections, if they are many."""
         return 0
 
-    def kept_bytes(self, config: ModelConfig, tp: int, size: int) -> int:
+    def kept_bytes(self, config: ModelConfig, tp: int, size: int, norms_train: bool) -> int:
         """Return bytes per token that autograd keeps of a layer for backward, numbers of compute having `size` bytes.
 
         What low-rank layers add is not among them.

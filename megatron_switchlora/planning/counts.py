@@ -28,19 +28,30 @@ class ParameterCounts:
     matrices: int
     adapters: int
     full_rank: bool
+    dense_frozen: bool = False
+
+    @property
+    def dense(self) -> int:
+        """Embedding, head and norms."""
+        return self.embedding + self.head + self.norms
 
     @property
     def trainable(self) -> int:
-        return self.embedding + self.head + self.norms + (self.matrices if self.full_rank else self.adapters)
+        return self.dense * (not self.dense_frozen) + (self.matrices if self.full_rank else self.adapters)
 
     @property
     def frozen(self) -> int:
+        """Matrices beside adapters."""
         return 0 if self.full_rank else self.matrices
+
+    @property
+    def frozen_dense(self) -> int:
+        return self.dense if self.dense_frozen else 0
 
     @property
     def full_total(self) -> int:
         """Parameters of the model itself, which full-rank training trains and communicates."""
-        return self.embedding + self.head + self.norms + self.matrices
+        return self.dense + self.matrices
 
 
 def projections(config: ModelConfig) -> list[Projection]:
@@ -104,11 +115,17 @@ def count_parameters(config: ModelConfig, method: MethodConfig, vocab_size: int)
     return count_shard(config, method, vocab_size, tp=1)
 
 
+def count_run(config: RunConfig, vocab_size: int, tp: int = 1) -> ParameterCounts:
+    """Return the counts of a run's model: of one head, what a rank holds at this tp; in all, unpadded, without."""
+    counts = count_shard(config.model, config.method, vocab_size, tp)
+    return replace(counts, dense_frozen=config.freezes_dense)
+
+
 def count_here(config: RunConfig, vocab_size: int, tp: int) -> ParameterCounts:
     """What a rank holds; what trains as often as it has LTE heads."""
-    counts, heads = count_shard(config.model, config.method, vocab_size, tp), config.method.facts.heads_here
-    each = {name: heads * getattr(counts, name) for name in ("embedding", "head", "norms", "adapters")}
-    return replace(counts, **each)
+    counts, heads = count_run(config, vocab_size, tp), config.method.facts.heads_here
+    names = ("adapters",) if counts.dense_frozen else ("embedding", "head", "norms", "adapters")
+    return replace(counts, **{name: heads * getattr(counts, name) for name in names})
 
 
 def model_flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> float:

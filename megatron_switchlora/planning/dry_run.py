@@ -14,7 +14,7 @@ from megatron_switchlora.config.ds_config import Zero, resolve_ds_config, zero_s
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.run import RunConfig, accumulation_steps, full_rank_config, require_shard
 from megatron_switchlora.distributed.mesh import mesh_sizes
-from megatron_switchlora.planning.counts import count_parameters, count_shard
+from megatron_switchlora.planning.counts import count_run
 from megatron_switchlora.planning.memory import Item, memory_items, peak_bytes, phase_bytes
 from megatron_switchlora.planning.traffic import gradient_bytes, merge_bytes, saved_words
 
@@ -83,18 +83,14 @@ def _setting(config: RunConfig, mesh: dict[str, int], zero: Zero, vocabulary: st
 
 def _parameters(config: RunConfig, vocab_size: int, tp: int) -> list[str]:
     """Totals count every parameter once, unpadded; the last column is what a rank holds, padding included."""
-    whole, mine = (
-        count_parameters(config.model, config.method, vocab_size),
-        count_shard(config.model, config.method, vocab_size, tp),
-    )
-    full = whole.full_rank
+    whole, mine = count_run(config, vocab_size), count_run(config, vocab_size, tp)
+    full, trains = whole.full_rank, not whole.dense_frozen
+    dense = [(name, getattr(whole, name), getattr(mine, name)) for name in ("embedding", "head", "norms")]
     rows = [
         ("decoder matrices", whole.matrices if full else 0, whole.frozen, mine.matrices),
         ("adapters", whole.adapters, 0, mine.adapters),
-        ("embedding", whole.embedding, 0, mine.embedding),
-        ("head", whole.head, 0, mine.head),
-        ("norms", whole.norms, 0, mine.norms),
-        ("total", whole.trainable, whole.frozen, mine.trainable + mine.frozen),
+        *((name, count * trains, count * (not trains), local) for name, count, local in dense),
+        ("total", whole.trainable, whole.frozen + whole.frozen_dense, mine.trainable + mine.frozen + mine.frozen_dense),
         ("full-rank training", whole.full_total, 0, mine.full_total),
     ]
     lines = [f"{'parameters':<20}{'trainable':>27}{'frozen':>27}{'on a rank':>18}"]

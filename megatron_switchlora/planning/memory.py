@@ -21,7 +21,7 @@ from megatron_switchlora.planning.counts import (
     ParameterCounts,
     Projection,
     count_here,
-    count_parameters,
+    count_run,
     count_shard,
     decoder_shapes,
     dense_tensors,
@@ -70,13 +70,13 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
     """Bytes of all tensors of a checkpoint, whatever the mesh: master, two moments and step counters of what trains,
     the frozen W, the bank and the schedule's integers, A and B of the start where they are kept; of GaLore's
     matrices projected moments and projectors. Headers, tokenizer and doubled counters are left out."""
-    counts, method, layers = count_parameters(config.model, config.method, vocab_size), config.method, config.model
+    counts, method, layers = count_run(config, vocab_size), config.method, config.model
     shapes = [(p.out_features, p.in_features) for p in projections(config.model)] * layers.num_layers
-    dense = dense_tensors(layers, vocab_size, tp=1).tensors  # with a counter each
+    dense = 0 if counts.dense_frozen else dense_tensors(layers, vocab_size, tp=1).tensors  # with a counter each
     counters = dense + len(shapes) * (2 * method.adapter_rank if method.facts.adapts else 1)
     moments, projectors = _moments(config, counts)
     total = config.heads * FP32 * (counts.trainable + 2 * moments + projectors + counters)
-    total += _stored_bases(config, shapes, counts)
+    total += _stored_bases(config, shapes, counts) + counts.frozen_dense * compute_bytes(config)
     if method.facts.keeps_initial:
         total += FP32 * counts.adapters
     if method.facts.switches:
@@ -106,12 +106,13 @@ def nf4_bytes(out_features: int, in_features: int) -> int:
 
 
 def _weights(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[Item]:
-    counts, method = count_here(config, vocab_size, tp), config.method
+    counts, method, size = count_here(config, vocab_size, tp), config.method, compute_bytes(config)
     shapes = [p.shard(tp) for p in projections(config.model)]
     in_4_bits = config.model.num_layers * sum(nf4_bytes(m, n) for m, n in shapes)
     origins = shard_size(counts.frozen, dp) * method.facts.keeps_origins
     return [
-        Item(f"trainable parameters, {config.train.precision}", counts.trainable * compute_bytes(config), "always"),
+        Item(f"trainable parameters, {config.train.precision}", counts.trainable * size, "always"),
+        Item(f"frozen embedding, head and norms, {config.train.precision}", counts.frozen_dense * size, "always"),
         Item("frozen W, fp32", counts.frozen * FP32 * (not method.facts.quantised), "always"),
         Item("frozen W, 4 bit", in_4_bits * (method.facts.quantised), "always"),
         Item(
@@ -203,7 +204,7 @@ def _lora_ga(config: RunConfig, vocab_size: int, tp: int) -> list[Item]:
 def step_counters(config: RunConfig) -> int:
     """Adam step counters without ZeRO: one a LoRA vector, one a dense tensor."""
     model = config.model
-    tensors = dense_tensors(model, vocab_size=1, tp=1).tensors
+    tensors = 0 if config.freezes_dense else dense_tensors(model, vocab_size=1, tp=1).tensors
     per_projection = 2 * config.method.adapter_rank if config.method.facts.adapts else 1
     return config.method.facts.heads_here * (tensors + len(projections(model)) * model.num_layers * per_projection)
 
@@ -257,7 +258,8 @@ def _gradients(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero)
     if zero.stage == 2:  # the sum of earlier micro-batches, and this one's part
         in_backward = part * min(2, accumulation_steps(config, dp))
     # the optimizer takes one group at a time: the decoder's matrices or adapters, then the dense tensors
-    group = max(_first_group(config, counts, tp), counts.embedding + counts.head)
+    dense = 0 if counts.dense_frozen else counts.embedding + counts.head
+    group = max(_first_group(config, counts, tp), dense)
     flat = shard_size(group, dp) * FP32
     return [
         Item(name, in_backward, "backward"),
@@ -284,7 +286,7 @@ def layer_activation_bytes(config: RunConfig, tp: int, micro_batches: int = 1) -
         split = [p for p in projections(model) if not is_merged(config, p, tp, micro_batches)]
         times = 2 if config.method.facts.shares_base and config.method.facts.resetless else 1
         lowrank = size * config.method.adapter_rank * times * len(split)
-    return family_of(model).kept_bytes(model, tp, size) + lowrank
+    return family_of(model).kept_bytes(model, tp, size, not config.freezes_dense) + lowrank
 
 
 def _activations(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[Item]:
@@ -294,7 +296,8 @@ def _activations(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[I
     tokens = train.micro_batch_size * train.seq_len
     logits = 3 * FP32 * tokens * shard_size(vocab_size, tp)
     layer = tokens * layer_activation_bytes(config, tp, accumulation_steps(config, dp))
-    kept = tokens * ((FP32 + 2 * size) * model.hidden_size + FP32)  # the last norm and the head's input
+    weighted = 0 if config.freezes_dense else size
+    kept = tokens * ((FP32 + 2 * weighted) * model.hidden_size + FP32)  # the last norm and the head's input
     how = "with" if train.activation_checkpointing else "without"
     if train.activation_checkpointing:  # the layers' inputs, and one layer computed again once the logits are gone
         kept += tokens * model.num_layers * size * model.hidden_size + max(0, layer - logits)

@@ -97,7 +97,8 @@ def flops_per_token(config: RunConfig, vocab_size: int, tp: int, micro_batches: 
         for number, p in enumerate(layer)
     )
     attention = (4 if again else 3) * family_of(model).mixing_flops(model, train.seq_len)
-    return model.num_layers * (total + attention) + 6 * model.hidden_size * vocab_size
+    head = 4 if config.freezes_dense else 6
+    return model.num_layers * (total + attention) + head * model.hidden_size * vocab_size
 
 
 def matrix_flops(

@@ -22,7 +22,7 @@ from megatron_switchlora.distributed.mesh import PLANES
 from megatron_switchlora.lowrank.schedule import mean_switch_rate
 from megatron_switchlora.methods.lte.merging import merge_sends_factors
 from megatron_switchlora.model.protocol import family_of
-from megatron_switchlora.planning.counts import ParameterCounts, count_here, count_shard, projections
+from megatron_switchlora.planning.counts import ParameterCounts, count_here, count_run, count_shard, projections
 
 FP32 = 4
 PARTS = ("adapters", "matrices", "embedding", "head", "norms")
@@ -74,8 +74,10 @@ def _gradients(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Z
 
 def trainable_parts(counts: ParameterCounts) -> list[tuple[str, int]]:
     """The groups of parameters that train, with their sizes."""
-    frozen = "adapters" if counts.full_rank else "matrices"
-    return [(part, getattr(counts, part)) for part in PARTS if part != frozen and getattr(counts, part)]
+    frozen = {"adapters" if counts.full_rank else "matrices"}
+    if counts.dense_frozen:
+        frozen |= {"embedding", "head", "norms"}
+    return [(part, getattr(counts, part)) for part in PARTS if part not in frozen and getattr(counts, part)]
 
 
 def _parameters(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Zero) -> list[Flow]:
@@ -127,7 +129,7 @@ def _tensor_parallel(config: RunConfig, mesh: dict[str, int]) -> list[Flow]:
     tokens = train.micro_batch_size * train.seq_len
     sums = family_of(config.model).sums_per_layer
     again = (sums - 1) * train.activation_checkpointing  # the recomputation ends before the last sum
-    vectors = 1 + layers * (sums + again + sums) + 1
+    vectors = 1 + layers * (sums + again + sums) + 1 - config.freezes_dense  # what enters layer 1 has no gradient then
     factors = 0
     if config.method.facts.adapts:
         whole = [p.out_features if p.row_parallel else p.in_features for p in projections(config.model)]
@@ -140,7 +142,7 @@ def merge_flows(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: 
     """What a rank gives in one merge of LTE heads: over the heads the factors of each layer, or their fp32 product;
     within a head the fp32 sums that become each W, where its ranks keep the origin in parts; and the fp32 means of the
     dense tensors, which put ZeRO's partitions together on the way."""
-    method, counts = config.method, count_shard(config.model, config.method, vocab_size, mesh["tp"])
+    method, counts = config.method, count_run(config, vocab_size, mesh["tp"])
     facts = method.facts
     if not facts.merges:
         return []
@@ -151,7 +153,7 @@ def merge_flows(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: 
             sent["all_gather"] += layers * facts.heads_here * method.rank * (m + n) * compute_bytes(config)
         else:
             sent["all_reduce"] += layers * FP32 * m * n
-    dense = FP32 * (counts.embedding + counts.head + counts.norms)  # the heads here are summed first
+    dense = FP32 * (counts.dense - counts.frozen_dense)  # the heads here are summed first
     over = "data" if zero.stage > 0 or zero.fp32_accumulation else "lte"
     found = [
         *(Flow("merges", "adapters", "lte", op, given) for op, given in sent.items()),

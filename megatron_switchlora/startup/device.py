@@ -42,8 +42,21 @@ def choose_device(requested: str, ranks: Ranks, threads: int) -> torch.device:
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu")
     check_deepspeed("cuda")
+    os.environ["DS_ACCELERATOR"] = "cuda"  # left to guess, it looks for others first
     torch.cuda.set_device(ranks.local_rank)
+    # Some images set TF32 in the environment; a fold would keep 10 bits of 23.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda", ranks.local_rank)
+
+
+def gpu_identity(device: torch.device) -> dict[str, str]:
+    """Return what ranks must have alike of their GPUs, or what each computes for itself would differ in bits."""
+    if device.type != "cuda":
+        return {}
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    name = torch.cuda.get_device_name(device)
+    return {"GPU": name, "version of CUDA": str(torch.version.cuda), "version of NCCL": nccl}
 
 
 def allow_open_files() -> None:

@@ -47,6 +47,8 @@ class Door:
         """This rank's work is done: leave the process groups."""
         if self.watch is not None:
             self.watch.stop()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # what NCCL still has to do, before its communicators go
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -12,7 +12,7 @@ from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.data.loader import BatchOrder, Samples
 from megatron_switchlora.data.packing import PreparedData
 from megatron_switchlora.distributed.consensus import on_one_rank
-from megatron_switchlora.planning.counts import ParameterCounts, count_parameters
+from megatron_switchlora.planning.counts import ParameterCounts, count_run
 from megatron_switchlora.startup.environment import Ranks
 from megatron_switchlora.train.dataset import data_identity, prepare_data, vocabulary_size
 
@@ -51,7 +51,7 @@ def open_context(config: RunConfig, ranks: Ranks, device: torch.device) -> RunCo
     available = order.batches_in(train.epochs) if train.epochs else train.steps
     vocab_size = vocabulary_size(config, data)
     identity = on_one_rank(ranks.rank == 0, lambda: json.dumps(data_identity(data, vocab_size)), device)
-    counts = count_parameters(config.model, config.method, vocab_size)
+    counts = count_run(config, vocab_size)
     return RunContext(
         config, ranks, device, data, train_samples, val_samples, order, min(train.steps, available), vocab_size,
         json.loads(identity), counts,

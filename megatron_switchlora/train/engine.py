@@ -71,6 +71,8 @@ def start_distributed(device: torch.device, timeout_s: float = 300.0, store: Opt
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     complete_environment(os.environ)
+    # It prints 16 lines and resets the peak's statistics.
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
     if device.type == "cpu":
         # It would be compiled at the first start, for a minute, and a killed build blocks every later one.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -163,7 +165,7 @@ class Engine:
         factor = self.method.lr_factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        return self.config.optim.lr * factor
+        return self.config.lr * factor
 
     def _before_step(self) -> Optional[Tensor]:
         """What DeepSpeed leaves undone at stage 0: in fp32 the gradients' norm, which is returned, over tensor-parallel
@@ -190,7 +192,8 @@ class Engine:
         self, step: int, micro_batches: list[Tensor], votes: Callable[[], Sequence[bool]] = tuple
     ) -> StepResult:
         """Step number `step` (from 0) on this rank's micro-batches, each [micro_batch_size, S + 1] tokens. `votes`
-        gives this rank's answers, at the step's end, to what the ranks must agree on; they travel with the loss."""
+        gives this rank's answers, at the step's end, to what the ranks must agree on; they travel with the loss, which
+        is read last: a clock on the host then shows the step's time on the device."""
         lr = self._set_lr(step)
         losses = torch.zeros(self.model.heads, dtype=torch.float64, device=self.device)
         self.recorder.clear()

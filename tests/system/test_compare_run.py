@@ -15,6 +15,8 @@ import yaml
 from tests.dist.launch import REPOSITORY, end
 from tests.system.commands import SMALL, Place
 
+pytestmark = pytest.mark.single_process
+
 WORDS = dict(zip((word.removeprefix("--") for word in SMALL[::2]), SMALL[1::2], strict=True))
 
 

@@ -19,18 +19,25 @@ TOY = ["--plugins", "tests.toy_family", "--model.family", "toy", "--model.max_po
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("toy_family"))
+    """Where `whole` has been trained, on two ranks with switching."""
+    place = Place(tmp_path_factory.mktemp("toy_family"))
+    status, output = place.run("2 ranks", place.options("whole", *TOY))
+    assert status == 0 and "Trained a toy of" in output, output
+    return place
 
 
 def losses(place: Place, run: str) -> list[float]:
     return [record["loss"] for record in place.records(run) if "loss" in record]
 
 
-def test_it_trains_resumes_and_goes_out_and_back(place: Place) -> None:
-    status, output = place.run("2 ranks", place.options("whole", *TOY))
-    assert status == 0 and "Trained a toy of" in output, output
+def test_it_trains_and_is_evaluated(place: Place) -> None:
     assert sum(record.get("switched", 0) for record in place.records("whole")) > 0
     assert losses(place, "whole")[-1] < losses(place, "whole")[0]
+    status, output = place.run("alone", ["--evaluate_only", "--output_dir", str(place.folder / "whole")])
+    assert status == 0 and f"{place.records('whole')[-1]['val_loss']:.6f}" in output, output
+
+
+def test_it_resumes(place: Place) -> None:
     cut = place.options("cut", *TOY, "--train.stop_after_steps", "5")
     assert place.run("2 ranks", cut)[0] == 75
     status, output = place.run("2 ranks", cut[:-2])
@@ -38,14 +45,10 @@ def test_it_trains_resumes_and_goes_out_and_back(place: Place) -> None:
     assert losses(place, "cut") == losses(place, "whole")
     status, output = place.run("alone", [word for word in cut[:-2] if word not in TOY[2:4]])
     assert status == 2 and "model.family is 'toy' there and 'llama' here" in output, output
-    status, output = place.run("alone", ["--evaluate_only", "--output_dir", str(place.folder / "whole")])
-    last = place.records("whole")[-1]["val_loss"]
-    assert status == 0 and f"{last:.6f}" in output, output
-    out_and_back(place, last)
 
 
-def out_and_back(place: Place, last: float) -> None:
-    """Export the run `whole`, import it, and go on from there with another method."""
+def test_it_goes_out_and_back(place: Place) -> None:
+    """Exported, imported, exported again it is the same; a run of another method begins from it."""
     status, output = place.script("tools/convert_hf.py", "export", "whole", "exported", "--dtype", "fp32")
     assert status == 0, output
     tensors = load_file(place.folder / "exported" / "model.safetensors")
@@ -65,6 +68,7 @@ def out_and_back(place: Place, last: float) -> None:
     start += ["--data.tokenizer", "imported/tokenizer", "--method.name", "full", "--train.steps", "3"]
     status, output = place.run("alone", place.options("onward", *start))
     assert status == 0, output
+    last = place.records("whole")[-1]["val_loss"]
     assert place.records("onward")[0]["val_loss"] == pytest.approx(last, abs=1e-5)
 
 

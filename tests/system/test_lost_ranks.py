@@ -50,7 +50,8 @@ def struck(
     [
         (1, "step:3"),
         (0, "write:1"),
-        *(pytest.param(*case, marks=pytest.mark.full) for case in [(0, "step:3"), (1, "evaluate:2")]),
+        pytest.param(0, "step:3", marks=pytest.mark.full),
+        pytest.param(1, "evaluate:2", marks=pytest.mark.long),
     ],
 )
 def test_a_stopped_rank_is_named(place: Place, rank: int, at: str) -> None:
@@ -72,9 +73,15 @@ def test_a_stopped_rank_is_named(place: Place, rank: int, at: str) -> None:
                 (1, "SIGKILL", [2, -9], [f"error: No sign of life from rank 1 (on {HOST})", None]),
                 (0, "TypeError", [1, 2], ["TypeError: struck", None]),
                 (0, "MemoryError", [2, 2], [f"error: Rank 0, on {HOST}, ran out of host memory (struck): lower", None]),
-                (1, "cpu", [2, 2], [None, f"error: Rank 1, on {HOST}, ran out of host memory ([enforce fail"]),
                 (1, "UserError", [2, 2], [f"error: rank 1, on {HOST}: struck", None]),
             ]
+        ),
+        pytest.param(
+            1,
+            "cpu",
+            [2, 2],
+            [None, f"error: Rank 1, on {HOST}, ran out of host memory ([enforce fail"],
+            marks=pytest.mark.long,
         ),
     ],
 )

@@ -99,11 +99,13 @@ def test_sigterm_under_the_deepspeed_launcher_leaves_a_checkpoint(place: Place) 
     assert steps_of(place, "launcher")[-1] == place.records("launcher")[-1]["step"]
 
 
-MESHES = [("alone", "1"), ("torchrun", "1"), ("torchrun 4", "2")]
-
-
 @pytest.mark.parametrize(
-    ("launcher", "tp"), [MESHES[0], *(pytest.param(*m, marks=pytest.mark.full) for m in MESHES[1:])]
+    ("launcher", "tp"),
+    [
+        ("alone", "1"),
+        pytest.param("torchrun 4", "2", marks=pytest.mark.full),  # dp 2 x tp 2, which implies dp 2
+        pytest.param("torchrun", "1", marks=pytest.mark.long),
+    ],
 )
 def test_kill_9_and_the_same_command_again(place: Place, launcher: str, tp: str) -> None:
     name = f"{launcher}-{tp}".replace(" ", "")
@@ -192,9 +194,15 @@ def test_a_full_disk_keeps_the_run_and_the_last_checkpoint(place: Place, small_d
     assert same_records(place, "rescued", "whole")
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("interval", ["4", "0"])
-@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize(
+    ("interval", "replaced"),
+    [
+        pytest.param("4", False, marks=pytest.mark.full),
+        pytest.param("0", True, marks=pytest.mark.full),
+        pytest.param("4", True, marks=pytest.mark.long),
+        pytest.param("0", False, marks=pytest.mark.long),
+    ],
+)
 def test_a_vanished_folder_ends_the_run(place: Place, interval: str, replaced: bool) -> None:
     """Also when another one has its name by then, where all could be written; at the end or at a save before."""
     name = f"vanishing{interval}{replaced}"
@@ -367,7 +375,7 @@ def test_lm_evaluation_harness_reads_an_export(place: Place) -> None:
     assert found["results"]["local_text"]["bits_per_byte,none"] == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_a_short_soak(tmp_path: Path) -> None:
     place = Place(tmp_path)
     options = [*place.options("unused")[:-2], *SAVING, "--checkpoint.keep_every", "12"]

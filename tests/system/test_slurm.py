@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_switchlora.run.metrics_log import read_records
 from tests.dist.launch import REPOSITORY
@@ -123,7 +124,9 @@ def test_the_quick_start_trains_across_both_hosts(jobs: Jobs, whole: list[dict[s
     assert "start 1: 2 nodes (n[1-2]) x 1 ranks" in jobs.output("whole")
 
 
+@pytest.mark.long
 def test_preempted_it_is_requeued_and_ends_with_the_same_losses(jobs: Jobs, whole: list[dict[str, Any]]) -> None:
+    """As under a true time limit, whose test runs every time; here the notice is sent by hand."""
     job = jobs.submit("preempted")
     jobs.wait_for_step("preempted", 7)
     jobs.slurm.run("scancel", "--signal=USR1", "--batch", job)
@@ -199,6 +202,7 @@ def test_under_a_time_limit_it_requeues_itself(jobs: Jobs, whole: list[dict[str,
     (at,) = jobs.meta("limited")["resumed_at"]
     assert 7 <= at < STEPS and not jobs.dropped("limited")
     assert comparable(jobs.records("limited")) == comparable(whole)
+    assert re.findall(r"start (\d):", jobs.output("limited")) == ["1", "2"]
     assert f"job {job} goes back into the queue" in jobs.output("limited")
 
 
@@ -217,24 +221,12 @@ def test_notice_before_a_rank_listens(jobs: Jobs) -> None:
     assert f"job {job} goes back into the queue" in jobs.output("early")
 
 
-def test_a_sweep_is_a_job_array(jobs: Jobs) -> None:
+def test_a_sweep_is_a_job_array_whose_tasks_are_requeued_alone(jobs: Jobs) -> None:
+    """Also the one whose own number is the array's. A task without a line in the file fails."""
     (jobs.folder / "rates.txt").write_text("--optim.lr 0.01\n--optim.lr 0.02 --method.rank 8\n")
-    options = ("--train.steps", "2", "--train.warmup_steps", "1", "--checkpoint.interval", "0")
-    place = {"PYTHON": sys.executable, "OUTPUT_DIR": str(jobs.folder / "sweep")}
-    lines = ["--array=0-2", "--nodes=1", f"--output={jobs.folder}/sweep-%a.out", f"--chdir={REPOSITORY}"]
-    script = ["launch/slurm/pretrain.sbatch", "--sweep", str(jobs.folder / "rates.txt"), *QUICK_START, *options]
-    array = jobs.slurm.submit(*lines, *script, **place)
-    for task, state in enumerate(("COMPLETED", "COMPLETED", "FAILED")):
-        assert jobs.slurm.wait_for(f"{array}_{task}", "COMPLETED", "FAILED") == state, jobs.output(f"sweep-{task}")
-    assert "line 3 of" in jobs.output("sweep-2") and "array task 2 has no options" in jobs.output("sweep-2")
-
-
-def test_one_task_of_an_array_is_requeued_alone(jobs: Jobs) -> None:
-    """Also the one whose own number is the array's."""
-    (jobs.folder / "same.txt").write_text("--train.seed 0\n--train.seed 1\n")
     place = {"PYTHON": sys.executable, "OUTPUT_DIR": str(jobs.folder / "tasks")}
-    lines = ["--array=0-1", "--nodes=1", f"--output={jobs.folder}/tasks-%a.out", f"--chdir={REPOSITORY}"]
-    script = ["launch/slurm/pretrain.sbatch", "--sweep", str(jobs.folder / "same.txt"), *QUICK_START]
+    lines = ["--array=0-2", "--nodes=1", f"--output={jobs.folder}/tasks-%a.out", f"--chdir={REPOSITORY}"]
+    script = ["launch/slurm/pretrain.sbatch", "--sweep", str(jobs.folder / "rates.txt"), *QUICK_START]
     array = jobs.slurm.submit(*lines, *script, "--train.steps", "5000", **place)
     for task in (0, 1):
         jobs.wait_for_step(f"tasks-{task}", 1)
@@ -249,6 +241,12 @@ def test_one_task_of_an_array_is_requeued_alone(jobs: Jobs) -> None:
     jobs.slurm.wait_for_start(f"{array}_1", 2)
     jobs.wait_for_step("tasks-1", reached + 1)
     assert jobs.meta("tasks-1")["resumed_at"] == [reached] and not jobs.dropped("tasks-1")
+    for task, (rate, rank) in enumerate(((0.01, 128), (0.02, 8))):
+        options = yaml.safe_load((jobs.folder / f"tasks-{task}" / "config.yaml").read_text())
+        assert (options["optim"]["lr"], options["method"]["rank"]) == (rate, rank)
+    jobs.slurm.run("scancel", f"{array}_0", f"{array}_1")
+    assert jobs.slurm.wait_for(f"{array}_2", "COMPLETED", "FAILED") == "FAILED", jobs.output("tasks-2")
+    assert "line 3 of" in jobs.output("tasks-2") and "array task 2 has no options" in jobs.output("tasks-2")
 
 
 def test_ranks_per_node_overrule_sbatchs_tasks(jobs: Jobs) -> None:

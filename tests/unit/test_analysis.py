@@ -150,9 +150,10 @@ def test_a_switchlora_run(call: Call, tmp_path: Path) -> None:
 def test_heads_of_lte(call: Call, tmp_path: Path) -> None:
     """A checkpoint with LTE's names, written here: two heads over one W."""
     config = small_config("lora", method__alpha=14.0)
-    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(config.model.num_layers)]
     factors = {(n, name): (draw(7, 48, seed=n), draw(7, 48, seed=7 + n)) for n in range(2) for name in names}
-    tensors = {f"{name}.weight": draw(48, 48, seed=5) for name in names}
+    linears = LlamaForCausalLM(config.model, VOCAB).decoder_linears()
+    tensors = {f"{each.name}.weight": draw(*each.linear.weight.shape, seed=5) for each in linears}
     for (n, name), (A, B) in factors.items():
         tensors |= {f"head_{n:02d}/{name}.lora_A": A, f"head_{n:02d}/{name}.lora_B": B}
     for step, scale in ((3, 1.0), (6, 2.0)):

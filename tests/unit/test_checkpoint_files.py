@@ -241,7 +241,7 @@ def test_json_of_any_kind_is_one_sentence(tmp_path: Path, text: str) -> None:
 ODD_STATES = ["[]", "3", '{"step": "8"}', '{"config": []}', '{"vocab_size": null}', '{"data": 3}', "[" * 100_000, "{"]
 ODD_CONFIGS = [
     None, {"model": 3}, {"model": {"num_layers": "2"}}, {"method": {"rank": 2.5}}, {"method": {"ga": {"gamma": []}}},
-    {"optim": {"lr": None}}, {"checkpoint": {"allow_changes": [3]}}, {"train": {"precision": "fp8"}},
+    {"optim": {"eps": None}}, {"checkpoint": {"allow_changes": [3]}}, {"train": {"precision": "fp8"}},
 ]  # fmt: skip
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from megatron_switchlora.checkpoint.resume_rules import what_must_agree
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.startup.device import choose_device, precision_warning
+from megatron_switchlora.config.run import run_config_class
+from megatron_switchlora.startup.device import choose_device, gpu_identity, precision_warning
+from megatron_switchlora.startup.door import Door
 from megatron_switchlora.startup.environment import Ranks
 
 
@@ -35,6 +40,43 @@ def test_without_gpus_the_cpu(choose: Any) -> None:
 
 def test_a_gpu_each(choose: Any) -> None:
     assert choose("auto", 4, 4) == choose("cuda", 8, 4) == torch.device("cuda", 1)
+
+
+def test_a_gpu_computes_fp32_in_fp32(choose: Any) -> None:
+    """Images may set TF32 in the environment; DeepSpeed is told which accelerator."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    for backend in backends:
+        backend.allow_tf32 = True
+    choose("auto", 2, 2)
+    assert not any(backend.allow_tf32 for backend in backends)
+    assert os.environ["DS_ACCELERATOR"] == "cuda"
+
+
+def test_the_device_is_current_before_all_else(choose: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    choose("cuda", 4, 4)
+    assert calls == [1]
+
+
+def test_ranks_compare_their_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"chip {device.index}")
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 30, 1))
+    identity = gpu_identity(torch.device("cuda", 3))
+    assert (identity["GPU"], identity["version of NCCL"]) == ("chip 3", "2.30.1")
+    assert gpu_identity(torch.device("cpu")) == {}
+    same = what_must_agree(run_config_class()(), {}, torch.device("cuda", 3))
+    assert same["GPU"] == "chip 3"
+
+
+def test_a_rank_waits_for_its_gpu_before_it_leaves_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("leave"))
+    Door().close()
+    assert done == ["wait", "leave"]
 
 
 def test_the_cpu_when_asked_for(choose: Any) -> None:

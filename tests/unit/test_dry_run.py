@@ -89,7 +89,7 @@ def test_table_4_whatever_the_mesh(tp: int) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_shipped_combination(model: str) -> None:
-    assert len(OVERLAYS) == 11
+    assert {overlay.partition("_r")[0] for overlay in OVERLAYS} == set(RATES)
     for overlay in OVERLAYS:
         config = shipped(model, overlay)
         name, _, rank = overlay.partition("_r")
@@ -97,7 +97,7 @@ def test_every_shipped_combination(model: str) -> None:
         assert config.method.name == name.removesuffix("_switchlora" * heads)
         assert not rank or config.method.rank == int(rank)
         assert config.optim.lr == RATES[name]
-        assert heads or config.optim.dense_lr is None
+        assert heads or config.optim.dense_lr == RATES[name]
         given = read_ds_config(str(ROOT / "ds_configs" / "zero0.json") if name == "galore" else None)
         for world in MODELS[model]:
             config.parallel.lte_heads = world if heads else 1

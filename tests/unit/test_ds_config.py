@@ -106,10 +106,24 @@ def test_what_is_resolved(tmp_path: Path, given: dict[str, Any], resolved: dict[
     assert f"ZeRO stage {resolved.get('stage', 0)}" in plan(RunConfig(), read, 2)
 
 
+def test_deepspeed_does_not_wait_for_the_device_to_time_it(tmp_path: Path) -> None:
+    """Unless asked to; what is resolved can be given again."""
+    off = {"throughput": {"enabled": False}}
+    found = resolve_ds_config({}, RunConfig(), 2)
+    assert found["timers"] == off == resolve_ds_config(found, RunConfig(), 2)["timers"]
+    on = {"throughput": {"enabled": True, "synchronized": False}}
+    assert (
+        resolve_ds_config(read_ds_config(written(tmp_path, json.dumps({"timers": on}))), RunConfig(), 2)["timers"] == on
+    )
+    for wrong in ({"enabled": 1}, {"odd": True}):
+        with pytest.raises(UserError, match=r"timers.throughput in the DeepSpeed JSON has enabled and synchronized"):
+            resolve_ds_config({"timers": {"throughput": wrong}}, RunConfig(), 2)
+
+
 def test_auto_is_what_the_run_configuration_says() -> None:
     given = {name: "auto" for name, kind in SCALARS.items() if kind.auto}
     given |= {name: {"enabled": "auto"} for name in ("bf16", "fp16", "amp")}
-    assert len(given) == 8
+    assert {"train_batch_size", "gradient_clipping", "bf16"} <= given.keys()
     resolved = resolve_ds_config(given, RunConfig(), 2)
     assert resolved == resolve_ds_config({}, RunConfig(), 2) | {"fp16": {}, "amp": {}}
 

@@ -6,7 +6,6 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,12 +29,8 @@ class Made:
         self.tokenizer = llama_like(folder / "hf", chat_template=TEMPLATES)
 
     def final(self, out: Path) -> None:
-        run = SimpleNamespace(path=out.parent, writes=True)
-        tokenizer, files = write_tokenizer(self.tokenizer, out.parent / "tokenizer", False)
-        trainer: Any = SimpleNamespace(
-            run=run, config=self.run.config, tokenizer=tokenizer, tokenizer_files=files, imported={}
-        )
-        _export(trainer, self.run.model)
+        beside = write_tokenizer(self.tokenizer, out.parent / "tokenizer", False, {})
+        _export(self.run.model, out, self.run.config.train.seq_len, beside)
 
     def kinds(self) -> dict[str, Callable[[Path], Any]]:
         return {

@@ -26,7 +26,7 @@ OPTIONS = {name: each.metadata for name, each, _ in walk(run_config_class()())}
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_has_its_facts(name: str) -> None:
     facts = OPTIONS[name]
-    assert set(facts) == {"resume", "results", "path", "swept"}
+    assert set(facts) == {"resume", "results", "path", "swept", "basic"}
     assert facts["resume"] in ("free", "ask", "never")
     assert not (facts["resume"] == "never" and not facts["results"]), "what changes no result may change freely"
 

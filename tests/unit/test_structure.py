@@ -180,7 +180,7 @@ def test_programs_with_ranks_end_them() -> None:
         for path, text in texts.items()
         if "def main(" in text and any(word in text for word in starts)
     }
-    assert len(found) == 5
+    assert {"pretrain.py", "switching.py"} <= set(found)
     assert all(found.values()), found
 
 
@@ -204,5 +204,5 @@ def test_every_test_folder_is_collected(pytestconfig: pytest.Config) -> None:
     """pytest by default passes over folders named `dist`, silently."""
     patterns = pytestconfig.getini("norecursedirs")
     folders = [path for path in (ROOT / "tests").iterdir() if path.is_dir() and list(path.glob("test_*.py"))]
-    assert len(folders) == 5
+    assert {"unit", "dist", "numerics", "system"} <= {folder.name for folder in folders}
     assert not [folder.name for folder in folders for pattern in patterns if fnmatch(folder.name, pattern)]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_switchlora.distributed.head_names import of_head
-from megatron_switchlora.distributed.shard import Axis, Split, shard_of
+from megatron_switchlora.distributed.shard import Axis, Split, is_split, shard_of
 from megatron_switchlora.distributed.slices import Part, parameter_part, replica_line, shard_part
 from megatron_switchlora.lowrank.heads import HeadsLinear
 from megatron_switchlora.lowrank.nf4 import bitsandbytes_works
@@ -116,13 +116,20 @@ class Merging(Method):
         return [(linear.lora_A, linear.lora_B)]
 
     def dense(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters that are not adapters, those of the heads here, by Hugging Face name."""
+        """Return the trainable parameters that are not adapters, those of the heads here, by Hugging Face name."""
         known = {id(param) for param in self.matrices()}
         found: dict[str, list[nn.Parameter]] = {}
         for name, param in self.model.named_parameters():
-            if id(param) not in known:
+            if id(param) not in known and param.requires_grad:
                 found.setdefault(self.stored_name(name).split("/", 1)[1], []).append(param)
         return found
+
+    def frozen_dense(self) -> dict[str, nn.Parameter]:
+        """Return the frozen embedding, head and norms, one for all heads, by Hugging Face name."""
+        return {name: param for name, param in self.model.named_parameters() if not param.requires_grad}
+
+    def frozen_line(self, param: nn.Parameter) -> str:
+        return "data" if is_split(param) else "world"
 
     def _mean_dense(self, dense: dict[str, list[nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
         lte, data = self.mesh.axis("lte"), self.mesh.axis("data")
@@ -147,7 +154,7 @@ class Merging(Method):
         own = dict(model.named_parameters())
         matrices = zip((f"{name}.weight" for name in self.linears), self.mean_weights(), strict=True)
         dense = ((name, mean.to(some.dtype)) for name, mean in self._mean_dense(self.dense()))
-        for name, mean in chain(matrices, dense):
+        for name, mean in chain(matrices, dense, self.frozen_dense().items()):
             own[name].copy_(mean)
         return model
 
@@ -238,7 +245,10 @@ class LocalLte(Merging):
                 self._take_factors(linear, factors[name] if factors else None)
             else:
                 self._draw_factors(name, linear)
-        split_dense_tensors(self.model, self.config.method.lte.local_heads)
+        if self.config.freezes_dense:
+            self.model.heads = facts.heads_here  # all take the same tensors
+        else:
+            split_dense_tensors(self.model, facts.heads_here)
 
     def _draw_factors(self, name: str, linear: HeadsLinear) -> None:
         shape = (linear.out_features, linear.in_features)

@@ -74,6 +74,13 @@ class LteFacts(AdapterFacts):
         """LTE's s is large (appendix A), but for initial values whose B is not zero."""
         return 4096.0 if self.method.initial in ("semi_orthogonal", "classic") else 1.0
 
+    @property
+    def default_lr(self) -> float:
+        """A few per cent of dense training's at the large s (tables 5 and 6); else that of the inner method."""
+        if self.default_alpha > 1:
+            return 0.00005
+        return 0.02 if self.switches else super().default_lr
+
     def default_dense_lr(self, lr: float) -> float:
         """A head's rate is far too small for the dense tensors (LTE, tables 5 and 6)."""
         return 0.001
