@@ -84,6 +84,11 @@ def _reason(error: Exception) -> str:
             ": its words lie in a SentencePiece model only, and the package that reads it is missing. Install it with "
             "pip install sentencepiece."
         )
+    if "instantiate the backend tokenizer" in str(error):  # a list of what it has tried follows
+        return (
+            ": it has no tokenizer.json, and nothing in it names the tokenizer's class. Put the model's own "
+            "tokenizer_config.json (with tokenizer_class) and config.json beside its other files."
+        )
     offline = " (the Hugging Face hub cannot be reached from here)" if _is_offline(error) else ""
     return f"{offline}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
 

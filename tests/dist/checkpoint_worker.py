@@ -14,9 +14,10 @@ from megatron_switchlora.checkpoint import saver
 from megatron_switchlora.checkpoint.archive import write_parts
 from megatron_switchlora.checkpoint.engine_state import load_state, state_parts
 from megatron_switchlora.checkpoint.files import Checkpoint, open_checkpoint, published, verified
-from megatron_switchlora.checkpoint.lte_regroup import OF_HEAD, load_regrouped, regroups
+from megatron_switchlora.checkpoint.lte_regroup import load_regrouped, regroups
 from megatron_switchlora.checkpoint.weights import Weights
 from megatron_switchlora.config.run import CheckpointConfig
+from megatron_switchlora.distributed.head_names import of_head, split_head
 from megatron_switchlora.distributed.replica_check import fingerprint
 from megatron_switchlora.hf.folders import merged_state_dict
 from megatron_switchlora.methods import SwitchLora
@@ -43,12 +44,12 @@ def kept_heads(engine: Any, checkpoint: Checkpoint) -> int:
     """LTE heads here whose adapters are the checkpoint's, with masters, moments and row steps."""
     archive, alike = checkpoint.archive(), {}
     for part in state_parts(engine):
-        found = OF_HEAD.fullmatch(part.name)
-        if found and ".lora_" in found[2]:
+        head, name = split_head(part.name)
+        if head is not None and ".lora_" in name:
             same = part.name in archive and torch.equal(
                 archive.read(part.name, part.offset, part.tensor.shape).to(part.tensor.dtype), part.tensor
             )
-            alike[found[1]] = alike.get(found[1], True) and same
+            alike[head] = alike.get(head, True) and same
     return sum(alike.values())
 
 
@@ -56,14 +57,14 @@ def fresh_heads(engine: Any, checkpoint: Checkpoint) -> int:
     """LTE heads here that the checkpoint has not: adapters as a fresh run draws them, moments and row steps zero; dense
     tensors, with moments, of head n mod N."""
     archive, dense = checkpoint.archive(), set(engine.method.dense())
-    stored = 1 + max(int(found[1]) for found in map(OF_HEAD.fullmatch, archive.names()) if found)
+    stored = 1 + max(head for name in archive.names() if (head := split_head(name)[0]) is not None)
     drawn = drawn_factors(engine) if engine.config.method.lte.inner == "lora" else {}
     fresh = set()
     for part in state_parts(engine):
-        found = OF_HEAD.fullmatch(part.name)
-        if not found or int(found[1]) < stored:
+        own_head, own_name = split_head(part.name)
+        if own_head is None or own_head < stored:
             continue
-        head, (name, _, kind) = int(found[1]), found[2].partition(":")
+        head, (name, _, kind) = own_head, own_name.partition(":")
         if ".lora_" in name:
             fresh.add(head)
             if kind:
@@ -72,7 +73,7 @@ def fresh_heads(engine: Any, checkpoint: Checkpoint) -> int:
                 box = tuple(slice(o, o + n) for o, n in zip(part.offset, part.tensor.shape, strict=True))
                 assert torch.equal(part.tensor, drawn[part.name][box]), part.name
         elif name in dense:
-            stand_in = archive.read(f"head_{head % stored:02d}/{found[2]}", part.offset, part.tensor.shape)
+            stand_in = archive.read(of_head(head % stored, own_name), part.offset, part.tensor.shape)
             assert torch.equal(stand_in.to(part.tensor.dtype), part.tensor), part.name
     return len(fresh)
 

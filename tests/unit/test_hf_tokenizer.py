@@ -130,3 +130,9 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=rf"{name} is a link to .*private, out of its folder, and is not followed"):
         saved(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sentencepiece_model_of_no_known_class(tmp_path: Path) -> None:
+    source = sentencepiece_only(tmp_path / "source", "spiece.model")
+    with pytest.raises(UserError, match=r"has no tokenizer\.json, and nothing in it names the tokenizer's class"):
+        saved(source, tmp_path / "out")
