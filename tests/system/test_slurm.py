@@ -241,7 +241,7 @@ def test_a_sweep_is_a_job_array_whose_tasks_are_requeued_alone(jobs: Jobs) -> No
     jobs.slurm.wait_for_start(f"{array}_1", 2)
     jobs.wait_for_step("tasks-1", reached + 1)
     assert jobs.meta("tasks-1")["resumed_at"] == [reached] and not jobs.dropped("tasks-1")
-    for task, (rate, rank) in enumerate(((0.01, 128), (0.02, 8))):
+    for task, (rate, rank) in enumerate(((0.01, 24), (0.02, 8))):
         options = yaml.safe_load((jobs.folder / f"tasks-{task}" / "config.yaml").read_text())
         assert (options["optim"]["lr"], options["method"]["rank"]) == (rate, rank)
     jobs.slurm.run("scancel", f"{array}_0", f"{array}_1")
