@@ -12,7 +12,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_switchlora.config.method import make_method
-from megatron_switchlora.config.run import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from megatron_switchlora.config.model import ModelConfig
+from megatron_switchlora.config.optim import OptimConfig
+from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.config.train import TrainConfig
 from megatron_switchlora.data.loader import Samples
 from megatron_switchlora.distributed.mesh import Mesh, lone_mesh
 from megatron_switchlora.distributed.shard import Axis

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.family import register_family
-from megatron_switchlora.config.run import ModelConfig, RunConfig, require_shard, shard_size
+from megatron_switchlora.config.model import ModelConfig
+from megatron_switchlora.config.parallel import require_shard, shard_size
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.linear import (
     ColumnParallelLinear,
     RowParallelLinear,

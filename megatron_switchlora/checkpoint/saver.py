@@ -26,8 +26,8 @@ from torch import Tensor
 from megatron_switchlora.checkpoint.archive import write_parts
 from megatron_switchlora.checkpoint.engine_state import Engine, own_share, state_parts
 from megatron_switchlora.checkpoint.files import describe, leftovers, prune, publish, published, step_name
+from megatron_switchlora.config.checkpoint import CheckpointConfig
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.config.run import CheckpointConfig
 from megatron_switchlora.disk import make_durable, remove
 from megatron_switchlora.distributed.consensus import await_all, gather_texts, on_one_rank
 from megatron_switchlora.distributed.slices import Part

@@ -20,10 +20,11 @@ from torch import Tensor
 import megatron_switchlora.methods  # noqa: F401  # registers them: stored configurations name one
 from megatron_switchlora.checkpoint.files import Checkpoint, damaged, published
 from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.family import check_model
 from megatron_switchlora.config.method import method_config_class
+from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.config.plugins import listed, load_plugins
-from megatron_switchlora.config.rules_model import check_model
-from megatron_switchlora.config.run import ModelConfig, RunConfig
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.head_names import of_head, split_head
 from megatron_switchlora.distributed.slices import parameter_part
 from megatron_switchlora.model.protocol import LanguageModel, build_on_meta, family_of

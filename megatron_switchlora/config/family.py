@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from megatron_switchlora.config.errors import require
-from megatron_switchlora.config.run import ModelConfig, RunConfig
+from megatron_switchlora.config.model import ModelConfig, check_shape
+from megatron_switchlora.config.run import RunConfig
 
 
 class FamilyRules:
@@ -23,7 +24,7 @@ class FamilyRules:
     """Options below `model` that it does not read."""
 
     def check(self, model: ModelConfig) -> None:
-        """Raises: UserError, with the rule, the values and what to change, beside `rules_model.check_model`."""
+        """Raises: UserError, with the rule, the values and what to change, beside `config.model.check_shape`."""
 
     def check_run(self, config: RunConfig) -> None:
         """Raises: UserError, if the model does not go with the rest of the run, as `parallel.tp`."""
@@ -50,3 +51,13 @@ def find_family(name: str) -> FamilyRules:
         "registers it with plugins.",
     )
     return FAMILIES[name]
+
+
+def check_model(m: ModelConfig) -> None:
+    """Check every rule of the model alone: those of all families, then those of its own.
+
+    Raises:
+        UserError: with the rule, the values and what to change.
+    """
+    check_shape(m)
+    find_family(m.family).check(m)

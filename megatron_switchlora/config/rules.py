@@ -1,22 +1,24 @@
-"""What a run configuration must fulfil, as far as it needs no data and no process group.
+"""What a run configuration must fulfil between its sections; each section's own rules stand with it.
 
-Each rule is a sentence with the values and what to change. Rules that need the data (lengths, vocabulary) or the
-world (mesh, batch) stand where those are known, with the helpers of config.py; those of the model's shape alone stand
-in rules_model.py, those of the data in rules_data.py.
+Each rule is a sentence with the values and what to change. Rules that need the data (lengths, vocabulary) or the world
+(mesh, batch) stand where those are known.
 """
 
 from __future__ import annotations
 
 from fnmatch import fnmatch
 
+from megatron_switchlora.config.checkpoint import check_checkpoint
+from megatron_switchlora.config.data import check_data
 from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.facts import names_where, walk
-from megatron_switchlora.config.family import find_family
+from megatron_switchlora.config.family import check_model, find_family
 from megatron_switchlora.config.field_checks import check_fields
 from megatron_switchlora.config.method import METHODS, MethodConfig, method_config_class
-from megatron_switchlora.config.rules_data import validate_data
-from megatron_switchlora.config.rules_model import check_model
-from megatron_switchlora.config.run import RunConfig, require_shard
+from megatron_switchlora.config.optim import check_optim
+from megatron_switchlora.config.parallel import check_parallel, require_shard
+from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.config.train import check_train
 
 
 def changeable_options(config: RunConfig) -> list[str]:
@@ -62,7 +64,7 @@ def _refuse_foreign_sections(method: MethodConfig) -> None:
         )
 
 
-def _validate_warm_start(config: RunConfig) -> None:
+def _check_warm_start(config: RunConfig) -> None:
     method, t = config.method, config.train
     steps, warmup = method.full_rank_steps, t.warmup_steps
     require(steps >= 0, f"method.full_rank_steps must not be negative, it is {steps}.")
@@ -78,48 +80,14 @@ def _validate_warm_start(config: RunConfig) -> None:
         )
 
 
-def _validate_train(config: RunConfig) -> None:
-    t, o = config.train, config.optim
-    for name in ("steps", "seq_len", "micro_batch_size", "global_batch_size", "eval_interval"):
-        value = getattr(t, name)
-        require(value >= 1, f"train.{name} must be at least 1, not {value}.")
-    require(
-        0 <= t.warmup_steps <= t.steps,
-        f"train.warmup_steps must lie between 0 and train.steps {t.steps}; it is {t.warmup_steps}.",
-    )
-    require(t.epochs is None or t.epochs >= 1, f"train.epochs must be at least 1, not {t.epochs}.")
-    require(
-        t.eval_samples is None or t.eval_samples >= 1, f"train.eval_samples must be at least 1, not {t.eval_samples}."
-    )
-    require(0 <= t.threads <= 4096, f"train.threads must lie between 0 (the cores) and 4096, it is {t.threads}.")
-    require(t.check_interval >= 0, f"train.check_interval must not be negative, it is {t.check_interval}.")
-    require(t.seed >= 0, f"train.seed must not be negative, it is {t.seed}.")
-    for name, value in (("lr", config.lr), ("eps", o.eps)):
-        require(value > 0, f"optim.{name} must be positive, not {value}.")
-    require(
-        o.dense_lr is None or o.dense_lr >= 0,
-        f"optim.dense_lr must not be negative, it is {o.dense_lr}.",
-    )
-    ratio = o.lora_plus_ratio
-    require(ratio > 0, f"optim.lora_plus_ratio must be positive, not {ratio}.")
-    require(
-        ratio == 1 or config.method.facts.adapts,
-        f"optim.lora_plus_ratio {ratio:g} is B's learning rate over A's, and method.name {config.method.name} has no "
-        "adapters: leave it out, or use lora, relora, switchlora, lte or mhlora.",
-    )
-    for name in ("beta1", "beta2"):
-        value = getattr(o, name)
-        require(0 <= value < 1, f"optim.{name} must lie in [0, 1), it is {value}.")
-    require(
-        o.clip >= 0,
-        f"optim.clip must not be negative (0 switches it off), it is {o.clip}.",
-    )
-    _validate_decay(config)
-
-
-def _validate_decay(config: RunConfig) -> None:
+def _check_rates(config: RunConfig) -> None:
     o, method = config.optim, config.method
-    require(o.weight_decay >= 0, f"optim.weight_decay must not be negative, it is {o.weight_decay}.")
+    require(config.lr > 0, f"optim.lr must be positive, not {config.lr}.")
+    require(
+        o.lora_plus_ratio == 1 or method.facts.adapts,
+        f"optim.lora_plus_ratio {o.lora_plus_ratio:g} is B's learning rate over A's, and method.name {method.name} has "
+        "no adapters: leave it out, or use lora, relora, switchlora, lte or mhlora.",
+    )
     rate = max(config.lr * max(1.0, o.lora_plus_ratio), config.dense_lr, method.full_rank_steps and method.full_rank_lr)
     require(
         o.weight_decay * rate < 1,
@@ -128,46 +96,27 @@ def _validate_decay(config: RunConfig) -> None:
     )
 
 
-def _validate_stops(config: RunConfig) -> None:
-    t, c = config.train, config.checkpoint
-    require(
-        t.stop_after_steps is None or t.stop_after_steps >= 1,
-        f"train.stop_after_steps must be at least 1, not {t.stop_after_steps}.",
-    )
-    require(
-        t.stop_after_seconds is None or t.stop_after_seconds > 0,
-        f"train.stop_after_seconds must be positive, not {t.stop_after_seconds}.",
-    )
-    for name in ("interval", "keep_every"):
-        value = getattr(c, name)
-        require(value >= 0, f"checkpoint.{name} must not be negative, it is {value}.")
-    require(c.keep_last >= 1, f"checkpoint.keep_last must be at least 1, not {c.keep_last}.")
+def _check_allowed_changes(config: RunConfig) -> None:
     known = changeable_options(config)
-    wrong = [pattern for pattern in c.allow_changes if not any(fnmatch(name, pattern) for name in known)]
+    wrong = [
+        pattern for pattern in config.checkpoint.allow_changes if not any(fnmatch(name, pattern) for name in known)
+    ]
     require(
         not wrong,
         f"checkpoint.allow_changes cannot hold {', '.join(wrong)}: only {', '.join(known)} can change in a run.",
     )
 
 
-def _validate_parallel(config: RunConfig) -> None:
-    m, tp, groups, seconds = config.model, config.parallel.tp, config.parallel.lte_heads, config.parallel.timeout
-    require(groups >= 1, f"parallel.lte_heads must be at least 1, not {groups}.")
+def _check_mesh(config: RunConfig) -> None:
+    m, groups = config.model, config.parallel.lte_heads
     require(
         groups == 1 or config.method.facts.merges,
         f"parallel.lte_heads {groups} needs method.name lte, which trains heads apart; it is {config.method.name}: set "
         "parallel.lte_heads to 1 or change the method.",
     )
-    require(tp >= 1, f"parallel.tp must be at least 1, not {tp}.")
-    for name in ("start_timeout", "timeout"):
-        wait = getattr(config.parallel, name)
-        require(
-            0 < wait <= 604_800, f"parallel.{name} must be above 0 and at most 604800 seconds, a week; it is {wait}."
-        )
-    require(seconds >= 1, f"parallel.timeout must be at least 1 second, not {seconds}: 300 suits most.")
     find_family(m.family).check_run(config)
     if m.vocab_size is not None:
-        require_shard("The vocabulary", m.vocab_size, tp)
+        require_shard("The vocabulary", m.vocab_size, config.parallel.tp)
 
 
 def validate(config: RunConfig) -> None:
@@ -178,14 +127,18 @@ def validate(config: RunConfig) -> None:
     """
     check_fields(config)
     check_model(config.model)
+    check_optim(config.optim)
+    check_train(config.train)
+    check_data(config.data)
+    check_parallel(config.parallel)
+    check_checkpoint(config.checkpoint)
     _refuse_foreign_sections(config.method)
     require(
         config.method.init != "lora_ga" or config.method.facts.adapts,
         f"method.init lora_ga begins adapters, and method.name {config.method.name} has none: leave it out.",
     )
     config.method.facts.check(config)
-    _validate_train(config)
-    _validate_warm_start(config)
-    _validate_stops(config)
-    validate_data(config.data)
-    _validate_parallel(config)
+    _check_rates(config)
+    _check_warm_start(config)
+    _check_allowed_changes(config)
+    _check_mesh(config)

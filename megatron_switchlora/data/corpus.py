@@ -20,8 +20,8 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
+from megatron_switchlora.config.data import DataConfig
 from megatron_switchlora.config.errors import UserError, require
-from megatron_switchlora.config.run import DataConfig
 from megatron_switchlora.data.files import file_texts, files_identity
 from megatron_switchlora.data.findings import Findings
 from megatron_switchlora.data.stream import stream_identity, stream_texts

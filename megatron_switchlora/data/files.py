@@ -25,8 +25,8 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 from huggingface_hub import HfFileSystem
 
+from megatron_switchlora.config.data import DataConfig
 from megatron_switchlora.config.errors import UserError, require
-from megatron_switchlora.config.run import DataConfig
 from megatron_switchlora.data.findings import BadDocument, Findings
 from megatron_switchlora.data.forms import Source, form_of, may_be_julia, starts_with_object
 from megatron_switchlora.data.parquet import parquet_texts

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 import megatron_switchlora.data.cache as cache
+from megatron_switchlora.config.data import DataConfig
 from megatron_switchlora.config.errors import UserError, require
-from megatron_switchlora.config.run import DataConfig
 from megatron_switchlora.data.corpus import characters, corpus_identity, load_corpus
 from megatron_switchlora.data.hf_tokenizer import save_tokenizer
 from megatron_switchlora.data.loader import TokenStore

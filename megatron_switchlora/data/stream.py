@@ -18,8 +18,8 @@ from pathlib import Path
 import datasets
 from huggingface_hub import DatasetCard, HfApi
 
+from megatron_switchlora.config.data import DataConfig
 from megatron_switchlora.config.errors import UserError, require
-from megatron_switchlora.config.run import DataConfig
 from megatron_switchlora.data.files import HUB, documents, first_line, reading_options, some, status_of
 from megatron_switchlora.data.findings import Findings
 from megatron_switchlora.data.forms import Source, form_of

@@ -14,8 +14,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_switchlora.config.data import DataConfig
 from megatron_switchlora.config.errors import UserError, require
-from megatron_switchlora.config.run import DataConfig
 from megatron_switchlora.data.hf_tokenizer import TEMPLATES, as_trained, load_tokenizer
 
 END = "<|endoftext|>"

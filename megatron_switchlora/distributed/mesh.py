@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.config.run import ParallelConfig
+from megatron_switchlora.config.parallel import ParallelConfig
 from megatron_switchlora.distributed.shard import Axis
 
 AXES = ("lte", "dp", "tp")

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_switchlora.config.run import shard_size
+from megatron_switchlora.config.parallel import shard_size
 
 
 @dataclass(frozen=True)

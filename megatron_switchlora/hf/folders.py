@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_switchlora.checkpoint.archive import save_durably
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.config.run import ModelConfig
+from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.distributed.shard import full_shape, shard_of
 from megatron_switchlora.model.protocol import LanguageModel, family_of
 

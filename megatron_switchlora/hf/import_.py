@@ -20,9 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_switchlora.config.errors import UserError, require
-from megatron_switchlora.config.family import FAMILIES
-from megatron_switchlora.config.rules_model import check_model
-from megatron_switchlora.config.run import ModelConfig
+from megatron_switchlora.config.family import FAMILIES, check_model
+from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.data.hf_tokenizer import require_own
 from megatron_switchlora.disk import read_json
 from megatron_switchlora.hf.folders import hf_shapes

@@ -20,8 +20,8 @@ from torch import Tensor
 from megatron_switchlora.checkpoint.archive import write_parts
 from megatron_switchlora.checkpoint.files import build_folder, seal
 from megatron_switchlora.config.errors import require
+from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.config.plugins import load_plugins
-from megatron_switchlora.config.run import ModelConfig
 from megatron_switchlora.data.hf_tokenizer import require_own, tokenizer_files
 from megatron_switchlora.distributed.buckets import grouped
 from megatron_switchlora.distributed.slices import Part

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_switchlora.config.family import FamilyRules, find_family
-from megatron_switchlora.config.run import ModelConfig, shard_size
+from megatron_switchlora.config.model import ModelConfig
+from megatron_switchlora.config.parallel import shard_size
 from megatron_switchlora.distributed.collectives import gather_columns
 from megatron_switchlora.distributed.cross_entropy import token_cross_entropy
 from megatron_switchlora.distributed.linear import ColumnParallelLinear, ParallelLinear, enter_block

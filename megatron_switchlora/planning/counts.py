@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 
 from megatron_switchlora.config.method import MethodConfig
-from megatron_switchlora.config.run import ModelConfig, RunConfig
+from megatron_switchlora.config.model import ModelConfig
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.shard import Axis
 from megatron_switchlora.model.protocol import Projection, build_on_meta, family_of
 

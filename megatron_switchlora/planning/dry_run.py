@@ -12,7 +12,8 @@ from typing import Any
 
 from megatron_switchlora.config.ds_config import Zero, resolve_ds_config, zero_settings
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.config.run import RunConfig, accumulation_steps, full_rank_config, require_shard
+from megatron_switchlora.config.parallel import require_shard
+from megatron_switchlora.config.run import RunConfig, accumulation_steps, full_rank_config
 from megatron_switchlora.distributed.mesh import mesh_sizes
 from megatron_switchlora.planning.counts import count_run
 from megatron_switchlora.planning.memory import Item, memory_items, peak_bytes, phase_bytes

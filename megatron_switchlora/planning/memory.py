@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_switchlora.config.ds_config import Zero
-from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes, shard_size
+from megatron_switchlora.config.parallel import shard_size
+from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes
 from megatron_switchlora.lowrank.merged import Form, uses_merged
 from megatron_switchlora.model.protocol import family_of
 from megatron_switchlora.planning.counts import (

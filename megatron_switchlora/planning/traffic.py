@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_switchlora.config.ds_config import Zero
-from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes, shard_size
+from megatron_switchlora.config.parallel import shard_size
+from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes
 from megatron_switchlora.distributed.mesh import PLANES
 from megatron_switchlora.lowrank.schedule import mean_switch_rate
 from megatron_switchlora.methods.lte.merging import merge_sends_factors

@@ -36,7 +36,11 @@ from torch import Tensor
 
 from megatron_switchlora.config.ds_config import resolve_ds_config, zero_settings
 from megatron_switchlora.config.method import MethodConfig, make_method
-from megatron_switchlora.config.run import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_switchlora.config.model import ModelConfig
+from megatron_switchlora.config.optim import OptimConfig
+from megatron_switchlora.config.parallel import ParallelConfig
+from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.config.train import TrainConfig
 from megatron_switchlora.disk import user_path
 from megatron_switchlora.distributed.mesh import build_mesh
 from megatron_switchlora.methods import build_method

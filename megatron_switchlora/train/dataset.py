@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 
 from megatron_switchlora.checkpoint.files import Checkpoint
 from megatron_switchlora.config.errors import UserError, require
-from megatron_switchlora.config.run import RunConfig, require_shard
+from megatron_switchlora.config.parallel import require_shard
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.data.packing import PreparedData, open_prepared, prepare
 from megatron_switchlora.data.stream import pinned
 from megatron_switchlora.distributed.consensus import gather_texts, on_one_rank

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 
 from megatron_switchlora.config.command_line import parse_arguments
 from megatron_switchlora.config.errors import UserError, require
-from megatron_switchlora.config.run import ParallelConfig, RunConfig
+from megatron_switchlora.config.parallel import ParallelConfig
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.data.loader import eval_batches
 from megatron_switchlora.distributed.consensus import on_all_ranks, on_one_rank
 from megatron_switchlora.distributed.mesh import build_mesh

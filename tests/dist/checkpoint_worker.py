@@ -16,7 +16,7 @@ from megatron_switchlora.checkpoint.engine_state import load_state, state_parts
 from megatron_switchlora.checkpoint.files import Checkpoint, open_checkpoint, published, verified
 from megatron_switchlora.checkpoint.lte_regroup import load_regrouped, regroups
 from megatron_switchlora.checkpoint.weights import Weights
-from megatron_switchlora.config.run import CheckpointConfig
+from megatron_switchlora.config.checkpoint import CheckpointConfig
 from megatron_switchlora.distributed.head_names import of_head, split_head
 from megatron_switchlora.distributed.replica_check import fingerprint
 from megatron_switchlora.hf.folders import merged_state_dict

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_switchlora.config.ds_config import resolve_ds_config
-from megatron_switchlora.config.run import ParallelConfig, RunConfig
+from megatron_switchlora.config.parallel import ParallelConfig
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.mesh import Mesh, build_mesh
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.methods.ga_gradients import find_factors

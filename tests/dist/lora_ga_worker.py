@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_switchlora.config.method import LoraGaConfig
-from megatron_switchlora.config.run import ParallelConfig, RunConfig
+from megatron_switchlora.config.parallel import ParallelConfig
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.mesh import Mesh, build_mesh, lone_mesh
 from megatron_switchlora.distributed.recorder import CommRecorder
 from megatron_switchlora.distributed.shard import Split

@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from megatron_switchlora.config.run import ParallelConfig, RunConfig
+from megatron_switchlora.config.parallel import ParallelConfig
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.mesh import Mesh, build_mesh
 from megatron_switchlora.distributed.recorder import CommRecorder
 from megatron_switchlora.distributed.shard import shard_of

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_switchlora.config.ds_config import resolve_ds_config, zero_settings
-from megatron_switchlora.config.run import ModelConfig
+from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.planning.memory import memory_items, phase_bytes
 from megatron_switchlora.planning.traffic import gradient_bytes
 from tests.dist.engines import DS_JSON, build_engine, micro_batches, start

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_switchlora.config.ds_config import resolve_ds_config, zero_settings
-from megatron_switchlora.config.run import ModelConfig
+from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.planning.memory import memory_items, peak_bytes, phase_bytes
 from tests.dist.engines import DS_JSON, build_engine, micro_batches, start
 from tests.dist.memory_worker import live_bytes

@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from megatron_switchlora.config.method import MethodConfig, make_method
-from megatron_switchlora.config.run import ModelConfig, RunConfig
+from megatron_switchlora.config.model import ModelConfig
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.mesh import Mesh, lone_mesh
 from megatron_switchlora.distributed.recorder import CommRecorder
 from megatron_switchlora.hf.folders import export_model, load_merged, merged_state_dict

@@ -7,7 +7,7 @@ import torch
 
 from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.method import LoraGaConfig
-from megatron_switchlora.config.run import ModelConfig
+from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.distributed.mesh import lone_mesh
 from megatron_switchlora.methods.ga_gradients import find_factors
 from megatron_switchlora.model.llama.model import LlamaForCausalLM

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.config.plugins import load_plugins
-from megatron_switchlora.config.run import ModelConfig
 from megatron_switchlora.model.protocol import build_on_meta
 from tests.system.commands import Place
 

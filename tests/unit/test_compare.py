@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_switchlora.config.data import DataConfig
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.config.run import DataConfig, RunConfig
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.study.comparison import command, runs
 from megatron_switchlora.study.comparison.runs import read_run, text_of
 from tests.dist.launch import REPOSITORY

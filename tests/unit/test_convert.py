@@ -17,7 +17,7 @@ from megatron_switchlora.checkpoint.engine_state import own_share, state_parts
 from megatron_switchlora.checkpoint.files import Checkpoint, seal, verified
 from megatron_switchlora.checkpoint.weights import Weights, find_folder, load_initial
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.config.run import ModelConfig
+from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.distributed.mesh import lone_mesh
 from megatron_switchlora.distributed.shard import Axis, shard_of
 from megatron_switchlora.hf.export import export_dense, export_peft

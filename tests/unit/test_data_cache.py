@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_switchlora.config.data import DataConfig
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.config.run import DataConfig
 from megatron_switchlora.data import packing
 from megatron_switchlora.data.packing import PreparedData, open_prepared, prepare
 from tests.dist.launch import REPOSITORY, end_ranks, join_all, stand_alone, warm_interpreters

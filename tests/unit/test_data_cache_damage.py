@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from megatron_switchlora.config.data import DataConfig
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.config.run import DataConfig
 from megatron_switchlora.data import TrainLoader, cache, loader, packing
 from megatron_switchlora.data.loader import BatchOrder
 from megatron_switchlora.data.packing import open_prepared, prepare

@@ -16,8 +16,8 @@ import datasets
 import pyarrow as pa
 import pytest
 
+from megatron_switchlora.config.data import DataConfig
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.config.run import DataConfig
 from megatron_switchlora.data import corpus as corpus_module
 from megatron_switchlora.data.corpus import Corpus, corpus_identity, load_corpus
 

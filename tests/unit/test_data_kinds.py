@@ -17,8 +17,8 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_switchlora.config.data import DataConfig
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.config.run import DataConfig
 from megatron_switchlora.data import texts as texts_module
 from megatron_switchlora.data.corpus import corpus_identity
 from megatron_switchlora.data.files import documents

@@ -16,8 +16,8 @@ import pytest
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_switchlora.config.data import DataConfig
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.config.run import DataConfig
 from megatron_switchlora.data import packing
 from megatron_switchlora.data.loader import TokenStore
 from megatron_switchlora.data.packing import PreparedData, prepare

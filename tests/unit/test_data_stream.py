@@ -19,8 +19,8 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_switchlora.config.data import DataConfig
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.config.run import DataConfig
 from megatron_switchlora.data import cache, packing
 from megatron_switchlora.data.packing import prepare
 from megatron_switchlora.data.stream import pinned, stream_identity
@@ -294,7 +294,7 @@ data = json.loads(sys.argv[2])
 os.environ["HF_ENDPOINT"] = serve(Path(sys.argv[3]))  # read when the libraries are imported
 import huggingface_hub.utils._http as http
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.config.run import DataConfig
+from megatron_switchlora.config.data import DataConfig
 from megatron_switchlora.data.packing import prepare
 http.time.sleep = lambda seconds: None
 data = DataConfig(**data)

@@ -11,8 +11,8 @@ import huggingface_hub.constants
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from megatron_switchlora.config.data import DataConfig
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.config.run import DataConfig
 from megatron_switchlora.data.tokenizer import build_tokenizer, tokenizer_identity
 
 TEXTS = [
@@ -49,7 +49,7 @@ def test_bpe_gives_every_text_back_and_learns() -> None:
 
 def test_bpe_is_the_same_in_another_process() -> None:
     program = (
-        "import sys, pathlib; from megatron_switchlora.config.run import DataConfig;"
+        "import sys, pathlib; from megatron_switchlora.config.data import DataConfig;"
         "from megatron_switchlora.data.tokenizer import build_tokenizer;"
         "texts = [pathlib.Path(name).read_text(encoding='utf-8') for name in sys.argv[1:]];"
         "tokenizer = build_tokenizer(DataConfig(vocab_size=600), iter(texts));"

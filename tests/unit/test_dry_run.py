@@ -16,7 +16,8 @@ import torch
 from megatron_switchlora.config.command_line import parse_arguments
 from megatron_switchlora.config.ds_config import Zero, read_ds_config, zero_settings
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.config.run import ModelConfig, RunConfig
+from megatron_switchlora.config.model import ModelConfig
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.mesh import Mesh
 from megatron_switchlora.methods import SwitchLora, build_method
 from megatron_switchlora.model.llama.model import LlamaForCausalLM

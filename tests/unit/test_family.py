@@ -12,11 +12,11 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.config.family import FAMILIES
+from megatron_switchlora.config.family import FAMILIES, check_model
 from megatron_switchlora.config.method import make_method
+from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.config.plugins import load_plugins
-from megatron_switchlora.config.rules_model import check_model
-from megatron_switchlora.config.run import ModelConfig, RunConfig
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.shard import Axis, full_shape
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.protocol import (

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.config.run import ModelConfig
+from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.hf.folders import export_model
 from megatron_switchlora.hf.import_ import hf_tensors, read_hf_config
 from megatron_switchlora.model.llama.model import LlamaForCausalLM

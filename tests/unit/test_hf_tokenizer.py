@@ -12,8 +12,8 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from megatron_switchlora.config.data import DataConfig
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.config.run import DataConfig
 from megatron_switchlora.data.hf_tokenizer import save_tokenizer, tokenizer_files
 from megatron_switchlora.data.tokenizer import build_tokenizer
 from tests.hf_tokenizers import TEMPLATES, configure, llama_like, sentencepiece_only

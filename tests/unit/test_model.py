@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.config.run import ModelConfig
+from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.hf.folders import export_model, load_merged
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.llama.model import LlamaForCausalLM

@@ -14,9 +14,10 @@ import yaml
 
 from megatron_switchlora.config.command_line import parse_arguments
 from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.family import check_model
+from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.config.rules import validate
-from megatron_switchlora.config.rules_model import check_model
-from megatron_switchlora.config.run import ModelConfig, RunConfig
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.hf.folders import export_model, merged_state_dict
 from megatron_switchlora.model.llama.model import LlamaForCausalLM
 from megatron_switchlora.model.protocol import initialize_weights
@@ -122,7 +123,7 @@ def test_a_meta_model_has_real_frequencies() -> None:
 
 def test_transformers_is_imported_for_a_scaling_only() -> None:
     script = (
-        "import sys; from megatron_switchlora.config.run import ModelConfig; "
+        "import sys; from megatron_switchlora.config.model import ModelConfig; "
         "from megatron_switchlora.model.llama.model import LlamaForCausalLM\n"
         "for scaling in (None, {'rope_type': 'linear', 'factor': 2.0}):\n"
         "    LlamaForCausalLM(ModelConfig(rope_scaling=scaling), 7); print('transformers' in sys.modules)"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from megatron_switchlora.config.errors import require
-from megatron_switchlora.config.run import ModelConfig
+from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.model.entries import read_flag, read_number, read_whole
 from megatron_switchlora.model.llama.rope import rope_parameters
 

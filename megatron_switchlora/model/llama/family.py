@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from megatron_switchlora.config.family import register_family
-from megatron_switchlora.config.run import ModelConfig, RunConfig, shard_size
+from megatron_switchlora.config.model import ModelConfig
+from megatron_switchlora.config.parallel import shard_size
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.shard import Axis
 from megatron_switchlora.model.llama import conversion, rules
 from megatron_switchlora.model.llama.model import LlamaForCausalLM

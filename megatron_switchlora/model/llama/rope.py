@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_switchlora.config.run import ModelConfig
+from megatron_switchlora.config.model import ModelConfig
 
 
 def rope_parameters(config: ModelConfig) -> dict:

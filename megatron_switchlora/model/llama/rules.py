@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_switchlora.config.errors import require
-from megatron_switchlora.config.run import ModelConfig, require_shard
+from megatron_switchlora.config.model import ModelConfig
+from megatron_switchlora.config.parallel import require_shard
 
 # Scalings of the rotary embedding that do not depend on the sequence: keys that they need, keys that they may have.
 ROPE_SCALINGS: dict[str, tuple[set[str], set[str]]] = {

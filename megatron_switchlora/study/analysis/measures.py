@@ -15,7 +15,7 @@ from tqdm import tqdm
 from megatron_switchlora.checkpoint.files import published, verified
 from megatron_switchlora.checkpoint.weights import Weights, find_folder
 from megatron_switchlora.config.errors import UserError, require
-from megatron_switchlora.config.run import TrainConfig
+from megatron_switchlora.config.train import TrainConfig
 from megatron_switchlora.distributed.head_names import of_head
 from megatron_switchlora.lowrank.schedule import switch_rate
 from megatron_switchlora.model.protocol import build_on_meta, initial_value

@@ -28,14 +28,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_switchlora.config.field_checks import number_from
 from megatron_switchlora.config.method import MethodConfig, make_method
-from megatron_switchlora.config.run import (
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    RunConfig,
-    TrainConfig,
-    full_rank_config,
-)
+from megatron_switchlora.config.model import ModelConfig
+from megatron_switchlora.config.optim import OptimConfig
+from megatron_switchlora.config.parallel import ParallelConfig
+from megatron_switchlora.config.run import RunConfig, full_rank_config
+from megatron_switchlora.config.train import TrainConfig
 from megatron_switchlora.disk import user_path
 from megatron_switchlora.distributed.linear import ColumnParallelLinear
 from megatron_switchlora.distributed.shard import Axis

@@ -1,0 +1,59 @@
+"""The mesh's section of the run configuration, its rules, and how a dimension is split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_switchlora.config.errors import require
+from megatron_switchlora.config.facts import option
+
+
+@dataclass
+class ParallelConfig:
+    """Mesh sizes; the data-parallel size is what remains of the world."""
+
+    lte_heads: int = option(1, resume="free")
+    """Groups of ranks that train LTE heads of their own, the outermost axis; each has method.lte.local_heads heads."""
+    tp: int = option(1, resume="free", results=False, basic=True)
+    """Tensor-parallel ranks, the innermost axis. Heads and key/value heads must divide; other sizes are padded."""
+    start_timeout: float = option(300.0, resume="free", results=False)
+    """Seconds that ranks wait for one another at the start."""
+    timeout: float = option(300.0, resume="free", results=False)
+    """Seconds, at least 1, after which a rank that is stopped, gone or not coming to a collective is named with its
+    host, and all ranks end. What one rank does alone (data, checkpoints, export) may take longer while it lives."""
+
+
+def check_parallel(p: ParallelConfig) -> None:
+    """Check the rules of this section alone.
+
+    Raises:
+        UserError: with the rule, the values and what to change.
+    """
+    for name in ("lte_heads", "tp"):
+        value = getattr(p, name)
+        require(value >= 1, f"parallel.{name} must be at least 1, not {value}.")
+    for name in ("start_timeout", "timeout"):
+        wait = getattr(p, name)
+        require(
+            0 < wait <= 604_800, f"parallel.{name} must be above 0 and at most 604800 seconds, a week; it is {wait}."
+        )
+    require(p.timeout >= 1, f"parallel.timeout must be at least 1 second, not {p.timeout}: 300 suits most.")
+
+
+def shard_size(size: int, ranks: int) -> int:
+    """What each of `ranks` holds of a dimension, padding included."""
+    return -(-size // ranks)
+
+
+def require_shard(name: str, size: int, tp: int) -> None:
+    """Every tensor-parallel rank must hold something real of a padded dimension.
+
+    Raises:
+        UserError: the last rank's shard would be padding alone.
+    """
+    shard = shard_size(size, tp)
+    require(
+        shard * (tp - 1) < size,
+        f"{name} {size} over parallel.tp {tp} gives shards of {shard}, which leaves the last rank padding alone: lower "
+        "parallel.tp.",
+    )
