@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-SERIAL = ("tests/dist/", "tests/system/", "tests/numerics/test_adapters_matter.py", "tests/unit/test_rollcall.py")
+SERIAL = ("tests/dist/", "tests/system/", "tests/numerics/test_adapters_matter.py", "tests/unit/test_preflight.py")
 
 
 def named_form(item: pytest.Item) -> str | None:
