@@ -51,11 +51,11 @@ class Writing:
 
 
 class Saver:
-    """Writes the checkpoints of a run into `folder`; `say` prints a line from rank 0. All methods are collective but
+    """Writes the checkpoints of a run into `folder`; `print_line` prints from rank 0. All methods are collective but
     `written`."""
 
-    def __init__(self, folder: Path, engine: Engine, keep: CheckpointConfig, say: Callable[[str], None]) -> None:
-        self.folder, self.engine, self.keep, self.say = folder, engine, keep, say
+    def __init__(self, folder: Path, engine: Engine, keep: CheckpointConfig, print_line: Callable[[str], None]) -> None:
+        self.folder, self.engine, self.keep, self.print_line = folder, engine, keep, print_line
         self.expected = checkpoint_bytes(engine.config, engine.model.vocab_size)
         self.rank, self.device = dist.get_rank(), engine.device
         self.history: list[dict[str, float]] = []  # of published ones, on rank 0
@@ -161,14 +161,14 @@ class Saver:
         size = sum(entry["size"] for entry in files.values())
         seconds = max(report["seconds"] for report in reports)
         self.history.append({"step": writing.step, "bytes": size, "stall": writing.stall, "seconds": seconds})
-        self.say(
+        self.print_line(
             f"checkpoint {step_name(writing.step)}: {size / 1e6:.2f} MB (by formula {self.expected / 1e6:.2f}); "
             f"training stood still for {writing.stall:.3f} s, written after {seconds:.2f} s"
         )
         try:
             prune(self.folder, self.keep.keep_last, self.keep.keep_every)
         except (OSError, UserError) as error:
-            self.say(f"warning: an old checkpoint could not be deleted: {error}")
+            self.print_line(f"warning: an old checkpoint could not be deleted: {error}")
 
     def _warn(self, step: int, problem: str) -> None:
         try:
@@ -176,7 +176,7 @@ class Saver:
             kept = f"the last one is {last[-1].name}" if last else "there is none yet"
         except UserError as error:
             kept = str(error)
-        self.say(f"warning: checkpoint {step_name(step)} was not written ({problem}); {kept}. Training goes on.")
+        self.print_line(f"warning: checkpoint {step_name(step)} was not written ({problem}); {kept}. Training goes on.")
 
     def clean(self) -> list[str]:
         """Remove saves and prunes that an earlier start left unfinished; a sentence for each."""

@@ -88,7 +88,7 @@ def act(arguments: argparse.Namespace, options: list[str]) -> None:
     print(brief(label, found) if arguments.brief else show(plans[0], found))
     if not arguments.brief:
         for plan in plans[1:6]:
-            print(f"next: {plan.time.seconds:.3f} s, {plan.peak / 1e9:.1f} GB: {plan.words()}")
+            print(f"next: {plan.time.seconds:.3f} s, {plan.peak / 1e9:.1f} GB: {plan.describe()}")
     if arguments.out is not None:
         content = found | {"items": [asdict(item) for item in plans[0].items], "name": label}
         replace_text(arguments.out, json.dumps(content, indent=1) + "\n")

@@ -17,7 +17,7 @@ from megatron_switchlora.config.run import RunConfig, accumulation_steps, full_r
 from megatron_switchlora.distributed.mesh import mesh_sizes
 from megatron_switchlora.planning.counts import count_run
 from megatron_switchlora.planning.memory import Item, memory_items, peak_bytes, phase_bytes
-from megatron_switchlora.planning.traffic import gradient_bytes, merge_bytes, saved_words
+from megatron_switchlora.planning.traffic import describe_saving, gradient_bytes, merge_bytes
 
 PHASES = {"always": "throughout", "backward": "forward and backward", "step": "optimizer step"}
 
@@ -137,5 +137,5 @@ def _gradient_lines(given: int, full: int, zero: Zero) -> list[str]:
     often = "at every micro-batch" if zero.stage == 2 else "once a step"
     return [
         f"Gradient bytes a step and rank: {given / 1e6:,.2f} MB, reduced {often}; full-rank training in this setting: "
-        f"{full / 1e6:,.2f} MB, so {saved_words(given, full)}."
+        f"{full / 1e6:,.2f} MB, so {describe_saving(given, full)}."
     ]

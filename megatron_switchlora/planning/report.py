@@ -18,7 +18,7 @@ def facts(plan: Plan, vocab_size: int, machine: Machine, disk: float) -> dict[st
     useful = model_flops_per_token(plan.config.model, vocab_size, train.seq_len) * tokens
     stored = checkpoint_bytes(plan.config, vocab_size)
     return {
-        "plan": plan.words(),
+        "plan": plan.describe(),
         "memory": plan.peak,
         "seconds": time.seconds,
         "compute": time.compute,

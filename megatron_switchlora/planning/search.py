@@ -41,7 +41,7 @@ class Plan:
         """Of all steps."""
         return self.config.train.steps * self.time.seconds + (self.before.seconds if self.before else 0.0)
 
-    def words(self) -> str:
+    def describe(self) -> str:
         train, method, mesh = self.config.train, self.config.method, self.mesh
         heads = f"lte {mesh['lte']} x " if mesh["lte"] > 1 else ""
         again = ", activations computed again" if train.activation_checkpointing else ""
@@ -123,7 +123,7 @@ def search(
     if not fitting:
         best = min(plans, key=lambda plan: plan.peak)
         raise UserError(
-            f"Nothing fits {machine.gpu.memory / 1e9:.0f} GB: {best.words()} comes nearest and needs "
+            f"Nothing fits {machine.gpu.memory / 1e9:.0f} GB: {best.describe()} comes nearest and needs "
             f"{best.peak / 1e9:.1f} GB, most of it {max(best.items, key=lambda item: item.bytes).kind}. Give more GPUs "
             "a node with a larger --max_tp, or another GPU."
         )

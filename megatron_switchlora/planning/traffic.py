@@ -186,6 +186,6 @@ def full_rank_bytes(given: float, config: RunConfig, vocab_size: int, tp: int) -
     return given * full / count_here(config, vocab_size, tp).trainable
 
 
-def saved_words(given: float, full: float) -> str:
+def describe_saving(given: float, full: float) -> str:
     """How `given` compares with full-rank training's bytes."""
     return f"{1 - given / full:.1%} saved" if given <= full else f"{given / full - 1:.1%} more"

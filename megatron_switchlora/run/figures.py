@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def _say(text: str) -> None:
+def _print_line(text: str) -> None:
     print(text, flush=True)
 
 
 @contextlib.contextmanager
-def decorating(what: str, say: Callable[[str], None] = _say) -> Iterator[None]:
+def decorating(what: str, print_line: Callable[[str], None] = _print_line) -> Iterator[None]:
     """Turn whatever goes wrong inside into one line of warning; `what` is its subject, as "loss.png"."""
     try:
         yield
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         with contextlib.suppress(OSError):  # the terminal is gone
-            say(f"warning: {what} failed ({reason}); nothing else depends on it.")
+            print_line(f"warning: {what} failed ({reason}); nothing else depends on it.")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ class Terminal:
         self._bar: Optional[tqdm] = None
         self._silent_monitor = False
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         if self.speaks:
             with decorating("writing to the terminal"):
                 tqdm.write(text)

@@ -24,7 +24,7 @@ from megatron_switchlora.disk import settle_home
 from megatron_switchlora.distributed.consensus import PeerError
 from megatron_switchlora.startup.environment import RankError, Ranks, end_rank
 from megatron_switchlora.startup.launchers import is_first, own_host
-from megatron_switchlora.startup.preflight import by_agent, tell
+from megatron_switchlora.startup.preflight import by_agent, report_error
 from megatron_switchlora.startup.signals import REQUEUE, Stopped
 from megatron_switchlora.startup.watch import Watch
 
@@ -53,10 +53,10 @@ class Door:
             dist.destroy_process_group()
 
 
-def leave_now(words: Optional[str]) -> None:
+def leave_now(message: Optional[str]) -> None:
     """End the process from a thread, whatever its main thread waits for."""
-    if words:
-        print(f"error: {words}", file=sys.stderr, flush=True)
+    if message:
+        print(f"error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(2)
 
@@ -85,59 +85,59 @@ def the_door() -> Iterator[Door]:
 def settle(first: bool) -> None:
     """Raises: UserError, if there is no home folder and none can be made."""
     try:
-        said = settle_home(os.environ)
+        notice = settle_home(os.environ)
     except (OSError, ValueError) as error:
         raise UserError(f"There is no home folder, and none can be made: {error}.") from None
-    if said and first:
-        print(f"warning: {said}.", flush=True)
+    if notice and first:
+        print(f"warning: {notice}.", flush=True)
 
 
 def leave(watch: Optional[Watch], error: BaseException) -> int:
     """Say what is to be said of an error and let the other ranks know of it; returns the exit status."""
     if isinstance(error, (UserError, PeerError)):
-        status = say_mistake(watch, error)
+        status = report_mistake(watch, error)
     elif is_out_of_memory(error):
-        status = say_sentence(watch, out_of_memory(error))
+        status = report_failure(watch, out_of_memory(error))
     elif is_collective(error):
-        status = say_collective(watch, error)
+        status = report_failed_collective(watch, error)
     else:
-        status = say_unknown(watch, error)
+        status = report_unexpected(watch, error)
     if watch is not None and watch.ranks.rank == 0:
         watch.linger()
     return status
 
 
-def say_mistake(watch: Optional[Watch], error: UserError | PeerError) -> int:
+def report_mistake(watch: Optional[Watch], error: UserError | PeerError) -> int:
     if watch is not None and isinstance(error, UserError):
-        watch.end(str(error), told=isinstance(error, RankError) or is_first(os.environ))
-    tell(os.environ, error)
+        watch.end(str(error), printed=isinstance(error, RankError) or is_first(os.environ))
+    report_error(os.environ, error)
     return 2
 
 
-def say_sentence(watch: Optional[Watch], text: str) -> int:
+def report_failure(watch: Optional[Watch], text: str) -> int:
     """What this rank alone knows, unless another has just ended of the same."""
     ending = watch.end(text) if watch is not None else None
     if watch is None or ending is None or ending.rank == watch.ranks.rank or OUT_OF_MEMORY not in ending.text:
-        tell(os.environ, RankError(text))
+        report_error(os.environ, RankError(text))
     return 2
 
 
-def say_collective(watch: Optional[Watch], error: BaseException) -> int:
+def report_failed_collective(watch: Optional[Watch], error: BaseException) -> int:
     """Why the others did not come."""
     reason = first_line(error)
     if watch is None:
-        return say_sentence(None, f"{this_rank()} could not exchange data with the other ranks ({reason}).")
-    words = watch.words(watch.explain(reason))
-    if words:
-        print(f"error: {words}", file=sys.stderr, flush=True)
+        return report_failure(None, f"{this_rank()} could not exchange data with the other ranks ({reason}).")
+    message = watch.message_here(watch.explain(reason))
+    if message:
+        print(f"error: {message}", file=sys.stderr, flush=True)
     return 2
 
 
-def say_unknown(watch: Optional[Watch], error: BaseException) -> int:
+def report_unexpected(watch: Optional[Watch], error: BaseException) -> int:
     """A traceback; on ranks that fail after another a line."""
     text = "".join(traceback.format_exception_only(error)).strip()
     ending = watch.end(text) if watch is not None else None
-    if watch is None and not is_first(os.environ) and not tell(os.environ, UserError(text)):
+    if watch is None and not is_first(os.environ) and not report_error(os.environ, UserError(text)):
         return 1  # rank 0 has failed before, most likely of the same
     if watch is None or ending is None or ending.rank == watch.ranks.rank:
         traceback.print_exception(error)

@@ -96,7 +96,7 @@ def hydra_key(env: Mapping[str, str]) -> Optional[str]:
     return None
 
 
-def untold(env: Mapping[str, str]) -> Optional[str]:
+def not_given(env: Mapping[str, str]) -> Optional[str]:
     """What the launcher does not tell."""
     return None
 
@@ -117,8 +117,8 @@ class Launcher:
     size: str
     local_rank: str
     others: tuple[str, ...]
-    host: Callable[[Mapping[str, str]], Optional[str]] = untold
-    key: Callable[[Mapping[str, str]], Optional[str]] = untold
+    host: Callable[[Mapping[str, str]], Optional[str]] = not_given
+    key: Callable[[Mapping[str, str]], Optional[str]] = not_given
     key_spans_hosts: bool = True
 
     def names(self) -> tuple[str, ...]:

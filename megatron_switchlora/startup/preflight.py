@@ -4,7 +4,7 @@ Ranks meet in torch's key-value store at MASTER_ADDR:MASTER_PORT, of which proce
 lays down what it is (host, position, device, configuration, digest of the code); rank 0 waits for all of them, compares
 and lays down a verdict. So a host that does not come, or runs other code or options, is named within a time-out,
 where a collective would hang or mix what does not belong together. A rank that cannot start at all (a file that
-its host lacks) can still tell why (`report`). Nothing is pickled.
+its host lacks) can still tell why (`publish_error`). Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def meet(env: Mapping[str, str], ranks: Ranks, same: dict[str, Any], timeout_s: 
     return PrefixStore("groups", store)
 
 
-def tell(env: MutableMapping[str, str], error: UserError | PeerError) -> bool:
+def report_error(env: MutableMapping[str, str], error: UserError | PeerError) -> bool:
     """Print why this start ends: once, by rank 0, but for what only another rank knows. Launchers end all ranks when
     one has ended, so the others return when rank 0 has spoken. Returns whether it was said here, or rank 0 has heard
     of it from here."""
@@ -102,7 +102,7 @@ def tell(env: MutableMapping[str, str], error: UserError | PeerError) -> bool:
             print(f"error: {error}", file=sys.stderr, flush=True)
         if not met and env.get("RANK") == "0" and by_agent(env):
             with contextlib.suppress(UserError):
-                report(env, discover_ranks(env), str(error))
+                publish_error(env, discover_ranks(env), str(error))
         return True
     heard = False
     with contextlib.suppress(KeyboardInterrupt):  # the launcher's signal: rank 0 has spoken
@@ -110,12 +110,12 @@ def tell(env: MutableMapping[str, str], error: UserError | PeerError) -> bool:
             print(f"error: {error}", file=sys.stderr, flush=True)
             heard = True
         elif not met:
-            heard = _tell_rank_0(env, str(error))
+            heard = _report_to_rank_0(env, str(error))
         time.sleep(1.0)
     return heard
 
 
-def _tell_rank_0(env: MutableMapping[str, str], problem: str) -> bool:
+def _report_to_rank_0(env: MutableMapping[str, str], problem: str) -> bool:
     """Before the ranks have met a rank may see what rank 0 does not: a file that its host lacks."""
     try:
         ranks = discover_ranks(env)
@@ -124,14 +124,16 @@ def _tell_rank_0(env: MutableMapping[str, str], problem: str) -> bool:
         if is_first_here(env):
             print(f"error: on {own_host(env)}: {problem}", file=sys.stderr, flush=True)
         return False
-    told = report(env, ranks, problem)
-    if not told and ranks.local_size < ranks.world_size and ranks.local_rank == 0:
+    heard = publish_error(env, ranks, problem)
+    if not heard and ranks.local_size < ranks.world_size and ranks.local_rank == 0:
         # Rank 0 said the same, or is too far behind to be told: better twice than never.
         print(f"error: rank {ranks.rank}, on {own_host(env)}: {problem}", file=sys.stderr, flush=True)
-    return told
+    return heard
 
 
-def report(env: Mapping[str, str], ranks: Ranks, problem: str, timeout_s: float = 5, patience_s: float = 120) -> bool:
+def publish_error(
+    env: Mapping[str, str], ranks: Ranks, problem: str, timeout_s: float = 5, patience_s: float = 120
+) -> bool:
     """Lay down why this rank cannot start, for rank 0, which perhaps does not see it, and wait until it has said so;
     from rank 0, under torchrun, whose agent keeps the store, for the others. Returns whether it was heard."""
     try:

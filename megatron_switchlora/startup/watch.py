@@ -32,12 +32,12 @@ WAITING = "waits for others"
 
 @dataclass(frozen=True)
 class Ending:
-    """Why a start ends. `told`: by `rank` itself; else rank 0 has to say it."""
+    """Why a start ends. `printed`: by `rank` itself; else rank 0 has to print it."""
 
     rank: int
     host: str
     text: str
-    told: bool = True
+    printed: bool = True
 
 
 @dataclass
@@ -98,9 +98,9 @@ class Watch:
         """This rank's work is done: from now on nobody is missed."""
         self._stopped.set()
 
-    def end(self, text: str, told: bool = True) -> Ending:
+    def end(self, text: str, printed: bool = True) -> Ending:
         """Lay down why this rank ends, unless another was first; returns what stands. For the main thread."""
-        self._at_door, self._mine = True, Ending(self.ranks.rank, self.host, text, told)
+        self._at_door, self._mine = True, Ending(self.ranks.rank, self.host, text, printed)
         self._wake.set()
         self._found.wait(4 * self.turn_s)
         return self.ending or self._mine
@@ -120,11 +120,11 @@ class Watch:
             self._wake.set()
             time.sleep(0.02)
 
-    def words(self, ending: Ending) -> Optional[str]:
+    def message_here(self, ending: Ending) -> Optional[str]:
         """What this rank has to print of an ending."""
         if ending.rank == self.ranks.rank:
             return ending.text
-        if self.ranks.rank == 0 and not ending.told:
+        if self.ranks.rank == 0 and not ending.printed:
             return f"rank {ending.rank}, on {ending.host}: {ending.text}"
         return None
 
@@ -228,6 +228,6 @@ class Watch:
             if ending is not None:
                 own = ending.rank == self.ranks.rank and not self._at_door
                 if turns > (2 if own else grace):  # the others are to read it first, since the store may end with us
-                    self.leave(None if self._at_door else self.words(ending))
+                    self.leave(None if self._at_door else self.message_here(ending))
             elif turns > (grace if self._broken else self.patience):
                 self.leave(self._unanswered() if self.ranks.rank <= 1 or self.ranks.local_rank == 0 else None)

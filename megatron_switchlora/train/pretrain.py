@@ -67,7 +67,7 @@ def unused_warning(method: MethodConfig) -> Optional[str]:
 
 
 def warn(*texts: Optional[str]) -> None:
-    """Print those that say something."""
+    """Print those that print_line something."""
     for text in texts:
         if text:
             print(f"warning: {text}", flush=True)
@@ -118,7 +118,7 @@ def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRe
     """A run, or what is left of it; returns the exit status."""
     from megatron_switchlora.checkpoint.resume import find_start
     from megatron_switchlora.run.figures import decorating, outlive_terminal
-    from megatron_switchlora.train.summary import closing_words
+    from megatron_switchlora.train.summary import describe_end
     from megatron_switchlora.train.trainer import Trainer
 
     began = time.perf_counter()
@@ -137,7 +137,7 @@ def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRe
     if val_loss is not None:
         with decorating("the summary"):
             seconds = time.perf_counter() - began
-            trainer.say("\n" + closing_words(trainer.context, trainer.mesh, trainer.run, val_loss, seconds))
+            trainer.print_line("\n" + describe_end(trainer.context, trainer.mesh, trainer.run, val_loss, seconds))
     return REQUEUE if val_loss is None else 0
 
 

@@ -11,14 +11,14 @@ from megatron_switchlora.checkpoint.resume import Start
 from megatron_switchlora.distributed.mesh import AXES, Mesh
 from megatron_switchlora.lowrank.nf4 import bitsandbytes_works
 from megatron_switchlora.model.protocol import family_of
-from megatron_switchlora.planning.traffic import full_rank_bytes, saved_words
+from megatron_switchlora.planning.traffic import describe_saving, full_rank_bytes
 from megatron_switchlora.run.folder import RunFolder
 from megatron_switchlora.run.metrics_log import perplexity
 from megatron_switchlora.startup.environment import cpu_threads
 from megatron_switchlora.train.context import RunContext
 
 
-def opening_words(context: RunContext, mesh: Mesh, start: Start) -> list[str]:
+def describe_start(context: RunContext, mesh: Mesh, start: Start) -> list[str]:
     """What is trained, on what, from where."""
     config, counts = context.config, context.counts
     sizes = " x ".join(f"{axis} {mesh.size(axis)}" for axis in AXES)
@@ -44,7 +44,7 @@ def opening_words(context: RunContext, mesh: Mesh, start: Start) -> list[str]:
     return lines
 
 
-def closing_words(context: RunContext, mesh: Mesh, run: RunFolder, val_loss: float, seconds: float) -> str:
+def describe_end(context: RunContext, mesh: Mesh, run: RunFolder, val_loss: float, seconds: float) -> str:
     """What was trained, how well, how fast, what it saved, where it is, what to try next; as far as there are records
     of it."""
     config, counts = context.config, context.counts
@@ -67,7 +67,7 @@ def closing_words(context: RunContext, mesh: Mesh, run: RunFolder, val_loss: flo
         full = full_rank_bytes(given, config, context.vocab_size, mesh.size("tp"))
         lines.append(
             f"Gradient bytes a step and rank: {given / 1e6:.2f} MB recorded; full-rank training of this model: "
-            f"{full / 1e6:.2f} MB (by its parameter count), so {saved_words(given, full)}."
+            f"{full / 1e6:.2f} MB (by its parameter count), so {describe_saving(given, full)}."
         )
     apart = [record["merge_bytes"] for record in steps if "merge_bytes" in record]  # not those of a warm start
     if apart:

@@ -51,7 +51,7 @@ from megatron_switchlora.train.diagnose import find_bad_layer
 from megatron_switchlora.train.engine import Engine, StepResult
 from megatron_switchlora.train.phases import Phase, build_phases, start_engine
 from megatron_switchlora.train.results import Companions, step_record, write_results, write_tokenizer
-from megatron_switchlora.train.summary import opening_words
+from megatron_switchlora.train.summary import describe_start
 
 
 class Trainer:
@@ -73,15 +73,15 @@ class Trainer:
         self.config, self.ranks, self.device = config, ranks, device
         self.start, self.stop = start or Start(), stop or StopRequest()
         self.terminal = Terminal(ranks.rank == 0)
-        self.say = self.terminal.say
+        self.print_line = self.terminal.print_line
         on_all_ranks(config.method.facts.require_packages, device)
         self.context = open_context(config, ranks, device)
         self._build_phases(given_ds_config)
         self._start_engine()
         folder = self._claim_folder()
         on_all_ranks(partial(self._open_folder, folder), device)
-        self.saver = Saver(folder / "checkpoints", self.engine, config.checkpoint, self.say)
-        self._say_head()
+        self.saver = Saver(folder / "checkpoints", self.engine, config.checkpoint, self.print_line)
+        self._log_start()
 
     @property
     def mesh(self) -> Mesh:
@@ -131,8 +131,8 @@ class Trainer:
         model = self._fresh_model()
         model.load_state_dict(weights)
         self.engine = start_engine(self.phase, model, self.context.train_samples, self.device)
-        self.saver = Saver(self.saver.folder, self.engine, self.config.checkpoint, self.say)
-        self.say(f"after {self.phase.first} steps of full-rank training {self.config.method.name} begins")
+        self.saver = Saver(self.saver.folder, self.engine, self.config.checkpoint, self.print_line)
+        self.print_line(f"after {self.phase.first} steps of full-rank training {self.config.method.name} begins")
 
     def _check_start(self, checkpoint: Checkpoint) -> None:
         """Raises: UserError, if the run cannot go on from the checkpoint."""
@@ -215,13 +215,13 @@ class Trainer:
             unigram_val_ppl=self.context.data.unigram_val_ppl,
         )
 
-    def _say_head(self) -> None:
+    def _log_start(self) -> None:
         kept = "\n".join(gather_texts("\n".join(self.run.notes), self.device)).split("\n")  # each rank's own files
         cleaned = self.saver.clean() if self.run.writes else []
         for line in filter(
-            None, [*opening_words(self.context, self.mesh, self.start), *self.start.notes, *kept, *cleaned]
+            None, [*describe_start(self.context, self.mesh, self.start), *self.start.notes, *kept, *cleaned]
         ):
-            self.say(line)
+            self.print_line(line)
 
     def _validation_batches(self) -> Iterator[torch.Tensor]:
         """This data rank's share of the validation samples."""
@@ -239,7 +239,7 @@ class Trainer:
         on_one_rank(self.run.writes, partial(self._require_folder, step), self.device)
         between_heads = {"eval_merge_bytes": sent} if self.mesh.size("lte") > 1 else {}
         self.run.log({"step": step, "val_loss": loss, "val_ppl": perplexity(loss), **between_heads})
-        self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
+        self.print_line(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
         self.terminal.monitor(self.engine.ds.monitor, step, {"val_loss": loss})
         return loss
 
@@ -363,7 +363,7 @@ class Trainer:
         if self.run.writes:
             why = self.stop.asked or "another rank or train.stop_after_*"
             kept = [path.name for path in published(self.saver.folder)]
-            self.say(
+            self.print_line(
                 f"stopped after step {steps} as asked ({why}); with --output_dir {self.run.path} the same options go "
                 + (f"on from {kept[-1]}" if kept else "back to the beginning: no checkpoint could be written")
             )

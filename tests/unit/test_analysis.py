@@ -261,7 +261,7 @@ def test_a_failing_plot_costs_no_analysis(call: Call, tmp_path: Path, monkeypatc
     monkeypatch.setattr(
         "megatron_switchlora.study.analysis.command.analyze", lambda *given: {"run": "$x_", "checkpoints": []}
     )  # of which none can be drawn
-    monkeypatch.setattr("megatron_switchlora.study.analysis.command.words_of", lambda *given: "the numbers")
+    monkeypatch.setattr("megatron_switchlora.study.analysis.command.describe", lambda *given: "the numbers")
     status, output = call(tmp_path)
     assert status == 0 and output.splitlines()[1] == "the numbers", output
     assert output.startswith("warning: drawing the plots failed (") and output.count("\n") == 2

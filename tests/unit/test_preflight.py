@@ -12,7 +12,7 @@ import pytest
 
 from megatron_switchlora.distributed.consensus import PeerError
 from megatron_switchlora.startup.environment import RankError, Ranks
-from megatron_switchlora.startup.preflight import Verdict, meet, report, spans
+from megatron_switchlora.startup.preflight import Verdict, meet, publish_error, spans
 from tests.dist.launch import free_port
 
 SAME = {"optim.lr": 0.02, "the code's digest": "abc"}
@@ -100,7 +100,7 @@ def test_a_rank_that_cannot_start_tells_why() -> None:
     port = free_port()
     with ThreadPoolExecutor() as pool:
         others = pool.submit(call, "n1 n2 n3", [SAME, SAME], 20, port)
-        assert report(on_host("n3", port), Ranks(2, 3, 0, 1), "data.files: there is no corpus.txt")
+        assert publish_error(on_host("n3", port), Ranks(2, 3, 0, 1), "data.files: there is no corpus.txt")
         for error in others.result():
             assert isinstance(error, Verdict) and "rank 2, on n3, cannot start: data.files: there is no" in str(error)
 
@@ -111,7 +111,7 @@ def test_nobody_at_the_place() -> None:
         meet(on_host("n2", free_port()), Ranks(1, 2, 0, 1), SAME, 1)
     with pytest.raises(PeerError):  # its host's first rank has said it
         meet(on_host("n2", free_port()), Ranks(2, 3, 1, 2), SAME, 1)
-    assert not report(on_host("n2", free_port()), Ranks(2, 3, 1, 2), "never heard", 1)
+    assert not publish_error(on_host("n2", free_port()), Ranks(2, 3, 1, 2), "never heard", 1)
     assert time.monotonic() - began < 30
 
 

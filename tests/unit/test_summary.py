@@ -24,5 +24,5 @@ def test_who_dequantises_is_told(monkeypatch: pytest.MonkeyPatch, works: bool, s
             train_samples=[0], val_samples=[0], data=SimpleNamespace(unigram_val_ppl=2.0),
             last_step=config.train.steps, ranks=SimpleNamespace(local_size=1),
         )  # fmt: skip
-        lines = summary.opening_words(context, lone_mesh(), Start())
+        lines = summary.describe_start(context, lone_mesh(), Start())
         assert any(f"dequantised by {said}" in line for line in lines) == (base == "nf4")

@@ -81,7 +81,7 @@ def test_the_first_words_stand_and_the_others_are_ended(cluster: Any) -> None:
     two = cluster(2)
     first, second = two.watches[1].end("no memory"), two.watches[0].end("later")
     assert first == second and (first.rank, first.text) == (1, "no memory")
-    assert two.watches[0].words(first) is None and two.watches[1].words(first) == "no memory"
+    assert two.watches[0].message_here(first) is None and two.watches[1].message_here(first) == "no memory"
     two.watches[0].linger()
     two.wait(lambda: set(two.left) == {0, 1})  # main threads that hang on their way out
     assert set(two.left.values()) == {None}
@@ -89,8 +89,8 @@ def test_the_first_words_stand_and_the_others_are_ended(cluster: Any) -> None:
 
 def test_what_only_another_rank_found_is_said_by_rank_0(cluster: Any) -> None:
     two = cluster(2)
-    ending = two.watches[1].end("data.files: nothing there", told=False)
-    assert two.watches[0].words(ending) == "rank 1, on n1: data.files: nothing there"
+    ending = two.watches[1].end("data.files: nothing there", printed=False)
+    assert two.watches[0].message_here(ending) == "rank 1, on n1: data.files: nothing there"
     two.wait(lambda: 0 in two.left)  # its main thread is in a collective
     assert two.left[0] == "rank 1, on n1: data.files: nothing there"
 

@@ -34,7 +34,7 @@ from megatron_switchlora.study.analysis.measures import analyze
 from megatron_switchlora.study.analysis.plots import plot_all
 
 
-def words_of(result: dict[str, Any], out: Path) -> str:
+def describe(result: dict[str, Any], out: Path) -> str:
     """A few lines for the terminal."""
     checkpoints, switched = result["checkpoints"], result["switching"]
     last = checkpoints[-1]
@@ -84,4 +84,4 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"{out} cannot be written ({error}): give another --out.") from None
         with decorating("drawing the plots"):
             plot_all(result, out)
-        print(words_of(result, out))
+        print(describe(result, out))

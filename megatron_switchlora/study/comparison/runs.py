@@ -135,20 +135,20 @@ class Runner:
             raise UserError(
                 f"The launcher {launcher!r} may have {{python}}, {{script}} and {{port}}: {error}."
             ) from None
-        return start + self.setting.words(options, self.data)
+        return start + self.setting.command_line(options, self.data)
 
     def _wait_for(self, folder: Path) -> None:
         """A run that outlived a killed compare.py ends first, or this comparison: it holds the lock of its folder."""
         if not (folder / ".lock").exists():
             return
         with open_no_follow(folder / ".lock", os.O_RDWR) as file:
-            told = False
+            announced = False
             while not self._stopping:
                 if take_lock(file):
                     return
-                if not told:
+                if not announced:
                     print(f"{folder.name} still runs, from an earlier comparison: waiting for its end", flush=True)
-                told = True
+                announced = True
                 time.sleep(0.2)
 
     def train(self, method: str, options: dict[str, Any], folder: Path, may_stop: bool = False) -> bool:

@@ -125,13 +125,13 @@ class Setting:
             given.setdefault("ds_config", self.ds_config)
         return given | ({} if point.dense_lr is None else {"optim.dense_lr": point.dense_lr})
 
-    def words(self, options: dict[str, Any], data: Optional[Path]) -> list[str]:
+    def command_line(self, options: dict[str, Any], data: Optional[Path]) -> list[str]:
         """Options as words of launch/pretrain.py's command line.
 
         Raises:
             UserError: an option needs --data, which was not given.
         """
-        words = []
+        line = []
         for name, value in options.items():
             if name == "ds_config":
                 value = str(ROOT / expanded(name, value))
@@ -141,8 +141,8 @@ class Setting:
                     data is not None, f"The setting {self.name} reads {name} {text}: say with --data what {{data}} is."
                 )
                 text = text.replace("{data}", str(data))
-            words.append(f"--{name}={text}")
-        return words
+            line.append(f"--{name}={text}")
+        return line
 
     def config(self, options: dict[str, Any], data: Optional[Path], world: int) -> RunConfig:
         """The configuration that a run would have.
@@ -150,7 +150,7 @@ class Setting:
         Raises:
             UserError: what launch/pretrain.py would refuse of it.
         """
-        arguments = parse_arguments(self.words(options, data))
+        arguments = parse_arguments(self.command_line(options, data))
         dp = mesh_sizes(arguments.config.parallel, world)["dp"]
         resolve_ds_config(read_ds_config(arguments.ds_config), arguments.config, dp)
         return arguments.config

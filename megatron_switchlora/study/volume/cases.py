@@ -32,7 +32,7 @@ def make_cases(arguments: argparse.Namespace, options: list[str], world: int) ->
     """Raises: UserError, for what a run of one of them would refuse."""
     cases: list[Case] = []
     for method in arguments.method or [""]:
-        path, *more = split_words(method)
+        path, *more = split_options(method)
         files = [*arguments.config, *([path] if path else [])]
         config = parse_arguments([*(f"--config={file}" for file in files), *options, *more]).config
         name = " ".join([Path(path).stem or config.method.name, *(word.split(".")[-1] for word in more)])
@@ -56,7 +56,7 @@ def sized_cases(arguments: argparse.Namespace, name: str, config: RunConfig, wor
             yield Case(name, sized, ds_config, batch // per_pass)
 
 
-def split_words(method: str) -> list[str]:
+def split_options(method: str) -> list[str]:
     """The file of a --method and the options behind it."""
     try:
         words = shlex.split(method) or [""]
