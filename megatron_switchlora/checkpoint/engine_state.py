@@ -38,18 +38,18 @@ class Engine(Protocol):
 
 
 def state_parts(engine: Engine) -> Iterator[Part]:
-    """This rank's parts, in the same order on all ranks of a line."""
+    """This rank's parts, in the same order on all ranks of a group."""
     optimizer, stored_name = engine.optimizer, engine.method.stored_name
     for name, param in engine.model.named_parameters():
         if param.requires_grad:
             yield from optimizer.parts(stored_name(name), param, _same_here(is_split(param), optimizer.partitioned))
         else:  # of LTE heads, too, there is one
-            yield parameter_part(name, param, engine.method.frozen_line(param))
+            yield parameter_part(name, param, engine.method.frozen_group(param))
     yield from engine.method.parts()
 
 
 def _same_here(split: bool, partitioned: bool) -> Optional[str]:
-    """The line of ranks that hold the same of a master: of a parameter split over tp or not, partitioned by ZeRO or
+    """The group of ranks that hold the same of a master: of a parameter split over tp or not, partitioned by ZeRO or
     not."""
     if split:
         return None if partitioned else "dp"
@@ -57,13 +57,13 @@ def _same_here(split: bool, partitioned: bool) -> Optional[str]:
 
 
 def own_share(parts: Iterable[Part], mesh: Mesh) -> Iterator[Part]:
-    """Of all parts of the ranks of a line, each once: the ranks that hold the same take turns."""
+    """Of all parts of the ranks of a group, each once: the ranks that hold the same take turns."""
     turns: Counter[str] = Counter()
     for part in parts:
-        if part.line is not None:
-            axis = mesh.axis(part.line)
-            turn = turns[part.line] % axis.size
-            turns[part.line] += 1
+        if part.group is not None:
+            axis = mesh.axis(part.group)
+            turn = turns[part.group] % axis.size
+            turns[part.group] += 1
             if turn != axis.rank:
                 continue
         if part.tensor.numel():

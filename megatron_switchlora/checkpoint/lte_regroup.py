@@ -66,7 +66,7 @@ def load_regrouped(engine: Engine, checkpoint: Checkpoint) -> None:
         name = part.name if head is None else inner.split(":")[0]
         if head is not None and name in dense and head >= heads:
             stand_in = of_head(head % heads, inner)
-            part = Part(stand_in, part.shape, part.offset, part.tensor, part.line)
+            part = Part(stand_in, part.shape, part.offset, part.tensor, part.group)
         of_base = name.endswith((".weight", ".merged_A", ".merged_B", ".origin", ".nf4_codes", ".nf4_scales"))
         if name in dense or (part.name in archive and not of_base):
             archive.fill(part)

@@ -114,7 +114,7 @@ class Saver:
                 host = torch.empty(part.tensor.shape, dtype=part.tensor.dtype, pin_memory=pin)
                 self._host[number] = host
             host.copy_(part.tensor, non_blocking=True)
-            staged.append(Part(part.name, part.shape, part.offset, host, part.line))
+            staged.append(Part(part.name, part.shape, part.offset, host, part.group))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return staged

@@ -1,7 +1,7 @@
 """The mesh of ranks: axes lte x dp x tp, the last running fastest.
 
-Rank = (lte_rank * dp + dp_rank) * tp + tp_rank. Each axis has one process group per line of ranks
-along it, and so have three planes, counted in the axes' order: "head" (dp x tp: one LTE head), "data"
+Rank = (lte_rank * dp + dp_rank) * tp + tp_rank. Each axis has one process group per set of ranks
+along it, and so have three composite groups, counted in the axes' order: "head" (dp x tp: one LTE head), "data"
 (lte x dp: the ranks with the same part of the model, which read different samples) and "world". They
 are created here, in the same order on every rank, and passed on explicitly. The class also speaks
 DeepSpeed's `mpu` protocol, so that ZeRO partitions over one head's data-parallel ranks and the gradient
@@ -21,7 +21,7 @@ from megatron_switchlora.config.parallel import ParallelConfig
 from megatron_switchlora.distributed.shard import Axis
 
 AXES = ("lte", "dp", "tp")
-PLANES = {"head": ("dp", "tp"), "data": ("lte", "dp"), "world": AXES}
+COMPOSITE_GROUPS = {"head": ("dp", "tp"), "data": ("lte", "dp"), "world": AXES}
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Mesh:
         return range(self.rank("lte") * local, (self.rank("lte") + 1) * local)
 
     def axis(self, name: str) -> Axis:
-        """This rank's line along "lte", "dp" or "tp", or its plane "head", "data" or "world"."""
+        """This rank's group along "lte", "dp" or "tp", or its composite group "head", "data" or "world"."""
         size, rank = 1, 0
-        for axis in PLANES.get(name, (name,)):
+        for axis in COMPOSITE_GROUPS.get(name, (name,)):
             size, rank = size * self.size(axis), rank * self.size(axis) + self.rank(axis)
         return Axis(size, rank, self.groups.get(name))
 
@@ -101,16 +101,16 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
     sizes = mesh_sizes(parallel, dist.get_world_size())
     grid = torch.arange(dist.get_world_size()).reshape([sizes[axis] for axis in AXES])
     position = (grid == dist.get_rank()).nonzero()[0].tolist()
-    lines = {axis: grid.movedim(index, -1).reshape(-1, sizes[axis]) for index, axis in enumerate(AXES)}
-    lines["head"] = grid.reshape(sizes["lte"], -1)
+    members = {axis: grid.movedim(index, -1).reshape(-1, sizes[axis]) for index, axis in enumerate(AXES)}
+    members["head"] = grid.reshape(sizes["lte"], -1)
     groups, timeout = {}, timedelta(seconds=parallel.timeout)
     if sizes["lte"] > 1:
-        lines["data"] = grid.reshape(-1, sizes["tp"]).t()
-        lines["world"] = grid.reshape(1, -1)
-    for axis, members in lines.items():
-        for line in members.tolist():
-            group = dist.new_group(line, timeout=timeout)
-            if dist.get_rank() in line:
+        members["data"] = grid.reshape(-1, sizes["tp"]).t()
+        members["world"] = grid.reshape(1, -1)
+    for axis, rows in members.items():
+        for ranks in rows.tolist():
+            group = dist.new_group(ranks, timeout=timeout)
+            if dist.get_rank() in ranks:
                 groups[axis] = group
     if sizes["lte"] == 1:
         groups |= {"data": groups["dp"], "world": groups["head"]}

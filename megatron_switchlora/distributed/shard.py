@@ -1,6 +1,6 @@
 """How a tensor is split over ranks, and what a parameter knows about itself.
 
-An `Axis` is this process's line of ranks along one mesh axis. A `Split` cuts one dimension of a tensor
+An `Axis` is this process's group of ranks along one mesh axis. A `Split` cuts one dimension of a tensor
 into equal contiguous blocks along an axis; a size that does not divide is padded with zeros at its end.
 `declare` puts the facts on the parameter, once; initialisation, gradient norm, optimizer layout, export
 and checks read them from there, never from its name.
@@ -26,7 +26,7 @@ from megatron_switchlora.config.parallel import shard_size
 
 @dataclass(frozen=True)
 class Axis:
-    """Size of a mesh axis, this rank's position on it, and the group of its line (None: alone)."""
+    """Size of a mesh axis, this rank's position on it, and its process group (None: alone)."""
 
     size: int = 1
     rank: int = 0

@@ -2,8 +2,8 @@
 
 A `Part` is a box of a full, unpadded tensor and the live memory that holds it here: `tensor` is a view of
 it, shaped like the box. Checkpoints save parts and fill parts, whatever the mesh: a tensor-parallel shard
-is one, and so is each of the at most three boxes that ZeRO's flat partition holds of a matrix. `line`
-names the mesh line of ranks that hold the same part ("tp", "dp", "head"; None: this rank alone).
+is one, and so is each of the at most three boxes that ZeRO's flat partition holds of a matrix. `group`
+names the mesh group of ranks that hold the same part ("tp", "dp", "head"; None: this rank alone).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Part:
     shape: tuple[int, ...]
     offset: tuple[int, ...]
     tensor: Tensor
-    line: Optional[str]
+    group: Optional[str]
 
 
 def _unpadded(block: Tensor, offset: list[int], split: Split) -> Tensor:
@@ -36,23 +36,23 @@ def _unpadded(block: Tensor, offset: list[int], split: Split) -> Tensor:
     return block.narrow(dim, 0, keep)
 
 
-def shard_part(name: str, local: Tensor, splits: Iterable[Split], line: Optional[str]) -> Part:
+def shard_part(name: str, local: Tensor, splits: Iterable[Split], group: Optional[str]) -> Part:
     """The part that this rank's whole block of a tensor is; `splits` say how its dimensions were cut."""
     shape, offset = list(local.shape), [0] * local.dim()
     for split in splits:
         local = _unpadded(local, offset, split)
         shape[split.dim] = split.size
-    return Part(name, tuple(shape), tuple(offset), local, line)
+    return Part(name, tuple(shape), tuple(offset), local, group)
 
 
-def parameter_part(name: str, param: nn.Parameter, line: Optional[str], value: Optional[Tensor] = None) -> Part:
+def parameter_part(name: str, param: nn.Parameter, group: Optional[str], value: Optional[Tensor] = None) -> Part:
     """All that this rank holds of a parameter, or of another `value` shaped and split like it."""
     shard: Optional[Split] = param.shard  # type: ignore[attr-defined]
-    return shard_part(name, param.data if value is None else value, filter(None, [shard]), line)
+    return shard_part(name, param.data if value is None else value, filter(None, [shard]), group)
 
 
-def replica_line(param: nn.Parameter) -> str:
-    """The mesh line of one head's ranks that hold the same of a parameter."""
+def replica_group(param: nn.Parameter) -> str:
+    """The mesh group of one head's ranks that hold the same of a parameter."""
     return "dp" if is_split(param) else "head"
 
 
@@ -69,7 +69,7 @@ def row_blocks(length: int, start: int, numel: int) -> Iterator[tuple[int, int, 
         position += rows * width
 
 
-def flat_parts(name: str, param: nn.Parameter, start: int, flat: Tensor, line: Optional[str]) -> Iterator[Part]:
+def flat_parts(name: str, param: nn.Parameter, start: int, flat: Tensor, group: Optional[str]) -> Iterator[Part]:
     """The parts of a tensor shaped like `param`, of which `flat` holds the flattened local elements from `start` on."""
     shard: Optional[Split] = param.shard  # type: ignore[attr-defined]
     shape, done = tuple(full_shape(param)), 0
@@ -80,4 +80,4 @@ def flat_parts(name: str, param: nn.Parameter, start: int, flat: Tensor, line: O
         if shard is not None:
             block = _unpadded(block, offset, shard)
         if block.numel():
-            yield Part(name, shape, tuple(offset), block, line)
+            yield Part(name, shape, tuple(offset), block, group)

@@ -62,8 +62,8 @@ class CandidateBank:
         self.device = torch.device("cpu")
 
     @property
-    def line(self) -> Optional[str]:
-        """The line of ranks that hold the same candidates: spread over dp, nothing is held twice."""
+    def group(self) -> Optional[str]:
+        """The group of ranks that hold the same candidates: spread over dp, nothing is held twice."""
         return "dp" if self.spread == "tp" else None
 
     def _sharing_axis(self, factor_split: Optional[Split]) -> Axis:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.mesh import Mesh
-from megatron_switchlora.distributed.slices import Part, replica_line, shard_part
+from megatron_switchlora.distributed.slices import Part, replica_group, shard_part
 from megatron_switchlora.model.protocol import LanguageModel
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.optim.schedules import lr_factor
@@ -24,11 +24,11 @@ from megatron_switchlora.optim.schedules import lr_factor
 
 @dataclass(frozen=True)
 class Replica:
-    """A tensor that must be equal on all ranks of a line: "dp", "lte", "head" (dp x tp), or "data" (lte x dp)."""
+    """A tensor that must be equal on all ranks of a group: "dp", "lte", "head" (dp x tp), or "data" (lte x dp)."""
 
     name: str
     tensor: Tensor
-    line: str
+    group: str
 
 
 class Method:
@@ -93,9 +93,9 @@ class Method:
         """How a checkpoint calls the model's parameter."""
         return name
 
-    def frozen_line(self, param: nn.Parameter) -> str:
-        """Return the mesh line of ranks that hold the same of a frozen dense tensor."""
-        return replica_line(param)
+    def frozen_group(self, param: nn.Parameter) -> str:
+        """Return the mesh group of ranks that hold the same of a frozen dense tensor."""
+        return replica_group(param)
 
     def evaluated(self, exported: bool = False) -> LanguageModel:
         """The model whose loss is the method's, or the one that is exported. Collective."""
@@ -115,6 +115,6 @@ class Method:
         """Everything that several ranks hold alike: parameters, buffers (frozen weights, split like the matrices they
         are), and a method's own state."""
         for name, param in self.model.named_parameters():
-            yield Replica(name, param, replica_line(param))
+            yield Replica(name, param, replica_group(param))
         for name, buffer in self.model.named_buffers():
             yield Replica(name, buffer, "dp")

@@ -25,7 +25,7 @@ from megatron_switchlora.config.method import register
 from megatron_switchlora.config.run import RunConfig, accumulation_steps
 from megatron_switchlora.distributed.consensus import await_all
 from megatron_switchlora.distributed.shard import named_generator, shard_of
-from megatron_switchlora.distributed.slices import Part, parameter_part, replica_line
+from megatron_switchlora.distributed.slices import Part, parameter_part, replica_group
 from megatron_switchlora.lowrank.init import Side, draw_orthogonal, draw_vectors, factor_std, principal_factors
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.lowrank.merged import Form
@@ -157,12 +157,12 @@ class Lora(Method):
         """Also A_0 [r, in] and B_0 [r, out], NAME.lora_A_0 and NAME.lora_B_0, where they are kept."""
         yield from super().parts()
         for name, factor, value in self._kept():
-            yield parameter_part(name, factor, replica_line(factor), value)
+            yield parameter_part(name, factor, replica_group(factor), value)
 
     def replicas(self) -> Iterator[Replica]:
         yield from super().replicas()
         for name, factor, value in self._kept():
-            yield Replica(name, value, replica_line(factor))
+            yield Replica(name, value, replica_group(factor))
 
     def _take_principal_factors(self) -> None:
         """PiSSA's factors. A data-parallel rank decomposes its share of the layers, each gathered over tp and alike on

@@ -180,15 +180,15 @@ class SwitchLora(Lora):
             for side, factor in (("A", linear.lora_A), ("B", linear.lora_B)):
                 held = self.bank.held[side, layer]
                 splits = filter(None, [held.split, factor.shard])  # type: ignore[attr-defined]
-                yield shard_part(f"{names[linear]}.bank_{side}", held.rows, splits, self.bank.line)
+                yield shard_part(f"{names[linear]}.bank_{side}", held.rows, splits, self.bank.group)
         for kind in ("pointer", "slots", "frozen"):
             for side, values in getattr(self.state, kind).items():
                 yield shard_part(f"switch.{kind}_{side}", torch.from_numpy(values), [], "head")
 
     def replicas(self) -> Iterator[Replica]:
         yield from super().replicas()
-        if self.bank.line:
-            yield from (Replica(name, rows, self.bank.line) for name, rows in self.bank.tensors())
+        if self.bank.group:
+            yield from (Replica(name, rows, self.bank.group) for name, rows in self.bank.tensors())
         for kind in ("pointer", "slots", "frozen"):
             for side, values in getattr(self.state, kind).items():
                 yield Replica(f"{kind}_{side}", torch.from_numpy(values), "head")

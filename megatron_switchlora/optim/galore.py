@@ -99,14 +99,14 @@ class GaloreAdamW(RowAdamW):
         if group["weight_decay"] != 0:
             master.mul_(1 - lr * group["weight_decay"])
 
-    def parts(self, name: str, param: nn.Parameter, line: Optional[str]) -> Iterator[Part]:
+    def parts(self, name: str, param: nn.Parameter, group: Optional[str]) -> Iterator[Part]:
         """Of a projected matrix: itself, and NAME:exp_avg, NAME:exp_avg_sq, NAME:projector, NAME:row_step."""
         if param not in self.projectors:
-            yield from super().parts(name, param, line)
+            yield from super().parts(name, param, group)
             return
-        yield shard_part(name, param.data, [], line)
+        yield shard_part(name, param.data, [], group)
         for key in SAVED:
-            yield shard_part(f"{name}:{key}", self.state[param][key], [], line)
+            yield shard_part(f"{name}:{key}", self.state[param][key], [], group)
 
     def read_rows(self, param: nn.Parameter) -> dict[str, Tensor]:
         """Of a projected matrix: master and row_step alone, its moments have another shape."""

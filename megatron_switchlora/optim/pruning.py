@@ -58,9 +58,9 @@ def _offer(optimizer: RowAdamW, param: nn.Parameter, key: str, count: int, mesh:
 
 def _together(offer: Tensor, mesh: Mesh) -> Tensor:
     """All ranks' offers [ranks, entries]."""
-    line = mesh.axis("head")
-    if line.size == 1:
+    ranks = mesh.axis("head")
+    if ranks.size == 1:
         return offer[None]
-    offers = [torch.empty_like(offer) for _ in range(line.size)]
-    dist.all_gather(offers, offer, group=line.group)
+    offers = [torch.empty_like(offer) for _ in range(ranks.size)]
+    dist.all_gather(offers, offer, group=ranks.group)
     return torch.stack(offers)

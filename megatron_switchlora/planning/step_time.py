@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes
-from megatron_switchlora.distributed.mesh import AXES, PLANES
+from megatron_switchlora.distributed.mesh import AXES, COMPOSITE_GROUPS
 from megatron_switchlora.model.protocol import family_of
 from megatron_switchlora.planning.counts import Projection, count_here, projections
 from megatron_switchlora.planning.memory import is_merged, nf4_bytes
@@ -184,11 +184,11 @@ def flow_time(flow: Flow, mesh: dict[str, int], machine: Machine) -> tuple[dict[
 
 
 def rings_of_a_node(axis: str, mesh: dict[str, int], gpus: int) -> tuple[bool, int]:
-    """Of the rings along an axis or plane, each through its ranks in order: whether any goes from one GPU to another of
-    its node, and how many leave the node which most do."""
+    """Of the rings along an axis or composite group, each through its ranks in order: whether any goes from one GPU to
+    another of its node, and how many leave the node which most do."""
     grid = np.arange(mesh["lte"] * mesh["dp"] * mesh["tp"]).reshape([mesh[name] for name in AXES])
-    along = [AXES.index(name) for name in PLANES.get(axis, (axis,))]
-    lines = np.moveaxis(grid, along, range(-len(along), 0)).reshape(-1, axis_size(mesh, axis))
-    following = np.roll(lines, -1, axis=1)
-    nodes, leaves = lines // gpus, lines // gpus != following // gpus
-    return bool(np.any(~leaves & (lines != following))), int(np.bincount(nodes[leaves], minlength=1).max())
+    along = [AXES.index(name) for name in COMPOSITE_GROUPS.get(axis, (axis,))]
+    rings = np.moveaxis(grid, along, range(-len(along), 0)).reshape(-1, axis_size(mesh, axis))
+    following = np.roll(rings, -1, axis=1)
+    nodes, leaves = rings // gpus, rings // gpus != following // gpus
+    return bool(np.any(~leaves & (rings != following))), int(np.bincount(nodes[leaves], minlength=1).max())

@@ -19,7 +19,7 @@ from typing import Literal
 from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.parallel import shard_size
 from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes
-from megatron_switchlora.distributed.mesh import PLANES
+from megatron_switchlora.distributed.mesh import COMPOSITE_GROUPS
 from megatron_switchlora.lowrank.schedule import mean_switch_rate
 from megatron_switchlora.methods.lte.merging import merge_sends_factors
 from megatron_switchlora.model.protocol import family_of
@@ -33,8 +33,8 @@ Kind = Literal["gradients", "parameters", "bank", "tensor parallel", "merges"]
 
 @dataclass(frozen=True)
 class Flow:
-    """Bytes that a rank gives to one kind of collective in a step. `part` is a group of parameters, or empty; `axis` a
-    line or plane of the mesh."""
+    """Bytes that a rank gives to one kind of collective in a step. `part` is a group of parameters, or empty; `axis`
+    is an axis or composite group of the mesh."""
 
     kind: Kind
     part: str
@@ -106,15 +106,15 @@ def _bank(config: RunConfig, mesh: dict[str, int]) -> list[Flow]:
             values["replicated"] += replicated
     each = method.rank / switch.interval0 * rate * config.model.num_layers * compute_bytes(config)
     return [
-        Flow("bank", "", line, "all_reduce", each * values[side])
-        for side, line in axis.items()
-        if axis_size(mesh, line) > 1
+        Flow("bank", "", group, "all_reduce", each * values[side])
+        for side, group in axis.items()
+        if axis_size(mesh, group) > 1
     ]
 
 
 def axis_size(mesh: dict[str, int], axis: str) -> int:
-    """Ranks on a line of the mesh, or in a plane of it."""
-    return math.prod(mesh[name] for name in PLANES.get(axis, (axis,)))
+    """Ranks of an axis of the mesh, or of a composite group."""
+    return math.prod(mesh[name] for name in COMPOSITE_GROUPS.get(axis, (axis,)))
 
 
 def _tensor_parallel(config: RunConfig, mesh: dict[str, int]) -> list[Flow]:

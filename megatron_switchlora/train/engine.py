@@ -155,9 +155,9 @@ class Engine:
         over the world."""
         replicas = list(self.method.replicas())
         found = []
-        for line in ("dp", "lte", "head", "data"):
-            named = [(replica.name, replica.tensor) for replica in replicas if replica.line == line]
-            found += differing(named, self.mesh.group(line), self.device)
+        for group in ("dp", "lte", "head", "data"):
+            named = [(replica.name, replica.tensor) for replica in replicas if replica.group == group]
+            found += differing(named, self.mesh.group(group), self.device)
         texts = gather_texts("\n".join(found), self.device)
         return list(dict.fromkeys(sentence for text in texts for sentence in text.splitlines()))
 
@@ -252,7 +252,7 @@ class Engine:
         those within its own."""
         if self.mesh.size("lte") == 1:
             return 0
-        within = sum(self.recorder.total(phase, self.mesh.group(line)) for line in ("head", "dp", "tp"))
+        within = sum(self.recorder.total(phase, self.mesh.group(name)) for name in ("head", "dp", "tp"))
         return self.recorder.total(phase) - within
 
     def _agree(

@@ -226,8 +226,8 @@ class Trainer:
     def _validation_batches(self) -> Iterator[torch.Tensor]:
         """This data rank's share of the validation samples."""
         size, limit = self.config.train.micro_batch_size, self.config.train.eval_samples
-        line = self.mesh.axis("data")
-        return eval_batches(self.context.val_samples, size, line.rank, line.size, limit)
+        readers = self.mesh.axis("data")
+        return eval_batches(self.context.val_samples, size, readers.rank, readers.size, limit)
 
     def _evaluate_and_log(self, step: int) -> float:
         loss, sent = self.engine.evaluate(self._validation_batches())

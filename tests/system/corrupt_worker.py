@@ -30,7 +30,7 @@ def act(payload: dict[str, Any]) -> dict[str, str]:
         def corrupt(step: int, trainer: Any = trainer, target: str = target, after: Any = after) -> None:
             after(step)
             replicas = {replica.name: replica for replica in trainer.method.replicas()}
-            odd = {"head": 1, "dp": 3}[replicas[target].line]
+            odd = {"head": 1, "dp": 3}[replicas[target].group]
             if step == 4 and ranks.rank == odd:
                 replicas[target].tensor.data.view(-1)[5] += 1e-6
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from megatron_switchlora.distributed.head_names import of_head
 from megatron_switchlora.distributed.shard import Axis, Split, is_split, shard_of
-from megatron_switchlora.distributed.slices import Part, parameter_part, replica_line, shard_part
+from megatron_switchlora.distributed.slices import Part, parameter_part, replica_group, shard_part
 from megatron_switchlora.lowrank.heads import HeadsLinear
 from megatron_switchlora.lowrank.nf4 import bitsandbytes_works
 from megatron_switchlora.methods.base import Method, Replica
@@ -128,7 +128,7 @@ class Merging(Method):
         """Return the frozen embedding, head and norms, one for all heads, by Hugging Face name."""
         return {name: param for name, param in self.model.named_parameters() if not param.requires_grad}
 
-    def frozen_line(self, param: nn.Parameter) -> str:
+    def frozen_group(self, param: nn.Parameter) -> str:
         return "data" if is_split(param) else "world"
 
     def _mean_dense(self, dense: dict[str, list[nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
@@ -206,7 +206,7 @@ class HeadOnRanks(Merging):
         """A head's own tensors are named head_NN/NAME; W, if all heads have the same, and NAME.origin are not."""
         for part in super().parts():
             if not self.config.method.facts.resetless and part.name.endswith(".weight"):
-                yield replace(part, line="data")
+                yield replace(part, group="data")
             else:
                 yield replace(part, name=self.stored_name(part.name))
         yield from self._origin_parts()
@@ -308,5 +308,5 @@ class LocalLte(Merging):
             for head, (A, B) in enumerate(self._pairs(linear) if linear.resetless else []):
                 for side, factor, merged in (("A", A, linear.merged_A), ("B", B, linear.merged_B)):
                     stored = self.stored_name(f"{name}.merged_{side}.{head}")
-                    yield parameter_part(stored, factor, replica_line(factor), merged[head])
+                    yield parameter_part(stored, factor, replica_group(factor), merged[head])
         yield from self._origin_parts()
