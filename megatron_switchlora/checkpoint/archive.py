@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.disk import make_durable, parse_json
-from megatron_switchlora.distributed.slices import Part
+from megatron_switchlora.distributed.slices import TensorSlice
 
 MEND = "The file was changed or damaged: restore it, or take another checkpoint."
 
@@ -39,17 +39,17 @@ class Box:
     size: tuple[int, ...]
 
 
-def write_parts(path: Path, parts: Iterable[Part]) -> None:
-    """Write parts (on the CPU) as one durable safetensors file.
+def write_slices(path: Path, slices: Iterable[TensorSlice]) -> None:
+    """Write slices (on the CPU) as one durable safetensors file.
 
     Raises:
         OSError, SafetensorError: the disk is full, or the folder is gone.
     """
     tensors, index = {}, {}
-    for part in parts:
-        key = f"{part.name}@{','.join(map(str, part.offset))}"
-        tensors[key] = part.tensor
-        index[key] = [part.name, part.shape, part.offset]
+    for held in slices:
+        key = f"{held.name}@{','.join(map(str, held.offset))}"
+        tensors[key] = held.tensor
+        index[key] = [held.name, held.shape, held.offset]
     save_durably(tensors, path, {"boxes": json.dumps(index)})
 
 
@@ -68,7 +68,7 @@ def _boxes_of(file: Any, path: Path) -> Iterator[tuple[str, tuple[int, ...], Box
     """Name and full shape of the tensor of each box in an open file, and the box.
 
     Raises:
-        UserError: the file's index is not what `write_parts` writes.
+        UserError: the file's index is not what `write_slices` writes.
     """
     try:
         for key, (name, shape, offset) in parse_json((file.metadata() or {}).get("boxes", "{}")).items():
@@ -84,7 +84,7 @@ def _boxes_of(file: Any, path: Path) -> Iterator[tuple[str, tuple[int, ...], Box
 
 
 class Archive:
-    """Files written by `write_parts`, for reading. A file is mapped for the time of a read only, so that what was read
+    """Files written by `write_slices`, for reading. A file is mapped for the time of a read only, so that what was read
     does not count as this process's memory."""
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -149,19 +149,19 @@ class Archive:
         with self._open(box.file) as file:
             return file.get_slice(box.key)[place]
 
-    def fill(self, part: Part) -> None:
-        """Copy a part's box into its memory, in its precision.
+    def fill(self, held: TensorSlice) -> None:
+        """Copy a slice's box into its memory, in its precision.
 
         Raises:
             UserError: as `read`, or a tensor of another shape.
         """
-        if part.name in self and self.shapes[part.name] != part.shape:
+        if held.name in self and self.shapes[held.name] != held.shape:
             raise UserError(
-                f"The checkpoint's {part.name} has shape {list(self.shapes[part.name])}, the configured model's has "
-                f"{list(part.shape)}: give the configuration that wrote it."
+                f"The checkpoint's {held.name} has shape {list(self.shapes[held.name])}, the configured model's has "
+                f"{list(held.shape)}: give the configuration that wrote it."
             )
-        if part.tensor.numel():
-            part.tensor.copy_(self.read(part.name, part.offset, part.tensor.shape))
+        if held.tensor.numel():
+            held.tensor.copy_(self.read(held.name, held.offset, held.tensor.shape))
 
 
 def _overlap(box: Box, start: tuple[int, ...], end: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,8 +1,8 @@
-"""The whole state of a run as parts of named tensors: what a checkpoint writes and what it fills.
+"""The whole state of a run as slices of named tensors: what a checkpoint writes and what it fills.
 
 Trainable tensors are saved as their fp32 masters, of which the weights are the cast, with both moments
-and the row steps, frozen dense tensors as they are; then the method's own parts (frozen W, bank,
-schedule). Rank by rank nothing is held twice in the files: of ranks with the same part, one writes it,
+and the row steps, frozen dense tensors as they are; then the method's own slices (frozen W, bank,
+schedule). Rank by rank nothing is held twice in the files: of ranks with the same slice, one writes it,
 in turns.
 """
 
@@ -19,7 +19,7 @@ from megatron_switchlora.checkpoint.archive import Archive
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.mesh import Mesh
 from megatron_switchlora.distributed.shard import is_split
-from megatron_switchlora.distributed.slices import Part, parameter_part
+from megatron_switchlora.distributed.slices import TensorSlice, parameter_slice
 from megatron_switchlora.methods.base import Method
 from megatron_switchlora.model.protocol import LanguageModel
 from megatron_switchlora.optim.row_adamw import RowAdamW
@@ -37,15 +37,15 @@ class Engine(Protocol):
     ds: Any
 
 
-def state_parts(engine: Engine) -> Iterator[Part]:
-    """This rank's parts, in the same order on all ranks of a group."""
+def state_slices(engine: Engine) -> Iterator[TensorSlice]:
+    """This rank's slices, in the same order on all ranks of a group."""
     optimizer, stored_name = engine.optimizer, engine.method.stored_name
     for name, param in engine.model.named_parameters():
         if param.requires_grad:
-            yield from optimizer.parts(stored_name(name), param, _same_here(is_split(param), optimizer.partitioned))
+            yield from optimizer.slices(stored_name(name), param, _same_here(is_split(param), optimizer.partitioned))
         else:  # of LTE heads, too, there is one
-            yield parameter_part(name, param, engine.method.frozen_group(param))
-    yield from engine.method.parts()
+            yield parameter_slice(name, param, engine.method.frozen_group(param))
+    yield from engine.method.slices()
 
 
 def _same_here(split: bool, partitioned: bool) -> Optional[str]:
@@ -56,18 +56,18 @@ def _same_here(split: bool, partitioned: bool) -> Optional[str]:
     return "tp" if partitioned else "head"
 
 
-def own_share(parts: Iterable[Part], mesh: Mesh) -> Iterator[Part]:
-    """Of all parts of the ranks of a group, each once: the ranks that hold the same take turns."""
+def own_share(slices: Iterable[TensorSlice], mesh: Mesh) -> Iterator[TensorSlice]:
+    """Of all slices of the ranks of a group, each once: the ranks that hold the same take turns."""
     turns: Counter[str] = Counter()
-    for part in parts:
-        if part.group is not None:
-            axis = mesh.axis(part.group)
-            turn = turns[part.group] % axis.size
-            turns[part.group] += 1
+    for held in slices:
+        if held.group is not None:
+            axis = mesh.axis(held.group)
+            turn = turns[held.group] % axis.size
+            turns[held.group] += 1
             if turn != axis.rank:
                 continue
-        if part.tensor.numel():
-            yield part
+        if held.tensor.numel():
+            yield held
 
 
 def load_state(engine: Engine, archive: Archive, step: int) -> None:
@@ -76,17 +76,17 @@ def load_state(engine: Engine, archive: Archive, step: int) -> None:
     Raises:
         UserError: tensors are missing or have other shapes.
     """
-    fill_parts(engine, archive.fill, step)
+    fill_slices(engine, archive.fill, step)
 
 
 @torch.no_grad()
-def fill_parts(engine: Engine, fill: Callable[[Part], None], step: int) -> None:
+def fill_slices(engine: Engine, fill: Callable[[TensorSlice], None], step: int) -> None:
     """Call `fill` for all that a fresh engine holds, which has then `step` steps behind it."""
-    for part in state_parts(engine):
-        fill(part)
+    for held in state_slices(engine):
+        fill(held)
     for name, param in engine.model.named_parameters():
         if param.requires_grad:  # from the masters: ZeRO gathers only what it has stepped
-            fill(parameter_part(engine.method.stored_name(name), param, None))
+            fill(parameter_slice(engine.method.stored_name(name), param, None))
     engine.ds.global_steps = step
     engine.ds.global_samples = step * engine.config.train.global_batch_size
 

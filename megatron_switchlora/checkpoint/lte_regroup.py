@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from megatron_switchlora.checkpoint.engine_state import Engine, fill_parts
+from megatron_switchlora.checkpoint.engine_state import Engine, fill_slices
 from megatron_switchlora.checkpoint.files import Checkpoint
 from megatron_switchlora.checkpoint.weights import Weights
 from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.facts import value_of
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.head_names import of_head, split_head
-from megatron_switchlora.distributed.slices import Part, shard_part
+from megatron_switchlora.distributed.slices import TensorSlice, shard_slice
 from megatron_switchlora.methods.lte.heads import Merging
 
 
@@ -61,21 +61,21 @@ def load_regrouped(engine: Engine, checkpoint: Checkpoint) -> None:
     weights, archive = Weights(checkpoint), checkpoint.archive()
     dense, heads = {*method.dense(), *method.frozen_dense()}, len(weights.heads)
 
-    def fill(part: Part) -> None:
-        head, inner = split_head(part.name)
-        name = part.name if head is None else inner.split(":")[0]
+    def fill(held: TensorSlice) -> None:
+        head, inner = split_head(held.name)
+        name = held.name if head is None else inner.split(":")[0]
         if head is not None and name in dense and head >= heads:
             stand_in = of_head(head % heads, inner)
-            part = Part(stand_in, part.shape, part.offset, part.tensor, part.group)
+            held = TensorSlice(stand_in, held.shape, held.offset, held.tensor, held.group)
         of_base = name.endswith((".weight", ".merged_A", ".merged_B", ".origin", ".nf4_codes", ".nf4_scales"))
-        if name in dense or (part.name in archive and not of_base):
-            archive.fill(part)
+        if name in dense or (held.name in archive and not of_base):
+            archive.fill(held)
 
-    fill_parts(engine, fill, checkpoint.step)
+    fill_slices(engine, fill, checkpoint.step)
     for name, linear in method.linears.items():
         A, B = linear.factors()
         mean = torch.zeros(B.size(1), A.size(1), device=A.device)
-        box = shard_part(f"{name}.weight", mean, [linear.split], None)
+        box = shard_slice(f"{name}.weight", mean, [linear.split], None)
         if box.tensor.numel():
             box.tensor.copy_(weights.read(box.name, box.offset, box.tensor.shape))
         method.set_mean(name, mean)

@@ -23,14 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_switchlora.checkpoint.archive import write_parts
-from megatron_switchlora.checkpoint.engine_state import Engine, own_share, state_parts
+from megatron_switchlora.checkpoint.archive import write_slices
+from megatron_switchlora.checkpoint.engine_state import Engine, own_share, state_slices
 from megatron_switchlora.checkpoint.files import describe, leftovers, prune, publish, published, step_name
 from megatron_switchlora.config.checkpoint import CheckpointConfig
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.disk import make_durable, remove
 from megatron_switchlora.distributed.consensus import await_all, gather_texts, on_one_rank
-from megatron_switchlora.distributed.slices import Part
+from megatron_switchlora.distributed.slices import TensorSlice
 from megatron_switchlora.planning.memory import checkpoint_bytes
 
 
@@ -40,7 +40,7 @@ class Writing:
 
     step: int
     building: Path
-    parts: list[Part]
+    slices: list[TensorSlice]
     extra: dict[str, bytes]
     stall: float = 0.0
     began: float = field(default_factory=time.perf_counter)
@@ -104,17 +104,17 @@ class Saver:
         return ""
 
     @torch.no_grad()
-    def _stage(self) -> list[Part]:
+    def _stage(self) -> list[TensorSlice]:
         """Copies in host memory of what this rank writes; the memory is used again by the next save."""
         staged = []
-        for number, part in enumerate(own_share(state_parts(self.engine), self.engine.mesh)):
+        for number, held in enumerate(own_share(state_slices(self.engine), self.engine.mesh)):
             host = self._host.get(number)
-            if host is None or host.shape != part.tensor.shape:
-                pin = part.tensor.is_cuda
-                host = torch.empty(part.tensor.shape, dtype=part.tensor.dtype, pin_memory=pin)
+            if host is None or host.shape != held.tensor.shape:
+                pin = held.tensor.is_cuda
+                host = torch.empty(held.tensor.shape, dtype=held.tensor.dtype, pin_memory=pin)
                 self._host[number] = host
-            host.copy_(part.tensor, non_blocking=True)
-            staged.append(Part(part.name, part.shape, part.offset, host, part.group))
+            host.copy_(held.tensor, non_blocking=True)
+            staged.append(TensorSlice(held.name, held.shape, held.offset, host, held.group))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return staged
@@ -122,7 +122,7 @@ class Saver:
     def _write(self, writing: Writing) -> None:
         try:
             name = f"tensors-{self.rank:05d}.safetensors"
-            write_parts(writing.building / name, writing.parts)
+            write_slices(writing.building / name, writing.slices)
             for extra, content in writing.extra.items():
                 path = writing.building / extra
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.config.plugins import listed, load_plugins
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.head_names import of_head, split_head
-from megatron_switchlora.distributed.slices import parameter_part
+from megatron_switchlora.distributed.slices import parameter_slice
 from megatron_switchlora.model.protocol import LanguageModel, build_on_meta, family_of
 
 T = TypeVar("T")
@@ -212,6 +212,6 @@ def load_initial(model: LanguageModel, weights: Weights) -> None:
     if wrong:
         raise UserError(f"train.init_from holds another model: {'; '.join(wrong)}. Give its model section.")
     for name, param in model.named_parameters():
-        part = parameter_part(name, param, None)
-        if part.tensor.numel():
-            part.tensor.copy_(weights.read(name, part.offset, part.tensor.shape))
+        held = parameter_slice(name, param, None)
+        if held.tensor.numel():
+            held.tensor.copy_(weights.read(name, held.offset, held.tensor.shape))

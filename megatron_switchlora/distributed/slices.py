@@ -1,9 +1,9 @@
 """What this rank holds of a tensor, in the coordinates of the whole.
 
-A `Part` is a box of a full, unpadded tensor and the live memory that holds it here: `tensor` is a view of
-it, shaped like the box. Checkpoints save parts and fill parts, whatever the mesh: a tensor-parallel shard
+A `TensorSlice` is a box of a full, unpadded tensor and the live memory that holds it here: `tensor` is a view of
+it, shaped like the box. Checkpoints save slices and fill slices, whatever the mesh: a tensor-parallel shard
 is one, and so is each of the at most three boxes that ZeRO's flat partition holds of a matrix. `group`
-names the mesh group of ranks that hold the same part ("tp", "dp", "head"; None: this rank alone).
+names the mesh group of ranks that hold the same slice ("tp", "dp", "head"; None: this rank alone).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_switchlora.distributed.shard import Split, full_shape, is_split
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorSlice:
     """`tensor` holds the box at `offset` of a tensor `name` of this full `shape`."""
 
     name: str
@@ -36,19 +36,21 @@ def _unpadded(block: Tensor, offset: list[int], split: Split) -> Tensor:
     return block.narrow(dim, 0, keep)
 
 
-def shard_part(name: str, local: Tensor, splits: Iterable[Split], group: Optional[str]) -> Part:
-    """The part that this rank's whole block of a tensor is; `splits` say how its dimensions were cut."""
+def shard_slice(name: str, local: Tensor, splits: Iterable[Split], group: Optional[str]) -> TensorSlice:
+    """The slice that this rank's whole block of a tensor is; `splits` say how its dimensions were cut."""
     shape, offset = list(local.shape), [0] * local.dim()
     for split in splits:
         local = _unpadded(local, offset, split)
         shape[split.dim] = split.size
-    return Part(name, tuple(shape), tuple(offset), local, group)
+    return TensorSlice(name, tuple(shape), tuple(offset), local, group)
 
 
-def parameter_part(name: str, param: nn.Parameter, group: Optional[str], value: Optional[Tensor] = None) -> Part:
+def parameter_slice(
+    name: str, param: nn.Parameter, group: Optional[str], value: Optional[Tensor] = None
+) -> TensorSlice:
     """All that this rank holds of a parameter, or of another `value` shaped and split like it."""
     shard: Optional[Split] = param.shard  # type: ignore[attr-defined]
-    return shard_part(name, param.data if value is None else value, filter(None, [shard]), group)
+    return shard_slice(name, param.data if value is None else value, filter(None, [shard]), group)
 
 
 def replica_group(param: nn.Parameter) -> str:
@@ -69,8 +71,10 @@ def row_blocks(length: int, start: int, numel: int) -> Iterator[tuple[int, int, 
         position += rows * width
 
 
-def flat_parts(name: str, param: nn.Parameter, start: int, flat: Tensor, group: Optional[str]) -> Iterator[Part]:
-    """The parts of a tensor shaped like `param`, of which `flat` holds the flattened local elements from `start` on."""
+def flat_slices(
+    name: str, param: nn.Parameter, start: int, flat: Tensor, group: Optional[str]
+) -> Iterator[TensorSlice]:
+    """The slices of a tensor shaped like `param`; `flat` holds the flattened local elements from `start` on."""
     shard: Optional[Split] = param.shard  # type: ignore[attr-defined]
     shape, done = tuple(full_shape(param)), 0
     for row, column, rows, width in row_blocks(param.size(-1), start, flat.numel()):
@@ -80,4 +84,4 @@ def flat_parts(name: str, param: nn.Parameter, start: int, flat: Tensor, group: 
         if shard is not None:
             block = _unpadded(block, offset, shard)
         if block.numel():
-            yield Part(name, shape, tuple(offset), block, group)
+            yield TensorSlice(name, shape, tuple(offset), block, group)

@@ -17,14 +17,14 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from megatron_switchlora.checkpoint.archive import write_parts
+from megatron_switchlora.checkpoint.archive import write_slices
 from megatron_switchlora.checkpoint.files import build_folder, seal
 from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.config.plugins import load_plugins
 from megatron_switchlora.data.hf_tokenizer import require_own, tokenizer_files
 from megatron_switchlora.distributed.buckets import grouped
-from megatron_switchlora.distributed.slices import Part
+from megatron_switchlora.distributed.slices import TensorSlice
 from megatron_switchlora.hf.adapter import is_adapter, read_adapter
 from megatron_switchlora.hf.folders import MARKS, hf_names, hf_shapes
 from megatron_switchlora.hf.import_ import hf_tensors, read_hf_config, read_object
@@ -80,9 +80,9 @@ def _by_our_names(
 
 
 def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: int) -> None:
-    parts = (Part(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor, None) for name, tensor in tensors)
-    for number, group in enumerate(grouped(parts, lambda part: part.tensor.nbytes, limit)):
-        write_parts(folder / f"tensors-{number:05d}.safetensors", group)
+    slices = (TensorSlice(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor, None) for name, tensor in tensors)
+    for number, group in enumerate(grouped(slices, lambda held: held.tensor.nbytes, limit)):
+        write_slices(folder / f"tensors-{number:05d}.safetensors", group)
         group.clear()  # before the next tensors are read
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.mesh import Mesh
-from megatron_switchlora.distributed.slices import Part, replica_group, shard_part
+from megatron_switchlora.distributed.slices import TensorSlice, replica_group, shard_slice
 from megatron_switchlora.model.protocol import LanguageModel
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.optim.schedules import lr_factor
@@ -101,15 +101,15 @@ class Method:
         """The model whose loss is the method's, or the one that is exported. Collective."""
         return self.model
 
-    def parts(self) -> Iterator[Part]:
+    def slices(self) -> Iterator[TensorSlice]:
         """This rank's share of what a checkpoint keeps beside parameters and optimizer state: frozen weights here, and
         a method's own state."""
         for name, module in self.model.named_modules():
             for short, buffer in module.named_buffers(recurse=False):
-                yield shard_part(f"{name}.{short}", buffer, filter(None, [getattr(module, "split", None)]), "dp")
+                yield shard_slice(f"{name}.{short}", buffer, filter(None, [getattr(module, "split", None)]), "dp")
 
     def loaded(self) -> None:
-        """Parameters, optimizer state and parts were filled from a checkpoint. Collective."""
+        """Parameters, optimizer state and slices were filled from a checkpoint. Collective."""
 
     def replicas(self) -> Iterator[Replica]:
         """Everything that several ranks hold alike: parameters, buffers (frozen weights, split like the matrices they

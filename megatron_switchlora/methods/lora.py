@@ -25,7 +25,7 @@ from megatron_switchlora.config.method import register
 from megatron_switchlora.config.run import RunConfig, accumulation_steps
 from megatron_switchlora.distributed.consensus import await_all
 from megatron_switchlora.distributed.shard import named_generator, shard_of
-from megatron_switchlora.distributed.slices import Part, parameter_part, replica_group
+from megatron_switchlora.distributed.slices import TensorSlice, parameter_slice, replica_group
 from megatron_switchlora.lowrank.init import Side, draw_orthogonal, draw_vectors, factor_std, principal_factors
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.lowrank.merged import Form
@@ -153,11 +153,11 @@ class Lora(Method):
                 if factor in self.initial:
                     yield f"{name}.lora_{side}_0", factor, self.initial[factor]
 
-    def parts(self) -> Iterator[Part]:
+    def slices(self) -> Iterator[TensorSlice]:
         """Also A_0 [r, in] and B_0 [r, out], NAME.lora_A_0 and NAME.lora_B_0, where they are kept."""
-        yield from super().parts()
+        yield from super().slices()
         for name, factor, value in self._kept():
-            yield parameter_part(name, factor, replica_group(factor), value)
+            yield parameter_slice(name, factor, replica_group(factor), value)
 
     def replicas(self) -> Iterator[Replica]:
         yield from super().replicas()

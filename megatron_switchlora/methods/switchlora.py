@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron_switchlora.config.method import register
 from megatron_switchlora.config.run import RunConfig
-from megatron_switchlora.distributed.slices import Part, shard_part
+from megatron_switchlora.distributed.slices import TensorSlice, shard_slice
 from megatron_switchlora.lowrank.bank import CandidateBank, Fetch
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.lowrank.schedule import (
@@ -172,18 +172,18 @@ class SwitchLora(Lora):
         super().loaded()
         self.forget_plan()
 
-    def parts(self) -> Iterator[Part]:
+    def slices(self) -> Iterator[TensorSlice]:
         """Also the bank [C, length], NAME.bank_A and NAME.bank_B, and the schedule's integers, switch.*."""
-        yield from super().parts()
+        yield from super().slices()
         names = {linear: name for name, linear in self.linears.items()}
         for layer, linear in enumerate(self.switching):
             for side, factor in (("A", linear.lora_A), ("B", linear.lora_B)):
                 held = self.bank.held[side, layer]
                 splits = filter(None, [held.split, factor.shard])  # type: ignore[attr-defined]
-                yield shard_part(f"{names[linear]}.bank_{side}", held.rows, splits, self.bank.group)
+                yield shard_slice(f"{names[linear]}.bank_{side}", held.rows, splits, self.bank.group)
         for kind in ("pointer", "slots", "frozen"):
             for side, values in getattr(self.state, kind).items():
-                yield shard_part(f"switch.{kind}_{side}", torch.from_numpy(values), [], "head")
+                yield shard_slice(f"switch.{kind}_{side}", torch.from_numpy(values), [], "head")
 
     def replicas(self) -> Iterator[Replica]:
         yield from super().replicas()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.distributed.slices import Part, shard_part
+from megatron_switchlora.distributed.slices import TensorSlice, shard_slice
 from megatron_switchlora.optim.row_adamw import RowAdamW
 
 SAVED = ("exp_avg", "exp_avg_sq", "projector", "row_step")
@@ -99,14 +99,14 @@ class GaloreAdamW(RowAdamW):
         if group["weight_decay"] != 0:
             master.mul_(1 - lr * group["weight_decay"])
 
-    def parts(self, name: str, param: nn.Parameter, group: Optional[str]) -> Iterator[Part]:
+    def slices(self, name: str, param: nn.Parameter, group: Optional[str]) -> Iterator[TensorSlice]:
         """Of a projected matrix: itself, and NAME:exp_avg, NAME:exp_avg_sq, NAME:projector, NAME:row_step."""
         if param not in self.projectors:
-            yield from super().parts(name, param, group)
+            yield from super().slices(name, param, group)
             return
-        yield shard_part(name, param.data, [], group)
+        yield shard_slice(name, param.data, [], group)
         for key in SAVED:
-            yield shard_part(f"{name}:{key}", self.state[param][key], [], group)
+            yield shard_slice(f"{name}:{key}", self.state[param][key], [], group)
 
     def read_rows(self, param: nn.Parameter) -> dict[str, Tensor]:
         """Of a projected matrix: master and row_step alone, its moments have another shape."""

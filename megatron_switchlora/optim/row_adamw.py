@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_switchlora.distributed.shard import has_rows
-from megatron_switchlora.distributed.slices import Part, flat_parts
+from megatron_switchlora.distributed.slices import TensorSlice, flat_slices
 from megatron_switchlora.optim.head_clip import HeadClip, gradient
 from megatron_switchlora.optim.layout import Piece, RowLayout, at_least_fp32
 
@@ -179,15 +179,15 @@ class RowAdamW(torch.optim.Optimizer):
         for piece in self.pieces(param):
             self._views(piece)[2].zero_()
 
-    def parts(self, name: str, param: nn.Parameter, group: Optional[str]) -> Iterator[Part]:
+    def slices(self, name: str, param: nn.Parameter, group: Optional[str]) -> Iterator[TensorSlice]:
         """What this rank holds of a parameter's master, named as the parameter, and of its state: NAME:exp_avg,
         NAME:exp_avg_sq and the step counters NAME:row_step [rows]."""
         for piece in self.pieces(param):
             exp_avg, exp_avg_sq, steps = self._views(piece)
             blocks = {"": piece.block(piece.master.data), ":exp_avg": exp_avg, ":exp_avg_sq": exp_avg_sq}
             for suffix, block in blocks.items():
-                yield from flat_parts(name + suffix, param, piece.start, block.view(-1), group)
-            yield Part(f"{name}:row_step", (piece.row_count(),), (piece.first_row,), steps, group)
+                yield from flat_slices(name + suffix, param, piece.start, block.view(-1), group)
+            yield TensorSlice(f"{name}:row_step", (piece.row_count(),), (piece.first_row,), steps, group)
 
     @torch.no_grad()
     def load_rows(self, param: nn.Parameter, values: dict[str, Tensor]) -> None:

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_switchlora.checkpoint import saver
-from megatron_switchlora.checkpoint.archive import write_parts
-from megatron_switchlora.checkpoint.engine_state import load_state, state_parts
+from megatron_switchlora.checkpoint.archive import write_slices
+from megatron_switchlora.checkpoint.engine_state import load_state, state_slices
 from megatron_switchlora.checkpoint.files import Checkpoint, open_checkpoint, published, verified
 from megatron_switchlora.checkpoint.lte_regroup import load_regrouped, regroups
 from megatron_switchlora.checkpoint.weights import Weights
@@ -27,8 +27,8 @@ from tests.plain import VOCAB, make_batches, small_config
 
 
 def whole_state(engine: Any) -> list[list[int]]:
-    """A fingerprint of everything: saved parts, and the weights that the forward uses."""
-    tensors = [part.tensor for part in state_parts(engine)] + [param.data for param in engine.params]
+    """A fingerprint of everything: saved slices, and the weights that the forward uses."""
+    tensors = [held.tensor for held in state_slices(engine)] + [param.data for param in engine.params]
     return [fingerprint(tensor.contiguous()).tolist() for tensor in tensors]
 
 
@@ -43,11 +43,11 @@ def load(engine: Any, checkpoint: Checkpoint, step: int) -> None:
 def kept_heads(engine: Any, checkpoint: Checkpoint) -> int:
     """LTE heads here whose adapters are the checkpoint's, with masters, moments and row steps."""
     archive, alike = checkpoint.archive(), {}
-    for part in state_parts(engine):
-        head, name = split_head(part.name)
+    for held in state_slices(engine):
+        head, name = split_head(held.name)
         if head is not None and ".lora_" in name:
-            same = part.name in archive and torch.equal(
-                archive.read(part.name, part.offset, part.tensor.shape).to(part.tensor.dtype), part.tensor
+            same = held.name in archive and torch.equal(
+                archive.read(held.name, held.offset, held.tensor.shape).to(held.tensor.dtype), held.tensor
             )
             alike[head] = alike.get(head, True) and same
     return sum(alike.values())
@@ -60,26 +60,26 @@ def fresh_heads(engine: Any, checkpoint: Checkpoint) -> int:
     stored = 1 + max(head for name in archive.names() if (head := split_head(name)[0]) is not None)
     drawn = drawn_factors(engine) if engine.config.method.lte.inner == "lora" else {}
     fresh = set()
-    for part in state_parts(engine):
-        own_head, own_name = split_head(part.name)
+    for held in state_slices(engine):
+        own_head, own_name = split_head(held.name)
         if own_head is None or own_head < stored:
             continue
         head, (name, _, kind) = own_head, own_name.partition(":")
         if ".lora_" in name:
             fresh.add(head)
             if kind:
-                assert not part.tensor.any(), part.name
+                assert not held.tensor.any(), held.name
             elif drawn:
-                box = tuple(slice(o, o + n) for o, n in zip(part.offset, part.tensor.shape, strict=True))
-                assert torch.equal(part.tensor, drawn[part.name][box]), part.name
+                box = tuple(slice(o, o + n) for o, n in zip(held.offset, held.tensor.shape, strict=True))
+                assert torch.equal(held.tensor, drawn[held.name][box]), held.name
         elif name in dense:
-            stand_in = archive.read(of_head(head % stored, own_name), part.offset, part.tensor.shape)
-            assert torch.equal(stand_in.to(part.tensor.dtype), part.tensor), part.name
+            stand_in = archive.read(of_head(head % stored, own_name), held.offset, held.tensor.shape)
+            assert torch.equal(stand_in.to(held.tensor.dtype), held.tensor), held.name
     return len(fresh)
 
 
 def drawn_factors(engine: Any) -> dict[str, torch.Tensor]:
-    """A and B of the heads here at the start of a run, by the names of their parts."""
+    """A and B of the heads here at the start of a run, by the names of their slices."""
     method, found = engine.method, {}
     for name, linear in method.linears.items():
         shape = (linear.out_features, linear.in_features)
@@ -144,14 +144,14 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
     return found
 
 
-def write_slowly(path: Path, parts: Any) -> None:
+def write_slowly(path: Path, slices: Any) -> None:
     """Steps go on meanwhile: what is written must be a copy of the state as it was."""
     time.sleep(0.3)
-    write_parts(path, parts)
+    write_slices(path, slices)
 
 
 def act(payload: dict[str, Any]) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     mesh = start(payload["tp"], payload.get("heads", 1))
-    saver.write_parts = write_slowly  # type: ignore[attr-defined]
+    saver.write_slices = write_slowly  # type: ignore[attr-defined]
     return [run_case(case, mesh) for case in payload["cases"]]

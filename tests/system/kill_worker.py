@@ -24,7 +24,7 @@ POINTS = {
     "evaluate": ("megatron_switchlora.train.engine", "Engine.evaluate"),
     "record": ("megatron_switchlora.run.folder", "RunFolder.log"),
     "save": ("megatron_switchlora.checkpoint.saver", "Saver.save"),
-    "write": ("megatron_switchlora.checkpoint.saver", "write_parts"),
+    "write": ("megatron_switchlora.checkpoint.saver", "write_slices"),
     "between files": ("megatron_switchlora.checkpoint.saver", "make_durable"),
     "describe": ("megatron_switchlora.checkpoint.saver", "describe"),
     "gather": ("megatron_switchlora.checkpoint.saver", "Saver.finish"),

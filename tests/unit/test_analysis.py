@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_switchlora.checkpoint.archive import write_parts
+from megatron_switchlora.checkpoint.archive import write_slices
 from megatron_switchlora.checkpoint.files import seal
-from megatron_switchlora.distributed.slices import Part
+from megatron_switchlora.distributed.slices import TensorSlice
 from megatron_switchlora.model.llama.model import LlamaForCausalLM
 from megatron_switchlora.model.protocol import initialize_weights
 from megatron_switchlora.study.analysis import command
@@ -159,8 +159,11 @@ def test_heads_of_lte(call: Call, tmp_path: Path) -> None:
     for step, scale in ((3, 1.0), (6, 2.0)):
         folder = tmp_path / "checkpoints" / f"step-{step:08d}"
         folder.mkdir(parents=True)
-        parts = [Part(k, tuple(t.shape), (0, 0), t * (scale if "lora_B" in k else 1), None) for k, t in tensors.items()]
-        write_parts(folder / "tensors-00000.safetensors", parts)
+        slices = [
+            TensorSlice(k, tuple(t.shape), (0, 0), t * (scale if "lora_B" in k else 1), None)
+            for k, t in tensors.items()
+        ]
+        write_slices(folder / "tensors-00000.safetensors", slices)
         state = {"step": step, "config": config.to_dict(), "vocab_size": VOCAB}
         (folder / "state.json").write_text(json.dumps(state))
         seal(folder, step)

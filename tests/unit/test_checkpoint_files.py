@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from megatron_switchlora.checkpoint.archive import Archive, write_parts
+from megatron_switchlora.checkpoint.archive import Archive, write_slices
 from megatron_switchlora.checkpoint.files import (
     FORMAT,
     describe,
@@ -35,11 +35,11 @@ from megatron_switchlora.checkpoint.weights import stored_config
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.shard import Axis, Split, declare
-from megatron_switchlora.distributed.slices import Part, flat_parts, parameter_part, shard_part
+from megatron_switchlora.distributed.slices import TensorSlice, flat_slices, parameter_slice, shard_slice
 
 
-def whole(tensor: torch.Tensor, name: str = "w") -> Part:
-    return Part(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor, None)
+def whole(tensor: torch.Tensor, name: str = "w") -> TensorSlice:
+    return TensorSlice(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor, None)
 
 
 def make_checkpoint(folder: Path, step: int, values: torch.Tensor | None = None) -> Path:
@@ -47,7 +47,7 @@ def make_checkpoint(folder: Path, step: int, values: torch.Tensor | None = None)
     building.mkdir(parents=True)
     for rank in range(2):
         tensor = torch.arange(6.0).view(2, 3) if values is None else values
-        write_parts(building / f"tensors-{rank:05d}.safetensors", [whole(tensor, f"w{rank}")])
+        write_slices(building / f"tensors-{rank:05d}.safetensors", [whole(tensor, f"w{rank}")])
     (building / "state.json").write_text("{}")
     files = {path.name: describe(path) for path in sorted(building.iterdir())}
     publish(building, folder / f"step-{step:08d}", step, files)
@@ -67,10 +67,12 @@ def test_flat_partitions_of_padded_shards_make_the_whole(
         local = full if split is None else split.take(full)
         param = declare(nn.Parameter(local.clone()), shard=split)
         bounds = torch.linspace(0, local.numel(), partitions + 1).round().long().tolist()
-        for part, (a, b) in enumerate(pairwise(bounds)):
-            path = tmp_path / f"{rank}-{part}.safetensors"
+        for piece, (a, b) in enumerate(pairwise(bounds)):
+            path = tmp_path / f"{rank}-{piece}.safetensors"
             flat = param.data.flatten()[a:b].clone()
-            write_parts(path, [replace(p, tensor=p.tensor.contiguous()) for p in flat_parts("w", param, a, flat, None)])
+            write_slices(
+                path, [replace(p, tensor=p.tensor.contiguous()) for p in flat_slices("w", param, a, flat, None)]
+            )
             files.append(path)
     archive = Archive(files)
     assert torch.equal(archive.read("w"), full)
@@ -79,19 +81,19 @@ def test_flat_partitions_of_padded_shards_make_the_whole(
         wanted = full[at : at + 2] if len(shape) == 1 else full[at : at + 2, 1:4]
         assert torch.equal(archive.read("w", offset, size), wanted)
     half = declare(nn.Parameter(torch.zeros(-(-shape[0] // 2), *shape[1:])), shard=Split(0, shape[0], Axis(2, 1)))
-    archive.fill(parameter_part("w", half, None))
+    archive.fill(parameter_slice("w", half, None))
     assert torch.equal(half.data, Split(0, shape[0], Axis(2, 1)).take(full))
 
 
 def test_a_part_twice_split_is_placed_once() -> None:
     rows, columns = Split(0, 5, Axis(2, 1)), Split(1, 7, Axis(3, 2))
-    part = shard_part("bank", torch.ones(3, 3), [rows, columns], None)
-    assert (part.shape, part.offset, tuple(part.tensor.shape)) == ((5, 7), (3, 6), (2, 1))
+    piece = shard_slice("bank", torch.ones(3, 3), [rows, columns], None)
+    assert (piece.shape, piece.offset, tuple(piece.tensor.shape)) == ((5, 7), (3, 6), (2, 1))
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    write_parts(path, [Part("w", (4, 3), (2, 0), torch.ones(2, 3), None)])
+    write_slices(path, [TensorSlice("w", (4, 3), (2, 0), torch.ones(2, 3), None)])
     archive = Archive([path])
     assert torch.equal(archive.read("w", (2, 1), (2, 2)), torch.ones(2, 2))
     for offset, size in [((0, 0), (4, 3)), ((1, 0), (2, 3)), ((0, 0), (1, 1))]:
@@ -174,7 +176,7 @@ def test_newer_formats_and_unfinished_saves_are_refused(tmp_path: Path, monkeypa
 def test_a_file_that_another_host_cannot_see_is_not_published(tmp_path: Path) -> None:
     building = tmp_path / ".building-step-00000001"
     building.mkdir()
-    write_parts(building / "a.safetensors", [whole(torch.ones(2))])
+    write_slices(building / "a.safetensors", [whole(torch.ones(2))])
     (building / "state.json").write_text("{}")
     files = {name: describe(building / name) for name in ("a.safetensors", "state.json")}
     for wrong in (

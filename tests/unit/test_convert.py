@@ -12,8 +12,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from megatron_switchlora.checkpoint.archive import write_parts
-from megatron_switchlora.checkpoint.engine_state import own_share, state_parts
+from megatron_switchlora.checkpoint.archive import write_slices
+from megatron_switchlora.checkpoint.engine_state import own_share, state_slices
 from megatron_switchlora.checkpoint.files import Checkpoint, seal, verified
 from megatron_switchlora.checkpoint.weights import Weights, find_folder, load_initial
 from megatron_switchlora.config.errors import UserError
@@ -51,7 +51,7 @@ def save(run: PlainRun, folder: Path) -> Checkpoint:
         method=run.method,
         ds=SimpleNamespace(zero_optimization_stage=lambda: 0),
     )
-    write_parts(folder / "tensors-00000.safetensors", list(own_share(state_parts(plain), lone_mesh())))  # type: ignore[arg-type]
+    write_slices(folder / "tensors-00000.safetensors", list(own_share(state_slices(plain), lone_mesh())))  # type: ignore[arg-type]
     state = {"step": 6, "config": run.config.to_dict(), "vocab_size": VOCAB}
     (folder / "state.json").write_text(json.dumps(state))
     seal(folder, 6)

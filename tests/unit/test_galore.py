@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_switchlora.checkpoint.engine_state import state_parts
+from megatron_switchlora.checkpoint.engine_state import state_slices
 from megatron_switchlora.checkpoint.weights import Weights
 from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.errors import UserError
@@ -125,8 +125,8 @@ def test_resumes_to_the_bit(tmp_path: Path, projector: None, saved: int) -> None
     plain = SimpleNamespace(model=resumed.model, optimizer=resumed.optimizer, method=resumed.method,
                             ds=SimpleNamespace(zero_optimization_stage=lambda: 0))  # fmt: skip
     with torch.no_grad():
-        for part in state_parts(plain):  # type: ignore[arg-type]
-            archive.fill(part)
+        for held in state_slices(plain):  # type: ignore[arg-type]
+            archive.fill(held)
     resumed.method.loaded()
     for step in range(saved, 14):
         assert whole.step(step, batches[step]) == resumed.step(step, batches[step])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from megatron_switchlora.distributed.head_names import of_head
 from megatron_switchlora.distributed.shard import Axis, Split, is_split, shard_of
-from megatron_switchlora.distributed.slices import Part, parameter_part, replica_group, shard_part
+from megatron_switchlora.distributed.slices import TensorSlice, parameter_slice, replica_group, shard_slice
 from megatron_switchlora.lowrank.heads import HeadsLinear
 from megatron_switchlora.lowrank.nf4 import bitsandbytes_works
 from megatron_switchlora.methods.base import Method, Replica
@@ -184,9 +184,9 @@ class Merging(Method):
         for name, origin in self.origins.items():
             yield Replica(f"{name}.origin", origin.rows, "lte")
 
-    def _origin_parts(self) -> Iterator[Part]:
+    def _origin_slices(self) -> Iterator[TensorSlice]:
         for name, origin in self.origins.items():
-            yield shard_part(f"{name}.origin", origin.rows, [origin.split, self.linears[name].split], "lte")
+            yield shard_slice(f"{name}.origin", origin.rows, [origin.split, self.linears[name].split], "lte")
 
 
 class HeadOnRanks(Merging):
@@ -202,14 +202,14 @@ class HeadOnRanks(Merging):
             linear.add_product(-1.0)
         linear.forget_merged()
 
-    def parts(self) -> Iterator[Part]:
+    def slices(self) -> Iterator[TensorSlice]:
         """A head's own tensors are named head_NN/NAME; W, if all heads have the same, and NAME.origin are not."""
-        for part in super().parts():
-            if not self.config.method.facts.resetless and part.name.endswith(".weight"):
-                yield replace(part, group="data")
+        for held in super().slices():
+            if not self.config.method.facts.resetless and held.name.endswith(".weight"):
+                yield replace(held, group="data")
             else:
-                yield replace(part, name=self.stored_name(part.name))
-        yield from self._origin_parts()
+                yield replace(held, name=self.stored_name(held.name))
+        yield from self._origin_slices()
 
     def replicas(self) -> Iterator[Replica]:
         """Also W over all heads, where it is the same."""
@@ -299,14 +299,14 @@ class LocalLte(Merging):
             for short, tensor in linear.base_tensors().items():
                 yield Replica(f"{name}.{short}", tensor, "data")
 
-    def parts(self) -> Iterator[Part]:
+    def slices(self) -> Iterator[TensorSlice]:
         """NAME.weight or its codes and scales, what the last merge left of each head, head_NN/NAME.merged_A and
         merged_B, and NAME.origin."""
         for name, linear in self.linears.items():
             for short, base in linear.base_tensors().items():
-                yield shard_part(f"{name}.{short}", base, [linear.base_split(base)], "data")
+                yield shard_slice(f"{name}.{short}", base, [linear.base_split(base)], "data")
             for head, (A, B) in enumerate(self._pairs(linear) if linear.resetless else []):
                 for side, factor, merged in (("A", A, linear.merged_A), ("B", B, linear.merged_B)):
                     stored = self.stored_name(f"{name}.merged_{side}.{head}")
-                    yield parameter_part(stored, factor, replica_group(factor), merged[head])
-        yield from self._origin_parts()
+                    yield parameter_slice(stored, factor, replica_group(factor), merged[head])
+        yield from self._origin_slices()

@@ -23,27 +23,27 @@ from typing import Any
 
 import torch
 
-from megatron_switchlora.checkpoint.archive import write_parts
+from megatron_switchlora.checkpoint.archive import write_slices
 from megatron_switchlora.checkpoint.files import seal
 from megatron_switchlora.config.command_line import parse_arguments
 from megatron_switchlora.config.field_checks import number_from
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.disk import user_path
-from megatron_switchlora.distributed.slices import Part
+from megatron_switchlora.distributed.slices import TensorSlice
 from megatron_switchlora.model.protocol import build_on_meta
 from megatron_switchlora.planning.counts import count_parameters
 from megatron_switchlora.study.benchmarks.common import describe_machine, publish
 from megatron_switchlora.study.places import ROOT
 
 
-def part(name: str, tensor: torch.Tensor) -> Part:
-    return Part(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor, None)
+def slice_of(name: str, tensor: torch.Tensor) -> TensorSlice:
+    return TensorSlice(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor, None)
 
 
-def state_of(name: str, shape: tuple[int, ...], rows: int) -> Iterator[Part]:
-    yield part(name, torch.randn(shape) * 0.02)
-    yield from (part(f"{name}:{moment}", torch.zeros(shape)) for moment in ("exp_avg", "exp_avg_sq"))
-    yield part(f"{name}:row_step", torch.zeros(rows))
+def state_of(name: str, shape: tuple[int, ...], rows: int) -> Iterator[TensorSlice]:
+    yield slice_of(name, torch.randn(shape) * 0.02)
+    yield from (slice_of(f"{name}:{moment}", torch.zeros(shape)) for moment in ("exp_avg", "exp_avg_sq"))
+    yield slice_of(f"{name}:row_step", torch.zeros(rows))
 
 
 def write_checkpoint(folder: Path, config: RunConfig, vocab_size: int) -> None:
@@ -52,13 +52,13 @@ def write_checkpoint(folder: Path, config: RunConfig, vocab_size: int) -> None:
     linears = {name: linear.weight.shape for name, _, _, linear in model.decoder_linears()}
     r = config.method.rank
     dense = [(n, tuple(p.shape)) for n, p in model.named_parameters() if n.removesuffix(".weight") not in linears]
-    write_parts(folder / "tensors-00000.safetensors", [p for n, shape in dense for p in state_of(n, shape, 1)])
+    write_slices(folder / "tensors-00000.safetensors", [p for n, shape in dense for p in state_of(n, shape, 1)])
     for number, (name, (out, into)) in enumerate(linears.items(), 1):
-        parts = [part(f"{name}.weight", torch.randn(out, into) * 0.02)]
+        slices = [slice_of(f"{name}.weight", torch.randn(out, into) * 0.02)]
         for side, length in (("A", into), ("B", out)):
-            parts += state_of(f"{name}.lora_{side}", (r, length), r)
-            parts.append(part(f"{name}.bank_{side}", torch.zeros(min(out, into), length)))
-        write_parts(folder / f"tensors-{number:05d}.safetensors", parts)
+            slices += state_of(f"{name}.lora_{side}", (r, length), r)
+            slices.append(slice_of(f"{name}.bank_{side}", torch.zeros(min(out, into), length)))
+        write_slices(folder / f"tensors-{number:05d}.safetensors", slices)
     state = {"step": 1, "config": config.to_dict(), "vocab_size": vocab_size}
     (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
     seal(folder, 1)
