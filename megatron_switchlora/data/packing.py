@@ -285,9 +285,9 @@ def _tokenise(
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
-    """The head of a 1-D .npy file; numpy pads it, so that it can be overwritten with another length."""
-    head = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
-    np.lib.format.write_array_header_1_0(file, head)
+    """The header of a 1-D .npy file; numpy pads it, so that it can be overwritten with another length."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def _unigram_perplexity(train: np.ndarray, val: np.ndarray) -> float:

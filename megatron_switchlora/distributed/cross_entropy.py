@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_switchlora.distributed.precision import at_least_fp32
 from megatron_switchlora.distributed.shard import Split
 
 
@@ -43,9 +44,8 @@ class _SplitCrossEntropy(torch.autograd.Function):
 
 
 def token_cross_entropy(logits: Tensor, targets: Tensor, split: Split) -> Tensor:
-    """Cross entropy of each token, in fp32 at least. logits [..., local vocabulary], targets [...] -> [...]."""
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
+    """Cross entropy of each token, in at least fp32. logits [..., local vocabulary], targets [...] -> [...]."""
+    logits = logits.to(at_least_fp32(logits.dtype))
     if split.axis.size > 1:
         return _SplitCrossEntropy.apply(logits, targets, split)
     flat = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")

@@ -24,6 +24,7 @@ from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.data.loader import BatchOrder, Samples
 from megatron_switchlora.distributed.collectives import leave
 from megatron_switchlora.distributed.mesh import Mesh
+from megatron_switchlora.distributed.precision import at_least_fp32
 from megatron_switchlora.lowrank.lora_ga import initial_factors
 from megatron_switchlora.methods.lora import head_seed
 from megatron_switchlora.model.protocol import LanguageModel, build_model
@@ -65,7 +66,7 @@ def _factors_of_head(
 def mean_gradients(
     config: RunConfig, model: LanguageModel, mesh: Mesh, samples: Samples, device: torch.device, head: int = 0
 ) -> dict[str, Tensor]:
-    """This rank's part of dL/dW [out, in] of every adapted matrix, by layer, on the host, in fp32 at least."""
+    """This rank's part of dL/dW [out, in] of every adapted matrix, by layer, on the host, in at least fp32."""
     twin = working_copy(config, model, device)
     count = config.method.ga.samples
     sums = sum_gradients(twin, gradient_batches(config, mesh, samples, head), count, device)
@@ -122,10 +123,7 @@ def sum_gradients(
 ) -> dict[str, Tensor]:
     """Over these batches, the sum of the gradients of each sample's mean loss / count, by layer, on the host."""
     weights = {name: linear.weight for name, _, _, linear in model.decoder_linears()}
-    sums = {
-        name: torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
-        for name, weight in weights.items()
-    }
+    sums = {name: torch.zeros(weight.shape, dtype=at_least_fp32(weight.dtype)) for name, weight in weights.items()}
     hooks = [
         weight.register_post_accumulate_grad_hook(partial(_take_gradient, sums[name]))
         for name, weight in weights.items()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megatron_switchlora.distributed.precision import at_least_fp32
 from megatron_switchlora.distributed.shard import declare
 from megatron_switchlora.model.heads import copies
-from megatron_switchlora.optim.layout import at_least_fp32
 
 
 def normalised(x: Tensor, eps: float) -> Tensor:
-    """x / rms(x) over the last dimension, the mean square in fp32 at least."""
+    """x / rms(x) over the last dimension, the mean square in at least fp32."""
     high = x.to(at_least_fp32(x.dtype))
     return (high * torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_switchlora.distributed.precision import at_least_fp32
 from megatron_switchlora.distributed.shard import Axis, is_split
-from megatron_switchlora.optim.layout import Piece, at_least_fp32
+from megatron_switchlora.optim.layout import Piece
 
 
 class HeadClip:

@@ -22,11 +22,6 @@ from megatron_switchlora.distributed.shard import has_rows
 from megatron_switchlora.distributed.slices import row_blocks
 
 
-def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """The precision of masters, and of what is computed from them: fp32, or the parameters' if that is finer."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 @dataclass(frozen=True)
 class Piece:
     """Rows [first_row, first_row + rows) of `param`, columns [column, column + width), at element `offset` of

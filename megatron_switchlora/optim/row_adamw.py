@@ -17,10 +17,11 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from megatron_switchlora.distributed.precision import at_least_fp32
 from megatron_switchlora.distributed.shard import has_rows
 from megatron_switchlora.distributed.slices import TensorSlice, flat_slices
 from megatron_switchlora.optim.head_clip import HeadClip, gradient
-from megatron_switchlora.optim.layout import Piece, RowLayout, at_least_fp32
+from megatron_switchlora.optim.layout import Piece, RowLayout
 
 
 def adamw_(
@@ -157,7 +158,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def sum_of_masters(self, params: list[nn.Parameter]) -> Tensor:
-        """The sum of the masters of parameters of one shape, in fp32 at least; zero where other ranks have them."""
+        """The sum of the masters of parameters of one shape, in at least fp32; zero where other ranks have them."""
         some = params[0]
         total = torch.zeros(some.shape, dtype=at_least_fp32(some.dtype), device=some.device)
         for param in params:

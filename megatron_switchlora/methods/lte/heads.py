@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_switchlora.distributed.head_names import of_head
+from megatron_switchlora.distributed.precision import at_least_fp32
 from megatron_switchlora.distributed.shard import Axis, Split, is_split, shard_of
 from megatron_switchlora.distributed.slices import TensorSlice, parameter_slice, replica_group, shard_slice
 from megatron_switchlora.lowrank.heads import HeadsLinear
@@ -32,7 +33,6 @@ from megatron_switchlora.methods.lte.merging import mean_dense, mean_matrices, m
 from megatron_switchlora.methods.switchlora import SwitchLora
 from megatron_switchlora.model.heads import split_dense_tensors
 from megatron_switchlora.model.protocol import LanguageModel, build_model
-from megatron_switchlora.optim.layout import at_least_fp32
 from megatron_switchlora.optim.row_adamw import RowAdamW
 
 
@@ -84,7 +84,7 @@ class Merging(Method):
                 self.optimizer.set_values(param, mean)
 
     def mean_weights(self) -> Iterator[Tensor]:
-        """The mean effective weight of each of `linears`, this rank's shard, fp32 at least. Collective."""
+        """The mean effective weight of each of `linears`, this rank's shard, in at least fp32. Collective."""
         for name, linear, mean in self._mean_products():
             yield self.origins[name].plus(mean) if name in self.origins else mean.add_(linear.weight)
 

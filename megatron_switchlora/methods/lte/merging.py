@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from megatron_switchlora.config.run import RunConfig, compute_bytes
 from megatron_switchlora.distributed.buckets import grouped
+from megatron_switchlora.distributed.precision import at_least_fp32
 from megatron_switchlora.distributed.shard import Axis
 from megatron_switchlora.lowrank.linear import LowRankLinear
-from megatron_switchlora.optim.layout import at_least_fp32
 from megatron_switchlora.optim.row_adamw import RowAdamW
 
 BUCKET_BYTES = 64 << 20  # of what a rank holds of one collective, unless one tensor is larger
@@ -52,7 +52,7 @@ class Adapted(Protocol):
 
 
 def product(A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """scale B A [out, in] of A [R, in] and B [R, out], in fp32 at least."""
+    """scale B A [out, in] of A [R, in] and B [R, out], in at least fp32."""
     return (B.to(at_least_fp32(B.dtype)).t() @ A.to(at_least_fp32(A.dtype))).mul_(scale)
 
 

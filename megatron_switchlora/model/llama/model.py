@@ -26,11 +26,11 @@ from megatron_switchlora.distributed.linear import (
     VocabParallelEmbedding,
     enter_block,
 )
+from megatron_switchlora.distributed.precision import at_least_fp32
 from megatron_switchlora.distributed.shard import Axis
 from megatron_switchlora.model.llama.rope import scaled_frequencies, scaled_tables
 from megatron_switchlora.model.norm import RMSNorm
 from megatron_switchlora.model.protocol import LanguageModel
-from megatron_switchlora.optim.layout import at_least_fp32
 
 
 def rotary_tables(seq_len: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:

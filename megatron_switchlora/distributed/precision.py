@@ -1,0 +1,10 @@
+"""The precision of masters, sums and norms."""
+
+from __future__ import annotations
+
+import torch
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """Return fp32, or `dtype` if that is finer."""
+    return torch.promote_types(dtype, torch.float32)
