@@ -47,8 +47,8 @@ def settle_home(env: MutableMapping[str, str]) -> Optional[str]:
         return None
     place = Path(tempfile.gettempdir()) / f"megatron_switchlora-{os.getuid()}"
     place.mkdir(mode=0o700, exist_ok=True)
-    found = place.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+    status = place.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise ValueError(f"{place} belongs to somebody else: set HOME to a folder of your own")
     env["HOME"] = str(place)
     return f"there is no home folder (HOME): caches are kept in {place}; set HOME to choose another"

@@ -126,14 +126,14 @@ class Archive:
         end = tuple(a + b for a, b in zip(start, size if size is not None else shape, strict=True))
         if len(start) != len(shape) or any(b > whole for b, whole in zip(end, shape, strict=True)):
             raise UserError(f"The checkpoint's {name} has shape {list(shape)}, the model's is larger: {list(end)}.")
-        found = [(box, *_overlap(box, start, end)) for box in self._boxes[name]]
-        found = [entry for entry in found if all(a < b for a, b in zip(entry[1], entry[2], strict=True))]
-        if len(found) == 1 and found[0][1:] == (start, end):  # the common case, without a copy
-            return self._slice(*found[0])
-        held = sum(prod(b - a for a, b in zip(*entry[1:], strict=True)) for entry in found)
+        overlaps = [(box, *_overlap(box, start, end)) for box in self._boxes[name]]
+        overlaps = [entry for entry in overlaps if all(a < b for a, b in zip(entry[1], entry[2], strict=True))]
+        if len(overlaps) == 1 and overlaps[0][1:] == (start, end):  # the common case, without a copy
+            return self._slice(*overlaps[0])
+        held = sum(prod(b - a for a, b in zip(*entry[1:], strict=True)) for entry in overlaps)
         if held < prod(b - a for a, b in zip(start, end, strict=True)):  # before memory is taken for what is not there
             raise _gap(name, start, end)
-        pieces = [(first, last, self._slice(box, first, last)) for box, first, last in found]
+        pieces = [(first, last, self._slice(box, first, last)) for box, first, last in overlaps]
         whole = pieces[0][2].new_empty([b - a for a, b in zip(start, end, strict=True)])
         missing = torch.ones(whole.shape, dtype=torch.bool)
         for first, last, values in pieces:

@@ -64,12 +64,12 @@ def open_together(folder: Path, device: torch.device) -> Checkpoint:
     """
     checkpoint = on_all_ranks(lambda: open_checkpoint(folder), device)  # a host may not see it
     names = sorted(checkpoint.files)[dist.get_rank() :: dist.get_world_size()]
-    found = checkpoint.faults(names)
+    faults = checkpoint.faults(names)
     await_all()  # files differ in size
-    texts = gather_texts("\n".join(found), device)
-    faults = [fault for text in texts for fault in text.splitlines()]
-    if faults:
-        damaged(folder, "; ".join(faults))
+    texts = gather_texts("\n".join(faults), device)
+    all_faults = [fault for text in texts for fault in text.splitlines()]
+    if all_faults:
+        damaged(folder, "; ".join(all_faults))
     return checkpoint
 
 
@@ -77,16 +77,16 @@ def choose(config: RunConfig, locks: list[BinaryIO]) -> dict[str, Any]:
     """What rank 0 finds: the checkpoint's folder or "", and `Start`'s other fields. A lock is added to `locks` where
     the run goes on in its folder."""
     output = Path(config.output_dir).absolute() if config.output_dir else None
-    found: dict[str, Any] = {"folder": "", "keeps_records": False, "finished": False, "notes": []}
+    start: dict[str, Any] = {"folder": "", "keeps_records": False, "finished": False, "notes": []}
     if output:
-        found["notes"] = [_passed_over(path) for path in strays(output / "checkpoints")]
+        start["notes"] = [_passed_over(path) for path in strays(output / "checkpoints")]
     if config.resume == "none" or (config.resume == "auto" and (output is None or not holds_run(output))):
         if output:
             refuse_folder(output)
-        return found
+        return start
     source = None if config.resume == "auto" else find_folder(Path(config.resume)).resolve()
     if output and (source is None or (_branched(output, source) and published(output / "checkpoints"))):
-        return found | _own_run(config, output, locks, found["notes"])
+        return start | _own_run(config, output, locks, start["notes"])
     assert source is not None
     checkpoint = open_checkpoint(source)
     require(
@@ -100,7 +100,7 @@ def choose(config: RunConfig, locks: list[BinaryIO]) -> dict[str, Any]:
             locks.append(lock_folder(output))
         elif output:
             refuse_folder(output)
-        return found | {"folder": str(source), "keeps_records": again}
+        return start | {"folder": str(source), "keeps_records": again}
     newest = published(source.parent)[-1]
     require(
         newest.name == source.name,
@@ -108,7 +108,7 @@ def choose(config: RunConfig, locks: list[BinaryIO]) -> dict[str, Any]:
         "overwritten: give another --output_dir, or move the newer ones away.",
     )
     locks.append(lock_folder(output))
-    return found | {"folder": str(source), "keeps_records": True}
+    return start | {"folder": str(source), "keeps_records": True}
 
 
 def _passed_over(path: Path) -> str:

@@ -40,19 +40,19 @@ def what_must_agree(config: RunConfig, ds_config: dict[str, Any], device: torch.
 
 def compare(config: RunConfig, stored: dict[str, Any], what: str) -> None:
     """Raises: UserError, if the stored configuration differs in what may not change, naming both values."""
-    mine = {name: value for name, _, value in walk(config)}
-    theirs = {name: value_of(stored, name, default) for name, _, default in walk(run_config_class()())}
+    configured = {name: value for name, _, value in walk(config)}
+    saved = {name: value_of(stored, name, default) for name, _, default in walk(run_config_class()())}
     free = names_where(config, lambda facts: facts["resume"] == "free")
     allowed = [*free, *config.checkpoint.allow_changes, *config.method.facts.may_change]
-    if mine["method.name"] == theirs["method.name"]:
+    if configured["method.name"] == saved["method.name"]:
         allowed += unread_options(config.method)
-    if all(_dense_follows(config, side) for side in (mine, theirs)):
+    if all(_dense_follows(config, side) for side in (configured, saved)):
         allowed += ["optim.dense_lr"]
-    _refuse_thawing(config, theirs["optim.dense_lr"], what)
-    names = [name for name in mine if mine[name] != theirs[name] and not _matches(name, allowed)]
+    _refuse_thawing(config, saved["optim.dense_lr"], what)
+    names = [name for name in configured if configured[name] != saved[name] and not _matches(name, allowed)]
     if not names:
         return
-    listed = "; ".join(f"{name} is {theirs[name]!r} there and {mine[name]!r} here" for name in names[:5])
+    listed = "; ".join(f"{name} is {saved[name]!r} there and {configured[name]!r} here" for name in names[:5])
     more = f" (and {len(names) - 5} more)" if len(names) > 5 else ""
     changeable = [name for name in names if name in changeable_options(config)]
     advice = (
@@ -87,8 +87,8 @@ def compare_data(config: RunConfig, state: dict[str, Any], here: dict[str, Any])
     different = [key for key in here if state.get(key) != here[key] and not (allowed and key == "data")]
     if not different:
         return
-    mine, theirs = asdict(config)["data"], state["config"].get("data", {})
-    named = [f"data.{k} is {theirs.get(k)!r} there and {v!r} here" for k, v in mine.items() if theirs.get(k) != v]
+    configured, saved = asdict(config)["data"], state["config"].get("data", {})
+    named = [f"data.{k} is {saved.get(k)!r} there and {v!r} here" for k, v in configured.items() if saved.get(k) != v]
     raise UserError(
         "The checkpoint's run read other text or another tokenizer: "
         + "; ".join(f"{key} is {str(state.get(key))[:20]} there and {str(here[key])[:20]} here" for key in different)

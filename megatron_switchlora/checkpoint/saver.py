@@ -180,8 +180,8 @@ class Saver:
 
     def clean(self) -> list[str]:
         """Remove saves and prunes that an earlier start left unfinished; a sentence for each."""
-        found = leftovers(self.folder)
-        for path in found:
+        unfinished = leftovers(self.folder)
+        for path in unfinished:
             with contextlib.suppress(OSError):
                 remove(path)
-        return [f"{path.name} was skipped and removed: it had not ended when the run did" for path in found]
+        return [f"{path.name} was skipped and removed: it had not ended when the run did" for path in unfinished]

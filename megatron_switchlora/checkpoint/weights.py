@@ -65,8 +65,8 @@ class Weights:
         self.family = family_of(self.model)
         self.precision = PRECISIONS[self.config.get("train", {}).get("precision", "fp32")]
         self.method = _known(method_config_class(), self.config.get("method", {}))
-        found = {head for name in self.archive.names() if (head := split_head(name)[0]) is not None}
-        self.heads = sorted(found)
+        heads = {head for name in self.archive.names() if (head := split_head(name)[0]) is not None}
+        self.heads = sorted(heads)
         self.scaling = self.method.scaling / max(1, len(self.heads))
 
     def names(self) -> list[str]:
@@ -206,9 +206,13 @@ def load_initial(model: LanguageModel, weights: Weights) -> None:
     Raises:
         UserError: the checkpoint's model is another one, with both values.
     """
-    mine = describe_model(model.config, model.vocab_size)
-    theirs = describe_model(weights.model, weights.vocab_size)
-    wrong = [f"model.{key} is {theirs[key]!r} there and {mine[key]!r} here" for key in mine if mine[key] != theirs[key]]
+    configured = describe_model(model.config, model.vocab_size)
+    saved = describe_model(weights.model, weights.vocab_size)
+    wrong = [
+        f"model.{key} is {saved[key]!r} there and {configured[key]!r} here"
+        for key in configured
+        if configured[key] != saved[key]
+    ]
     if wrong:
         raise UserError(f"train.init_from holds another model: {'; '.join(wrong)}. Give its model section.")
     for name, param in model.named_parameters():

@@ -124,8 +124,8 @@ def print_help(which: str) -> NoReturn:
 
 def _unknown_name(message: str) -> Optional[str]:
     """The option that jsonargparse did not know, from its message."""
-    found = re.search(r"nrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message)
-    return found and (found.group(1) or found.group(2))
+    match = re.search(r"nrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message)
+    return match and (match.group(1) or match.group(2))
 
 
 def _unknown(name: str) -> UserError:
@@ -228,18 +228,18 @@ def split_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def named_plugins(files: Sequence[str], words: Sequence[str]) -> list[Any]:
     """Return what the option `plugins` will be: it decides which other options there are. Mistakes in files are left to
     `read_options`."""
-    found: list[Any] = []
+    plugins: list[Any] = []
     for path in files:
         with contextlib.suppress(OSError, ValueError, UserError):
             content = read_yaml(Path(expanded("--config", path)))
             if isinstance(content, dict) and "plugins" in content:
-                found = listed(content["plugins"])
+                plugins = listed(content["plugins"])
     for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
         option, equals, value = word.partition("=")
         if option in ("--plugins", "--plugins+"):
             named = listed(fit_word("plugins", value if equals else following, Union[list[str], str, None]))
-            found = found + named if option.endswith("+") else named
-    return found
+            plugins = plugins + named if option.endswith("+") else named
+    return plugins
 
 
 def take_options(words: Sequence[str], given: dict[str, Any]) -> list[str]:
@@ -305,17 +305,17 @@ def read_options(path: str) -> dict[str, Any]:
     content = read_given_yaml(file, f"--config {path}", "Give a file of launch/configs/.")
     _require_section(path, isinstance(content, dict), f"it holds {type(content).__name__}")
     types = option_types() | dict.fromkeys(("evaluate_only", "prepare_only", "dry_run"), bool)
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for name, value in _flatten(content, types):
         _require_section(path, name not in sections(), f"{name!r} has none")
         if name not in types:
             raise _unknown(name)
-        require(name not in found, f"--config {path} gives {name} twice: leave one of them.")
+        require(name not in options, f"--config {path} gives {name} twice: leave one of them.")
         try:
-            found[name] = fit(name, value, types[name])
+            options[name] = fit(name, value, types[name])
         except UserError as error:
             raise UserError(f"--config {path}: {error}") from None
-    return found
+    return options
 
 
 def _require_section(path: str, holds: bool, instead: str) -> None:

@@ -54,11 +54,11 @@ def read_ds_config(path: Optional[str]) -> dict[str, Any]:
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
+    section = dict(pairs)
     twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
     if twice:
         raise ValueError(f"{twice[0]!r} stands in it twice, and one of them would be lost: leave one")
-    return found
+    return section
 
 
 def _refuse_unsupported(given: dict[str, Any], precision: str) -> None:

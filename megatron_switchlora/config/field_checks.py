@@ -38,11 +38,11 @@ def field_types() -> dict[str, Any]:
 
 @cache
 def _field_types(kind: type, prefix: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    types: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
         inside = is_dataclass(hint)
-        found |= _field_types(hint, f"{prefix}{name}.") if inside else {prefix + name: hint}
-    return found
+        types |= _field_types(hint, f"{prefix}{name}.") if inside else {prefix + name: hint}
+    return types
 
 
 def sections() -> frozenset[str]:
@@ -52,11 +52,11 @@ def sections() -> frozenset[str]:
 
 @cache
 def _sections(kind: type, prefix: str) -> frozenset[str]:
-    found: set[str] = set()
+    names: set[str] = set()
     for name, hint in get_type_hints(kind).items():
         if is_dataclass(hint):
-            found |= {prefix + name} | _sections(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
-    return frozenset(found)
+            names |= {prefix + name} | _sections(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return frozenset(names)
 
 
 def takes_text(name: str) -> bool:

@@ -57,7 +57,7 @@ def added_help() -> dict[str, str]:
 
 def option_docs(kind: type) -> dict[str, str]:
     """Return the docstring under each field of a dataclass, inherited ones too."""
-    found: dict[str, str] = {}
+    docs: dict[str, str] = {}
     for each in reversed(kind.__mro__):
         if not is_dataclass(each) or each.__module__ == "types":  # those made of registered sections have no source
             continue
@@ -65,8 +65,8 @@ def option_docs(kind: type) -> dict[str, str]:
         assert isinstance(body, ast.ClassDef)
         for node, below in zip(body.body, body.body[1:], strict=False):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and _is_text(below):
-                found[node.target.id] = inspect.cleandoc(ast.literal_eval(below.value))  # type: ignore[attr-defined]
-    return found
+                docs[node.target.id] = inspect.cleandoc(ast.literal_eval(below.value))  # type: ignore[attr-defined]
+    return docs
 
 
 def _is_text(node: ast.stmt) -> bool:

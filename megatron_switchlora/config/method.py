@@ -248,9 +248,9 @@ def method_config_class() -> type[MethodConfig]:
 @cache
 def _with_sections(sections: tuple[tuple[str, type], ...]) -> type[MethodConfig]:
     made = [(name, kind, field(default_factory=kind)) for name, kind in sections]
-    found = make_dataclass("MethodConfig", made, bases=(MethodConfig,))
-    found.__doc__ = MethodConfig.__doc__
-    return found
+    made_class = make_dataclass("MethodConfig", made, bases=(MethodConfig,))
+    made_class.__doc__ = MethodConfig.__doc__
+    return made_class
 
 
 def make_method(name: str = "switchlora", **options: Any) -> MethodConfig:

@@ -71,7 +71,7 @@ def touched(folder: Path) -> list[str]:
         Damaged: a file is missing, has another size or, of tokens, another header.
     """
     meta = read_meta(folder)
-    found = []
+    changed = []
     for name, entry in meta["files"].items():
         size, time_ns = (entry, None) if isinstance(entry, int) else (entry["size"], entry["mtime_ns"])
         try:
@@ -83,10 +83,10 @@ def touched(folder: Path) -> list[str]:
         if status.st_size != size:
             raise Damaged(f"{name} has {status.st_size} bytes, not {size}")
         if status.st_mtime_ns != time_ns:
-            found.append(name)
+            changed.append(name)
     for split in SPLITS:
         _open_tokens(folder, split, meta)
-    return found
+    return changed
 
 
 def open_tokens(folder: Path, split: str) -> TokenStore:
@@ -204,8 +204,8 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 
 def remove_leftovers(cache: Path) -> int:
     """Remove the folders of builds that were killed, and return their number."""
-    found = [path for path in cache.iterdir() if BUILDING.fullmatch(path.name) and not path.is_symlink()]
-    dead = [path for path in found if path.is_dir() and _is_dead(path)]
+    unfinished = [path for path in cache.iterdir() if BUILDING.fullmatch(path.name) and not path.is_symlink()]
+    dead = [path for path in unfinished if path.is_dir() and _is_dead(path)]
     for path in dead:
         shutil.rmtree(path, ignore_errors=True)
     return len(dead)

@@ -139,18 +139,18 @@ def _split(documents: datasets.Dataset, val_fraction: float) -> tuple[datasets.D
 def _stdlib_files(max_bytes: int) -> list[tuple[str, int]]:
     """Relative names and sizes of the sources, sorted, as many as fit into max_bytes."""
     root = Path(sysconfig.get_path("stdlib"))
-    found = []
+    sources = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in NOT_LIBRARY]
         paths = [Path(folder, name) for name in names if name.endswith(".py")]
-        found += [(path.relative_to(root).as_posix(), path.stat().st_size) for path in paths if path.is_file()]
-    found.sort()
-    total = np.cumsum([size for _, size in found])
-    fitting = found[: int(np.searchsorted(total, max_bytes, side="right"))]
+        sources += [(path.relative_to(root).as_posix(), path.stat().st_size) for path in paths if path.is_file()]
+    sources.sort()
+    total = np.cumsum([size for _, size in sources])
+    fitting = sources[: int(np.searchsorted(total, max_bytes, side="right"))]
     require(
         bool(fitting),
-        f"No source of Python's standard library in {root} fits data.max_bytes {max_bytes} ({len(found)} there): raise "
-        "it, or use data.source files if this Python comes without sources.",
+        f"No source of Python's standard library in {root} fits data.max_bytes {max_bytes} ({len(sources)} there): "
+        "raise it, or use data.source files if this Python comes without sources.",
     )
     return fitting
 

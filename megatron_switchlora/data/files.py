@@ -73,7 +73,7 @@ def file_texts(data: DataConfig, findings: Findings) -> tuple[Iterator[str], Ite
 def _texts(data: DataConfig, paths: list[Path], findings: Findings) -> Iterator[str]:
     texts = (text for path in paths for text in documents(path, data.text_field, findings))
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-    return some(texts, f"{paths[0]}{more}", findings)
+    return require_text(texts, f"{paths[0]}{more}", findings)
 
 
 def _chosen_files(data: DataConfig) -> tuple[list[Path], list[Path]]:
@@ -90,7 +90,7 @@ def _chosen_files(data: DataConfig) -> tuple[list[Path], list[Path]]:
 
 def _expand(option: str, patterns: list[str], skip: bool) -> list[Path]:
     """The files the patterns name, absolute, each once, every pattern's sorted. With `skip`, of any name."""
-    found: dict[Path, Path] = {}
+    by_target: dict[Path, Path] = {}
     for pattern in patterns:
         literal = user_path(pattern)
         if os.path.exists(literal) or not has_magic(pattern):
@@ -104,8 +104,8 @@ def _expand(option: str, patterns: list[str], skip: bool) -> list[Path]:
         for path in matches:
             if not skip:
                 _require_form(option, path)
-            found.setdefault(path.resolve(), path.absolute())  # a link's own name tells the format
-    return list(found.values())
+            by_target.setdefault(path.resolve(), path.absolute())  # a link's own name tells the format
+    return list(by_target.values())
 
 
 def _require_form(option: str, path: Path) -> None:
@@ -153,7 +153,7 @@ def documents(source: Source, text_field: str, findings: Findings | None = None)
                 yield from parquet_texts(source, stream, text_field, findings)
 
 
-def some(texts: Iterator[str], where: str, findings: Findings) -> Iterator[str]:
+def require_text(texts: Iterator[str], where: str, findings: Findings) -> Iterator[str]:
     """The texts. Raises: UserError, at the end, if there are none."""
     empty = True
     for text in texts:

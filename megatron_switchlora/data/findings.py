@@ -53,9 +53,9 @@ class Findings:
 
     def sentences(self) -> list[str]:
         """One for each kind, printable whatever the names of the files."""
-        found = []
+        lines = []
         for kind, places in self._places.items():
             more = "; ..." if self._counts[kind] > len(places) else ""
             text = f"{kind}: {self._counts[kind]} ({'; '.join(places)}{more})."
-            found.append(text.encode("utf-8", "backslashreplace").decode())
-        return found
+            lines.append(text.encode("utf-8", "backslashreplace").decode())
+        return lines

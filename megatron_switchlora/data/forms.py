@@ -78,12 +78,12 @@ def not_text_by_content(content: bytes) -> str | None:
     wide = next((name for mark, name in WIDE.items() if content.startswith(mark)), None)
     if wide:
         return f"text in {wide} by its byte order mark"
-    found = next((what for magic, what in MAGIC.items() if content.startswith(magic)), None)
+    kind = next((what for magic, what in MAGIC.items() if content.startswith(magic)), None)
     if content[257:262] == b"ustar":
-        found = "a tar archive"
+        kind = "a tar archive"
     elif content[:3] == b"BZh" and content[4:10] == b"1AY&SY":
-        found = "bzip2"
-    return found and f"{found} by its content"
+        kind = "bzip2"
+    return kind and f"{kind} by its content"
 
 
 def lines_are_objects(content: bytes) -> bool:

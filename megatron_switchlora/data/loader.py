@@ -79,25 +79,25 @@ class TokenStore:
         width = self.dtype.itemsize
         try:
             content = os.pread(self._file.fileno(), max(end - first, 0) * width, self._head + first * width)
-            found = np.frombuffer(content, self.dtype)
+            tokens = np.frombuffer(content, self.dtype)
         except (OSError, ValueError) as error:  # the latter: half a token
             raise UserError(f"{self.path} cannot be read ({error}): check its disk.") from error
-        if len(found) < end - first:
+        if len(tokens) < end - first:
             raise UserError(f"{self.path} ends before token {end}: {REBUILD}.")
-        if (largest := int(found.max(initial=0))) >= self._vocab_size:
+        if (largest := int(tokens.max(initial=0))) >= self._vocab_size:
             raise UserError(f"{self.path} holds token {largest}, but the vocabulary is {self._vocab_size}: {REBUILD}.")
-        return found
+        return tokens
 
     def fingerprint(self) -> bytes:
         """SHA-256 of length and content: all of it up to 64 Mi tokens, beyond that 1,024 blocks spread evenly."""
-        found = hashlib.sha256(f"{self.dtype} {self.num_tokens}".encode())
+        sha256 = hashlib.sha256(f"{self.dtype} {self.num_tokens}".encode())
         count, block = 1024, 1 << 16
         starts: Iterable[int] = range(0, self.num_tokens, block)
         if self.num_tokens > count * block:
             starts = np.linspace(0, self.num_tokens - block, count).astype(np.int64).tolist()
         for start in starts:
-            found.update(self[start : start + block].tobytes())
-        return found.digest()
+            sha256.update(self[start : start + block].tobytes())
+        return sha256.digest()
 
     def samples(self, seq_len: int) -> Samples:
         """The array cut into (num_tokens - 1) // seq_len samples; tokens that fill no sample are left out."""
@@ -173,9 +173,9 @@ class TrainLoader:
         """This rank's part of batch k: token ids, each int64 [micro_batch_size, seq_len + 1], head by head."""
         reader = self._reader
         by_head = self._order.indices(k).reshape(reader.heads, reader.dp_size, -1)
-        mine = by_head[reader.head : reader.head + reader.local, reader.dp_rank]
+        share = by_head[reader.head : reader.head + reader.local, reader.dp_rank]
         each = self._micro // reader.local
-        pieces = [mine[:, start : start + each].reshape(-1) for start in range(0, mine.shape[1], each)]
+        pieces = [share[:, start : start + each].reshape(-1) for start in range(0, share.shape[1], each)]
         return [self._store.batch(piece) for piece in pieces]
 
 

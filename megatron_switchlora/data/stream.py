@@ -20,7 +20,7 @@ from huggingface_hub import DatasetCard, HfApi
 
 from megatron_switchlora.config.data import DataConfig
 from megatron_switchlora.config.errors import UserError, require
-from megatron_switchlora.data.files import HUB, documents, first_line, reading_options, some, status_of
+from megatron_switchlora.data.files import HUB, documents, first_line, reading_options, require_text, status_of
 from megatron_switchlora.data.findings import Findings
 from megatron_switchlora.data.forms import Source, form_of
 from megatron_switchlora.disk import user_path
@@ -59,8 +59,8 @@ def stream_identity(data: DataConfig) -> dict[str, object]:
     options = {"source": "hf", **{name: getattr(data, name) for name in names}, **reading_options(data)}
     if folder is None:
         return {**options, "name": data.hf_name, "revision": data.hf_revision}
-    found = sorted(glob("**", root_dir=folder, recursive=True))  # without hidden ones, such as .git
-    stats = [(name, status_of(folder / name)) for name in found if (folder / name).is_file()]
+    entries = sorted(glob("**", root_dir=folder, recursive=True))  # without hidden ones, such as .git
+    stats = [(name, status_of(folder / name)) for name in entries if (folder / name).is_file()]
     files = [[name, status.st_size, status.st_mtime_ns] for name, status in stats]
     return {**options, "name": str(folder.resolve()), "files": files}
 
@@ -72,33 +72,33 @@ def stream_texts(data: DataConfig, scratch: Path, findings: Findings) -> tuple[I
         UserError: at once, for a dataset, config or split that is not there or has files of another format; while
             reading, for whatever ends it early.
     """
-    found = _files(pinned(data), scratch)
-    train, val = (_split_files(data, split, found) for split in (data.hf_split, data.hf_val_split))
+    files = _files(pinned(data), scratch)
+    train, val = (_split_files(data, split, files) for split in (data.hf_split, data.hf_val_split))
     return (
         _stream(data, data.hf_split, train, data.max_documents, findings),
         _stream(data, data.hf_val_split, val, data.max_val_documents, findings),
     )
 
 
-def _split_files(data: DataConfig, split: str, found: dict[str, list[Source]]) -> list[Source]:
+def _split_files(data: DataConfig, split: str, files: dict[str, list[Source]]) -> list[Source]:
     """The files of a split, checked by name."""
-    if split not in found:
-        there = ", ".join(map(repr, found)) or "none"
+    if split not in files:
+        there = ", ".join(map(repr, files)) or "none"
         raise UserError(
             f"The {_title(data)} has no split {split!r} (there are: {there}): set data.hf_split, hf_val_split."
         )
-    other = [name for name in found[split] if form_of(name)[0] == "text"]
+    other = [name for name in files[split] if form_of(name)[0] == "text"]
     require(
         not other,
         f"data.source hf reads JSON lines and Parquet only, but split {split!r} of {_title(data)} holds "
         f"{(other or [''])[0]}: choose another dataset or data.source files.",
     )
-    return found[split]
+    return files[split]
 
 
 def _stream(data: DataConfig, split: str, files: list[Source], limit: int | None, findings: Findings) -> Iterator[str]:
     """The first documents of the files; an end before the limit is the end of the last file."""
-    return some(_head(data, split, files, limit, findings), f"split {split!r} of {_title(data)}", findings)
+    return require_text(_head(data, split, files, limit, findings), f"split {split!r} of {_title(data)}", findings)
 
 
 def _head(data: DataConfig, split: str, files: list[Source], limit: int | None, findings: Findings) -> Iterator[str]:
@@ -137,8 +137,8 @@ def _files(data: DataConfig, scratch: Path) -> dict[str, list[Source]]:
             f"The {_title(data)} cannot be opened ({first_line(error)}): correct data.hf_name, data.hf_config or "
             "data.hf_revision."
         ) from error
-    found = builder.config.data_files or {}
-    return {str(split): [n if n.startswith(HUB) else Path(n) for n in names] for split, names in found.items()}
+    by_split = builder.config.data_files or {}
+    return {str(split): [n if n.startswith(HUB) else Path(n) for n in names] for split, names in by_split.items()}
 
 
 def _names_configs(folder: Path) -> bool:

@@ -135,12 +135,12 @@ def _field(row: dict[str, Any], text_field: str) -> Any:
     """A field by its whole name, else by a path of names with dots between; null within the path is null."""
     if text_field in row:
         return row[text_field]
-    found: Any = row
+    value: Any = row
     for name in text_field.split("."):
-        if found is None:
+        if value is None:
             return None
-        if not isinstance(found, dict) or name not in found:
-            there = ", ".join(map(repr, found if isinstance(found, dict) else row)) or "none"
+        if not isinstance(value, dict) or name not in value:
+            there = ", ".join(map(repr, value if isinstance(value, dict) else row)) or "none"
             raise BadDocument(f"no field {text_field!r} (there are: {there})", "set data.text_field")
-        found = found[name]
-    return found
+        value = value[name]
+    return value

@@ -25,15 +25,15 @@ class PeerError(Exception):
 
 def gather_texts(text: str, device: torch.device, group: dist.ProcessGroup | None = None) -> list[str]:
     """Every rank's text, in rank order, on every rank; collective over the group (by default the world)."""
-    mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-    size = torch.tensor([mine.numel()], dtype=torch.int64, device=device)
+    encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    size = torch.tensor([encoded.numel()], dtype=torch.int64, device=device)
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, size, group=group)
     longest = max(int(s) for s in sizes)
     if not longest:
         return [""] * len(sizes)
     padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-    padded[: mine.numel()] = mine
+    padded[: encoded.numel()] = encoded
     gathered = [torch.zeros_like(padded) for _ in sizes]
     dist.all_gather(gathered, padded, group=group)
     return [bytes(g[: int(s)].tolist()).decode() for g, s in zip(gathered, sizes, strict=True)]

@@ -21,5 +21,5 @@ def of_head(number: int, name: str) -> str:
 
 def split_head(stored: str) -> tuple[Optional[int], str]:
     """Return the head of a stored name, None for what all heads share, and the tensor's name in the model."""
-    found = _OF_HEAD.fullmatch(stored)
-    return (int(found[1]), found[2]) if found else (None, stored)
+    match = _OF_HEAD.fullmatch(stored)
+    return (int(match[1]), match[2]) if match else (None, stored)

@@ -32,10 +32,10 @@ def fingerprint(tensor: Tensor) -> Tensor:
     return sums
 
 
-def _gathered(mine: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+def _gathered(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     """Every rank's tensor, of one shape."""
-    everyone = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(everyone, mine, group=group)
+    everyone = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(everyone, tensor, group=group)
     return everyone
 
 
@@ -48,15 +48,15 @@ def differing(named: Iterable[tuple[str, Tensor]], group: dist.ProcessGroup, dev
     ranks = dist.get_process_group_ranks(group)
     if not pairs or len(ranks) == 1:
         return []
-    mine = torch.stack([fingerprint(tensor).to(device) for _, tensor in pairs])
-    digests = _gathered(fingerprint(mine)[1:], group)
-    if all(torch.equal(digest, digests[0]) for digest in digests):
+    fingerprints = torch.stack([fingerprint(tensor).to(device) for _, tensor in pairs])
+    overall = _gathered(fingerprint(fingerprints)[1:], group)
+    if all(torch.equal(digest, overall[0]) for digest in overall):
         return []
-    gathered = _gathered(mine, group)
-    found = []
+    gathered = _gathered(fingerprints, group)
+    sentences = []
     for index, (name, _) in enumerate(pairs):
         first = gathered[0][index]
-        odd = [rank for rank, theirs in zip(ranks, gathered, strict=True) if not torch.equal(theirs[index], first)]
+        odd = [rank for rank, others in zip(ranks, gathered, strict=True) if not torch.equal(others[index], first)]
         if odd:
-            found.append(f"{name} differs between rank {ranks[0]} and {', '.join(map(str, odd))}")
-    return found
+            sentences.append(f"{name} differs between rank {ranks[0]} and {', '.join(map(str, odd))}")
+    return sentences

@@ -101,12 +101,12 @@ def read_adapter(folder: Path, base: Path | None = None) -> Adapter:
     require(rank >= 1, f"{path} must hold r of at least 1, not {rank}: correct it.")
     factors, own = _factors(folder / FILE, rank)
     named = str(config.get("base_model_name_or_path") or "")
-    found = base or user_path(named)
+    base_folder = base or user_path(named)
     require(
-        bool(named or base) and found.is_dir(),
+        bool(named or base) and base_folder.is_dir(),
         f"{path} names its base {named!r}, which is no folder here: fetch the base and give its folder with --base.",
     )
-    return Adapter(folder, found, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), factors, own)
+    return Adapter(folder, base_folder, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), factors, own)
 
 
 def _values(config: dict[str, Any], keys: list[str]) -> str:

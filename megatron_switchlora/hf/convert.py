@@ -43,11 +43,12 @@ def export(arguments: argparse.Namespace) -> str:
 def import_(arguments: argparse.Namespace) -> str:
     out = arguments.out
     import_model(arguments.source, out, base=arguments.base, plugins=arguments.plugins)
-    found = (out / "tokenizer").is_dir()
-    tokenizer = f"{out}/tokenizer" if found else "THE_TOKENIZER_IT_WAS_TRAINED_WITH"
+    has_tokenizer = (out / "tokenizer").is_dir()
+    tokenizer = f"{out}/tokenizer" if has_tokenizer else "THE_TOKENIZER_IT_WAS_TRAINED_WITH"
     return (
-        f"{arguments.source} imported{'' if found else ' without a tokenizer, which is not in its folder'}. Start from "
-        f"it: launch/pretrain.py --config {out}/model.yaml --train.init_from {out} --data.tokenizer {tokenizer} ..."
+        f"{arguments.source} imported{'' if has_tokenizer else ' without a tokenizer, which is not in its folder'}. "
+        f"Start from it: launch/pretrain.py --config {out}/model.yaml --train.init_from {out} "
+        f"--data.tokenizer {tokenizer} ..."
     )
 
 

@@ -68,8 +68,8 @@ def _write_model(
 ) -> None:
     target = DTYPES[dtype]
     ours = {weights.family.hf_name(name): name for name in weights.names()}
-    sizes = {theirs: torch.Size(weights.shape(name)).numel() * target.itemsize for theirs, name in ours.items()}
-    write_shards(folder, sizes, lambda theirs: read(ours[theirs]).to(target), limit)
+    sizes = {hf_name: torch.Size(weights.shape(name)).numel() * target.itemsize for hf_name, name in ours.items()}
+    write_shards(folder, sizes, lambda hf_name: read(ours[hf_name]).to(target), limit)
     marks = joined_marks(_hand_on_tokenizer(weights, checkpoint.folder / "tokenizer", folder), weights.imported)
     seq_len = weights.config.get("train", {}).get("seq_len", weights.model.max_position_embeddings)
     stored = str(target).removeprefix("torch.")

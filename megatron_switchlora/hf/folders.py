@@ -32,8 +32,8 @@ def joined_marks(tokenizer: Any, imported: dict[str, Any]) -> dict[str, Any]:
     """The marks of a model trained on a tokenizer's text (None: not trained at all), in its configuration and for its
     generation: the tokenizer's, the import's where it has none; the end marks of both, as a list if they differ."""
     generation = imported.get("generation") or {"do_sample": False}
-    theirs = {**imported, **{key: generation[key] for key in MARKS if generation.get(key) is not None}}
-    return {**_joined(tokenizer, imported), "generation": {**generation, **_joined(tokenizer, theirs)}}
+    given = {**imported, **{key: generation[key] for key in MARKS if generation.get(key) is not None}}
+    return {**_joined(tokenizer, imported), "generation": {**generation, **_joined(tokenizer, given)}}
 
 
 def _joined(tokenizer: Any, imported: dict[str, Any]) -> dict[str, Any]:
@@ -114,8 +114,8 @@ def load_merged(model: LanguageModel, folder: Path) -> None:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}): export a checkpoint of the run anew.") from None
-    theirs = hf_names(model)
-    own = {theirs[name]: param for name, param in model.named_parameters()}
+    hf_name_of = hf_names(model)
+    own = {hf_name_of[name]: param for name, param in model.named_parameters()}
     names = sorted(set(own) | set(state))
     wrong = [n for n in names if n not in own or n not in state or full_shape(own[n]) != list(state[n].shape)]
     if wrong:

@@ -129,16 +129,16 @@ def _require_fit(folder: Path, shapes: dict[str, list[int]], stored: dict[str, S
         "not belong to it, or correct config.json.",
     )
     for name, shape in shapes.items():
-        found = stored[name]
+        tensor = stored[name]
         require(
-            found.shape == shape,
-            f"{found.path} holds {found.name} of shape {found.shape}, but the sizes in config.json make it {shape}: "
+            tensor.shape == shape,
+            f"{tensor.path} holds {tensor.name} of shape {tensor.shape}, but the sizes in config.json make it {shape}: "
             "correct config.json, or fetch the file that belongs to it.",
         )
         require(
-            found.dtype in FLOATS,
-            f"{found.path} holds {found.name} as {found.dtype}, but weights must be one of {', '.join(FLOATS)}: give "
-            "the model before quantization.",
+            tensor.dtype in FLOATS,
+            f"{tensor.path} holds {tensor.name} as {tensor.dtype}, but weights must be one of {', '.join(FLOATS)}: "
+            "give the model before quantization.",
         )
 
 
@@ -184,13 +184,13 @@ def _scan_sharded(folder: Path, index: Path) -> dict[str, Stored]:
         )
     tensors: dict[str, Stored] = {}
     for file in files:
-        found = scan(folder / file)
-        differing = sorted(found.keys() ^ {name for name, place in places.items() if place == file})
+        in_file = scan(folder / file)
+        differing = sorted(in_file.keys() ^ {name for name, place in places.items() if place == file})
         require(
             not differing,
             f"{index} does not say what {file} holds: they differ in {first_names(differing)}. Fetch both again.",
         )
-        tensors |= found
+        tensors |= in_file
     return tensors
 
 

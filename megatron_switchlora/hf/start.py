@@ -75,7 +75,7 @@ def import_model(
 def _by_our_names(
     config: ModelConfig, vocab_size: int, tensors: Iterator[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    ours = {theirs: name for name, theirs in hf_names(build_on_meta(config, vocab_size)).items()}
+    ours = {hf_name: name for name, hf_name in hf_names(build_on_meta(config, vocab_size)).items()}
     return ((ours[name], tensor) for name, tensor in tensors)
 
 

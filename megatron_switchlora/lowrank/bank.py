@@ -33,7 +33,7 @@ class HeldRows:
     rows: Tensor
     split: Split
 
-    def mine(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def locate(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Of some slots, the positions of those held here, and their row numbers."""
         rows, here = self.split.locate(slots)
         positions = here.nonzero().squeeze(1)
@@ -92,7 +92,7 @@ class CandidateBank:
     def put_back(self, switch: LayerSwitch, old: Tensor) -> None:
         """Store the vectors [count, local length] that stop being live in their own slots, where held."""
         held = self.held[switch.side, switch.layer]
-        positions, rows = held.mine(torch.from_numpy(switch.old_slots))
+        positions, rows = held.locate(torch.from_numpy(switch.old_slots))
         values = old if len(positions) == len(old) else old.index_select(0, positions.to(old.device))
         held.rows.index_copy_(0, rows.to(held.rows.device), values.to(held.rows.device))
 
@@ -112,11 +112,11 @@ class CandidateBank:
 
     def _local_rows(self, held: HeldRows, slots: Tensor) -> Tensor:
         """Rows of the slots on the device, zeros for those held elsewhere."""
-        positions, numbers = held.mine(slots)
-        found = held.rows.index_select(0, numbers.to(held.rows.device)).to(self.device, non_blocking=True)
+        positions, numbers = held.locate(slots)
+        rows = held.rows.index_select(0, numbers.to(held.rows.device)).to(self.device, non_blocking=True)
         if len(positions) == len(slots):
-            return found
-        return found.new_zeros(len(slots), found.size(1)).index_copy_(0, positions.to(self.device), found)
+            return rows
+        return rows.new_zeros(len(slots), rows.size(1)).index_copy_(0, positions.to(self.device), rows)
 
     def _complete(self, rows: dict[Key, Tensor], keys: list[Key], axis: Axis) -> dist.Work:
         """Sum the ranks' bytes: every row is zero but on its owner. Replaces `rows` by views of the buffer."""

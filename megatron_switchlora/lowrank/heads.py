@@ -26,8 +26,8 @@ from megatron_switchlora.lowrank.nf4 import Nf4Matrix
 
 def stack(tensors: Iterable[Tensor]) -> Tensor:
     """[K, ...] of K tensors; a view of one."""
-    found = list(tensors)
-    return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
+    listed = list(tensors)
+    return listed[0].unsqueeze(0) if len(listed) == 1 else torch.stack(listed)
 
 
 class HeadsLinear(nn.Module):

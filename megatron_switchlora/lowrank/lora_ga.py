@@ -139,13 +139,13 @@ def orthonormal(columns: Tensor, split: Split) -> Tensor:
     Each rank factors its rows, then all factor the stacked triangles (TSQR, arXiv 0808.2664): as exact as QR of the
     whole, whatever the columns' rank, and no rank may be given more than its rows.
     """
-    mine, triangle = torch.linalg.qr(columns)
+    basis, triangle = torch.linalg.qr(columns)
     if split.axis.size == 1:
-        return mine
+        return basis
     width, size = columns.size(1), split.axis.size
     square = triangle.new_zeros(width, width)
     square[: len(triangle)] = triangle
     squares = Split(0, size * width, split.axis).gather(square).split(width)
     heights = [min(width, replace(split, axis=replace(split.axis, rank=rank)).real) for rank in range(size)]
     stacked = torch.cat([other[:height] for other, height in zip(squares, heights, strict=True)])
-    return mine @ torch.linalg.qr(stacked).Q.split(heights)[split.axis.rank]
+    return basis @ torch.linalg.qr(stacked).Q.split(heights)[split.axis.rank]

@@ -94,10 +94,10 @@ def bitsandbytes_works(device: torch.device) -> bool:
     """Whether bitsandbytes is installed and gives what plain torch gives, on this device."""
     try:
         codes, scales = quantise(torch.linspace(-2, 3, 8 * 128, device=device).view(8, 128))
-        theirs = [_by_bitsandbytes(codes, scales, dtype).float() for dtype in (torch.float32, torch.bfloat16)]
+        results = [_by_bitsandbytes(codes, scales, dtype).float() for dtype in (torch.float32, torch.bfloat16)]
     except Exception:  # not installed, or built without this device: it is optional, and plain torch does the same
         return False
-    ours = dequantise(codes, scales, 128)
+    expected = dequantise(codes, scales, 128)
     return all(
-        torch.allclose(each, ours, rtol=rtol, atol=1e-7) for each, rtol in zip(theirs, (1e-6, 2**-8), strict=True)
+        torch.allclose(each, expected, rtol=rtol, atol=1e-7) for each, rtol in zip(results, (1e-6, 2**-8), strict=True)
     )

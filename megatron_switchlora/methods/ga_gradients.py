@@ -47,7 +47,7 @@ def find_factors(
         return None
     heads = mesh.heads(method.facts.heads_here)
     each = [_factors_of_head(config, model, mesh, samples, device, head) for head in heads]
-    return {name: tuple(torch.cat([found[name][side] for found in each]) for side in (0, 1)) for name in each[0]}  # type: ignore[misc]
+    return {name: tuple(torch.cat([factors[name][side] for factors in each]) for side in (0, 1)) for name in each[0]}  # type: ignore[misc]
 
 
 def _factors_of_head(
@@ -55,22 +55,22 @@ def _factors_of_head(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     method, seed = config.method, head_seed(config.train.seed, head)
     gradients = mean_gradients(config, model, mesh, samples, device, head) if method.ga.vectors == "gradient" else {}
-    found = {}
+    factors = {}
     for name, _, _, linear in model.decoder_linears():
         gradient = gradients.pop(name).to(device) if gradients else None
         A, B = initial_factors(linear, gradient, method, name, seed, device)
-        found[name] = A.cpu().contiguous(), B.cpu().contiguous()
-    return found
+        factors[name] = A.cpu().contiguous(), B.cpu().contiguous()
+    return factors
 
 
 def mean_gradients(
     config: RunConfig, model: LanguageModel, mesh: Mesh, samples: Samples, device: torch.device, head: int = 0
 ) -> dict[str, Tensor]:
     """This rank's part of dL/dW [out, in] of every adapted matrix, by layer, on the host, in at least fp32."""
-    twin = working_copy(config, model, device)
+    model_copy = working_copy(config, model, device)
     count = config.method.ga.samples
-    sums = sum_gradients(twin, gradient_batches(config, mesh, samples, head), count, device)
-    del twin
+    sums = sum_gradients(model_copy, gradient_batches(config, mesh, samples, head), count, device)
+    del model_copy
     squares = torch.zeros(len(sums), dtype=torch.float64, device=device)
     for index, total in enumerate(sums.values()):
         if mesh.size("dp") > 1:  # through the device, a matrix at a time
@@ -90,15 +90,15 @@ def mean_gradients(
 def working_copy(config: RunConfig, model: LanguageModel, device: torch.device) -> LanguageModel:
     """The model on the device in the run's precision, of which only the decoder's matrices take gradients. What needs
     no conversion shares the model's memory."""
-    twin = build_model(model.config, model.vocab_size, model.tp)
-    twin.checkpointing = config.train.activation_checkpointing
+    model_copy = build_model(model.config, model.vocab_size, model.tp)
+    model_copy.checkpointing = config.train.activation_checkpointing
     dtype = torch.bfloat16 if config.train.precision == "bf16" else None
-    for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
-        mine.data = theirs.data.to(device, dtype or theirs.dtype)
-        mine.requires_grad_(False)
-    for _, _, _, linear in twin.decoder_linears():
+    for copied, original in zip(model_copy.parameters(), model.parameters(), strict=True):
+        copied.data = original.data.to(device, dtype or original.dtype)
+        copied.requires_grad_(False)
+    for _, _, _, linear in model_copy.decoder_linears():
         linear.weight.requires_grad_(True)
-    return twin
+    return model_copy
 
 
 def gradient_batches(config: RunConfig, mesh: Mesh, samples: Samples, head: int = 0) -> Iterator[Tensor]:

@@ -159,8 +159,8 @@ class RowAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def sum_of_masters(self, params: list[nn.Parameter]) -> Tensor:
         """The sum of the masters of parameters of one shape, in at least fp32; zero where other ranks have them."""
-        some = params[0]
-        total = torch.zeros(some.shape, dtype=at_least_fp32(some.dtype), device=some.device)
+        like = params[0]
+        total = torch.zeros(like.shape, dtype=at_least_fp32(like.dtype), device=like.device)
         for param in params:
             for piece in self.pieces(param):
                 piece.source(total).add_(piece.block(piece.master.data))

@@ -44,11 +44,11 @@ META: dict[str, type] = {  # what is read of meta.json anywhere
 def _files_of_run(folder: Path) -> list[str]:
     """What there is of a run in the folder. An empty `checkpoints` made beforehand, a link to a larger disk perhaps, is
     none of it."""
-    found = [name for name in RUN_FILES if os.path.lexists(folder / name)]
+    files = [name for name in RUN_FILES if os.path.lexists(folder / name)]
     with contextlib.suppress(OSError):  # one that cannot be read: told by whoever reads it
-        if "checkpoints" in found and not os.listdir(folder / "checkpoints"):
-            found.remove("checkpoints")
-    return found
+        if "checkpoints" in files and not os.listdir(folder / "checkpoints"):
+            files.remove("checkpoints")
+    return files
 
 
 def holds_run(folder: Path) -> bool:
@@ -64,10 +64,10 @@ def refuse_folder(folder: Path) -> None:
                 f"The output folder {folder} cannot be used: {link} is a link to {os.readlink(link)}, which is not "
                 "there. Make that folder, or remove the link."
             )
-    found = _files_of_run(folder)
-    if found:
+    files = _files_of_run(folder)
+    if files:
         raise UserError(
-            f"The output folder {folder} already holds a run ({', '.join(found)}), which is never overwritten: choose "
+            f"The output folder {folder} already holds a run ({', '.join(files)}), which is never overwritten: choose "
             "another --output_dir or move the folder away."
         )
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -182,14 +182,14 @@ class RunFolder:
         if not writes:
             return sort_records(path, steps).records
         there = path.exists() and not path.is_symlink()
-        found, note = keep_records(path, steps)
+        kept, note = keep_records(path, steps)
         self.notes += [note] * bool(note)
-        lost = steps - sum("loss" in record for record in found.records)
+        lost = steps - sum("loss" in record for record in kept.records)
         if steps and not there:
             self.notes.append(f"{path.name} was not there: it begins anew after step {steps}")
         elif steps and lost > 0 and path.stem == "metrics" and "branched_from" not in self.meta:  # there it begins late
             self.notes.append(f"{path.name} has no record of {lost} of the {steps} steps before")
-        return found.records
+        return kept.records
 
     def write_config(self, config: RunConfig, ds_config: dict[str, Any]) -> None:
         if self.writes:
@@ -219,8 +219,8 @@ class RunFolder:
     def require_there(self, what: str = "nothing can be saved") -> None:
         """Raises: UserError, if this is not the folder any more that the run began in; a metrics.jsonl that was
         deleted or replaced is written again."""
-        found = self.path.stat() if self.path.is_dir() else None
-        if found is None or (found.st_dev, found.st_ino) != self._identity:
+        status = self.path.stat() if self.path.is_dir() else None
+        if status is None or (status.st_dev, status.st_ino) != self._identity:
             raise UserError(
                 f"The run folder {self.path} has vanished, so that {what} and the run stops: bring it back and start "
                 "again with the same command line."

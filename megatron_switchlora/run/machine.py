@@ -35,12 +35,12 @@ def _git(*arguments: str) -> Optional[str]:
 
 def versions() -> dict[str, Optional[str]]:
     """Versions of what computes, and the git revision with a mark if the tree is changed."""
-    found: dict[str, Optional[str]] = {"python": platform.python_version(), "platform": platform.platform()}
+    by_package: dict[str, Optional[str]] = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("megatron_switchlora", "torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy"):
         try:
-            found[package] = version(package)
+            by_package[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
+            by_package[package] = None
     revision = _git("rev-parse", "HEAD")
-    found["git_revision"] = revision and revision + ("-changed" if _git("status", "--porcelain", "-uno") else "")
-    return found
+    by_package["git_revision"] = revision and revision + ("-changed" if _git("status", "--porcelain", "-uno") else "")
+    return by_package

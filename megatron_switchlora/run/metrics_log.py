@@ -34,9 +34,9 @@ def as_line(record: dict[str, Any]) -> str:
 def _record(line: bytes) -> Optional[dict[str, Any]]:
     """A line's record: an object of finite numbers, of which one is its step; None if it is no such thing."""
     try:
-        found = parse_json(line)
-        whole = isinstance(found, dict) and type(found.get("step")) is int and found["step"] >= 0
-        return found if whole and all(map(_is_number, found.values())) else None
+        record = parse_json(line)
+        whole = isinstance(record, dict) and type(record.get("step")) is int and record["step"] >= 0
+        return record if whole and all(map(_is_number, record.values())) else None
     except (ValueError, OverflowError):  # also bytes that are no text, and numbers beyond a float
         return None
 
@@ -83,24 +83,24 @@ def sort_records(path: Path, steps: int) -> Sorted:
     Raises:
         OSError: it cannot be read.
     """
-    found = Sorted()
+    result = Sorted()
     if path.is_symlink():  # to somebody's file, of which nothing is copied here
-        return found
+        return result
     seen: set[tuple[int, bool]] = set()
     for line, record in _lines(path):
         whole = line if line.endswith(b"\n") else line + b"\n"
         if record is None:
-            found.aside.append(whole)
+            result.aside.append(whole)
             continue
         kind, later = (record["step"], "val_loss" in record), not steps or record["step"] > steps
         if later or kind in seen:
-            found.aside.append(whole)
-            found.later += later
+            result.aside.append(whole)
+            result.later += later
         else:
             seen.add(kind)
-            found.kept.append((record, whole))
-    found.kept.sort(key=lambda entry: entry[0]["step"])  # a step's loss stays before its evaluation
-    return found
+            result.kept.append((record, whole))
+    result.kept.sort(key=lambda entry: entry[0]["step"])  # a step's loss stays before its evaluation
+    return result
 
 
 def keep_records(path: Path, steps: int) -> tuple[Sorted, str]:
@@ -110,19 +110,19 @@ def keep_records(path: Path, steps: int) -> tuple[Sorted, str]:
     Raises:
         OSError: the folder cannot be written, or the other file is a link.
     """
-    found = sort_records(path, steps)
+    result = sort_records(path, steps)
     note = ""
-    if found.aside:
+    if result.aside:
         dropped = path.with_name(path.name.replace("metrics.", "metrics.dropped.", 1))
         with open_no_follow(dropped, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as file:
-            write_all(file, b"".join(found.aside))
+            write_all(file, b"".join(result.aside))
             os.fsync(file.fileno())
-        odd = len(found.aside) - found.later
-        parts = [f"{found.later} record(s) after step {steps}"] * (found.later > 0)
+        odd = len(result.aside) - result.later
+        parts = [f"{result.later} record(s) after step {steps}"] * (result.later > 0)
         parts += [f"{odd} damaged or repeated line(s)"] * (odd > 0)
         note = f"{path.name}: {' and '.join(parts)} moved to {dropped.name}"
-    replace_bytes(path, b"".join(line for _, line in found.kept))
-    return found, note
+    replace_bytes(path, b"".join(line for _, line in result.kept))
+    return result, note
 
 
 class RecordFile:

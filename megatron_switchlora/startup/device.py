@@ -84,12 +84,12 @@ def check_deepspeed(kind: str) -> None:
 
 def precision_warning(device: torch.device, precision: str) -> Optional[str]:
     """What to say of a CPU that computes in bf16 without instructions for it; None where there is nothing to say."""
-    found = torch.backends.cpu.get_cpu_capability()
-    if device.type != "cpu" or precision != "bf16" or found not in ("AVX2", "DEFAULT", "NO AVX"):
+    capability = torch.backends.cpu.get_cpu_capability()
+    if device.type != "cpu" or precision != "bf16" or capability not in ("AVX2", "DEFAULT", "NO AVX"):
         return None
     return (
-        f"train.precision bf16 on a CPU without AVX-512 (PyTorch finds {found}): products of matrices take 10 times as "
-        "long as in fp32, or far longer. Set train.precision fp32, or train elsewhere."
+        f"train.precision bf16 on a CPU without AVX-512 (PyTorch finds {capability}): products of matrices take 10 "
+        "times as long as in fp32, or far longer. Set train.precision fp32, or train elsewhere."
     )
 
 

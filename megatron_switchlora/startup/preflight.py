@@ -66,9 +66,9 @@ def meet(env: Mapping[str, str], ranks: Ranks, same: dict[str, Any], timeout_s: 
             "count restarts apart. Start it again after a failure; it goes on from its newest checkpoint."
         )
     store = _open_store(env, ranks, timeout_s)
-    mine = Presence(own_host(env), ranks.local_rank, ranks.local_size, same)
+    presence = Presence(own_host(env), ranks.local_rank, ranks.local_size, same)
     try:
-        store.set(_key(ranks.rank), json.dumps(asdict(mine)))
+        store.set(_key(ranks.rank), json.dumps(asdict(presence)))
         if ranks.rank == 0:
             text = _verdict(env, store, ranks.world_size, timeout_s) or ""
             store.set("verdict", json.dumps({"text": text, "world_size": ranks.world_size}))
@@ -141,8 +141,8 @@ def publish_error(
         if ranks.rank == 0:
             store.set("verdict", json.dumps({"text": problem, "world_size": ranks.world_size}))
             return True
-        mine = Presence(own_host(env), ranks.local_rank, ranks.local_size, {}, problem)
-        store.set(_key(ranks.rank), json.dumps(asdict(mine)))
+        presence = Presence(own_host(env), ranks.local_rank, ranks.local_size, {}, problem)
+        store.set(_key(ranks.rank), json.dumps(asdict(presence)))
         deadline = time.monotonic() + patience_s
         while not store.check(["verdict"]):
             if time.monotonic() > deadline:
@@ -203,10 +203,10 @@ def _connect(host: str, port: int, world: int, serves: bool, timeout_s: float) -
     Thread(target=connect, daemon=True).start()
     while not outcome and time.monotonic() < deadline + 5:
         time.sleep(0.02)
-    found: Any = outcome[0] if outcome else DistError("no answer")
-    if isinstance(found, Exception):
-        raise found
-    return found
+    result: Any = outcome[0] if outcome else DistError("no answer")
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def _listen(port: int) -> int:
@@ -235,27 +235,27 @@ def _wait_for_listener(host: str, port: int, deadline: float) -> None:
 def _verdict(env: Mapping[str, str], store: Store, world: int, timeout_s: float) -> Optional[str]:
     """What is wrong with the ranks that come within the time-out, or with their number."""
     deadline, missing = time.monotonic() + timeout_s, set(range(world))
-    found: dict[int, Presence] = {}
+    present: dict[int, Presence] = {}
     while missing:
         for rank in [rank for rank in sorted(missing) if store.check([_key(rank)])]:
-            found[rank] = Presence(**json.loads(store.get(_key(rank))))
+            present[rank] = Presence(**json.loads(store.get(_key(rank))))
             missing.discard(rank)
-            if found[rank].problem:
-                return f"rank {rank}, on {found[rank].host}, cannot start: {found[rank].problem}"
+            if present[rank].problem:
+                return f"rank {rank}, on {present[rank].host}, cannot start: {present[rank].problem}"
         if missing and time.monotonic() > deadline:
-            return _absent(env, found, missing, timeout_s)
+            return _absent(env, present, missing, timeout_s)
         time.sleep(0.02 if missing else 0)
-    return _odd_ones(found)
+    return _odd_ones(present)
 
 
-def _absent(env: Mapping[str, str], found: dict[int, Presence], missing: set[int], timeout_s: float) -> str:
-    present = {presence.host for presence in found.values()}
-    here, all_hosts = {_short(host) for host in present}, expected_hosts(env)
+def _absent(env: Mapping[str, str], present: dict[int, Presence], missing: set[int], timeout_s: float) -> str:
+    hosts = {presence.host for presence in present.values()}
+    here, all_hosts = {_short(host) for host in hosts}, expected_hosts(env)
     known = here <= {_short(host) for host in all_hosts}  # else they go by other names, or are a part
     silent = [host for host in all_hosts if known and _short(host) not in here]
     return (
-        f"Of {len(found) + len(missing)} ranks {spans(missing)} did not come within {timeout_s:g} s (parallel."
-        f"start_timeout). Here are ranks on {', '.join(sorted(present))}"
+        f"Of {len(present) + len(missing)} ranks {spans(missing)} did not come within {timeout_s:g} s (parallel."
+        f"start_timeout). Here are ranks on {', '.join(sorted(hosts))}"
         + (f"; nothing was heard of {', '.join(silent)}" if silent else "")
         + ": look at the output of the missing ranks, and whether their hosts are up and reach "
         f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}."
@@ -267,22 +267,22 @@ def _short(host: str) -> str:
     return host if host.replace(".", "").isdigit() else host.split(".")[0]
 
 
-def _odd_ones(found: dict[int, Presence]) -> Optional[str]:
+def _odd_ones(present: dict[int, Presence]) -> Optional[str]:
     """Who differs, and in what, from what most ranks say (from rank 0, where it is a draw)."""
-    sizes = {presence.host: presence.local_size for presence in found.values()}
+    sizes = {presence.host: presence.local_size for presence in present.values()}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{host} {size}" for host, size in sorted(sizes.items()))
         return f"Every host must run the same number of ranks, but there are {listed}: give each as many, or leave out."
-    names = sorted({name for presence in found.values() for name in presence.same})
+    names = sorted({name for presence in present.values() for name in presence.same})
     differences = []
     for name in names:
-        values = {rank: json.dumps(presence.same.get(name)) for rank, presence in sorted(found.items())}
+        values = {rank: json.dumps(presence.same.get(name)) for rank, presence in sorted(present.items())}
         counts = Counter(values.values())
         if len(counts) == 1:
             continue
         usual = max(counts, key=lambda value: (counts[value], value == values[0]))
         odd = [rank for rank, value in values.items() if value != usual]
-        hosts = ", ".join(sorted({found[rank].host for rank in odd}))
+        hosts = ", ".join(sorted({present[rank].host for rank in odd}))
         differences.append(f"{name} is {values[odd[0]]} on ranks {spans(odd)} ({hosts}) and {usual} on the others")
     if not differences:
         return None

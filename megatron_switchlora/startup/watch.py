@@ -86,10 +86,10 @@ class Watch:
         self._informed = 0  # ranks that know why one ends
         self._asked: Optional[int] = None  # the exchange at which a collective of this rank had failed
         self._failure = ""
-        self._mine: Optional[Ending] = None
+        self._own_ending: Optional[Ending] = None
         self._at_door = False  # the main thread says why it ends
         self._signs = {rank: Sign(0) for rank in range(ranks.world_size) if rank != ranks.rank}
-        self._stopped, self._wake, self._found = threading.Event(), threading.Event(), threading.Event()
+        self._stopped, self._wake, self._decided = threading.Event(), threading.Event(), threading.Event()
         self._main = threading.main_thread().ident
         for target in (self._talk, self._count):
             threading.Thread(target=target, daemon=True).start()
@@ -100,17 +100,17 @@ class Watch:
 
     def end(self, text: str, printed: bool = True) -> Ending:
         """Lay down why this rank ends, unless another was first; returns what stands. For the main thread."""
-        self._at_door, self._mine = True, Ending(self.ranks.rank, self.host, text, printed)
+        self._at_door, self._own_ending = True, Ending(self.ranks.rank, self.host, text, printed)
         self._wake.set()
-        self._found.wait(4 * self.turn_s)
-        return self.ending or self._mine
+        self._decided.wait(4 * self.turn_s)
+        return self.ending or self._own_ending
 
     def explain(self, failure: str) -> Ending:
         """Why a collective of this rank has failed: what another says, who is silent, who has not come, or `failure`.
         For the main thread."""
         self._at_door, self._failure, self._asked = True, failure, self._exchanges
         self._wake.set()
-        self._found.wait((self.patience + 4) * self.turn_s)
+        self._decided.wait((self.patience + 4) * self.turn_s)
         return self.ending or Ending(self.ranks.rank, self.host, self._unanswered())
 
     def linger(self) -> None:
@@ -135,7 +135,7 @@ class Watch:
             except DistError:  # whoever kept the store is gone
                 self._broken = True
                 if self.ending is None and self._at_door:
-                    self._decide(self._mine or Ending(self.ranks.rank, self.host, self._unanswered()))
+                    self._decide(self._own_ending or Ending(self.ranks.rank, self.host, self._unanswered()))
             self._wake.wait(self.turn_s)
             self._wake.clear()
 
@@ -150,9 +150,9 @@ class Watch:
         if self.ending is not None:
             self._informed = self._store.add("informed", 0)
             return
-        self._mine = self._mine or self._judge()
-        if self._mine is not None:
-            standing = self._store.compare_set("end", "", json.dumps(asdict(self._mine)))
+        self._own_ending = self._own_ending or self._judge()
+        if self._own_ending is not None:
+            standing = self._store.compare_set("end", "", json.dumps(asdict(self._own_ending)))
         elif self._store.check(["end"]):
             standing = self._store.get("end")
         else:
@@ -170,7 +170,7 @@ class Watch:
 
     def _decide(self, ending: Ending) -> None:
         self.ending = ending
-        self._found.set()
+        self._decided.set()
 
     def _judge(self) -> Optional[Ending]:
         """Whom to name now, if anybody."""

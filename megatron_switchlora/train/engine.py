@@ -99,9 +99,9 @@ def communication_log() -> dict[str, int]:
     """Bytes by operation that DeepSpeed itself has counted since this was last asked, where its `comms_logger` is on:
     what it hands over, calls on groups of one rank included."""
     sizes: dict[str, dict[int, list[Any]]] = deepspeed.comm.comm.comms_logger.comms_dict
-    found = {name: sum(size * entry[0] for size, entry in calls.items()) for name, calls in sizes.items()}
+    totals = {name: sum(size * entry[0] for size, entry in calls.items()) for name, calls in sizes.items()}
     sizes.clear()
-    return found
+    return totals
 
 
 def limit_waiting(timeout_s: float) -> None:
@@ -143,22 +143,22 @@ class Engine:
 
     def _check_replicas(self) -> None:
         """Parameters, frozen weights, banks and switching state must be equal wherever they are held alike."""
-        found = self.differing_replicas()
-        if found:
+        differences = self.differing_replicas()
+        if differences:
             raise UserError(
-                f"The ranks do not start equal: {found[0]} ({len(found)} such differences). They must run the same "
-                "code, configuration and library versions."
+                f"The ranks do not start equal: {differences[0]} ({len(differences)} such differences). They must "
+                "run the same code, configuration and library versions."
             )
 
     def differing_replicas(self) -> list[str]:
         """Sentences for tensors that should be equal on several ranks and are not, alike on every rank. Collective
         over the world."""
         replicas = list(self.method.replicas())
-        found = []
+        differences = []
         for group in ("dp", "lte", "head", "data"):
             named = [(replica.name, replica.tensor) for replica in replicas if replica.group == group]
-            found += differing(named, self.mesh.group(group), self.device)
-        texts = gather_texts("\n".join(found), self.device)
+            differences += differing(named, self.mesh.group(group), self.device)
+        texts = gather_texts("\n".join(differences), self.device)
         return list(dict.fromkeys(sentence for text in texts for sentence in text.splitlines()))
 
     def _set_lr(self, step: int) -> float:

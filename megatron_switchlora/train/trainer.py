@@ -152,8 +152,8 @@ class Trainer:
         else:
             on_all_ranks(partial(load_state, self.engine, checkpoint.archive(), checkpoint.step), self.device)
         self.method.loaded()
-        found = self.engine.differing_replicas()
-        require(not found, f"After loading {checkpoint.folder} ranks differ: {'; '.join(found[:5])}.")
+        differences = self.engine.differing_replicas()
+        require(not differences, f"After loading {checkpoint.folder} ranks differ: {'; '.join(differences[:5])}.")
 
     def _build_phases(self, given_ds_config: dict[str, Any]) -> None:
         self.phases = build_phases(self.config, given_ds_config, self.context.train_samples, self.context.order)
@@ -264,13 +264,13 @@ class Trainer:
 
     def _check_replicas(self, step: int) -> None:
         """Stop if what several ranks must hold alike has come apart: memory or network damage, or a bug."""
-        found = self.engine.differing_replicas()
+        differences = self.engine.differing_replicas()
         require(
-            not found,
-            f"After step {step + 1} ranks that must hold the same hold different values: {'; '.join(found[:5])} "
-            f"({len(found)} such differences). A device, its memory or the network has failed, or library versions "
-            f"differ. The records up to here are in {self.run.path}; train.check_interval sets how often they are "
-            "compared.",
+            not differences,
+            f"After step {step + 1} ranks that must hold the same hold different values: {'; '.join(differences[:5])} "
+            f"({len(differences)} such differences). A device, its memory or the network has failed, or library "
+            f"versions differ. The records up to here are in {self.run.path}; train.check_interval sets how often they "
+            "are compared.",
         )
 
     def fit(self) -> Optional[float]:

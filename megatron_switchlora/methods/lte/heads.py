@@ -118,11 +118,11 @@ class Merging(Method):
     def dense(self) -> dict[str, list[nn.Parameter]]:
         """Return the trainable parameters that are not adapters, those of the heads here, by Hugging Face name."""
         known = {id(param) for param in self.matrices()}
-        found: dict[str, list[nn.Parameter]] = {}
+        params: dict[str, list[nn.Parameter]] = {}
         for name, param in self.model.named_parameters():
             if id(param) not in known and param.requires_grad:
-                found.setdefault(self.stored_name(name).split("/", 1)[1], []).append(param)
-        return found
+                params.setdefault(self.stored_name(name).split("/", 1)[1], []).append(param)
+        return params
 
     def frozen_dense(self) -> dict[str, nn.Parameter]:
         """Return the frozen embedding, head and norms, one for all heads, by Hugging Face name."""
@@ -147,13 +147,13 @@ class Merging(Method):
         exported it is fp32: matrices as they are folded, dense tensors rounded as the forward pass sees them."""
         if self.config.heads == 1 and not self.config.method.facts.shares_base:
             return self.model
-        some = next(self.model.parameters())
-        with torch.device(some.device):
+        like = next(self.model.parameters())
+        with torch.device(like.device):
             model = build_model(self.config.model, self.model.vocab_size, self.mesh.axis("tp"))
-        model.to(at_least_fp32(some.dtype) if exported else some.dtype)
+        model.to(at_least_fp32(like.dtype) if exported else like.dtype)
         own = dict(model.named_parameters())
         matrices = zip((f"{name}.weight" for name in self.linears), self.mean_weights(), strict=True)
-        dense = ((name, mean.to(some.dtype)) for name, mean in self._mean_dense(self.dense()))
+        dense = ((name, mean.to(like.dtype)) for name, mean in self._mean_dense(self.dense()))
         for name, mean in chain(matrices, dense, self.frozen_dense().items()):
             own[name].copy_(mean)
         return model
@@ -256,11 +256,11 @@ class LocalLte(Merging):
             A.data.copy_(shard_of(A, draw_factor(self.config, "A", name, shape, linear.rank, head)))
             B.data.copy_(shard_of(B, draw_factor(self.config, "B", name, shape, linear.rank, head)))
 
-    def _take_factors(self, linear: HeadsLinear, found: Optional[tuple[Tensor, Tensor]]) -> None:
+    def _take_factors(self, linear: HeadsLinear, factors: Optional[tuple[Tensor, Tensor]]) -> None:
         """A and B of the heads here, one after the other; without any they are zero, for a checkpoint to fill."""
         for head, pair in enumerate(self._pairs(linear)):
             for side, factor in enumerate(pair):
-                factor.data.copy_(found[side].chunk(linear.heads)[head] if found else torch.zeros(()))
+                factor.data.copy_(factors[side].chunk(linear.heads)[head] if factors else torch.zeros(()))
 
     def _pairs(self, linear: HeadsLinear) -> list[tuple[nn.Parameter, nn.Parameter]]:
         return list(zip(linear.lora_A, linear.lora_B, strict=True))

@@ -96,7 +96,7 @@ def _products_of_factors(bucket: list[Adapted], heads: int, lte: Axis) -> Iterat
         stacked = []
         for factor in layer.factors():
             end = start + factor.numel()
-            stacked.append(torch.cat([theirs[start:end].view_as(factor) for theirs in everyone]))
+            stacked.append(torch.cat([flat[start:end].view_as(factor) for flat in everyone]))
             start = end
         yield product(stacked[0], stacked[1], layer.scaling / heads)
 
