@@ -1,7 +1,8 @@
-"""Training methods: where low-rank layers, optimizer and model meet. Importing this package registers them.
+"""Connect low-rank layers, optimizer and model in training methods. Importing this package registers them.
 
-A method is a file (or a folder): its options, its facts and rules, and the class that drives it. `base.py` says what
-the trainer asks of that class, `config/method.py` what the rest of the package asks of the facts.
+A method is a file or a folder. It holds the method's options, facts and rules, and the class that drives training.
+`base.py` documents what the trainer asks of that class. `config/method.py` documents what the rest of the package asks
+of the facts.
 """
 
 from typing import Optional
@@ -32,7 +33,10 @@ def build_method(
     mesh: Optional[Mesh] = None,
     factors: Optional[dict[str, tuple[Tensor, Tensor]]] = None,
 ) -> Method:
-    """Adapt `model` (initialised, on the CPU) to `config.method` and return what drives it. Without a mesh the process
-    is alone. `factors` are the initial ones that `methods.ga_gradients.find_factors` found; with `method.init` lora_ga
-    and without them A and B are zero, for a checkpoint to fill."""
+    """Adapt `model` to `config.method` and return the method that drives it.
+
+    The model must be initialised and on the CPU. Without a mesh the process trains alone. `factors` are LoRA-GA's
+    initial values from `methods.ga_gradients.find_factors`. With `method.init` lora_ga and no `factors`, A and B are
+    zero until a checkpoint fills them.
+    """
     return config.method.facts.kind(config, model, mesh or lone_mesh(), factors)

@@ -1,4 +1,4 @@
-"""Rules and facts that all methods with adapters share."""
+"""Define the rules and facts that all methods with adapters share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_switchlora.model.protocol import family_of
 
 
 class AdapterFacts(MethodFacts):
-    """Of a method whose W is frozen beside adapters."""
+    """Facts of a method that trains adapters beside a frozen W."""
 
     reads = frozenset({"rank", "alpha", "rslora", "init", "orthogonal_scale", "compute", "merged_cache", "ga"})
 
@@ -24,7 +24,7 @@ class AdapterFacts(MethodFacts):
 
     @property
     def default_lr(self) -> float:
-        """LoRA's where SwitchLoRA's paper compares it (arXiv 2406.06564), whose s = 1 / rank it has."""
+        """LoRA's rate in SwitchLoRA's paper (arXiv 2406.06564), which also scales adapters by s = 1 / rank."""
         return 0.01
 
     def check(self, config: RunConfig) -> None:
@@ -37,17 +37,25 @@ def smallest_dimension(config: RunConfig) -> int:
 
 
 def check_rank(config: RunConfig) -> None:
-    """Raises: UserError, if a matrix has fewer than `method.rank` rows or columns."""
+    """Require that every matrix has at least `method.rank` rows and columns.
+
+    Raises:
+        UserError: a matrix is smaller.
+    """
     rank, smallest = config.method.rank, smallest_dimension(config)
     require(
         1 <= rank <= smallest,
-        f"method.rank must be between 1 and min(m, n) of every matrix of the decoder, here {smallest}; it is {rank}: "
-        "lower the rank or widen the model.",
+        f"method.rank must be between 1 and min(m, n) of every matrix of the decoder, here {smallest}, but it is "
+        f"{rank}: lower the rank or widen the model.",
     )
 
 
 def check_adapter(config: RunConfig) -> None:
-    """Raises: UserError, with the rule, the values and what to change."""
+    """Check rank, scaling and initial values.
+
+    Raises:
+        UserError: an option breaks a rule.
+    """
     method = config.method
     check_rank(config)
     alpha = method.alpha
@@ -60,17 +68,17 @@ def _check_init(config: RunConfig) -> None:
     method, facts = config.method, config.method.facts
     require(
         method.initial != "pissa" or not facts.switches,
-        "method.init pissa gives method.rank vectors of W itself, but switching needs candidates for all of min(m, n): "
-        "use init switchlora or classic, or method.name lora or relora.",
+        "method.init pissa gives only method.rank vectors (from W), but switching needs min(m, n) candidates: use "
+        "method.init switchlora or classic, or method.name lora or relora.",
     )
     require(
         method.initial != "semi_orthogonal" or not facts.switches,
-        "method.init semi_orthogonal gives the vectors of one adapter, and switching needs candidates like them: use "
-        "method.init switchlora or classic.",
+        "method.init semi_orthogonal gives the vectors of one adapter only, but switching needs more candidates of the "
+        "same kind: use method.init switchlora or classic.",
     )
     require(
         method.initial != "pissa" or "pissa" in facts.inits,
-        f"method.init pissa gives every head of method.name {method.name} the same vectors: use another init.",
+        f"method.init pissa gives every head of method.name {method.name} the same vectors: use another method.init.",
     )
     require(
         method.initial in facts.inits,
@@ -85,29 +93,29 @@ def _check_lora_ga(config: RunConfig) -> None:
         given = [f.name for f in fields(ga) if getattr(ga, f.name) != getattr(LoraGaConfig(), f.name)]
         require(
             not given,
-            f"method.ga.{', method.ga.'.join(given)} belong to method.init lora_ga, not {method.init}: give it too, or "
-            "leave them out.",
+            f"method.ga.{', method.ga.'.join(given)} belong to method.init lora_ga, but method.init is {method.init}: "
+            "set method.init to lora_ga, or leave these options out.",
         )
         return
     smallest = smallest_dimension(config)
     require(
         2 * method.rank <= smallest,
-        f"method.init lora_ga takes 2 * method.rank singular pairs of every adapted matrix, at most min(m, n), here "
-        f"{smallest}; they are {2 * method.rank}: lower method.rank to {smallest // 2} or widen the "
+        f"method.init lora_ga takes 2 * method.rank singular pairs of every adapted matrix, which must not exceed "
+        f"min(m, n), here {smallest}, but are {2 * method.rank}: lower method.rank to {smallest // 2} or widen the "
         "model.",
     )
     require(
         method.rslora,
-        f"method.init lora_ga is defined with the scaling alpha / sqrt(rank), and method.rslora is {method.rslora}: "
-        "set it to true.",
+        f"method.init lora_ga needs the scaling alpha / sqrt(rank), but method.rslora is {method.rslora}: set it to "
+        "true.",
     )
     require(math.isfinite(ga.gamma) and ga.gamma > 0, f"method.ga.gamma must be positive, not {ga.gamma}.")
     require(ga.samples >= 1, f"method.ga.samples must be at least 1, not {ga.samples}.")
     for name in ("oversample", "power_iterations"):
         value = getattr(ga, name)
-        require(value is None or value >= 0, f"method.ga.{name} must not be negative, it is {value}.")
+        require(value is None or value >= 0, f"method.ga.{name} must be at least 0, not {value}.")
     require(
         ga.svd == "randomised" or tp == 1,
         f"method.ga.svd exact needs a matrix's whole gradient on one rank, but parallel.tp is {tp}: use randomised, "
-        "with a larger method.ga.oversample where it must be closer.",
+        "and raise method.ga.oversample for more accuracy.",
     )

@@ -1,9 +1,14 @@
-"""What the trainer asks of a method, and the parameter groups all methods share.
+"""Define what the trainer asks of a method, and the parameter groups that all methods share.
 
-Life of a method: constructed with the initialised model (it may replace linears); `start` once the
-engine has cast and broadcast the parameters; then, each step, `before_step` between the last backward
-and the clip, and `after_step` after the optimizer. Groups, in order: the decoder's matrices or their
-adapters at `optim.lr`; embedding and head at `optim.dense_lr`; norms, also at dense_lr, never decayed.
+The life of a method:
+    constructor    takes the initialised model, and may replace its linears
+    start          runs once the engine has cast and broadcast the parameters
+    before_step    runs in each step between the last backward pass and the clip
+    after_step     runs in each step after the optimizer
+The parameter groups, in order:
+    matrices    the decoder's matrices, or their adapters, at `optim.lr`
+    dense       embedding and output layer, at `optim.dense_lr`
+    norms       also at `optim.dense_lr`, without weight decay
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ class Replica:
 
 
 class Method:
-    """Base of all methods: does nothing beside training what is trainable."""
+    """Base of all methods: train the trainable parameters and do nothing else."""
 
     def __init__(
         self,
@@ -49,48 +54,48 @@ class Method:
                 param.requires_grad_(id(param) in trained)
 
     def adapt(self, factors: Optional[dict[str, tuple[Tensor, Tensor]]]) -> None:
-        """Replace linears of the initialised model, on the CPU; `factors` are initial ones found from gradients."""
+        """Replace linears of the initialised model, on the CPU; `factors` are LoRA-GA's initial values."""
 
     def matrices(self) -> list[nn.Parameter]:
-        """The trainable tensors of the decoder's linears."""
-        raise TypeError("a method says which of the decoder's tensors it trains")
+        """Return the trainable tensors of the decoder's linears."""
+        raise TypeError("a method must return the decoder's tensors that it trains")
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups with `name`, `base_lr` and `weight_decay`."""
+        """Return the optimizer's groups, each with `name`, `base_lr` and `weight_decay`."""
         optim, lr, dense_lr = self.config.optim, self.config.lr, self.config.dense_lr
         matrices = self.matrices()
-        known = {id(param) for param in matrices}
-        rest = [param for param in self.model.parameters() if param.requires_grad and id(param) not in known]
+        matrix_ids = {id(param) for param in matrices}
+        rest = [param for param in self.model.parameters() if param.requires_grad and id(param) not in matrix_ids]
         groups: list[dict[str, Any]] = [
             {"name": "matrices", "params": matrices, "base_lr": lr, "weight_decay": optim.weight_decay},
             {"name": "dense", "params": [p for p in rest if p.dim() > 1], "base_lr": dense_lr,
              "weight_decay": optim.weight_decay},
             {"name": "norms", "params": [p for p in rest if p.dim() == 1], "base_lr": dense_lr, "weight_decay": 0.0},
         ]  # fmt: skip
-        return [group for group in groups if group["params"]]  # none of frozen dense tensors
+        return [group for group in groups if group["params"]]  # frozen dense tensors leave their groups empty
 
     def build_optimizer(self) -> RowAdamW:
-        """The optimizer of these groups, without its layout yet."""
+        """Return the optimizer of the parameter groups; its layout is set later."""
         optim = self.config.optim
         return RowAdamW(self.param_groups(), beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps)
 
     def start(self, optimizer: RowAdamW) -> None:
-        """The engine is ready: parameters have their final precision and are equal on all data ranks."""
+        """Finish initialisation once parameters have their final precision and are equal on all data ranks."""
         self.optimizer = optimizer
 
     def lr_factor(self, step: int) -> float:
-        """Multiple of every group's `base_lr` at `step` (from 0)."""
+        """Return the factor by which `step` (from 0) multiplies every group's `base_lr`."""
         return lr_factor(step, self.config.train.warmup_steps, self.config.train.steps)
 
     def before_step(self, step: int) -> int:
-        """Gradients of `step` (from 0) are complete, the clip comes next. Returns the vectors switched."""
+        """Act between the last backward pass of `step` (from 0) and the clip; return the number of switched vectors."""
         return 0
 
     def after_step(self, step: int) -> None:
-        """The optimizer has stepped."""
+        """Act after the optimizer's update of `step` (from 0)."""
 
     def stored_name(self, name: str) -> str:
-        """How a checkpoint calls the model's parameter."""
+        """Return the name of the model's parameter in a checkpoint."""
         return name
 
     def frozen_group(self, param: nn.Parameter) -> str:
@@ -98,22 +103,27 @@ class Method:
         return replica_group(param)
 
     def evaluated(self, exported: bool = False) -> LanguageModel:
-        """The model whose loss is the method's, or the one that is exported. Collective."""
+        """Return the model to evaluate or to export. Collective."""
         return self.model
 
     def slices(self) -> Iterator[TensorSlice]:
-        """This rank's share of what a checkpoint keeps beside parameters and optimizer state: frozen weights here, and
-        a method's own state."""
+        """Yield this rank's share of what a checkpoint keeps beside parameters and optimizer state.
+
+        The base class yields the frozen weights. A method adds its own state.
+        """
         for name, module in self.model.named_modules():
             for short, buffer in module.named_buffers(recurse=False):
                 yield shard_slice(f"{name}.{short}", buffer, filter(None, [getattr(module, "split", None)]), "dp")
 
     def loaded(self) -> None:
-        """Parameters, optimizer state and slices were filled from a checkpoint. Collective."""
+        """Act after a checkpoint has filled parameters, optimizer state and the method's own state. Collective."""
 
     def replicas(self) -> Iterator[Replica]:
-        """Everything that several ranks hold alike: parameters, buffers (frozen weights, split like the matrices they
-        are), and a method's own state."""
+        """Yield every tensor of which several ranks hold the same copy.
+
+        The base class yields parameters and buffers (the frozen weights, split like trainable matrices). A method adds
+        its own state.
+        """
         for name, param in self.model.named_parameters():
             yield Replica(name, param, replica_group(param))
         for name, buffer in self.model.named_buffers():

@@ -1,4 +1,4 @@
-"""Full-rank training: every weight is a parameter."""
+"""Train at full rank: every weight is a parameter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_switchlora.methods.base import Method
 
 @register
 class FullFacts(MethodFacts):
-    """No adapters."""
+    """Facts of full-rank training, which has no adapters."""
 
     name = "full"
     about = "every weight"
@@ -26,13 +26,13 @@ class FullFacts(MethodFacts):
         steps = config.method.full_rank_steps
         require(
             not steps,
-            f"method.full_rank_steps {steps} comes before another method, and method.name full trains so throughout: "
-            "leave it out.",
+            f"method.full_rank_steps {steps} sets the full-rank steps before another method starts, but method.name "
+            "full trains at full rank throughout: leave method.full_rank_steps out.",
         )
 
 
 class Full(Method):
-    """The baseline. The decoder's matrices train at `optim.lr`, everything else at `optim.dense_lr`."""
+    """The full-rank baseline: matrices train at `optim.lr`, all else at `optim.dense_lr`."""
 
     def matrices(self) -> list[nn.Parameter]:
         return [linear.weight for _, _, _, linear in self.model.decoder_linears()]

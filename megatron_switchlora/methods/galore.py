@@ -1,8 +1,10 @@
-"""GaLore (arXiv 2403.03507): every weight trains, the decoder's matrices by Adam in a low-rank gradient space.
+"""Train GaLore (arXiv 2403.03507): every weight trains, the matrices by Adam in a low-rank gradient space.
 
-The groups are full-rank training's; only the optimizer differs (`optim/galore.py`). Not supported, and
-refused before training: ZeRO 1 and 2 (flat partitions cut matrices anywhere), tensor parallelism (a rank has a
-part of each gradient only) and bf16.
+The parameter groups are those of full-rank training. Only the optimizer differs (`optim/galore.py`). These options are
+errors before training:
+    ZeRO 1 and 2          flat partitions cut matrices anywhere
+    tensor parallelism    a rank has only a part of each gradient
+    bf16                  untested with GaLore
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class GaloreOptions:
 
 @register
 class GaloreFacts(MethodFacts):
-    """Every weight trains, as in full-rank training."""
+    """Facts of GaLore: every weight trains, as in full-rank training."""
 
     name = "galore"
     about = "every weight, by Adam in a low-rank space of the gradients (needs the package galore-torch)"
@@ -50,7 +52,7 @@ class GaloreFacts(MethodFacts):
 
     @property
     def default_lr(self) -> float:
-        """GaLore's (arXiv 2403.03507), whose updates are scaled by method.galore.scale."""
+        """The paper's rate (arXiv 2403.03507), for updates that are scaled by method.galore.scale."""
         return 0.01
 
     @property
@@ -63,7 +65,7 @@ class GaloreFacts(MethodFacts):
     def check_zero(self, stage: int) -> None:
         require(
             stage == 0,
-            f"method.name galore takes the singular vectors of whole gradients, and ZeRO stage {stage} cuts them over "
+            f"method.name galore needs the singular vectors of whole gradients, but ZeRO stage {stage} cuts them over "
             "the ranks (without --ds_config it is stage 1): use ds_configs/zero0.json.",
         )
 
@@ -72,13 +74,13 @@ class GaloreFacts(MethodFacts):
         check_rank(config)
         require(
             tp == 1,
-            f"method.name galore takes the singular vectors of whole gradients, and with parallel.tp {tp} a rank has a "
-            "part of each: set parallel.tp to 1.",
+            f"method.name galore needs the singular vectors of whole gradients, but with parallel.tp {tp} a rank has "
+            "only a part of each: set parallel.tp to 1.",
         )
         require(
             config.train.precision == "fp32",
-            f"method.name galore is proven on fp32 parameters alone, train.precision is {config.train.precision}: set "
-            "it to fp32.",
+            f"method.name galore is tested with fp32 parameters only, but train.precision is "
+            f"{config.train.precision}: set it to fp32.",
         )
         require(galore.update_gap >= 1, f"method.galore.update_gap must be at least 1, not {galore.update_gap}.")
         require(
@@ -88,10 +90,10 @@ class GaloreFacts(MethodFacts):
 
 
 class Galore(Full):
-    """Full-rank training whose matrices have a projector each."""
+    """Full-rank training in which each matrix has a projector."""
 
     def adapt(self, factors: Optional[dict[str, tuple[Tensor, Tensor]]]) -> None:
-        self.projector_class = load_projector()  # refused before any work where the package is missing
+        self.projector_class = load_projector()  # fails before any work if the package is missing
 
     def build_optimizer(self) -> RowAdamW:
         method, optim = self.config.method, self.config.optim

@@ -1,12 +1,16 @@
-"""LoRA: a fixed low-rank adapter on the seven projections of every layer; W stays frozen.
+"""Train LoRA: a fixed low-rank adapter on the seven projections of every layer, while W stays frozen.
 
-Initial values are SwitchLoRA's, PiSSA's or LoRA-GA's (then W <- W0 - sBA, so that step 0 computes the dense
-initialisation), the classic ones or LTE's (B = 0). Embedding, head and norms train dense. With LoRA+ B has
-a learning rate of its own. LoRA-GA's initial factors, A_0 and B_0, stay in host memory and in checkpoints:
-W0 = W + s B_0 A_0 is the base that a run began from, over which its adapter is [B, -B_0] [A; A_0], of rank 2r
-(arXiv 2407.05000, section 3). An LTE head draws from a seed of its own; head 0 draws what LoRA would. `MhLora`
-is multi-head LoRA, LTE's baseline: y = W x + (s/N) sum_n B_n A_n x (arXiv 2402.16828, section 3.1), that is
-LoRA whose vectors are those of N heads side by side.
+Embedding, output layer and norms train as full tensors. With LoRA+ B has its own learning rate.
+
+Initial values:
+    switchlora, pissa, lora_ga    B is not zero, so W <- W0 - s B A keeps the function of the dense initialisation
+    classic, semi_orthogonal      B = 0 (semi_orthogonal is LTE's)
+LoRA-GA's initial factors A_0 and B_0 stay in host memory and in checkpoints. The base of such a run is
+W0 = W + s B_0 A_0. Over this base the adapter is [B, -B_0] [A; A_0], of rank 2r (arXiv 2407.05000, section 3).
+
+Each LTE head draws its values from its own seed. Head 0 draws the same values as LoRA. `MhLora` is multi-head LoRA,
+LTE's baseline: y = W x + (s/N) sum_n B_n A_n x (arXiv 2402.16828, section 3.1). It equals LoRA with the vectors of N
+heads side by side.
 """
 
 from __future__ import annotations
@@ -35,13 +39,16 @@ from megatron_switchlora.optim.row_adamw import RowAdamW
 
 
 def head_seed(seed: int, head: int) -> int:
-    """The seed of an LTE head's draws; head 0 has the run's."""
+    """Return the seed of an LTE head's random values; head 0 uses the run's seed."""
     return seed if head == 0 else named_generator(seed, f"head {head}").initial_seed()
 
 
 def draw_factor(config: RunConfig, side: Side, name: str, shape: tuple[int, int], count: int, head: int = 0) -> Tensor:
-    """`count` vectors [count, length] of one side of the layer `name` of full `shape` (m, n), for an LTE head; drawn
-    for the full tensor by name, fp32 on the CPU."""
+    """Draw `count` initial vectors [count, length] of one side of a layer, for an LTE head.
+
+    `shape` is the layer's full (m, n). The values depend on the layer's `name` and not on the mesh. They are fp32, on
+    the CPU.
+    """
     method, length = config.method, shape[1] if side == "A" else shape[0]
     generator = named_generator(head_seed(config.train.seed, head), f"{name}.lora_{side}")
     if side == "A" and method.initial == "semi_orthogonal":
@@ -52,8 +59,10 @@ def draw_factor(config: RunConfig, side: Side, name: str, shape: tuple[int, int]
 def part_sides(
     groups: list[dict[str, Any]], pairs: list[tuple[nn.Parameter, nn.Parameter]], ratio: float
 ) -> list[dict[str, Any]]:
-    """The groups with LoRA+'s: of the first, which holds the adapters (A, B), each side is one, and B's rate is `ratio`
-    times A's."""
+    """Split the first group, the adapters' (A, B) `pairs`, into one group per side for LoRA+.
+
+    B's learning rate is `ratio` times A's. A ratio of 1 leaves the groups as they are.
+    """
     if ratio == 1:
         return groups
     adapters, *others = groups
@@ -67,7 +76,7 @@ ALL_INITS = frozenset({"switchlora", "classic", "pissa", "lora_ga", "semi_orthog
 
 @register
 class LoraFacts(AdapterFacts):
-    """A fixed adapter."""
+    """Facts of LoRA: an adapter whose vectors stay in place."""
 
     name = "lora"
     about = "a fixed low-rank adapter"
@@ -83,8 +92,11 @@ class LoraFacts(AdapterFacts):
 
 
 class Lora(Method):
-    """`linears` are the adapted layers by Hugging Face name, in layer order; `initial` the factors of the start, as the
-    forward pass used them, where they are kept."""
+    """Drive LoRA.
+
+    `linears` holds the adapted layers by Hugging Face name, in layer order. `initial` holds the initial factors, as the
+    forward pass used them, if the method keeps them.
+    """
 
     def adapt(self, factors: Optional[dict[str, tuple[Tensor, Tensor]]]) -> None:
         self.initial: dict[nn.Parameter, Tensor] = {}
@@ -101,7 +113,7 @@ class Lora(Method):
             self._take_factors(factors or {})
 
     def _draw_vectors(self, side: Side, name: str, count: int) -> Tensor:
-        """`count` vectors of the layer's side [count, length]."""
+        """Draw `count` vectors [count, length] of one side of the layer."""
         linear = self.linears[name]
         return draw_factor(
             self.config, side, name, (linear.out_features, linear.in_features), count, self.mesh.rank("lte")
@@ -113,7 +125,10 @@ class Lora(Method):
             self._fill_factor(linear.lora_B, self._draw_vectors("B", name, self.config.method.rank))
 
     def _take_factors(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Let A and B be this rank's parts of those found; without any they are zero, for a checkpoint to fill."""
+        """Copy this rank's shards of the given factors into A and B.
+
+        Without factors A and B are zero until a checkpoint fills them.
+        """
         for name, linear in self.linears.items():
             A, B = factors[name] if factors else (torch.zeros(()), torch.zeros(()))
             linear.lora_A.data.copy_(A)
@@ -127,8 +142,10 @@ class Lora(Method):
         return [factor for linear in self.linears.values() for factor in (linear.lora_A, linear.lora_B)]
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """With a LoRA+ ratio the adapters are two groups: ZeRO cuts each group's flat buffer for itself, so that the
-        layout of runs without one stays."""
+        """Return the groups; with a LoRA+ ratio the adapters form two.
+
+        ZeRO partitions the flat buffer of each group, so two groups would change the layout of a run without a ratio.
+        """
         pairs = [(linear.lora_A, linear.lora_B) for linear in self.linears.values()]
         return part_sides(super().param_groups(), pairs, self.config.optim.lora_plus_ratio)
 
@@ -147,14 +164,14 @@ class Lora(Method):
             self.initial = {factor: factor.detach().to("cpu", dtype, copy=True) for factor, dtype in dtypes.items()}
 
     def _kept(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-        """(name, factor, its initial value) of what is kept of the start."""
+        """Yield (name, factor, initial value) of the initial factors that are kept."""
         for name, linear in self.linears.items():
             for side, factor in (("A", linear.lora_A), ("B", linear.lora_B)):
                 if factor in self.initial:
                     yield f"{name}.lora_{side}_0", factor, self.initial[factor]
 
     def slices(self) -> Iterator[TensorSlice]:
-        """Also A_0 [r, in] and B_0 [r, out], NAME.lora_A_0 and NAME.lora_B_0, where they are kept."""
+        """Add the initial factors that are kept: NAME.lora_A_0 [r, in] and NAME.lora_B_0 [r, out]."""
         yield from super().slices()
         for name, factor, value in self._kept():
             yield parameter_slice(name, factor, replica_group(factor), value)
@@ -165,13 +182,16 @@ class Lora(Method):
             yield Replica(name, value, replica_group(factor))
 
     def _take_principal_factors(self) -> None:
-        """PiSSA's factors. A data-parallel rank decomposes its share of the layers, each gathered over tp and alike on
-        those ranks, and sends its factors to the others. Collective over the head."""
+        """Set A and B to PiSSA's factors. Collective over the head.
+
+        Each data-parallel rank decomposes its share of the layers and broadcasts the factors. Tensor-parallel ranks
+        gather the same W and compute the same factors.
+        """
         dp = self.mesh.axis("dp")
         for number, linear in enumerate(self.linears.values()):
             if number % dp.size == dp.rank:
-                whole = linear.split.gather(linear.weight)
-                A, B = principal_factors(whole, linear.rank, linear.scaling)
+                full_weight = linear.split.gather(linear.weight)
+                A, B = principal_factors(full_weight, linear.rank, linear.scaling)
                 self._fill_factor(linear.lora_A, A)
                 self._fill_factor(linear.lora_B, B)
         if dp.size > 1:
@@ -203,7 +223,7 @@ class MhLoraOptions:
 
 @register
 class MhLoraFacts(AdapterFacts):
-    """Heads side by side."""
+    """Facts of multi-head LoRA: heads side by side."""
 
     name = "mhlora"
     about = "the sum of several LoRA heads in one model"
@@ -224,7 +244,7 @@ class MhLoraFacts(AdapterFacts):
 
     @property
     def default_lr(self) -> float:
-        """LTE's, whose baseline it is at the same large s; LoRA's where B is not zero and s = 1 / rank."""
+        """LTE's rate at LTE's large s; LoRA's rate where B is not zero and s = 1 / rank."""
         return 0.00005 if self.default_alpha > 1 else super().default_lr
 
     def default_dense_lr(self, lr: float) -> float:

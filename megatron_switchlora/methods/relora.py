@@ -1,13 +1,16 @@
-"""ReLoRA (arXiv 2307.05695): LoRA that is folded into W and begun anew every K steps.
+"""Train ReLoRA (arXiv 2307.05695): fold the adapter into W and re-initialise it every K steps.
 
-A restart, after the optimizer's step number K, 2K, ...:
-    W <- W + s B A (from the factors as the forward uses them);  A drawn anew, classic;  B <- 0
-so the function stays while the next cycle adds another r ranks. The adapters' moments are zeroed or pruned
-by magnitude, their step counters begin at zero (published code lets its counter run on, so that the first
-updates after a reset are three times too large and lean on the warm-up alone), and all learning rates, the
-dense tensors' too, climb back to the cosine from zero (the jagged cosine schedules the whole optimizer).
-The draws are pure functions of (seed, layer, restart), so a checkpoint needs no state beyond LoRA's.
-Published code starts with A = B = 0, which trains nothing in the first cycle; this does not.
+A restart follows the optimizer's step number K, 2K, ...:
+    W <- W + s B A, from the factors as the forward pass uses them
+    A <- new values with the classic initialisation;  B <- 0
+The model's function stays the same, and the next cycle adds another r ranks.
+    moments          zeroed, or pruned by magnitude
+    step counters    restart at zero (those of the adapters)
+    learning rates   climb from zero back to the cosine, the dense tensors' too (the jagged cosine)
+New values are pure functions of (seed, layer, restart), so a checkpoint needs no state beyond LoRA's.
+
+The published code differs twice. Its step counter keeps counting, so the first updates after a reset are three times
+too large and only the warm-up limits them. It starts with A = B = 0, which trains nothing in the first cycle.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ class ReloraOptions:
 
 @register
 class ReloraFacts(AdapterFacts):
-    """LoRA with restarts."""
+    """Facts of LoRA with restarts."""
 
     name = "relora"
     about = "an adapter that is folded into W and re-initialised every method.relora.interval steps"
@@ -61,7 +64,7 @@ class ReloraFacts(AdapterFacts):
 
     @property
     def default_lr(self) -> float:
-        """ReLoRA's where SwitchLoRA's paper compares it."""
+        """ReLoRA's rate in SwitchLoRA's paper (arXiv 2406.06564)."""
         return 0.001
 
     def check(self, config: RunConfig) -> None:
@@ -69,23 +72,23 @@ class ReloraFacts(AdapterFacts):
         super().check(config)
         require(
             relora.interval >= max(1, warmup),
-            f"method.relora.interval must be at least 1 and not below train.warmup_steps, or the first warm-up would "
-            f"hide a restart's; they are {relora.interval} and {warmup}: restart later or warm up for fewer steps.",
+            f"method.relora.interval must be at least 1 and at least train.warmup_steps, or the first warm-up would "
+            f"overlap a restart's; they are {relora.interval} and {warmup}: raise the interval or shorten the warm-up.",
         )
         require(
             0 <= relora.warmup <= relora.interval,
-            f"method.relora.warmup must lie between 0 and method.relora.interval {relora.interval}, it is "
+            f"method.relora.warmup must be between 0 and method.relora.interval {relora.interval}, but it is "
             f"{relora.warmup}: warm up for fewer steps.",
         )
         require(
             0 < relora.keep < 1,
-            f"method.relora.keep is the share of the moments that a pruning leaves and must lie between 0 and 1, it is "
-            f"{relora.keep}: for none, give method.relora.moments zero.",
+            f"method.relora.keep is the share of a moment's entries that pruning keeps and must be between 0 and 1, "
+            f"but it is {relora.keep}: to keep none, set method.relora.moments to zero.",
         )
 
 
 class Relora(Lora):
-    """Restarts after steps K, 2K, ..., K = `method.relora.interval`."""
+    """LoRA that restarts after steps K, 2K, ..., where K is `method.relora.interval`."""
 
     def lr_factor(self, step: int) -> float:
         train, relora = self.config.train, self.config.method.relora
@@ -98,7 +101,7 @@ class Relora(Lora):
         super().after_step(step)
 
     def _restart(self, number: int) -> None:
-        """Restart `number`, counted from 1. Collective over the head where moments are pruned."""
+        """Perform restart `number`, counted from 1. Collective over the head where moments are pruned."""
         for name, linear in self.linears.items():
             linear.add_product(1.0)
             std = factor_std("A", "classic", linear.out_features, linear.in_features, linear.rank)

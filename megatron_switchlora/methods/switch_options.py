@@ -1,4 +1,4 @@
-"""The options of switching and their rules (SwitchLoRA, arXiv 2406.06564)."""
+"""Define the options of switching and their rules (SwitchLoRA, arXiv 2406.06564)."""
 
 from __future__ import annotations
 
@@ -34,19 +34,23 @@ class SwitchOptions:
 
 
 def check_switching(config: RunConfig) -> None:
-    """Raises: UserError, with the rule, the values and what to change."""
+    """Check the options of switching.
+
+    Raises:
+        UserError: an option breaks a rule.
+    """
     method, switch = config.method, config.method.switch
     require(
-        method.rank >= 2, "method.rank 1 cannot switch: A and B switch different positions, so give rank 2 or more."
+        method.rank >= 2, "method.rank 1 cannot switch, since A and B switch different positions: use rank 2 or more."
     )
     largest = max(min(p.out_features, p.in_features) for p in family_of(config.model).projections(config.model))
     require(
         method.rank < largest,
-        f"A bank has min(m, n) candidates for each matrix, of which method.rank are live, so method.rank {method.rank} "
+        f"A bank has min(m, n) candidates per matrix, of which method.rank are in use, so method.rank {method.rank} "
         f"leaves nothing to switch in any matrix (min(m, n) is {largest} at most): lower the rank, or use method.name "
         "lora.",
     )
-    require(switch.freeze_steps >= 0, f"method.switch.freeze_steps must not be negative, it is {switch.freeze_steps}.")
+    require(switch.freeze_steps >= 0, f"method.switch.freeze_steps must be at least 0, not {switch.freeze_steps}.")
     require(switch.interval0 > 0, f"method.switch.interval0 must be positive, not {switch.interval0}.")
     require(
         switch.interval0 >= 2 * switch.freeze_steps,

@@ -1,11 +1,12 @@
-"""SwitchLoRA (arXiv 2406.06564): LoRA whose vectors are switched against candidates while training.
+"""Train SwitchLoRA (arXiv 2406.06564): LoRA whose vectors are switched against candidates during training.
 
-In a step, after the last backward and before the clip: plan this step's switches from (seed, step), and
-for each fold the difference into W, exchange the vectors with the bank, copy the new rows to the fp32
-masters, zero the counterpart's moments and step counter and hold it still for N steps. The switched
-vector keeps its own moments. Rewriting rows changes no stored gradient; the counterpart's is stale now
-and is masked in this very step. As the draws are pure, the next step is planned right then and its rows
-are fetched from the bank, which holds what this step has written back, while training goes on.
+Each step plans its switches from (seed, step), after the last backward pass and before the clip. For each switch it
+    1. exchanges the vectors with the bank, and folds the difference into W
+    2. copies the new rows to the fp32 masters
+    3. zeroes the counterpart's moments and step counter, and freezes the counterpart for N steps
+The switched vector keeps its own moments. Its stored gradient stays valid. The counterpart's gradient is stale and is
+masked in the same step. The plan is a pure function of (seed, step), so the step also plans the next one. It starts to
+fetch that step's rows from the bank, after its own rows are written back, while training continues.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from megatron_switchlora.optim.row_adamw import RowAdamW
 
 @register
 class SwitchLoraFacts(AdapterFacts):
-    """Adapters whose vectors are switched."""
+    """Facts of SwitchLoRA: adapters whose vectors are switched."""
 
     name = "switchlora"
     about = "adapters whose vectors are switched against candidates"
@@ -56,7 +57,7 @@ class SwitchLoraFacts(AdapterFacts):
 
     @property
     def default_lr(self) -> float:
-        """The paper's, for every trainable tensor."""
+        """The paper's rate, for every trainable tensor."""
         return 0.02
 
     def check(self, config: RunConfig) -> None:
@@ -66,7 +67,7 @@ class SwitchLoraFacts(AdapterFacts):
 
 @dataclass
 class PlannedStep:
-    """A step planned ahead: its switches, the state after planning, and the candidates on their way."""
+    """A step planned ahead: its switches, the state after planning, and the fetch of its candidates."""
 
     step: int
     plan: StepPlan
@@ -75,14 +76,14 @@ class PlannedStep:
 
 
 class SwitchLora(Lora):
-    """`switching` are the layers with spare candidates (min(m, n) > rank), in layer order."""
+    """Drive SwitchLoRA; `switching` holds the layers with spare candidates (min(m, n) > rank), in layer order."""
 
     bank: CandidateBank
     schedule: ScheduleConfig
     state: SwitchState
 
     def _draw_factors(self) -> None:
-        """Draw the candidates of every layer; the live vectors are members."""
+        """Draw the candidates of every layer; the live vectors are among them."""
         switch, train = self.config.method.switch, self.config.train
         spare = {n: x for n, x in self.linears.items() if min(x.out_features, x.in_features) > x.rank}
         self.switching: list[LowRankLinear] = list(spare.values())
@@ -128,12 +129,12 @@ class SwitchLora(Lora):
         return planned.plan.count
 
     def _plan(self, step: int, state: SwitchState) -> PlannedStep:
-        """Plan a step from the state before it, which is advanced, and start fetching its candidates."""
+        """Plan a step, advance `state`, and start to fetch the step's candidates."""
         plan = plan_step(self.schedule, state, step)
         return PlannedStep(step, plan, state, self.bank.fetch(plan.switches))
 
     def forget_plan(self) -> None:
-        """State or bank were changed from outside: plan the coming step anew. Collective, as the fetch is."""
+        """Drop the plan of the next step after a change to state or bank. Collective, as the fetch is."""
         if self._planned is not None:
             self._planned.fetch.result()
         self._planned = None
@@ -151,15 +152,15 @@ class SwitchLora(Lora):
             positions = torch.from_numpy(switch.positions)
             self.optimizer.rows_rewritten(factor, positions)
             self.optimizer.reset_rows(counterpart, positions)
-        for linear, parts in changes.items():
-            fold(linear, parts)
+        for linear, differences in changes.items():
+            fold(linear, differences)
 
     def _frozen_rows(self) -> dict[nn.Parameter, Tensor]:
-        """Masked rows of each factor in this step."""
+        """Return the masked rows of each factor in this step."""
         frozen: dict[nn.Parameter, Tensor] = {}
         for side in "AB":
-            for linear, left in zip(self.switching, self.state.frozen[side], strict=True):
-                rows = np.flatnonzero(left)
+            for linear, steps_left in zip(self.switching, self.state.frozen[side], strict=True):
+                rows = np.flatnonzero(steps_left)
                 if len(rows):
                     frozen[linear.lora_A if side == "A" else linear.lora_B] = torch.from_numpy(rows)
         return frozen
@@ -173,7 +174,7 @@ class SwitchLora(Lora):
         self.forget_plan()
 
     def slices(self) -> Iterator[TensorSlice]:
-        """Also the bank [C, length], NAME.bank_A and NAME.bank_B, and the schedule's integers, switch.*."""
+        """Add the banks NAME.bank_A and NAME.bank_B [C, length], and the schedule's integers switch.*."""
         yield from super().slices()
         names = {linear: name for name, linear in self.linears.items()}
         for layer, linear in enumerate(self.switching):

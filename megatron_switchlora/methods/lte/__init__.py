@@ -1,2 +1,5 @@
-"""LTE: heads that train apart and are merged every T steps. `options`: what is set and checked; `heads`: the three
-kinds of heads; `merging`: what they give each other."""
+"""Train LTE: heads that train independently and are merged every T steps.
+
+`options` holds the options and their rules, `heads` the three kinds of heads, and `merging` the means that heads
+exchange at a merge.
+"""

@@ -1,13 +1,15 @@
-"""LTE, LoRA-the-Explorer (arXiv 2402.16828): heads that train apart and are merged every T steps.
+"""Train the heads of LTE, LoRA-the-Explorer (arXiv 2402.16828), and merge them every T steps.
 
-Head n has its own A_n, B_n, dense tensors, samples and optimizer state; y = W x + s B_n A_n x. A merge forms
-the mean effective weight M = mean_n (W_n + s B_n A_n) of each layer, and the mean of each dense tensor.
-    reset       W <- M, B_n <- 0; A_n (unless redrawn) and both Adam states stay (Algorithm 1)
-    reset-less  W_n <- M - s B_n A_n: nothing is zeroed, the head's function becomes the mean (the default)
-Without switches W_n + s B'_n A'_n, primed at the last merge, is the same for all heads, so in the reset-less
-form the origin O = M - (s/N) sum_n B_n A_n never changes: it is kept in host memory, once per head, and a
-merge needs only the factors of now and drifts nowhere. `Lte` is a head on ranks of its own, `LteSwitchLora`
-likewise with switches inside, which change W_n; `LocalLte` are K heads that share a process and its base.
+Head n has its own A_n, B_n, dense tensors, samples and optimizer state: y = W x + s B_n A_n x. A merge forms the mean
+effective weight M = mean_n (W_n + s B_n A_n) of each layer, and the mean of each dense tensor. It has two forms:
+    reset        W <- M and B_n <- 0; A_n (unless re-initialised) and the Adam states of A_n and B_n stay (Algorithm 1)
+    reset-less   W_n <- M - s B_n A_n: nothing is zeroed, and each head's function becomes the mean (the default)
+Let A'_n and B'_n be the factors at the last merge. Without switches W_n + s B'_n A'_n is the same for all heads. So in
+the reset-less form the origin O = M - (s/N) sum_n B_n A_n never changes. It is kept in host memory, once per head. A
+merge then needs only the present factors, and rounding errors do not add up over merges.
+    Lte             a head on ranks of its own
+    LteSwitchLora   the same with switches inside, which change W_n
+    LocalLte        K heads that share a process and its base
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from megatron_switchlora.optim.row_adamw import RowAdamW
 
 
 class Origin:
-    """A layer's matrix [out, in] in host memory, split by rows over a head's data ranks: held once per head."""
+    """A layer's matrix [out, in] in host memory, once per head: its data ranks hold different rows."""
 
     def __init__(self, matrix: Tensor, dp: Axis) -> None:
         self.split, self.device = Split(0, matrix.size(0), dp), matrix.device
@@ -47,12 +49,15 @@ class Origin:
         self.rows.copy_(self.split.take(matrix))
 
     def plus(self, product: Tensor) -> Tensor:
-        """The matrix and a product, on the device. Collective over dp."""
+        """Return the sum of the matrix and a product, on the device. Collective over dp."""
         return self.split.gather(self.rows.to(self.device) + self.split.take(product))
 
 
 class Merging(Method):
-    """What all kinds of heads share; comes before the class of the inner method. `linears` are the adapted layers."""
+    """What all kinds of heads share, a mixin that stands before the inner method's class.
+
+    `linears` holds the adapted layers.
+    """
 
     linears: dict[str, Any]
     origins: dict[str, Origin]
@@ -62,7 +67,7 @@ class Merging(Method):
         return self.mesh.heads(self.config.method.facts.heads_here).start
 
     def merges_after(self, steps: int) -> bool:
-        """Whether heads are merged after so many steps."""
+        """Return whether heads are merged after `steps` steps."""
         interval = self.config.method.facts.merge_interval
         return interval is not None and steps > 0 and steps % interval == 0
 
@@ -84,23 +89,26 @@ class Merging(Method):
                 self.optimizer.set_values(param, mean)
 
     def mean_weights(self) -> Iterator[Tensor]:
-        """The mean effective weight of each of `linears`, this rank's shard, in at least fp32. Collective."""
+        """Yield this rank's shard of each layer's mean effective weight, in at least fp32. Collective."""
         for name, linear, mean in self._mean_products():
             yield self.origins[name].plus(mean) if name in self.origins else mean.add_(linear.weight)
 
     def _keep_origins(self) -> None:
-        """Before the adapters are taken out of W: M is W, so the origin is W - (s/N) sum_n B_n A_n."""
+        """Store W - (s/N) sum_n B_n A_n as each layer's origin.
+
+        Call this before the adapters are subtracted from W, while M = W.
+        """
         self.origins = {}
         if self.config.method.facts.keeps_origins:
             for name, linear, product in self._mean_products():
                 self.origins[name] = Origin(linear.weight - product, self.mesh.axis("dp"))
 
     def _adopt(self, name: str, linear: Any, mean: Tensor) -> None:
-        """Make a layer's heads compute the mean."""
-        raise TypeError("a kind of heads says how it takes over the mean")
+        """Give all heads of a layer the effective weight `mean`."""
+        raise TypeError("each kind of heads must implement _adopt")
 
     def _restart(self, name: str, linear: Any, step: int) -> None:
-        """B <- 0, in parameter and master; A is redrawn if asked for."""
+        """Zero B in parameter and master; with `redraw_A`, re-initialise A too."""
         for head, (A, B) in enumerate(self._pairs(linear)):
             B.data.zero_()
             self.optimizer.rows_rewritten(B)
@@ -112,20 +120,20 @@ class Merging(Method):
                 self.optimizer.rows_rewritten(A)
 
     def _pairs(self, linear: Any) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """A and B of the heads here."""
+        """Return (A, B) of each head here."""
         return [(linear.lora_A, linear.lora_B)]
 
     def dense(self) -> dict[str, list[nn.Parameter]]:
-        """Return the trainable parameters that are not adapters, those of the heads here, by Hugging Face name."""
-        known = {id(param) for param in self.matrices()}
-        params: dict[str, list[nn.Parameter]] = {}
+        """Return the trainable dense parameters by Hugging Face name, one for each head here."""
+        factor_ids = {id(param) for param in self.matrices()}
+        dense: dict[str, list[nn.Parameter]] = {}
         for name, param in self.model.named_parameters():
-            if id(param) not in known and param.requires_grad:
-                params.setdefault(self.stored_name(name).split("/", 1)[1], []).append(param)
-        return params
+            if id(param) not in factor_ids and param.requires_grad:
+                dense.setdefault(self.stored_name(name).split("/", 1)[1], []).append(param)
+        return dense
 
     def frozen_dense(self) -> dict[str, nn.Parameter]:
-        """Return the frozen embedding, head and norms, one for all heads, by Hugging Face name."""
+        """Return the frozen embedding, output layer and norms by Hugging Face name, which all heads share."""
         return {name: param for name, param in self.model.named_parameters() if not param.requires_grad}
 
     def frozen_group(self, param: nn.Parameter) -> str:
@@ -136,30 +144,33 @@ class Merging(Method):
         return mean_dense(dense, self.optimizer, self.config.heads, lte, data)
 
     def _mean_products(self) -> Iterator[tuple[str, Any, Tensor]]:
-        """(name, layer, (s/N) sum_n B_n A_n) of each of `linears`. Collective."""
+        """Yield (name, layer, (s/N) sum_n B_n A_n) of each adapted layer. Collective."""
         products = mean_products(list(self.linears.values()), self.config, self.mesh.axis("lte"))
         for (name, linear), product in zip(self.linears.items(), products, strict=True):
             yield name, linear, product
 
     @torch.no_grad()
     def evaluated(self, exported: bool = False) -> LanguageModel:
-        """The mean effective model, with plain linears, in the precision of compute; of one head its own model. To be
-        exported it is fp32: matrices as they are folded, dense tensors rounded as the forward pass sees them."""
+        """Return the mean effective model, with plain linears, or with one head that head's own model. Collective.
+
+        For evaluation it is in the precision of compute. For export it is in fp32: matrices as the folding gives them,
+        dense tensors rounded as the forward pass sees them.
+        """
         if self.config.heads == 1 and not self.config.method.facts.shares_base:
             return self.model
-        like = next(self.model.parameters())
-        with torch.device(like.device):
+        reference = next(self.model.parameters())
+        with torch.device(reference.device):
             model = build_model(self.config.model, self.model.vocab_size, self.mesh.axis("tp"))
-        model.to(at_least_fp32(like.dtype) if exported else like.dtype)
-        own = dict(model.named_parameters())
+        model.to(at_least_fp32(reference.dtype) if exported else reference.dtype)
+        targets = dict(model.named_parameters())
         matrices = zip((f"{name}.weight" for name in self.linears), self.mean_weights(), strict=True)
-        dense = ((name, mean.to(like.dtype)) for name, mean in self._mean_dense(self.dense()))
+        dense = ((name, mean.to(reference.dtype)) for name, mean in self._mean_dense(self.dense()))
         for name, mean in chain(matrices, dense, self.frozen_dense().items()):
-            own[name].copy_(mean)
+            targets[name].copy_(mean)
         return model
 
     def set_mean(self, name: str, mean: Tensor) -> None:
-        """Lay down a layer's mean effective weight, this rank's shard, where `regrouped` finds it."""
+        """Store this rank's shard of a layer's mean effective weight, from which `regrouped` computes."""
         if self.config.method.facts.quantised:
             self.origins[name].store(mean)
         else:
@@ -167,7 +178,7 @@ class Merging(Method):
 
     @torch.no_grad()
     def regrouped(self) -> None:
-        """The heads here are others than those whose mean was laid down: form origins and each W anew. Collective."""
+        """Recompute origins and each W from the means of `set_mean`, for another number of heads. Collective."""
         for name, linear, product in self._mean_products():
             in_origin = self.config.method.facts.quantised
             mean = self.origins[name].plus(torch.zeros_like(product)) if in_origin else linear.weight.clone()
@@ -179,7 +190,7 @@ class Merging(Method):
         return of_head(self.first_head, name)
 
     def replicas(self) -> Iterator[Replica]:
-        """Also the origins, over heads: a head's data ranks hold parts of them."""
+        """Add the origins, which are equal over heads; a head's data ranks hold different rows."""
         yield from super().replicas()
         for name, origin in self.origins.items():
             yield Replica(f"{name}.origin", origin.rows, "lte")
@@ -190,7 +201,7 @@ class Merging(Method):
 
 
 class HeadOnRanks(Merging):
-    """A head whose ranks hold its W: the last merge is folded into it."""
+    """A head whose ranks hold their own W, into which the last merge is folded."""
 
     def start(self, optimizer: RowAdamW) -> None:
         self._keep_origins()
@@ -203,7 +214,7 @@ class HeadOnRanks(Merging):
         linear.forget_merged()
 
     def slices(self) -> Iterator[TensorSlice]:
-        """A head's own tensors are named head_NN/NAME; W, if all heads have the same, and NAME.origin are not."""
+        """Yield a head's own tensors as head_NN/NAME, and shared ones as NAME: the origin, and W on reset."""
         for held in super().slices():
             if not self.config.method.facts.resetless and held.name.endswith(".weight"):
                 yield replace(held, group="data")
@@ -212,7 +223,7 @@ class HeadOnRanks(Merging):
         yield from self._origin_slices()
 
     def replicas(self) -> Iterator[Replica]:
-        """Also W over all heads, where it is the same."""
+        """Add W over all heads where merges reset, as all heads then have the same W."""
         yield from super().replicas()
         if not self.config.method.facts.resetless:
             for name, linear in self.linears.items():
@@ -220,12 +231,15 @@ class HeadOnRanks(Merging):
 
 
 class Lte(HeadOnRanks, Lora):
-    """A head on ranks of its own."""
+    """A LoRA head on ranks of its own."""
 
 
 class LteSwitchLora(HeadOnRanks, SwitchLora):
-    """SwitchLoRA inside each head: every head has its bank and schedule, and the merge is the reset-less one of
-    E_n = W_n + s B_n A_n. Switches change W_n and keep E_n, so there is no common origin: the E_n are averaged."""
+    """A SwitchLoRA head on ranks of its own, with its own bank and schedule.
+
+    The merge is reset-less. Switches change W_n but keep E_n = W_n + s B_n A_n, so the heads have no common origin. The
+    merge averages the E_n themselves.
+    """
 
     def mean_weights(self) -> Iterator[Tensor]:
         return mean_matrices(list(self.linears.values()), self.config.heads, self.mesh.axis("lte"))
@@ -246,7 +260,7 @@ class LocalLte(Merging):
             else:
                 self._draw_factors(name, linear)
         if self.config.freezes_dense:
-            self.model.heads = facts.heads_here  # all take the same tensors
+            self.model.heads = facts.heads_here  # all heads use the same dense tensors
         else:
             split_dense_tensors(self.model, facts.heads_here)
 
@@ -257,7 +271,7 @@ class LocalLte(Merging):
             B.data.copy_(shard_of(B, draw_factor(self.config, "B", name, shape, linear.rank, head)))
 
     def _take_factors(self, linear: HeadsLinear, factors: Optional[tuple[Tensor, Tensor]]) -> None:
-        """A and B of the heads here, one after the other; without any they are zero, for a checkpoint to fill."""
+        """Split the given factors over the heads here; without any they are zero until a checkpoint fills them."""
         for head, pair in enumerate(self._pairs(linear)):
             for side, factor in enumerate(pair):
                 factor.data.copy_(factors[side].chunk(linear.heads)[head] if factors else torch.zeros(()))
@@ -293,15 +307,18 @@ class LocalLte(Merging):
         return of_head(self.first_head + int(head), base)
 
     def replicas(self) -> Iterator[Replica]:
-        """Also what holds the base, over all heads."""
+        """Add the tensors of the base, which are equal over all heads."""
         yield from super().replicas()
         for name, linear in self.linears.items():
             for short, tensor in linear.base_tensors().items():
                 yield Replica(f"{name}.{short}", tensor, "data")
 
     def slices(self) -> Iterator[TensorSlice]:
-        """NAME.weight or its codes and scales, what the last merge left of each head, head_NN/NAME.merged_A and
-        merged_B, and NAME.origin."""
+        """Yield the base, each head's factors at the last merge, and the origins.
+
+        The base is NAME.weight, or its codes and scales. The factors are head_NN/NAME.merged_A and merged_B. The
+        origins are NAME.origin.
+        """
         for name, linear in self.linears.items():
             for short, base in linear.base_tensors().items():
                 yield shard_slice(f"{name}.{short}", base, [linear.base_split(base)], "data")

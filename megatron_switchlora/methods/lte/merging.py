@@ -1,13 +1,15 @@
-"""What LTE heads give each other at a merge: means over all heads, layer by layer, in coalesced buckets.
+"""Compute means over all LTE heads for a merge, layer by layer, in coalesced buckets.
 
-    products   (s/N) sum_n B_n A_n of every layer, in fp32. Either the factors are all-gathered over the heads,
-               stacked, and multiplied in one GEMM: (N - K) r (m + n) values received; or the K heads here are
-               multiplied and the product is all-reduced: 2 m n (H - 1) / H values, with H = N / K groups of
-               ranks. The smaller is taken; no rank ever holds N products.
-    matrices   the mean of E_n = W_n + s B_n A_n, all-reduced: where switches have changed each W_n
-    dense      the mean of the fp32 masters of embedding, norms and head: one all-reduce that also puts ZeRO's
-               partitions together
-Under tensor parallelism everything is a rank's own shard. Nothing is changed here.
+    products   (s/N) sum_n B_n A_n of every layer, in fp32
+    matrices   the mean of E_n = W_n + s B_n A_n, all-reduced, for heads that switch and so change their W_n
+    dense      the mean of the fp32 masters of embedding, norms and output layer, in one all-reduce that also
+               assembles ZeRO's partitions
+There are two ways to exchange a product, and the one that receives fewer bytes is used:
+    factors    all-gather the factors of all heads, stack them, and multiply in one GEMM: (N - K) r (m + n) values
+    delta      multiply the factors of the K heads here, and all-reduce the product: 2 m n (H - 1) / H values, with
+               H = N / K groups of ranks
+No rank holds N products at once. Under tensor parallelism each rank works on its own shards. These functions change no
+parameter.
 """
 
 from __future__ import annotations
@@ -26,13 +28,16 @@ from megatron_switchlora.distributed.shard import Axis
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.optim.row_adamw import RowAdamW
 
-BUCKET_BYTES = 64 << 20  # of what a rank holds of one collective, unless one tensor is larger
+BUCKET_BYTES = 64 << 20  # a rank's share of one collective; a larger tensor gets a bucket of its own
 
 
 def merge_sends_factors(config: RunConfig, out_features: int, in_features: int) -> bool:
-    """Whether a merge of LTE heads moves the factors of a layer whose W is [out, in] on a rank, and not their product:
-    by `method.lte.merge_traffic`, or whatever is less. Received are (N - K) r (m + n) values in the precision of
-    compute, or 2 m n (H - 1) / H in fp32. Heads that switch move their weights."""
+    """Return whether a merge of LTE heads sends a layer's factors instead of their product.
+
+    W is [out, in] on a rank. `method.lte.merge_traffic` decides; auto takes the way that receives fewer bytes. Factors
+    are (N - K) r (m + n) values in the precision of compute. A product is 2 m n (H - 1) / H values in fp32. Heads that
+    switch send weights, so the answer for them is False.
+    """
     lte, facts, groups = config.method.lte, config.method.facts, config.parallel.lte_heads
     if facts.switches:
         return False
@@ -52,14 +57,16 @@ class Adapted(Protocol):
 
 
 def product(A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """scale B A [out, in] of A [R, in] and B [R, out], in at least fp32."""
+    """Return scale B^T A [out, in] of A [R, in] and B [R, out], in at least fp32."""
     return (B.to(at_least_fp32(B.dtype)).t() @ A.to(at_least_fp32(A.dtype))).mul_(scale)
 
 
 @torch.no_grad()
 def mean_products(layers: Sequence[Adapted], config: RunConfig, lte: Axis) -> Iterator[Tensor]:
-    """(s/N) sum_n B_n A_n [out, in] of each layer in turn, alike on all heads. Collective over `lte`, whatever is done
-    with the results."""
+    """Yield (s/N) sum_n B_n A_n [out, in] of each layer, the same on all heads. Collective over `lte`.
+
+    Every rank must consume all results.
+    """
     runs: list[tuple[bool, list[Adapted]]] = []
     for layer in layers:
         A, B = layer.factors()
@@ -88,21 +95,21 @@ def _product_bytes(layer: Adapted) -> int:
 
 def _products_of_factors(bucket: list[Adapted], heads: int, lte: Axis) -> Iterator[Tensor]:
     flat = torch.cat([factor.reshape(-1) for layer in bucket for factor in layer.factors()])
-    everyone = [torch.empty_like(flat) for _ in range(lte.size)] if lte.size > 1 else [flat]
+    gathered = [torch.empty_like(flat) for _ in range(lte.size)] if lte.size > 1 else [flat]
     if lte.size > 1:
-        dist.all_gather(everyone, flat, group=lte.group)
+        dist.all_gather(gathered, flat, group=lte.group)
     start = 0
     for layer in bucket:
         stacked = []
         for factor in layer.factors():
             end = start + factor.numel()
-            stacked.append(torch.cat([flat[start:end].view_as(factor) for flat in everyone]))
+            stacked.append(torch.cat([buffer[start:end].view_as(factor) for buffer in gathered]))
             start = end
         yield product(stacked[0], stacked[1], layer.scaling / heads)
 
 
 def _summed(tensors: list[Tensor], axis: Axis) -> Iterator[Tensor]:
-    """The sums of tensors over an axis, of one dtype, in one all-reduce."""
+    """Yield the sums over an axis of tensors of one dtype, in one all-reduce."""
     if axis.size == 1:
         yield from tensors
         return
@@ -114,7 +121,7 @@ def _summed(tensors: list[Tensor], axis: Axis) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def mean_matrices(layers: Sequence[LowRankLinear], heads: int, lte: Axis) -> Iterator[Tensor]:
-    """mean_n (W_n + s B_n A_n) [out, in] of each layer in turn. Collective over `lte`."""
+    """Yield mean_n (W_n + s B_n A_n) [out, in] of each layer. Collective over `lte`."""
     for bucket in grouped(layers, lambda layer: layer.weight.nbytes, BUCKET_BYTES):
         yield from _summed([layer.effective_weight().div_(heads) for layer in bucket], lte)
 
@@ -123,8 +130,11 @@ def mean_matrices(layers: Sequence[LowRankLinear], heads: int, lte: Axis) -> Ite
 def mean_dense(
     params: dict[str, list[nn.Parameter]], optimizer: RowAdamW, heads: int, lte: Axis, data: Axis
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each name with the mean over all heads of its parameters, given those of the K heads here, from the masters.
-    Collective over `data` where ZeRO partitions the masters, else over `lte`."""
+    """Yield each name with the mean of its fp32 masters over all heads.
+
+    `params` holds the parameters of the K heads here. Collective over `data` where ZeRO partitions the masters, else
+    over `lte`.
+    """
     axis = data if optimizer.partitioned else lte
     for bucket in grouped(params.items(), lambda item: 4 * item[1][0].numel(), BUCKET_BYTES):
         sums = [optimizer.sum_of_masters(same).div_(heads) for _, same in bucket]

@@ -1,4 +1,4 @@
-"""LTE's options, their rules, and what the package asks about LTE (arXiv 2402.16828)."""
+"""Define LTE's options, their rules, and its facts (arXiv 2402.16828)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LteOptions:
 
 @register
 class LteFacts(AdapterFacts):
-    """LoRA heads, or heads that switch."""
+    """Facts of LTE: heads with LoRA or SwitchLoRA inside."""
 
     name = "lte"
     about = "heads with adapters and optimizers of their own, merged every method.lte.merge_interval steps"
@@ -62,7 +62,7 @@ class LteFacts(AdapterFacts):
 
     @property
     def may_change(self) -> list[str]:
-        """`checkpoint/lte_regroup.py` says when the number of heads may change."""
+        """`checkpoint/lte_regroup.py` decides when the number of heads may change."""
         return ["method.lte.local_heads", "method.lte.merge_traffic"]
 
     @property
@@ -71,18 +71,18 @@ class LteFacts(AdapterFacts):
 
     @property
     def default_alpha(self) -> float:
-        """LTE's s is large (appendix A), but for initial values whose B is not zero."""
+        """LTE's large s (appendix A) where B starts at zero, else s = 1 / rank."""
         return 4096.0 if self.method.initial in ("semi_orthogonal", "classic") else 1.0
 
     @property
     def default_lr(self) -> float:
-        """A few per cent of dense training's at the large s (tables 5 and 6); else that of the inner method."""
+        """A few per cent of full-rank training's rate at the large s (tables 5 and 6), else the inner method's rate."""
         if self.default_alpha > 1:
             return 0.00005
         return 0.02 if self.switches else super().default_lr
 
     def default_dense_lr(self, lr: float) -> float:
-        """A head's rate is far too small for the dense tensors (LTE, tables 5 and 6)."""
+        """Return full-rank training's rate, as the heads' is far too small for dense tensors (tables 5 and 6)."""
         return 0.001
 
     @property
@@ -112,7 +112,7 @@ class LteFacts(AdapterFacts):
 
     @property
     def keeps_origins(self) -> bool:
-        """Switches change W, so that there is no common origin; a base in 4 bits holds too little."""
+        """Switches change W, so no common origin exists; a 4-bit base is too coarse to merge without one."""
         return (self.resetless and not self.switches) or self.quantised
 
     def check(self, config: RunConfig) -> None:
@@ -130,12 +130,12 @@ def _check_heads(config: RunConfig) -> None:
     interval = lte.merge_interval
     require(
         isinstance(interval, str) or interval >= 1,
-        f"method.lte.merge_interval must be at least 1 step, or never; it is {interval}.",
+        f"method.lte.merge_interval must be at least 1 step, or never, but it is {interval}.",
     )
     require(
         train.micro_batch_size % lte.local_heads == 0,
         f"train.micro_batch_size {train.micro_batch_size} must be a multiple of method.lte.local_heads "
-        f"{lte.local_heads}, since each head takes its part of a micro-batch: change one of them.",
+        f"{lte.local_heads}, since each head takes an equal part of a micro-batch: change one of them.",
     )
     require(
         train.global_batch_size % config.heads == 0,
@@ -150,25 +150,25 @@ def _check_merges(config: RunConfig) -> None:
     resets = lte.merge_form == "reset"
     require(
         not resets or method.initial in ("semi_orthogonal", "classic"),
-        f"method.lte.merge_form reset starts with B = 0 and one W for all heads, which method.init {method.initial} "
-        "does not: use semi_orthogonal or classic, or merge_form resetless.",
+        f"method.lte.merge_form reset needs B = 0 and one W for all heads at the start, which method.init "
+        f"{method.initial} does not give: use semi_orthogonal or classic, or method.lte.merge_form resetless.",
     )
     require(
         resets or not lte.redraw_A,
-        "method.lte.redraw_A true needs method.lte.merge_form reset: where B is not zero, another A would change the "
-        "function.",
+        "method.lte.redraw_A true needs method.lte.merge_form reset, since a new A changes the model's function where "
+        "B is not zero: set merge_form to reset, or leave redraw_A out.",
     )
     require(
         not shares_base or method.compute != "merged",
-        f"method.compute merged forms W + sBA, and heads over a base that is shared (method.lte.local_heads "
-        f"{lte.local_heads}) or in 4 bits (method.lte.base {lte.base}) compute beside it: use auto or split.",
+        f"method.compute merged forms W + sBA, which heads cannot do over a base that is shared "
+        f"(method.lte.local_heads {lte.local_heads}) or quantised (method.lte.base {lte.base}): use auto or split.",
     )
     lengths = {"model.hidden_size": m.hidden_size, "model.intermediate_size": m.intermediate_size}
     wrong = [f"{name} {size}" for name, size in lengths.items() if lte.base == "nf4" and size % (64 * tp)]
     require(
         tp == 1 or not wrong,
-        f"method.lte.base nf4 at parallel.tp {tp} needs sizes that are multiples of 64 x {tp}, the blocks of a rank's "
-        f"columns, and {', '.join(wrong)} is not: change the size or parallel.tp.",
+        f"method.lte.base nf4 with parallel.tp {tp} needs sizes that are multiples of 64 x {tp}, so that each rank's "
+        f"columns are whole blocks of 64, but {', '.join(wrong)} is not: change the size or parallel.tp.",
     )
 
 
@@ -178,10 +178,12 @@ def _check_switching_heads(config: RunConfig) -> None:
     require(
         not method.facts.shares_base,
         f"method.lte.inner switchlora rewrites each head's own W, so heads cannot share one (method.lte.local_heads "
-        f"{lte.local_heads}, method.lte.base {lte.base}): give each its ranks with parallel.lte_heads, in fp32.",
+        f"{lte.local_heads}, method.lte.base {lte.base}): use parallel.lte_heads instead of method.lte.local_heads, "
+        "and method.lte.base fp32.",
     )
     require(
         lte.merge_form == "resetless" and lte.merge_traffic != "factors",
-        f"method.lte.inner switchlora merges reset-less and by weights, since switches have changed them; "
-        f"method.lte.merge_form is {lte.merge_form} and method.lte.merge_traffic {lte.merge_traffic}: leave both out.",
+        f"method.lte.inner switchlora changes the weights, so merges must be reset-less and must not send factors, but "
+        f"method.lte.merge_form is {lte.merge_form} and method.lte.merge_traffic is {lte.merge_traffic}: leave both "
+        "out.",
     )
