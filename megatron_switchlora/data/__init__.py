@@ -1,7 +1,7 @@
-"""Corpora, tokenizers, packed tokens and their order.
+"""Prepare corpora, tokenizers and packed tokens, and define the order of samples.
 
-`prepare` turns a `DataConfig` into token arrays on disk (corpus -> tokenizer -> packing); `BatchOrder` and
-`TrainLoader` say which samples a rank sees at which step.
+`prepare` turns a `DataConfig` into token arrays on disk (corpus -> tokenizer -> packing). `BatchOrder` and
+`TrainLoader` define which samples a rank sees at each step.
 """
 
 from megatron_switchlora.data.corpus import Corpus, corpus_identity, load_corpus

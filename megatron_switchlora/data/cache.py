@@ -1,9 +1,9 @@
-"""The folders of the token cache: what one must hold, whether it still does, and who may build one.
+"""Seal, check and publish the folders of the token cache, and allow one builder at a time.
 
-meta.json names every file with its size, its SHA-256 and its modification time, and ends with its own sum. A start
-looks at sizes, times and headers alone. A file whose time has changed is read whole once, by the holder of the cache's
-lock, before it is believed again. Who is killed lets go of the lock, and of the folder it was building in: the next
-builder removes that.
+meta.json lists every file with its size, SHA-256 and modification time, and ends with a SHA-256 of itself. The start of
+a run checks only sizes, times and headers. If a file's modification time has changed, the holder of the cache's lock
+reads the whole file once before it is trusted again. A killed builder loses the lock. The next builder removes the
+unfinished folder.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from megatron_switchlora.disk import make_durable, open_no_follow, read_json, re
 
 SPLITS = ("train", "val")
 BUILDING = re.compile(r"\.[0-9a-f]{20}-\d+-\w+")
-ALIVE = "alive"  # of a folder that is built in: a file that the builder holds locked
-QUIET = 3600  # seconds; not every file system shows one host the locks of another
+ALIVE = "alive"  # a file in the build folder that the builder keeps locked
+QUIET = 3600  # seconds; on some file systems one host does not see the locks of another
 ABANDONED = 7 * 86400  # seconds; as long as ranks wait for a build
 
 
 class Damaged(Exception):
-    """A folder is not what was built: names the file and says why."""
+    """A cache folder differs from what was built; the message names the file and the reason."""
 
 
-# --- what is in a folder
+# --- content of a folder
 
 
 def seal(folder: Path, meta: dict[str, Any]) -> None:
     """Make a build durable and write its meta.json."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     for path in paths:
-        make_durable(path)  # first: a file system may set the time only then
+        make_durable(path)  # before its time is read: some file systems set the time only here
     files = {path.relative_to(folder).as_posix(): _entry(path, _digest(path)) for path in sorted(paths)}
     _write_meta(folder, {**meta, "files": files})
     for path in [folder, *folder.rglob("*")]:
@@ -53,7 +53,11 @@ def seal(folder: Path, meta: dict[str, Any]) -> None:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Read meta.json. Raises: Damaged, if it is not as a build writes it."""
+    """Read meta.json.
+
+    Raises:
+        Damaged: it is not as a build writes it.
+    """
     try:
         meta = read_json(folder / "meta.json")
     except (OSError, ValueError) as error:
@@ -65,13 +69,15 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def touched(folder: Path) -> list[str]:
-    """Names of the files that must be read before they are believed, for their times or for want of a sum.
+    """Return the names of the files that must be read before they are trusted.
+
+    These are files whose modification time has changed, and files without a checksum.
 
     Raises:
-        Damaged: a file is missing, has another size or, of tokens, another header.
+        Damaged: a file is missing or has another size, or a token file has another header.
     """
     meta = read_meta(folder)
-    changed = []
+    untrusted = []
     for name, entry in meta["files"].items():
         size, time_ns = (entry, None) if isinstance(entry, int) else (entry["size"], entry["mtime_ns"])
         try:
@@ -79,27 +85,32 @@ def touched(folder: Path) -> list[str]:
         except OSError as error:
             raise Damaged(f"{name}: {error}") from None
         except ValueError:
-            raise Damaged(f"meta.json holds {name!r}, which is no file's name") from None
+            raise Damaged(f"meta.json lists {name!r}, which is not a valid file name") from None
         if status.st_size != size:
             raise Damaged(f"{name} has {status.st_size} bytes, not {size}")
         if status.st_mtime_ns != time_ns:
-            changed.append(name)
+            untrusted.append(name)
     for split in SPLITS:
         _open_tokens(folder, split, meta)
-    return changed
+    return untrusted
 
 
 def open_tokens(folder: Path, split: str) -> TokenStore:
-    """Raises: Damaged."""
+    """Open the tokens of one split.
+
+    Raises:
+        Damaged: the tokens or meta.json are not as built.
+    """
     return _open_tokens(folder, split, read_meta(folder))
 
 
 def confirm(folder: Path) -> None:
-    """Read the files that have been touched, and note times and sums for the next start if they are as they were built.
-    The cache's lock is held where it can be.
+    """Read the touched files; if they are as built, record their times and checksums for the next start.
+
+    The caller holds the cache's lock if the cache is writable.
 
     Raises:
-        Damaged: a file is not.
+        Damaged: a file is not as built.
     """
     names = touched(folder)
     if not names:
@@ -110,16 +121,16 @@ def confirm(folder: Path) -> None:
             entry = _entry(folder / name, _digest(folder / name))
         except OSError as error:
             raise Damaged(f"{name}: {error}") from None
-        known = meta["files"][name]
-        if isinstance(known, dict) and known["sha256"] != entry["sha256"]:
+        recorded = meta["files"][name]
+        if isinstance(recorded, dict) and recorded["sha256"] != entry["sha256"]:
             raise Damaged(f"the content of {name} has changed since it was built")
         meta["files"][name] = entry
-    with contextlib.suppress(OSError):  # where nothing can be written, each start reads them
+    with contextlib.suppress(OSError):  # if the folder is read-only, each start reads the files again
         _write_meta(folder, meta)
 
 
 def fault(folder: Path) -> str | None:
-    """Why a folder is no cache, or None."""
+    """Return why a folder is not a valid cache, or None."""
     try:
         confirm(folder)
     except Damaged as damage:
@@ -147,7 +158,10 @@ def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
 
 
 def _as_built(meta: dict[str, Any]) -> bool:
-    """Whether everything that is read of a meta.json is there, and of its type; sums came later than the rest."""
+    """Return whether a meta.json holds all entries that are read, with valid types.
+
+    Older caches have no checksums.
+    """
     try:
         counts = [meta["vocab_size"], *(meta[split][name] for split in SPLITS for name in ("tokens", "bytes"))]
         entries = [entry for entry in meta["files"].values() if isinstance(entry, dict)]
@@ -173,39 +187,39 @@ def _open_tokens(folder: Path, split: str, meta: dict[str, Any]) -> TokenStore:
     return store
 
 
-# --- who may build
+# --- one builder at a time
 
 
 @contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """One builder at a time, also of several nodes that share the disk; who is killed lets go."""
+def builder_lock(path: Path) -> Iterator[None]:
+    """Hold the builders' lock, also against other nodes that share the disk; a killed builder loses it."""
     with open_no_follow(path, os.O_RDWR | os.O_CREAT) as file:
-        with contextlib.suppress(OSError):  # a file system without locks: each builds its own, one is published
+        with contextlib.suppress(OSError):  # a file system without locks: each process builds, one build is published
             take_lock(file, wait=True)
         try:
             yield
-        finally:  # who waits for the file that goes finds the cache; if there is none, two may build it
+        finally:  # a process that waits for the removed file then finds the cache; without a cache, two may build it
             path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside the one to build, which is known as a living builder's while this lasts."""
+    """Create a temporary folder beside the one to build, with a locked file that marks its builder as alive."""
     prefix = f".{folder.name}-{os.getpid()}-"
     with TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True) as name:
         starting = Path(name) / "starting"
         with open_no_follow(starting, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
-            with contextlib.suppress(OSError):  # a file system without locks: nobody can tell, nobody removes it
+            with contextlib.suppress(OSError):  # a file system without locks: then other builders leave the folder
                 take_lock(file)
             file.write(socket.gethostname().encode())
-            starting.rename(starting.with_name(ALIVE))  # locked before it has this name
+            starting.rename(starting.with_name(ALIVE))  # only once it is locked
             yield Path(name)
 
 
 def remove_leftovers(cache: Path) -> int:
     """Remove the folders of builds that were killed, and return their number."""
-    unfinished = [path for path in cache.iterdir() if BUILDING.fullmatch(path.name) and not path.is_symlink()]
-    dead = [path for path in unfinished if path.is_dir() and _is_dead(path)]
+    builds = [path for path in cache.iterdir() if BUILDING.fullmatch(path.name) and not path.is_symlink()]
+    dead = [path for path in builds if path.is_dir() and _is_dead(path)]
     for path in dead:
         shutil.rmtree(path, ignore_errors=True)
     return len(dead)
@@ -214,18 +228,18 @@ def remove_leftovers(cache: Path) -> int:
 def _is_dead(folder: Path) -> bool:
     try:
         with open_no_follow(folder / ALIVE, os.O_RDWR) as file:
-            if not take_lock(file):  # its builder lives
+            if not take_lock(file):  # its builder is alive
                 return False
-            here = file.read() == socket.gethostname().encode()
-            return here or _unchanged(folder) > QUIET
-    except FileNotFoundError:  # of a version without such files, or killed in the first moment
+            same_host = file.read() == socket.gethostname().encode()
+            return same_host or _unchanged(folder) > QUIET
+    except FileNotFoundError:  # from a version without such files, or from a builder killed at its very start
         return _unchanged(folder) > ABANDONED
     except OSError:  # the file system has no locks
         return False
 
 
 def _unchanged(folder: Path) -> float:
-    """Seconds since anything in a folder was written; 0 where something has just gone."""
+    """Return the seconds since anything in a folder was written; 0 if a file disappears meanwhile."""
     try:
         return time.time() - max(path.stat().st_mtime for path in [folder, *folder.rglob("*")])
     except OSError:
@@ -233,7 +247,7 @@ def _unchanged(folder: Path) -> float:
 
 
 def publish(build: Path, folder: Path, scratch: Path) -> None:
-    """Move a build to its place, unless another process has published a sound one; a damaged one gives way."""
+    """Move a build to its place, unless another process has published a valid one; replace a damaged one."""
     for attempt in range(3):
         try:
             os.rename(build, folder)

@@ -1,9 +1,11 @@
-"""Text: which documents a run trains and validates on.
+"""Choose the documents that a run trains and validates on.
 
-A corpus is two rows of documents (train, val), each a dict with the key "text". Source `stdlib` needs no download:
-Python's own sources, every 20th file held out. Source `files` takes the user's (`files.py`). Both are kept on disk by
-Arrow, as `datasets.Dataset`s. Source `hf` is a dataset of the hub (`stream.py`), read once and never kept.
-`corpus_identity` describes the same choice from names, sizes and times alone: it keys the cache.
+A corpus is two sequences of documents (train, val). A document is a dict with the key "text".
+    stdlib    Python's own sources, which need no download; every 20th file is held out
+    files     the user's files (`files.py`)
+    hf        a dataset of the Hugging Face hub (`stream.py`), read once and never kept
+Arrow keeps the first two on disk as `datasets.Dataset`s. `corpus_identity` identifies a corpus from names, sizes and
+times alone. It is part of the cache's key.
 """
 
 from __future__ import annotations
@@ -27,42 +29,47 @@ from megatron_switchlora.data.findings import Findings
 from megatron_switchlora.data.stream import stream_identity, stream_texts
 
 FEATURES = datasets.Features({"text": datasets.Value("large_string")})  # 64-bit offsets: a document may exceed 2 GB
-# pydoc_data is one generated file, a tenth of all; wherever it fell, it would dominate the held-out text
+# pydoc_data is one generated file with a tenth of all text; if it were held out, it would dominate the held-out text
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
 HOLD_OUT_EVERY, HOLD_OUT_AT = 20, 10
 
 
 @dataclass
 class Corpus:
-    """Documents of a run, {"text": ...} each, and what identifies them (JSON-able). Of a stream: to be read once."""
+    """Documents of a run, each {"text": ...}; those of a stream can be read only once."""
 
     train: Iterable[dict[str, str]]
     val: Iterable[dict[str, str]]
     identity: dict[str, object]
+    """What identifies the documents, ready for JSON."""
     findings: Findings
-    """What is left out or odd: all of it once the documents have been read."""
+    """Documents left out and unusual files; complete once all documents have been read."""
 
 
 def corpus_identity(data: DataConfig) -> dict[str, object]:
-    """What the corpus depends on, without reading it: file names, sizes and modification times (ns), and options.
+    """Return what the corpus depends on, without reading it.
+
+    This is file names, sizes, modification times (ns) and options.
 
     Raises:
-        UserError: a file that is missing, a directory or no text by its name, a pattern without match, no standard
-            library, a hub dataset whose commit cannot be looked up.
+        UserError: a file is missing, is a directory, or has a name that means another format; a pattern matches no
+            file; there is no standard library; or the commit of a hub dataset cannot be looked up.
     """
     if data.source == "stdlib":
-        listed = [[name, size] for name, size in _stdlib_files(data.max_bytes)]
-        return {"source": "stdlib", "python": platform.python_version(), "files": listed}
+        names_and_sizes = [[name, size] for name, size in _stdlib_files(data.max_bytes)]
+        return {"source": "stdlib", "python": platform.python_version(), "files": names_and_sizes}
     return files_identity(data) if data.source == "files" else stream_identity(data)
 
 
 def load_corpus(data: DataConfig, scratch: Path, *, progress: bool = False) -> Corpus:
     """Read the corpus; its Arrow files lie in the folder `scratch`, which must outlive the datasets.
 
+    A stream raises these errors while it is read.
+
     Raises:
-        UserError: as `corpus_identity`, and for every file that is unreadable, damaged, cut off, not UTF-8, not what
-            its name says or without the text field; no text at all; nothing to hold out. Of a stream: these and broken
-            connections as it is read.
+        UserError: as `corpus_identity`. Also: a file is unreadable, damaged, cut off, not UTF-8, of another format than
+            its name says, or without the text field; there is no text at all, or none to hold out; or a connection
+            breaks.
     """
     identity = corpus_identity(data)
     findings = Findings(skip=data.on_bad_document == "skip")
@@ -80,7 +87,7 @@ def load_corpus(data: DataConfig, scratch: Path, *, progress: bool = False) -> C
 
 
 def characters(documents: datasets.Dataset) -> np.ndarray:
-    """Characters (code points) of each document, int64 [documents]."""
+    """Return the number of characters (code points) of each document, int64 [documents]."""
     return np.asarray(pc.utf8_length(documents.data.column("text")), dtype=np.int64)
 
 
@@ -90,15 +97,15 @@ def _rows(texts: Iterable[str]) -> Iterator[dict[str, str]]:
 
 
 def _store(texts: Iterable[str], folder: Path, progress: bool) -> datasets.Dataset:
-    """Write documents to `folder` as a dataset; what goes wrong in reading them comes out as it was raised."""
+    """Write documents to `folder` as a dataset; pass errors of reading them on unchanged."""
 
-    def rows() -> Iterator[dict[str, str]]:  # `from_generator` wants a function
+    def rows() -> Iterator[dict[str, str]]:  # `from_generator` takes a function
         return _rows(texts)
 
     bars_were_off = datasets.are_progress_bars_disabled()
     if not progress:
         datasets.disable_progress_bars()
-    try:  # the folder is new, so the fingerprint need not say what is in it
+    try:  # the folder is new, so the fingerprint need not depend on its content
         return cast(
             datasets.Dataset,
             datasets.Dataset.from_generator(rows, features=FEATURES, cache_dir=str(folder), fingerprint="documents"),
@@ -119,15 +126,15 @@ def _split(documents: datasets.Dataset, val_fraction: float) -> tuple[datasets.D
     cut = int(total * (1 - val_fraction))
     require(
         0 < cut < total,
-        f"{total} characters of text are too few to hold out data.val_fraction {val_fraction:g}: give more text or "
-        "data.val_files.",
+        f"{total} characters of text are too few to hold out data.val_fraction {val_fraction:g} of them: give more "
+        "text or data.val_files.",
     )
-    middle = int(np.searchsorted(ends, cut))  # the first document that ends at the cut or after it
+    middle = int(np.searchsorted(ends, cut))  # the first document that ends at or after the cut
     text = documents[middle]["text"]
     inside = len(text) - int(ends[middle] - cut)
     head, tail = (datasets.Dataset.from_dict({"text": [part]}, FEATURES) for part in (text[:inside], text[inside:]))
     held_out = [tail] if text[inside:] else []
-    if middle + 1 < len(documents):  # `select` refuses an empty range at the end
+    if middle + 1 < len(documents):  # `select` raises for an empty range at the end
         held_out.append(documents.select(range(middle + 1, len(documents))))
     train = datasets.concatenate_datasets([documents.select(range(middle)), head])
     return train, datasets.concatenate_datasets(held_out)
@@ -137,7 +144,7 @@ def _split(documents: datasets.Dataset, val_fraction: float) -> tuple[datasets.D
 
 
 def _stdlib_files(max_bytes: int) -> list[tuple[str, int]]:
-    """Relative names and sizes of the sources, sorted, as many as fit into max_bytes."""
+    """Return the relative names and sizes of the sources, sorted, as many as fit into `max_bytes`."""
     root = Path(sysconfig.get_path("stdlib"))
     sources = []
     for folder, subfolders, names in os.walk(root):
@@ -149,8 +156,8 @@ def _stdlib_files(max_bytes: int) -> list[tuple[str, int]]:
     fitting = sources[: int(np.searchsorted(total, max_bytes, side="right"))]
     require(
         bool(fitting),
-        f"No source of Python's standard library in {root} fits data.max_bytes {max_bytes} ({len(sources)} there): "
-        "raise it, or use data.source files if this Python comes without sources.",
+        f"No source of Python's standard library in {root} fits into data.max_bytes {max_bytes} (it has {len(sources)} "
+        "sources): raise data.max_bytes, or use data.source files if this Python comes without sources.",
     )
     return fitting
 
@@ -162,7 +169,7 @@ def _stdlib_texts(max_bytes: int) -> tuple[Iterator[str], Iterator[str] | None]:
     require(
         bool(val),
         f"The stdlib corpus needs more than {HOLD_OUT_AT} files to hold one out; data.max_bytes {max_bytes} gives "
-        f"{len(names)}: raise it.",
+        f"{len(names)}: raise data.max_bytes.",
     )
     return _sources(train), _sources(val)
 

@@ -1,11 +1,14 @@
-"""Files of documents: text, JSON lines and Parquet, read strictly.
+"""Read documents strictly from files of text, JSON lines and Parquet.
 
-Plain text is one document a file; JSON lines hold one document a line, Parquet one a row (`forms.py` tells them apart,
-`texts.py` and `parquet.py` read them). Text and JSON lines may be compressed. The loaders of `datasets` are lenient
-(numbers become text, dates are rewritten, a missing field becomes None, "\\r\\n" becomes "\\n", one number among the
-texts of a block turns its neighbours into quoted JSON) and therefore not used: a damaged corpus must never pass
-silently. Every fault is a `UserError` that names the file and the place; documents without text are left out and
-counted (`findings.py`), on request also those that cannot be read.
+A text file is one document. JSON lines hold one document per line, and Parquet one per row. `forms.py` tells the
+formats apart. `texts.py` and `parquet.py` read them. Text and JSON lines may be compressed.
+
+Every fault is a `UserError` that names the file and the place. Documents without text are left out and counted
+(`findings.py`). With data.on_bad_document skip, unreadable documents are too.
+
+The loaders of `datasets` are not used, since a damaged corpus must never pass silently and they are lenient. In them
+numbers become text, dates are rewritten, a missing field becomes None, and "\\r\\n" becomes "\\n". One number among the
+texts of a block turns the other texts into quoted JSON.
 """
 
 from __future__ import annotations
@@ -34,15 +37,15 @@ from megatron_switchlora.data.texts import json_texts, plain_text, refuse_name
 from megatron_switchlora.disk import user_path
 
 HUB = "hf://"
-FAULTS = (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError)  # of a file that cannot be read
-AS_EVER = (".json", ".jsonl", ".parquet")  # read as by the versions whose caches do not say how
+FAULTS = (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError)  # raised by a file that cannot be read
+AS_EVER = (".json", ".jsonl", ".parquet")  # read as before the identity had an entry "reading"
 
 
 # --- data.source files
 
 
 def files_identity(data: DataConfig) -> dict[str, object]:
-    """Names, sizes and modification times (ns) of the files, and options."""
+    """Return the files' names, sizes and modification times (ns), and options."""
     train, val = _chosen_files(data)
     identity: dict[str, object] = {
         "source": "files",
@@ -56,15 +59,15 @@ def files_identity(data: DataConfig) -> dict[str, object]:
 
 
 def reading_options(data: DataConfig) -> dict[str, object]:
-    """The options of reading that identify a corpus, where they are not the default."""
+    """Return the reading options that identify a corpus, except those with their default value."""
     return {} if data.on_bad_document == "error" else {"on_bad_document": data.on_bad_document}
 
 
 def file_texts(data: DataConfig, findings: Findings) -> tuple[Iterator[str], Iterator[str] | None]:
-    """Training and validation documents (the latter None where they are to be held out).
+    """Return training and validation documents, the latter as None if they are to be held out of the former.
 
     Raises:
-        UserError: as `documents`; at the end, if there are none.
+        UserError: as `documents`; also at the end, if there are no documents.
     """
     train, val = _chosen_files(data)
     return _texts(data, train, findings), _texts(data, val, findings) if val else None
@@ -77,39 +80,45 @@ def _texts(data: DataConfig, paths: list[Path], findings: Findings) -> Iterator[
 
 
 def _chosen_files(data: DataConfig) -> tuple[list[Path], list[Path]]:
-    """Training and validation files (the latter may be none)."""
+    """Return training and validation files; the latter may be empty."""
     skip = data.on_bad_document == "skip"
     train = _expand("data.files", data.patterns(), skip)
     val = _expand("data.val_files", data.patterns(validation=True), skip)
     require(bool(train), "data.source files needs data.files: give file names or glob patterns.")
-    known = {path.resolve() for path in train}
+    train_paths = {path.resolve() for path in train}
     for path in val:
-        require(path.resolve() not in known, f"{path} is in both data.files and data.val_files: take it out of one.")
+        require(
+            path.resolve() not in train_paths,
+            f"{path} is in both data.files and data.val_files: remove it from one of them.",
+        )
     return train, val
 
 
 def _expand(option: str, patterns: list[str], skip: bool) -> list[Path]:
-    """The files the patterns name, absolute, each once, every pattern's sorted. With `skip`, of any name."""
-    by_target: dict[Path, Path] = {}
+    """Return the absolute paths that match the patterns, each once, sorted within a pattern.
+
+    Without `skip`, a name that means another format is an error.
+    """
+    paths: dict[Path, Path] = {}
     for pattern in patterns:
         literal = user_path(pattern)
         if os.path.exists(literal) or not has_magic(pattern):
             require(
                 not os.path.isdir(literal), f"{option}: {pattern} is a directory: give {pattern}/*.txt or the like."
             )
-            require(os.path.isfile(literal), f"{option}: there is no file {pattern}: correct the path.")
+            require(os.path.isfile(literal), f"{option}: no file {pattern} exists: correct the path.")
         names = [literal] if os.path.exists(literal) else sorted(glob(str(literal), recursive=True))
         matches = [Path(name) for name in names if os.path.isfile(name)]
         require(bool(matches), f"{option}: no file matches the pattern {pattern}: correct it.")
         for path in matches:
             if not skip:
                 _require_form(option, path)
-            by_target.setdefault(path.resolve(), path.absolute())  # a link's own name tells the format
-    return list(by_target.values())
+            paths.setdefault(path.resolve(), path.absolute())  # keep a link's own name, which shows the format
+    return list(paths.values())
 
 
 def _require_form(option: str, path: Path) -> None:
-    """Refuse at the start what would be refused when its turn comes."""
+    """Raise at the start the error that reading the file would raise later."""
     if form_of(path)[0] == "text":
         try:
             refuse_name(path)
@@ -125,7 +134,11 @@ def _stamp(path: Path) -> list[str | int]:
 
 
 def status_of(path: Path) -> os.stat_result:
-    """A file's size and times. Raises: UserError."""
+    """Return a file's size and times.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     try:
         return path.stat()
     except OSError as error:
@@ -136,11 +149,13 @@ def status_of(path: Path) -> os.stat_result:
 
 
 def documents(source: Source, text_field: str, findings: Findings | None = None) -> Iterator[str]:
-    """The documents of one file that have text, in order. What is left out, or odd, goes to `findings`.
+    """Yield the documents of one file that have text, in order.
+
+    `findings` collects documents left out and unusual files.
 
     Raises:
-        UserError: the file is unreadable, damaged, cut off or not what its name says; a document that is not UTF-8 or
-            without the field, unless such are to be left out; one that is larger than any.
+        UserError: the file is unreadable, damaged, cut off or of another format than its name says; a document is too
+            large; or a document is not UTF-8 or lacks the field and must not be left out.
     """
     findings = findings or Findings()
     with _reading(source) as stream:
@@ -154,13 +169,17 @@ def documents(source: Source, text_field: str, findings: Findings | None = None)
 
 
 def require_text(texts: Iterator[str], where: str, findings: Findings) -> Iterator[str]:
-    """The texts. Raises: UserError, at the end, if there are none."""
+    """Yield the texts.
+
+    Raises:
+        UserError: there are none; raised at the end.
+    """
     empty = True
     for text in texts:
         empty = False
         yield text
     left_out = " ".join(["", *findings.sentences()]) if findings.skip else ""
-    require(not empty, f"There is no document with text in {where}: fill the files or give others.{left_out}")
+    require(not empty, f"There is no document with text in {where}: give files that have text.{left_out}")
 
 
 def _form(source: Source, stream: BinaryIO) -> str:
@@ -173,24 +192,24 @@ def _form(source: Source, stream: BinaryIO) -> str:
 
 @contextmanager
 def _reading(source: Source) -> Iterator[BinaryIO]:
-    """The decompressed bytes of a file; every failure to read them is a UserError that names the file."""
+    """Open a file's decompressed bytes; turn every failure to read them into a UserError that names the file."""
     try:
         with _open(source) as stream:
             yield stream
     except MemoryError as error:
         raise UserError(
-            f"{source} cannot be read: a document in it needs more memory than there is: check what made the file, or "
-            "split it."
+            f"{source} cannot be read: a document in it needs more memory than is free: check how the file was made, "
+            "or split it."
         ) from error
     except FAULTS as error:
         form, compression = form_of(source)
         damaged = bool(compression) or form == "parquet"
-        advice = "if it is damaged or cut off, fetch it again" if damaged else "check the file and its rights"
+        advice = "if it is damaged or cut off, fetch it again" if damaged else "check the file and its permissions"
         raise UserError(f"{source} cannot be read ({first_line(error)}): {advice}.") from error
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, for a sentence."""
+    """Return the first line of an error's message, or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -201,11 +220,11 @@ def _open(source: Source) -> Iterator[BinaryIO]:
         not (form == "parquet" and compression),
         f"{source}: a Parquet file is compressed inside, not as a whole: decompress it first.",
     )
-    whole = compression or (".parquet" if form == "parquet" else "")
+    binary_format = compression or (".parquet" if form == "parquet" else "")
     with source.open("rb") if isinstance(source, Path) else HfFileSystem().open(source, "rb") as raw:
-        if whole:
+        if binary_format:
             filled = raw.seek(0, os.SEEK_END) > 0
-            require(filled, f"{source} is empty (0 bytes), no whole {whole} file: fetch it again or leave it out.")
+            require(filled, f"{source} is empty (0 bytes), not a {binary_format} file: fetch it again or leave it out.")
             raw.seek(0)
         with _decompressed(raw, compression) as stream:
             yield stream

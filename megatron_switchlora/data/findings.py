@@ -1,7 +1,7 @@
-"""What a build finds in the files of a corpus that its user should know of.
+"""Collect what users should know about the files of a corpus.
 
-Documents that are left out and files that look like something else are counted, each kind with its first places. The
-sentences are told once, when the tokens are made, not at every start.
+Documents that are left out and files that look like another format are counted, with the first places of each kind.
+They are reported once, when the tokens are made, not at every start.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from megatron_switchlora.config.errors import UserError
 EMPTY = "Documents without text, left out"
 BAD = "Documents that cannot be read, left out (data.on_bad_document skip)"
 JSON_OBJECTS = (
-    "Files read as plain text although their lines are JSON objects (if they hold documents, name them .jsonl)"
+    "Files read as plain text although their lines are JSON objects (if these are documents, rename to .jsonl)"
 )
 MARKUP = "Files read as plain text, tags and all, although their names say markup"
 EXAMPLES = 3
 
 
 class BadDocument(Exception):
-    """A document that cannot be read, in a file whose others can: the fault, and what to do about it."""
+    """A document that cannot be read in a file whose other documents can: its fault, and advice."""
 
     def __init__(self, fault: str, advice: str) -> None:
         super().__init__(f"{fault}: {advice}")
@@ -28,7 +28,7 @@ class BadDocument(Exception):
 
 
 class Findings:
-    """Counts and first places; `skip` says that documents which cannot be read are left out."""
+    """Counts and first places by kind; with `skip`, documents that cannot be read are left out."""
 
     def __init__(self, skip: bool = False) -> None:
         self.skip = skip
@@ -45,17 +45,17 @@ class Findings:
         """Count a document that cannot be read.
 
         Raises:
-            UserError: such documents are not to be left out.
+            UserError: such documents must not be left out.
         """
         if not self.skip:
             raise UserError(f"{place}: {document}, or leave such documents out with data.on_bad_document skip.")
         self.note(BAD, f"{place}: {document.fault}")
 
     def sentences(self) -> list[str]:
-        """One for each kind, printable whatever the names of the files."""
-        lines = []
+        """Return one sentence per kind, printable whatever the names of the files."""
+        sentences = []
         for kind, places in self._places.items():
             more = "; ..." if self._counts[kind] > len(places) else ""
             text = f"{kind}: {self._counts[kind]} ({'; '.join(places)}{more})."
-            lines.append(text.encode("utf-8", "backslashreplace").decode())
-        return lines
+            sentences.append(text.encode("utf-8", "backslashreplace").decode())
+        return sentences

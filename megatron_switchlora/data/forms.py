@@ -1,8 +1,8 @@
-"""What a file holds: by its name, and by its first bytes where the name says nothing.
+"""Recognise a file's format by its name, or by its first bytes where the name says nothing.
 
-Text is what nothing else is: sources of programs, notes, files without a suffix. A name that means a table or a
-container is refused, since the commas, headers and padding would be trained on; so is content that is one under a name
-of text. Markup is text, and a corpus of sources may want it: it is read, and told.
+Any file of no known format is text: program sources, notes, files without a suffix. A name that means a table or a
+container is an error, since training would learn commas, headers and padding. The same content under a name of text is
+an error too. Markup is read as text, since a corpus of sources may want it, and is reported.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import json
 from itertools import islice
 from pathlib import Path
 
-Source = Path | str  # a file here, or the address of one on the hub
+Source = Path | str  # a local file, or the address of one on the hub
 
-MARK = b"\xef\xbb\xbf"  # what some programs put before UTF-8: no part of the text
+MARK = b"\xef\xbb\xbf"  # the byte order mark that some programs put before UTF-8; not part of the text
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 JSON_LINES = (".jsonl", ".json", ".ndjson", ".jsonlines", ".jl")
-JULIA = ".jl"  # whose sources have the name of JSON lines
+JULIA = ".jl"  # a suffix that Julia sources share with JSON lines
 MARKUP_NAMES = (".html", ".htm", ".xhtml", ".xml")
 NOT_TEXT = {
     "a table": ".csv .tsv .psv .xls .xlsx .ods .arrow .feather .avro .orc .h5 .hdf5 .sqlite .sqlite3 .dta .parq .pq",
@@ -46,7 +46,7 @@ WIDE = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-
 
 
 def form_of(source: Source) -> tuple[str, str]:
-    """What a file holds by its name, "json", "parquet" or "text", and the suffix of its compression or ""."""
+    """Return a file's format by its name, "json", "parquet" or "text", and its compression suffix or ""."""
     name, compression = _plain_name(source)
     if name.endswith(JSON_LINES):
         return "json", compression
@@ -54,7 +54,7 @@ def form_of(source: Source) -> tuple[str, str]:
 
 
 def not_text_by_name(source: Source) -> str | None:
-    """What a file of no known form is, if its name says that it is not text."""
+    """Describe a file of no known format whose name says that it is not text, else return None."""
     suffix = Path(_plain_name(source)[0]).suffix
     return next((what for what, suffixes in NOT_TEXT.items() if suffix in suffixes.split()), None)
 
@@ -74,20 +74,20 @@ def _plain_name(source: Source) -> tuple[str, str]:
 
 
 def not_text_by_content(content: bytes) -> str | None:
-    """What some bytes from the start of a file are, if they are known not to be UTF-8 text."""
+    """Describe the first bytes of a file that are known not to be UTF-8 text, else return None."""
     wide = next((name for mark, name in WIDE.items() if content.startswith(mark)), None)
     if wide:
         return f"text in {wide} by its byte order mark"
-    kind = next((what for magic, what in MAGIC.items() if content.startswith(magic)), None)
+    file_type = next((what for magic, what in MAGIC.items() if content.startswith(magic)), None)
     if content[257:262] == b"ustar":
-        kind = "a tar archive"
+        file_type = "a tar archive"
     elif content[:3] == b"BZh" and content[4:10] == b"1AY&SY":
-        kind = "bzip2"
-    return kind and f"{kind} by its content"
+        file_type = "bzip2"
+    return file_type and f"{file_type} by its content"
 
 
 def lines_are_objects(content: bytes) -> bool:
-    """Whether the first lines of a text that are not blank, three at most, are JSON objects each."""
+    """Return whether each of the first non-blank lines of a text, at most three, is a JSON object."""
     if not starts_with_object(content):
         return False
     filled = (line for line in io.BytesIO(content) if line.strip())
@@ -95,7 +95,7 @@ def lines_are_objects(content: bytes) -> bool:
 
 
 def starts_with_object(content: bytes) -> bool:
-    """Whether JSON lines could begin so."""
+    """Return whether the content starts with "{", as JSON lines do."""
     return content[:1000].removeprefix(MARK).lstrip().startswith(b"{")
 
 

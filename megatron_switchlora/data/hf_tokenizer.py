@@ -1,9 +1,9 @@
-"""Tokenizers as Hugging Face's folders: loaded without running anybody's code, saved as training used them.
+"""Load tokenizers from Hugging Face's folders without running their code, and save them as training used them.
 
-Training tokenises a document's text alone, or with `data.add_bos` behind the begin mark. A tokenizer's own class may
-add other marks to a prompt (T5's puts its end mark behind it, whatever its tokenizer.json says), so what is saved is
-the plain fast tokenizer over the same backend, whose post-processor adds what training added: a prompt then is the
-beginning of a document. Chat templates, the SentencePiece model and all special tokens go along.
+Training tokenises a document's text alone, or with `data.add_bos` after a begin mark. A tokenizer's own class may add
+other marks to a prompt: T5's class appends its end mark, whatever tokenizer.json says. So the saved tokenizer is the
+plain fast tokenizer over the same backend. Its post-processor adds what training added, and a prompt equals the start
+of a document. Chat templates, the SentencePiece model and all special tokens are saved with it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.disk import leads_out
 
-# Beginnings and ends of the names of a tokenizer's files, in transformers' folders and in those of its ancestors.
+# Beginnings and ends of the names of a tokenizer's files, in folders of transformers and of its predecessors.
 BEGINNINGS = (
     "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece", "sentencepiece",
     "tekken",
@@ -32,7 +32,7 @@ MODELS = (
     "tekken.json",
     "vocab.json",
     "vocab.txt",
-)  # one of these, or a file of ENDS, holds the words
+)  # one of these, or a file of ENDS, holds the vocabulary
 TEMPLATES = "additional_chat_templates"
 KEPT = (
     "model_max_length", "padding_side", "truncation_side", "model_input_names", "split_special_tokens", "chat_template",
@@ -41,16 +41,23 @@ KEPT = (
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """What in a model's folder belongs to its tokenizer; empty if there is none, but perhaps chat templates."""
-    own = [p for p in folder.iterdir() if p.name.startswith(BEGINNINGS) or p.name.endswith(ENDS)]
-    known = [path for path in own if path.suffix not in (".py", ".safetensors", ".bin") and path.is_file()]
-    if not any(path.name in MODELS or path.name.endswith(ENDS) for path in known):
+    """Return the files in a model's folder that belong to its tokenizer.
+
+    The list is empty if no file holds a vocabulary, even if there are chat templates.
+    """
+    named = [p for p in folder.iterdir() if p.name.startswith(BEGINNINGS) or p.name.endswith(ENDS)]
+    files = [path for path in named if path.suffix not in (".py", ".safetensors", ".bin") and path.is_file()]
+    if not any(path.name in MODELS or path.name.endswith(ENDS) for path in files):
         return []
-    return sorted([*known, *(folder / TEMPLATES).glob("*.jinja")])
+    return sorted([*files, *(folder / TEMPLATES).glob("*.jinja")])
 
 
 def require_own(folder: Path, paths: Iterable[Path]) -> None:
-    """Raises: UserError, for a link out of the folder: what it names would be handed on, readable by others."""
+    """Require that no path is a link out of the folder, as copies of its target would be readable by others.
+
+    Raises:
+        UserError: a path is such a link.
+    """
     for path in paths:
         require(
             not leads_out(path, folder),
@@ -59,10 +66,11 @@ def require_own(folder: Path, paths: Iterable[Path]) -> None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Load by folder or hub name; code that lies beside it is never run, and never asked about.
+    """Load a tokenizer by folder or hub name; never run code from its folder, and never ask to.
 
     Raises:
-        UserError: it does not load, without code of its own or at all, or is no fast one; a link out of the folder.
+        UserError: the tokenizer does not load, needs code of its own, or is not a fast one; or a file is a link out of
+            the folder.
     """
     if Path(name).is_dir():
         require_own(Path(name), tokenizer_files(Path(name)))
@@ -79,12 +87,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 def _reason(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return ": it needs Python code that lies beside it, which is never run. Save it as a fast tokenizer first."
-    if find_spec("sentencepiece") is None and "tiktoken" in str(error):  # what transformers says without the package
+    if find_spec("sentencepiece") is None and "tiktoken" in str(error):  # transformers' message without the package
         return (
-            ": its words lie in a SentencePiece model only, and the package that reads it is missing. Install it with "
-            "pip install sentencepiece."
+            ": its vocabulary is in a SentencePiece model only, and the package that reads it is missing. Install it "
+            "with pip install sentencepiece."
         )
-    if "instantiate the backend tokenizer" in str(error):  # a list of what it has tried follows
+    if "instantiate the backend tokenizer" in str(error):  # the rest of the message lists what it has tried
         return (
             ": it has no tokenizer.json, and nothing in it names the tokenizer's class. Put the model's own "
             "tokenizer_config.json (with tokenizer_class) and config.json beside its other files."
@@ -94,7 +102,7 @@ def _reason(error: Exception) -> str:
 
 
 def _is_offline(error: BaseException) -> bool:
-    """Whether an error or one of its causes says that the hub was not reached."""
+    """Return whether an error or one of its causes means that the hub was not reached."""
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, (ConnectionError, OfflineModeIsEnabled, LocalEntryNotFoundError)):
@@ -104,10 +112,12 @@ def _is_offline(error: BaseException) -> bool:
 
 
 def as_trained(tokenizer: PreTrainedTokenizerFast, add_bos: bool = False) -> PreTrainedTokenizerFast:
-    """The same tokens, with what training put before a text (the begin mark or nothing) before a prompt.
+    """Return a plain tokenizer that puts before a prompt what training put before a text.
+
+    That is the begin mark or nothing. The tokens are the same.
 
     Raises:
-        UserError: `add_bos` without a begin mark.
+        UserError: `add_bos` is set, but the tokenizer has no begin mark.
     """
     require(
         not add_bos or tokenizer.bos_token_id is not None,
@@ -137,19 +147,19 @@ def as_trained(tokenizer: PreTrainedTokenizerFast, add_bos: bool = False) -> Pre
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a tokenizer's folder, with the SentencePiece model that it was read from, for programs that want it.
+    """Write a tokenizer's folder, with the SentencePiece model that it was read from for programs that want it.
 
     Raises:
         OSError: the disk is full.
-        UserError: a chat template whose name is no file's.
+        UserError: the name of a chat template cannot be a file's name.
     """
     try:
         tokenizer.save_pretrained(folder)
     except ValueError as error:
         raise UserError(f"The tokenizer cannot be saved: {error} Correct its tokenizer_config.json.") from None
-    beside = Path(tokenizer.name_or_path or folder)
-    own = [path for path in beside.iterdir() if path.name.endswith(ENDS)] if beside.is_dir() else []
-    own += [Path(tokenizer.vocab_file)] if getattr(tokenizer, "vocab_file", None) else []
-    for path in own:
+    source = Path(tokenizer.name_or_path or folder)
+    models = [path for path in source.iterdir() if path.name.endswith(ENDS)] if source.is_dir() else []
+    models += [Path(tokenizer.vocab_file)] if getattr(tokenizer, "vocab_file", None) else []
+    for path in models:
         if path.name.endswith(ENDS) and path.is_file() and path.parent != folder:
             shutil.copyfile(path, folder / path.name)

@@ -1,10 +1,12 @@
-"""Tokens: the corpus as two flat arrays on disk, made once and mapped into memory afterwards.
+"""Tokenise the corpus once into two flat arrays on disk.
 
-`prepare` tokenises into `<cache>/<key>/`: train.npy and val.npy (all documents one after the other, an end mark after
-each, with data.add_bos a begin mark before), tokenizer/ and meta.json. The key hashes what the content depends on, so
-another file, option or library version is another folder. The folder is built aside, made durable and renamed: it is
-there whole or not at all. Of several processes, on nodes that share the disk too, one builds and the others wait for
-it. A folder that is not as it was built (`cache.py`) is built anew.
+`prepare` writes `<cache>/<key>/`:
+    train.npy, val.npy    all documents, each followed by an end mark, and with data.add_bos preceded by a begin mark
+    tokenizer/            the tokenizer
+    meta.json             sizes, checksums and counts
+The key hashes what the content depends on, so another file, option or library version gives another folder. The folder
+is built elsewhere, made durable and renamed, so it is either complete or absent. One process builds it, and all others
+wait, also on other nodes that share the disk. A folder that is not as built (`cache.py`) is built again.
 """
 
 from __future__ import annotations
@@ -36,10 +38,10 @@ from megatron_switchlora.data.stream import pinned
 from megatron_switchlora.data.tokenizer import BUILT, build_tokenizer, tokenizer_identity
 from megatron_switchlora.disk import user_path
 
-FORMAT = 1  # raise it whenever the same input would give other files
-TRAINING_CHARACTERS = 32_000_000  # a BPE learns from about so much text at most, taken evenly from all of it
-PIECE = 100_000  # characters: long documents are cut, to spread them over the tokenizer's threads
-BATCH = 4_000_000  # characters handed to the tokenizer at once; bounds memory
+FORMAT = 1  # raise it whenever the same input would give different files
+TRAINING_CHARACTERS = 32_000_000  # about the most text that a BPE is trained on, taken evenly from the whole
+PIECE = 100_000  # characters; long documents are cut to spread them over the tokenizer's threads
+BATCH = 4_000_000  # characters passed to the tokenizer at once; bounds memory
 
 
 @dataclass
@@ -51,22 +53,22 @@ class PreparedData:
     val: TokenStore
     tokenizer_dir: Path
     vocab_size: int
-    """Entries of the tokenizer; every token is smaller."""
+    """Entries of the tokenizer; every token is below this number."""
     unigram_val_ppl: float
-    """Perplexity of the validation tokens under the training tokens' frequencies, add-one smoothed."""
+    """Perplexity of the validation tokens under the training tokens' frequencies, with add-one smoothing."""
     bytes_per_val_token: float
-    """UTF-8 bytes of validation text per token, end marks counted as tokens."""
+    """UTF-8 bytes of validation text per token; end marks count as tokens."""
     notes: list[str] = field(default_factory=list)
-    """What to tell of the build, if there has been one: documents left out, odd files, damage."""
+    """What to report about a build: documents left out, unusual files, damage."""
 
 
 def prepare(data: DataConfig, *, progress: bool = False) -> PreparedData:
-    """Tokenise the corpus, or open the cache of an earlier time.
+    """Tokenise the corpus, or open the cache of an earlier call.
 
     Raises:
-        UserError: anything wrong with the corpus or the tokenizer; a cache folder that cannot be written.
+        UserError: the corpus or the tokenizer has a fault, or the cache folder cannot be written.
     """
-    data = pinned(data)  # once, so that the name of the cache and what goes into it are of one commit
+    data = pinned(data)  # once, so that the cache's name and its content belong to one commit
     place = _cache_dir(data)
     folder = place / _cache_key(data)
     with contextlib.suppress(cache.Damaged):
@@ -76,15 +78,15 @@ def prepare(data: DataConfig, *, progress: bool = False) -> PreparedData:
         return _open_read_only(folder)
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with cache.alone(place / f".{folder.name}.lock"):
+        with cache.builder_lock(place / f".{folder.name}.lock"):
             damage = cache.fault(folder)
             notes = [] if damage is None else _fill(data, folder, damage, progress)
     except OSError as error:
-        raise UserError(f"Cannot write the data cache {place} ({error}): make room or set data.cache_dir.") from error
+        raise UserError(f"Cannot write the data cache {place} ({error}): make room, or set data.cache_dir.") from error
     except MemoryError as error:
         raise UserError(
-            f"There is not enough memory to tokenise the corpus ({error or 'out of memory'}): give more, or cut long "
-            "documents."
+            f"There is not enough memory to tokenise the corpus ({error or 'out of memory'}): use a machine with more "
+            "memory, or cut long documents."
         ) from error
     return replace(open_prepared(folder), notes=notes)
 
@@ -93,7 +95,7 @@ def open_prepared(folder: Path) -> PreparedData:
     """Open a cache folder that `prepare` has published.
 
     Raises:
-        UserError: the folder is not a whole cache.
+        UserError: the folder is not a complete cache.
     """
     try:
         cache.touched(folder)
@@ -116,25 +118,25 @@ def _open_read_only(folder: Path) -> PreparedData:
     damage = cache.fault(folder)
     require(
         damage is None,
-        f"The data cache {folder} is damaged ({damage}), and nothing can be written beside it to build it anew: "
-        "remove it or set data.cache_dir.",
+        f"The data cache {folder} is damaged ({damage}) and cannot be built again, as its folder is read-only: remove "
+        "it, or set data.cache_dir.",
     )
     return open_prepared(folder)
 
 
 def _fill(data: DataConfig, folder: Path, damage: str, progress: bool) -> list[str]:
-    """Build the folder, for what is wrong with it or because it is not there; what there is to tell."""
-    notes = [f"The data cache {folder} was damaged ({damage}) and has been built anew."] if folder.exists() else []
+    """Build a missing or damaged folder; return the notes to report."""
+    notes = [f"The data cache {folder} was damaged ({damage}) and has been built again."] if folder.exists() else []
     if removed := cache.remove_leftovers(folder.parent):
-        notes.append(f"Removed from {folder.parent} what killed builds had left there ({removed} in number).")
+        notes.append(f"Removed the folders of {removed} killed build(s) from {folder.parent}.")
     with cache.scratch_folder(folder) as scratch:
         try:
             notes += _build(data, scratch / "build", scratch / "documents", progress)
         except UserError as error:
-            because = (
-                f" The data cache {folder} is damaged ({damage}), else it would be used." if folder.exists() else ""
+            reason = (
+                f" The data cache {folder} is damaged ({damage}), so it must be built again." if folder.exists() else ""
             )
-            raise UserError(f"{error}{because}") from error
+            raise UserError(f"{error}{reason}") from error
         cache.publish(scratch / "build", folder, scratch)
     return notes
 
@@ -162,16 +164,16 @@ def _cache_key(data: DataConfig) -> str:
 
 
 def _build(data: DataConfig, build: Path, documents: Path, progress: bool) -> list[str]:
-    """Make the content of a cache folder; what its user should know of the corpus."""
+    """Make the content of a cache folder; return what the user should know about the corpus."""
     build.mkdir()
     built = data.tokenizer in BUILT
-    if not built:  # before the corpus is read: a mistyped name shows at once
+    if not built:  # before the corpus is read, so that a mistyped name fails at once
         tokenizer = build_tokenizer(data, iter(()))
     corpus = load_corpus(data, documents, progress=progress)
-    # Built tokenizers give the same tokens when a text is cut where `_pieces` cuts; of others this is not known.
+    # Built tokenizers give the same tokens if a text is cut where `_pieces` cuts. For others this is unknown.
     longest = PIECE if built else None
     if built:
-        stored = cast(datasets.Dataset, corpus.train)  # the configuration refuses to build one from a stream
+        stored = cast(datasets.Dataset, corpus.train)  # a stream is an error of the configuration
         stride = math.ceil(int(characters(stored).sum()) / TRAINING_CHARACTERS) if data.tokenizer == "bpe" else 1
         texts = (text for text, _ in _pieces(corpus.train, longest))
         tokenizer = build_tokenizer(data, islice(texts, 0, None, stride))
@@ -192,20 +194,25 @@ def _build(data: DataConfig, build: Path, documents: Path, progress: bool) -> li
 
 
 def _require_known(data: DataConfig, tokenizer: PreTrainedTokenizerFast, text: str, counts: np.ndarray) -> None:
-    """Raises: UserError, if a text gives unknown tokens only, of which no perplexity means anything."""
+    """Require that a text gives known tokens, as the perplexity of unknown tokens means nothing.
+
+    Raises:
+        UserError: all tokens of the text are unknown or marks.
+    """
     marks = {tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
     require(
         int(counts.sum()) > int(counts[list(marks)].sum()),
-        f"The {text} text holds nothing but what the tokenizer {data.tokenizer} does not know, so that each of its "
-        f"tokens is {tokenizer.unk_token or 'an end mark'}: choose another text or data.tokenizer.",
+        f"The {text} text holds nothing but what the tokenizer {data.tokenizer} does not know, so each of its tokens "
+        f"is {tokenizer.unk_token or 'an end mark'}: choose another text or data.tokenizer.",
     )
 
 
 def _pieces(documents: Iterable[dict[str, str]], longest: int | None) -> Iterator[tuple[str, bool]]:
-    """Texts in order, each with whether it ends its document; cut after `longest` characters, where that is exact.
+    """Yield texts in order, each with whether it ends its document, cut where the tokens stay the same.
 
-    No token of a built tokenizer can lie across a line feed that follows anything but white space: GPT-2's pattern
-    never joins the two, and looks ahead only past white space.
+    A text is cut at the first line feed after `longest` characters that does not follow white space. No token of a
+    built tokenizer spans such a place: GPT-2's pattern never joins the two characters, and looks ahead only past white
+    space.
     """
     for row in documents:
         text, start = row["text"], 0
@@ -216,7 +223,7 @@ def _pieces(documents: Iterable[dict[str, str]], longest: int | None) -> Iterato
 
 
 def _next_cut(text: str, position: int) -> int | None:
-    """The first line feed at or after a position that does not follow white space."""
+    """Return the first line feed at or after a position that does not follow white space."""
     while (position := text.find("\n", position)) > 0:
         if not text[position - 1].isspace():
             return position
@@ -225,7 +232,7 @@ def _next_cut(text: str, position: int) -> int | None:
 
 
 def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """Pieces in groups of about BATCH characters."""
+    """Yield pieces in groups of about BATCH characters."""
     batch: list[tuple[str, bool]] = []
     size = 0
     for piece in pieces:
@@ -246,36 +253,38 @@ def _tokenise(
     progress: bool,
     add_bos: bool,
 ) -> tuple[dict[str, int], np.ndarray]:
-    """Write the tokens of all documents, an end mark after each and perhaps a begin mark before, to a .npy file.
+    """Write the tokens of all documents to a .npy file, with an end mark after each.
+
+    With `add_bos` a begin mark precedes each document.
 
     Returns:
-        Numbers of documents, tokens and UTF-8 bytes, and how often each token occurs (int64 [vocabulary]).
+        The numbers of documents, tokens and UTF-8 bytes, and how often each token occurs (int64 [vocabulary]).
     """
     dtype = np.dtype(np.uint16 if len(tokenizer) < 65536 else np.uint32)
     end = np.array([tokenizer.eos_token_id], dtype=dtype)
     begin = np.array([tokenizer.bos_token_id] if add_bos else [], dtype=dtype)
-    backend = tokenizer.backend_tokenizer  # its plain batch call is half again as fast as the one around it
+    backend = tokenizer.backend_tokenizer  # its own batch call is 1.5 times as fast as the wrapper's
     backend.no_truncation()
     backend.no_padding()
     counts = np.zeros(len(tokenizer), dtype=np.int64)
     num_bytes = num_documents = 0
-    first = True  # whether the next piece begins a document
+    first = True  # whether the next piece starts a document
     rows = tqdm(documents, desc=f"Tokenising {path.stem}", unit=" documents", disable=not progress)
     with path.open("wb") as file:
         _write_header(file, dtype, 0)
         for batch in _batches(_pieces(rows, longest)):
             encodings = backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
-            parts: list[np.ndarray] = []
+            arrays: list[np.ndarray] = []
             for (text, last), encoding in zip(batch, encodings, strict=True):
-                parts += [begin[: int(first)], np.array(encoding.ids, dtype=dtype), end[: int(last)]]
+                arrays += [begin[: int(first)], np.array(encoding.ids, dtype=dtype), end[: int(last)]]
                 first = last
                 num_bytes += len(text.encode())
                 num_documents += last
-            tokens = np.concatenate(parts)
+            tokens = np.concatenate(arrays)
             require(
                 int(tokens.max(initial=0)) < len(counts),
                 f"The tokenizer gives token {tokens.max(initial=0)} but has only {len(counts)} entries: choose a "
-                "data.tokenizer whose numbers have no gaps.",
+                "data.tokenizer whose token ids have no gaps.",
             )
             counts += np.bincount(tokens, minlength=len(counts))
             file.write(tokens.tobytes())
@@ -285,12 +294,12 @@ def _tokenise(
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
-    """The header of a 1-D .npy file; numpy pads it, so that it can be overwritten with another length."""
+    """Write the header of a 1-D .npy file; numpy pads it, so another length can overwrite it."""
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(file, header)
 
 
 def _unigram_perplexity(train: np.ndarray, val: np.ndarray) -> float:
-    """Perplexity of the val counts under the train counts, one added to each of the vocabulary."""
+    """Return the perplexity of the val counts under the train counts, with one added to each train count."""
     log_probability = np.log(train + 1.0) - math.log(int(train.sum()) + len(train))
     return math.exp(-float(val @ log_probability) / int(val.sum()))

@@ -1,4 +1,4 @@
-"""The rows of a Parquet file: one document each, from a column of strings or a field of a column of structs."""
+"""Read a Parquet file, one document per row, from a column of strings or a field of a column of structs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.data.findings import EMPTY, BadDocument, Findings
 from megatron_switchlora.data.forms import Source
 
-ROWS = 1024  # of a Parquet file, decoded at once; bounds memory
+ROWS = 1024  # rows decoded at once; bounds memory
 
 
 def parquet_texts(source: Source, stream: BinaryIO, text_field: str, findings: Findings) -> Iterator[str]:
-    """The documents that have text, in order.
+    """Yield the documents that have text, in order.
 
     Raises:
-        UserError: no such column, or none of strings; rows that are missing; a text that is not UTF-8.
+        UserError: the column does not exist or does not hold strings; rows are missing; or a text is not UTF-8.
         pa.ArrowException: the file is damaged.
     """
-    # Buffered instead of read ahead: a column of a row group need not fit into memory.
+    # Buffered reads, as a column of a row group may not fit into memory.
     file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
     column, *inner = _path_of(source, file.schema_arrow, text_field)
     for group in range(file.num_row_groups):
@@ -43,22 +43,25 @@ def parquet_texts(source: Source, stream: BinaryIO, text_field: str, findings: F
 
 
 def _path_of(source: Source, schema: pa.Schema, text_field: str) -> list[str]:
-    """The column of the text, or column and fields within it; a column of the whole name comes first."""
+    """Return the column of the text, and the fields within it if the text lies in a struct.
+
+    A column with the whole name takes precedence.
+    """
     path = [text_field] if text_field in schema.names else text_field.split(".")
-    there, kind = schema.names, None
+    names, kind = schema.names, None
     for depth, name in enumerate(path):
-        if name not in there:
-            known = ", ".join(map(repr, there)) or "none"
+        if name not in names:
+            listed = ", ".join(map(repr, names)) or "none"
             inside = f" in {'.'.join(path[:depth])!r}" if depth else ""
-            raise UserError(f"{source}: no column {text_field!r} (there are{inside}: {known}): set data.text_field.")
+            raise UserError(f"{source}: no column {text_field!r} (there are{inside}: {listed}): set data.text_field.")
         require(
-            there.count(name) == 1,
-            f"{source}: {there.count(name)} columns are named {name!r}, so which holds the text is not known: write "
-            "the file again with a name for each.",
+            names.count(name) == 1,
+            f"{source}: {names.count(name)} columns are named {name!r}, so it is unknown which holds the text: write "
+            "the file again with different names.",
         )
         field = kind.field(name) if kind is not None else schema.field(name)
         kind = field.type
-        there = [kind.field(i).name for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+        names = [kind.field(i).name for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []
     require(
         _is_text(kind),
         f"{source}: column {text_field!r} holds {kind}, not strings: set data.text_field to the column of the text.",
@@ -73,7 +76,10 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _text(value: pa.Scalar, source: Source, group: int, row: int, findings: Findings) -> str | None:
-    """A cell's text, or None where it has none or is left out; groups and rows count from 0, as pyarrow does."""
+    """Return a cell's text, or None if it has none or is left out.
+
+    `group` and `row` count from 0, as in pyarrow.
+    """
     try:
         text = value.as_py()
     except UnicodeDecodeError as error:

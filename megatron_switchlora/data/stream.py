@@ -1,10 +1,11 @@
-"""A dataset of the Hugging Face hub, or a folder laid out like one, streamed: no text is kept.
+"""Stream a dataset of the Hugging Face hub, or a folder laid out like one, without keeping its text.
 
-`datasets` says which files make up a config and split. They are read one after the other by the strict readers of
-`files`, through the hub's file system where they are not local, and go to the tokenizer as they come.
-`load_dataset(streaming=True)` is not used: besides the lenient readers, it retries a lost connection above the
-decompressor, where text read before the loss is silently left out. The hub's file system repeats the request for the
-missing bytes instead, and what it cannot mend ends the build.
+`datasets` lists the files of a config and split. The strict readers of `files` read one file after the other, through
+the hub's file system if it is not local. Documents go straight to the tokenizer.
+
+`load_dataset(streaming=True)` is not used for two reasons. Its readers are lenient. After a lost connection it retries
+above the decompressor, which silently loses text that was read before. The hub's file system instead requests the
+missing bytes again. An error that it cannot repair ends the build.
 """
 
 from __future__ import annotations
@@ -29,16 +30,18 @@ COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def pinned(data: DataConfig) -> DataConfig:
-    """The configuration with a hub dataset's commit written out, which alone asks the hub; others as they are.
+    """Return the configuration with a hub dataset's commit written out; return others unchanged.
+
+    Only a hub dataset without a full commit hash asks the hub.
 
     Raises:
-        UserError: the commit cannot be looked up; a revision of a local folder.
+        UserError: the commit cannot be looked up, or a revision is given for a local folder.
     """
     if data.source != "hf" or _folder(data) or COMMIT.fullmatch(data.hf_revision or ""):
         return data
     try:
         commit = HfApi().dataset_info(data.hf_name, revision=data.hf_revision, timeout=60).sha
-    except Exception as error:  # no network, offline mode, no such dataset or revision: each its own type
+    except Exception as error:  # no network, offline mode, unknown dataset or revision: each has its own type
         raise UserError(
             f"data.hf_name {data.hf_name!r} is no folder here, and the commit of data.hf_revision "
             f"{data.hf_revision or 'main'!r} cannot be looked up on the Hugging Face hub ({first_line(error)}): "
@@ -48,7 +51,9 @@ def pinned(data: DataConfig) -> DataConfig:
 
 
 def stream_identity(data: DataConfig) -> dict[str, object]:
-    """What the stream depends on: options and the commit, or a folder's file names, sizes and modification times (ns).
+    """Return what the stream depends on: options, and the commit or the folder's files.
+
+    Files are given by name, size and modification time (ns).
 
     Raises:
         UserError: as `pinned`.
@@ -66,38 +71,38 @@ def stream_identity(data: DataConfig) -> dict[str, object]:
 
 
 def stream_texts(data: DataConfig, scratch: Path, findings: Findings) -> tuple[Iterator[str], Iterator[str]]:
-    """Training and validation documents, read as they are asked for.
+    """Return training and validation documents, read on demand.
 
     Raises:
-        UserError: at once, for a dataset, config or split that is not there or has files of another format; while
-            reading, for whatever ends it early.
+        UserError: at once, if the dataset, config or split does not exist or has files of another format; while
+            reading, on any error.
     """
-    files = _files(pinned(data), scratch)
-    train, val = (_split_files(data, split, files) for split in (data.hf_split, data.hf_val_split))
+    by_split = _files(pinned(data), scratch)
+    train, val = (_split_files(data, split, by_split) for split in (data.hf_split, data.hf_val_split))
     return (
         _stream(data, data.hf_split, train, data.max_documents, findings),
         _stream(data, data.hf_val_split, val, data.max_val_documents, findings),
     )
 
 
-def _split_files(data: DataConfig, split: str, files: dict[str, list[Source]]) -> list[Source]:
-    """The files of a split, checked by name."""
-    if split not in files:
-        there = ", ".join(map(repr, files)) or "none"
+def _split_files(data: DataConfig, split: str, by_split: dict[str, list[Source]]) -> list[Source]:
+    """Return the files of a split, checked by name."""
+    if split not in by_split:
+        splits = ", ".join(map(repr, by_split)) or "none"
         raise UserError(
-            f"The {_title(data)} has no split {split!r} (there are: {there}): set data.hf_split, hf_val_split."
+            f"The {_title(data)} has no split {split!r} (there are: {splits}): set data.hf_split or data.hf_val_split."
         )
-    other = [name for name in files[split] if form_of(name)[0] == "text"]
+    other = [name for name in by_split[split] if form_of(name)[0] == "text"]
     require(
         not other,
         f"data.source hf reads JSON lines and Parquet only, but split {split!r} of {_title(data)} holds "
         f"{(other or [''])[0]}: choose another dataset or data.source files.",
     )
-    return files[split]
+    return by_split[split]
 
 
 def _stream(data: DataConfig, split: str, files: list[Source], limit: int | None, findings: Findings) -> Iterator[str]:
-    """The first documents of the files; an end before the limit is the end of the last file."""
+    """Yield documents of the files up to the limit."""
     return require_text(_head(data, split, files, limit, findings), f"split {split!r} of {_title(data)}", findings)
 
 
@@ -108,10 +113,10 @@ def _head(data: DataConfig, split: str, files: list[Source], limit: int | None, 
         while limit is None or count < limit:
             try:
                 text = next(texts, None)
-            except Exception as error:  # what a connection can raise has no common type
+            except Exception as error:  # errors of a connection have no common type
                 raise UserError(
                     f"Split {split!r} of {_title(data)} could be read for {count} documents only, so none are kept: "
-                    f"{first_line(error)} (if the connection is at fault, try again, or fetch the dataset with `hf "
+                    f"{first_line(error)} (if the connection failed, try again, or fetch the dataset with `hf "
                     "download` and give its folder as data.hf_name)"
                 ) from error
             if text is None:
@@ -121,7 +126,7 @@ def _head(data: DataConfig, split: str, files: list[Source], limit: int | None, 
 
 
 def _files(data: DataConfig, scratch: Path) -> dict[str, list[Source]]:
-    """The files of each split, in order."""
+    """Return the files of each split, in order."""
     folder = _folder(data)
     try:
         by_name = folder is None or _names_configs(folder)
@@ -130,9 +135,9 @@ def _files(data: DataConfig, scratch: Path) -> dict[str, list[Source]]:
             name=data.hf_config if by_name else None,
             data_dir=None if by_name else data.hf_config,
             revision=data.hf_revision,
-            cache_dir=str(scratch),  # so that no copy of another revision is found, and nothing stays behind
+            cache_dir=str(scratch),  # so that no copy of another revision is used, and nothing remains
         )
-    except Exception as error:  # network, hub and `datasets` raise all kinds
+    except Exception as error:  # network, hub and `datasets` raise many types
         raise UserError(
             f"The {_title(data)} cannot be opened ({first_line(error)}): correct data.hf_name, data.hf_config or "
             "data.hf_revision."
@@ -142,20 +147,20 @@ def _files(data: DataConfig, scratch: Path) -> dict[str, list[Source]]:
 
 
 def _names_configs(folder: Path) -> bool:
-    """Whether a dataset card says what the configs are; else they are the subfolders, as in C4."""
+    """Return whether a dataset card lists the configs; else they are the subfolders, as in C4."""
     card = folder / "README.md"
     return card.exists() and bool(DatasetCard.load(card).data.get("configs"))
 
 
 def _folder(data: DataConfig) -> Path | None:
-    """The local folder that data.hf_name is, or None."""
+    """Return data.hf_name as a local folder, or None if it is not one."""
     folder = user_path(data.hf_name)
     if not folder.is_dir():
         return None
     require(
         data.hf_revision is None,
         f"data.hf_revision {data.hf_revision} belongs to a dataset of the hub, but data.hf_name {data.hf_name} is a "
-        "folder here: leave it out.",
+        "folder here: leave data.hf_revision out.",
     )
     return folder
 

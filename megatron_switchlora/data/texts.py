@@ -1,7 +1,7 @@
-"""The documents of plain text, one a file exactly as it stands, and of JSON lines, one a line.
+"""Read plain text, one document per file exactly as it stands, and JSON lines, one document per line.
 
-A byte order mark at the start of a file is no part of it. The size of a document is bounded where that of the file does
-not show it: in what is compressed, and in lines.
+A byte order mark at the start of a file is not part of the text. The size of a document is limited where the size of
+the file does not limit it: in compressed files, and in lines.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from megatron_switchlora.data.forms import (
     not_text_by_name,
 )
 
-LONGEST = 1 << 30  # bytes of a document: a bomb of a few MB must not fill the memory
+LONGEST = 1 << 30  # bytes of a document; a decompression bomb of a few MB must not fill the memory
 ADVICE = "leave it out, or convert it to JSON lines, Parquet or UTF-8 text"
 
 
 def plain_text(source: Source, stream: BinaryIO, findings: Findings) -> Iterator[str]:
-    """The one document of a file of text."""
+    """Yield the one document of a text file."""
     try:
         text = _decoded(source, stream, findings)
     except BadDocument as document:
@@ -41,7 +41,11 @@ def plain_text(source: Source, stream: BinaryIO, findings: Findings) -> Iterator
 
 
 def _decoded(source: Source, stream: BinaryIO, findings: Findings) -> str:
-    """A file's text. Raises: BadDocument, if it is something else."""
+    """Return a file's text.
+
+    Raises:
+        BadDocument: the file is not plain text in UTF-8.
+    """
     refuse_name(source)
     content = stream.read(LONGEST + 1) if form_of(source)[1] else stream.read()
     if form_of(source)[1] and len(content) > LONGEST:
@@ -65,14 +69,18 @@ def _decoded(source: Source, stream: BinaryIO, findings: Findings) -> str:
 
 
 def refuse_name(source: Source) -> None:
-    """Raises: BadDocument, if a file that would be read as text is something else by its name."""
+    """Refuse a file that would be read as text if its name means another format.
+
+    Raises:
+        BadDocument: the name means another format.
+    """
     if what := not_text_by_name(source):
-        advice = f"{ADVICE}; a file of text under this name can be renamed to .txt"
+        advice = f"{ADVICE}; if it is text, rename it to .txt"
         raise BadDocument(f"by its name this is {what}, no plain text", advice)
 
 
 def json_texts(source: Source, stream: BinaryIO, text_field: str, findings: Findings) -> Iterator[str]:
-    """The documents of a file with one JSON object a line."""
+    """Yield the documents of a file with one JSON object per line."""
     rows = 0
     for number, line in enumerate(_lines(source, stream), start=1):
         if number == 1:
@@ -96,7 +104,7 @@ def json_texts(source: Source, stream: BinaryIO, text_field: str, findings: Find
 
 
 def _lines(source: Source, stream: BinaryIO) -> Iterator[bytes]:
-    # a file of the hub ignores the limit of its readline
+    # `readline` of a hub file ignores its limit
     reader = stream if isinstance(stream, io.BufferedIOBase) else io.BufferedReader(cast(io.RawIOBase, stream))
     number = 1
     while line := reader.readline(LONGEST + 1):
@@ -107,17 +115,21 @@ def _lines(source: Source, stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _too_long(place: str) -> str:
-    return f"{place}: longer than {LONGEST >> 20} MiB, which no document is: split it, or check what made the file."
+    return f"{place}: longer than {LONGEST >> 20} MiB, the limit of a document: split it, or check how it was made."
 
 
 def _json_text(line: bytes, text_field: str) -> str | None:
-    """The text of an object, None for a null. Raises: BadDocument, if there is none."""
+    """Return the text of a JSON object, or None for a null.
+
+    Raises:
+        BadDocument: the line is not a JSON object, or has no text in this field.
+    """
     try:
-        row = json.loads(line.decode("utf-8-sig"))  # also where files with marks were joined
+        row = json.loads(line.decode("utf-8-sig"))  # joined files may have byte order marks inside
     except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
-        raise BadDocument(f"not JSON in UTF-8, one object a line ({error})", "repair the file") from None
+        raise BadDocument(f"not JSON in UTF-8, one object per line ({error})", "repair the file") from None
     if not isinstance(row, dict):
-        raise BadDocument(f"a JSON {type(row).__name__}, not an object", "give one object a line")
+        raise BadDocument(f"a JSON {type(row).__name__}, not an object", "give one object per line")
     text = _field(row, text_field)
     if text is None:
         return None
@@ -127,12 +139,12 @@ def _json_text(line: bytes, text_field: str) -> str | None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadDocument("half a surrogate pair (\\ud800) is no text", "repair the line") from None
+        raise BadDocument("half a surrogate pair (\\ud800) is not text", "repair the line") from None
     return text
 
 
 def _field(row: dict[str, Any], text_field: str) -> Any:
-    """A field by its whole name, else by a path of names with dots between; null within the path is null."""
+    """Return a field by its whole name, else by a path of names joined by dots; null within the path is null."""
     if text_field in row:
         return row[text_field]
     value: Any = row
@@ -140,7 +152,7 @@ def _field(row: dict[str, Any], text_field: str) -> Any:
         if value is None:
             return None
         if not isinstance(value, dict) or name not in value:
-            there = ", ".join(map(repr, value if isinstance(value, dict) else row)) or "none"
-            raise BadDocument(f"no field {text_field!r} (there are: {there})", "set data.text_field")
+            fields = ", ".join(map(repr, value if isinstance(value, dict) else row)) or "none"
+            raise BadDocument(f"no field {text_field!r} (there are: {fields})", "set data.text_field")
         value = value[name]
     return value

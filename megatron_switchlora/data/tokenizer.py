@@ -1,9 +1,11 @@
-"""Tokenizers: byte-level BPE or characters, built from the training text, or any from Hugging Face.
+"""Build a byte-level BPE or character tokenizer from the training text, or load one from Hugging Face.
 
-All come out as `PreTrainedTokenizerFast` (Rust `tokenizers`), so a saved folder loads with
-`AutoTokenizer.from_pretrained`, here and elsewhere. Built ones give every text back exactly: BPE works on bytes,
-with GPT-2's pre-tokenisation; "char" is a BPE without merges, which makes each character of the training text one
-token (numbered in sorted order, as nanoGPT does) and every other "<unk>". The end mark doubles as begin mark.
+All are `PreTrainedTokenizerFast` (Rust `tokenizers`), so a saved folder loads with `AutoTokenizer.from_pretrained`,
+here and elsewhere. Built tokenizers decode to the original text.
+    bpe     works on bytes, with GPT-2's pre-tokenisation
+    char    is a BPE without merges: each character of the training text is one token, numbered in sorted order as in
+            nanoGPT, and any other character is "<unk>"
+The end mark also serves as begin mark.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ BUILT = ("bpe", "char")
 
 
 def tokenizer_identity(data: DataConfig) -> dict[str, object]:
-    """What the tokens depend on besides the text (JSON-able, for the cache key)."""
+    """Return what the tokens depend on beside the text, ready for JSON, for the cache's key."""
     return {**_tokenizer_source(data), **({"add_bos": True} if data.add_bos else {})}
 
 
@@ -39,15 +41,15 @@ def _tokenizer_source(data: DataConfig) -> dict[str, object]:
 
 
 def build_tokenizer(data: DataConfig, train_texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    """Train or load the tokenizer `data.tokenizer` names; `train_texts` is read only where one is trained.
+    """Train or load the tokenizer that `data.tokenizer` names; only training reads `train_texts`.
 
     Returns:
-        A fast tokenizer with an end mark (eos), which puts before a prompt what training puts before a text. "bpe" has
-        at most data.vocab_size entries, end mark included.
+        A fast tokenizer with an end mark (eos). It puts before a prompt what training puts before a text. A "bpe" has
+        at most data.vocab_size entries, including the end mark.
 
     Raises:
-        UserError: a tokenizer that cannot be loaded, is not a fast one, has no end mark or lacks the begin mark that
-            data.add_bos asks for.
+        UserError: the tokenizer cannot be loaded, is not a fast one, has no end mark, or lacks the begin mark that
+            data.add_bos needs.
     """
     if data.tokenizer == "bpe":
         tokenizer = _wrap(_train_bpe(train_texts, data.vocab_size))

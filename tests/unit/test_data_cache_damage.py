@@ -1,4 +1,4 @@
-"""The token cache: whatever became of its files is found, named and built anew; killed builds leave nothing."""
+"""The token cache: whatever became of its files is found, named and built again; killed builds leave nothing."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_damage_is_found_told_and_built_anew(data: DataConfig, name: str, monkey
     assert victim == "meta.json" or path.read_bytes() == content
     assert list(first.folder.parent.iterdir()) == [first.folder]
     (note,) = again.notes
-    assert Path(victim).name in note and "built anew" in note and "\n" not in note and "pickle" not in note
+    assert Path(victim).name in note and "built again" in note and "\n" not in note and "pickle" not in note
     monkeypatch.setattr(packing, "_build", no_build)
     assert prepare(data).notes == []
 

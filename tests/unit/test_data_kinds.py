@@ -135,7 +135,7 @@ def test_json_lines_read_as_text_are_told(tmp_path: Path, name: str) -> None:
     path.write_bytes(gzip.compress(LINES) if name.endswith(".gz") else b"\n" + LINES * 2 + b'{"text": "cut')
     findings = Findings()
     assert len(list(documents(path, "text", findings))) == 1
-    assert f"lines are JSON objects (if they hold documents, name them .jsonl): 1 ({path})." in findings.sentences()[0]
+    assert f"lines are JSON objects (if these are documents, rename to .jsonl): 1 ({path})." in findings.sentences()[0]
 
 
 @pytest.mark.parametrize("content", ["{x}\n", "[1]\n", '{"a": 1}\nplain\n', "1\n2\n", "{\n}\n", "{" * 5000])
