@@ -1,5 +1,6 @@
-"""Files that other programs, people or crashes may have changed: no link is followed where we write, and damage of any
-kind is one error where we read.
+"""Handle files that other programs, people or crashes may have changed.
+
+Writers follow no symbolic link. Readers report damage of any kind as one error.
 """
 
 from __future__ import annotations
@@ -21,25 +22,30 @@ LARGEST_JSON = 1 << 28  # bytes; a manifest of ten thousand ranks has a hundredt
 
 
 def user_path(text: str) -> Path:
-    """A path that a user has typed, with ~ expanded. The shell does not expand it in --option=~/x or in a file.
+    """Return a path that a user has typed, with ~ expanded.
+
+    The shell does not expand ~ in --option=~/x or inside a file.
 
     Raises:
-        ValueError: ~ stands for a home folder that this machine does not know.
+        ValueError: this machine does not know the home folder that ~ stands for.
     """
     try:
         return Path(text).expanduser()
     except RuntimeError:
         raise ValueError(
-            f"{text!r} begins with a home folder that this machine does not know: write the whole path, or ./ before it"
+            f"{text!r} begins with a home folder that this machine does not know: write the whole path, "
+            "or put ./ before it"
         ) from None
 
 
 def settle_home(env: MutableMapping[str, str]) -> Optional[str]:
-    """Where there is no home folder, as in containers with arbitrary user ids (some call it /), name one for the caches
-    of all libraries, before they are imported; returns what to say of it.
+    """Set HOME to a folder for caches where there is no home folder; return a notice, or None.
+
+    Containers with arbitrary user ids have no home folder; some of them use / as one. Call this before importing
+    libraries that keep caches.
 
     Raises:
-        ValueError: somebody else has taken its place.
+        ValueError: the place for the caches belongs to another user.
     """
     home = os.path.expanduser("~")
     existing = next((path for path in (Path(home), *Path(home).parents) if path.is_dir()), Path("/"))
@@ -49,18 +55,22 @@ def settle_home(env: MutableMapping[str, str]) -> Optional[str]:
     place.mkdir(mode=0o700, exist_ok=True)
     status = place.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-        raise ValueError(f"{place} belongs to somebody else: set HOME to a folder of your own")
+        raise ValueError(f"{place} belongs to another user: set HOME to a folder of your own")
     env["HOME"] = str(place)
     return f"there is no home folder (HOME): caches are kept in {place}; set HOME to choose another"
 
 
 def shown(path: object) -> str:
-    """A path for people to read: a name that is not UTF-8 gets marks for what cannot be shown."""
+    """Return a path for people to read; marks replace what is not UTF-8."""
     return str(path).encode(errors="replace").decode()
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Raises: ValueError, if it is not UTF-8, not JSON, or nested deeper than anything of ours."""
+    """Parse JSON.
+
+    Raises:
+        ValueError: it is not UTF-8, not JSON, or nested too deeply.
+    """
     try:
         return json.loads(text)
     except RecursionError:
@@ -71,8 +81,8 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged: not UTF-8, not JSON, nested deeper or larger than any file of ours.
+        OSError: the file cannot be read.
+        ValueError: the file is not UTF-8, not JSON, nested too deeply, or larger than `LARGEST_JSON`.
     """
     if path.stat().st_size > LARGEST_JSON:
         raise ValueError(f"{path.name} is larger than {LARGEST_JSON >> 20} MiB")
@@ -80,10 +90,10 @@ def read_json(path: Path) -> Any:
 
 
 def open_no_follow(path: Path, flags: int) -> BinaryIO:
-    """Open a plain file for writing, unbuffered; make it if `flags` hold O_CREAT.
+    """Open a regular file for writing, unbuffered; create it if `flags` contain O_CREAT.
 
     Raises:
-        OSError: ELOOP if the path itself is a link, EINVAL if it is a pipe or device, and whatever else is in the way.
+        OSError: ELOOP if the path is a symbolic link, EINVAL if it is a pipe or a device, or any other error of `open`.
     """
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)  # a pipe would wait
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -94,7 +104,9 @@ def open_no_follow(path: Path, flags: int) -> BinaryIO:
 
 
 def take_lock(file: BinaryIO, wait: bool = False) -> bool:
-    """Lock an open file until it is closed; return whether it is locked, which without `wait` another may prevent.
+    """Lock an open file until it is closed; return whether this process holds the lock.
+
+    Without `wait` the result is False while another process holds the lock.
 
     Raises:
         OSError: the file system has no locks.
@@ -107,7 +119,7 @@ def take_lock(file: BinaryIO, wait: bool = False) -> bool:
 
 
 def write_all(file: BinaryIO, content: bytes) -> None:
-    """Write to an unbuffered file, which may take less than it is given."""
+    """Write all of `content` to an unbuffered file, which may accept less per call."""
     remaining = memoryview(content)
     while remaining:
         remaining = remaining[file.write(remaining) :]
@@ -123,19 +135,22 @@ def make_durable(path: Path) -> None:
 
 
 def make_tree_durable(folder: Path) -> None:
-    """Flush a folder and all that is in it to the disk."""
+    """Flush a folder and everything in it to the disk."""
     for path in (*folder.rglob("*"), folder):
         if not path.is_symlink():
             make_durable(path)
 
 
 def aside_name(path: Path) -> Path:
-    """A fresh name beside `path`, hidden, under which what will be `path` is made."""
+    """Return a new hidden name beside `path`, under which to build what will become `path`."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
 def remove_asides(folder: Path, names: Iterable[str]) -> None:
-    """Remove what killed writers of these names have left under names of `aside_name`; the folder must be locked."""
+    """Remove what killed writers of these names left under names of `aside_name`.
+
+    The caller must hold the lock of the folder.
+    """
     ours = re.compile(rf"\.(?:{'|'.join(names)})\.[0-9a-f]{{8}}")
     for path in list(folder.iterdir()):
         if ours.fullmatch(path.name):
@@ -143,7 +158,7 @@ def remove_asides(folder: Path, names: Iterable[str]) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder or a link, whose target stays; it need not be there.
+    """Remove a file, a folder or a link, if it is there; the target of a link stays.
 
     Raises:
         OSError: it cannot be removed.
@@ -155,7 +170,9 @@ def remove(path: Path) -> None:
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a kill leaves the old or the new one. A link at `path` is replaced, not followed.
+    """Write a file so that a kill leaves either the old file or the new one.
+
+    A symbolic link at `path` is replaced, not followed.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
@@ -172,13 +189,16 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """The same for text, as UTF-8."""
+    """Write a text file, as UTF-8, in the way of `replace_bytes`."""
     replace_bytes(path, text.encode())
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Whether a path in a folder leads out of it through links. In the cache of the Hugging Face hub, whose snapshots
-    are links into blobs/, the folder is that of the whole repository."""
+    """Return whether a path in a folder leads out of it through links.
+
+    In the cache of the Hugging Face hub snapshots are links into blobs/, so the folder that counts is the whole
+    repository's.
+    """
     home = folder.resolve()
     if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
         home = home.parents[1]

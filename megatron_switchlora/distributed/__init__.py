@@ -1,1 +1,1 @@
-"""Room."""
+"""Mesh, shards, collectives and consensus of ranks."""

@@ -1,4 +1,4 @@
-"""Buckets: consecutive items that are sent, or written, together."""
+"""Group consecutive items into buckets that are sent, or written, together."""
 
 from __future__ import annotations
 

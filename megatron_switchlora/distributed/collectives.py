@@ -1,9 +1,10 @@
-"""Tensor-parallel collectives as autograd functions, forward and backward in one line each.
+"""Tensor-parallel collectives as autograd functions.
 
     enter   f: forward nothing,             backward one all-reduce of all gradients together
     leave   g: forward all-reduce,          backward nothing
     gather  forward all-gather of columns,  backward this rank's columns
-(Megatron-LM, arXiv 1909.08053, section 3.) On an axis of one rank each returns its input.
+
+f and g are those of Megatron-LM (arXiv 1909.08053, section 3). On an axis of one rank each returns its input.
 """
 
 from __future__ import annotations
@@ -55,8 +56,11 @@ class _Gather(torch.autograd.Function):
 
 
 def enter(axis: Axis, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Replicated tensors on their way into split computation: their gradients, each rank's part, are summed over the
-    axis in one all-reduce once all are there. All of one dtype. What needs no gradient passes."""
+    """Pass replicated tensors into split computation.
+
+    Each rank computes a part of their gradients. The backward pass sums these parts over the axis in one all-reduce,
+    once all of them are there. Tensors that need no gradient pass unchanged; the others must have one dtype.
+    """
     if axis.size == 1:
         return tensors
     needed = [tensor for tensor in tensors if tensor.requires_grad]
@@ -65,10 +69,10 @@ def enter(axis: Axis, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def leave(axis: Axis, x: Tensor) -> Tensor:
-    """Sum of the ranks' x, computed in place: x must be a fresh result."""
+    """Return the sum of the ranks' x, computed in place: x must be a fresh result."""
     return x if axis.size == 1 else _Leave.apply(x, axis.group)
 
 
 def gather_columns(split: Split, x: Tensor) -> Tensor:
-    """All columns of x [..., local], without padding; split.dim must be x's last."""
+    """Return all columns of x [..., local], without padding; `split.dim` must be the last dimension of x."""
     return x if split.axis.size == 1 else _Gather.apply(x, split)

@@ -1,7 +1,7 @@
-"""Doing something on one rank and telling the others how it went.
+"""Agree on the outcome of work that one rank, or each rank, does alone.
 
-An error that only one rank sees (a file it alone reads) must end every rank, with one message. The
-outcome travels as JSON in a byte tensor: no pickle.
+An error that only one rank sees, as in a file that it alone reads, must end every rank, with one message. Outcomes
+travel as JSON in byte tensors, never as pickles.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ T = TypeVar("T")
 
 
 class PeerError(Exception):
-    """Another rank failed and has said why: end quietly with a non-zero status."""
+    """Another rank has failed and reports why: end without a message and with a non-zero status."""
 
 
 def gather_texts(text: str, device: torch.device, group: dist.ProcessGroup | None = None) -> list[str]:
-    """Every rank's text, in rank order, on every rank; collective over the group (by default the world)."""
+    """Return every rank's text, in rank order, on every rank.
+
+    Collective over the group, by default the world.
+    """
     encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
     size = torch.tensor([encoded.numel()], dtype=torch.int64, device=device)
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size(group))]
@@ -40,8 +43,11 @@ def gather_texts(text: str, device: torch.device, group: dist.ProcessGroup | Non
 
 
 def await_all() -> None:
-    """Wait until every rank of the world has come here, however long it takes: not in a collective, whose time-out does
-    not know that a rank still works. One that stops is found by the watch (watch.py). Collective."""
+    """Wait until every rank of the world has called this, however long that takes.
+
+    A collective would not do: its time-out does not know that a rank still works. `startup/watch.py` reports a rank
+    that stops meanwhile. Collective.
+    """
     world = dist.get_world_size()
     if world == 1:
         return
@@ -56,11 +62,12 @@ def await_all() -> None:
 
 
 def on_one_rank(acts: bool, action: Callable[[], str], device: torch.device) -> str:
-    """Run `action` on the ranks where `acts`, for as long as it takes; the first such rank's result goes to everyone.
-    Collective over the world.
+    """Run `action` on the ranks where `acts` is true; return the first such rank's result on every rank.
+
+    The action may take as long as it needs. Collective over the world.
 
     Raises:
-        UserError: on every rank, if the action raised one somewhere (the first such rank's).
+        UserError: on every rank, with the first message, if the action raised a `UserError` on a rank.
         PeerError: on the other ranks, if the action failed otherwise; that rank raises its own error.
     """
     outcome: dict[str, object] = {}
@@ -68,7 +75,7 @@ def on_one_rank(acts: bool, action: Callable[[], str], device: torch.device) -> 
     if acts:
         try:
             outcome = {"result": action()}
-        except Exception as error:  # told to the others first
+        except Exception as error:  # reported to the others first
             failure = error
             outcome = {"error": str(error), "by_user": isinstance(error, UserError)}
     await_all()
@@ -84,7 +91,9 @@ def on_one_rank(acts: bool, action: Callable[[], str], device: torch.device) -> 
 
 
 def on_all_ranks(action: Callable[[], T], device: torch.device) -> T:
-    """Run `action` on every rank of the world, for its result there: one rank's mistake is everyone's. Collective.
+    """Run `action` on every rank of the world and return this rank's result; an error on one rank is everyone's.
+
+    Collective.
 
     Raises:
         UserError, PeerError: as `on_one_rank`.

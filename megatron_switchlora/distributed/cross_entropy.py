@@ -1,8 +1,9 @@
-"""Cross entropy of a vocabulary that is split over tensor-parallel ranks.
+"""Compute the cross entropy over a vocabulary that is split over tensor-parallel ranks.
 
     loss = log sum_v exp(z_v - M) - (z_target - M),   M the maximum over all ranks
-Forward runs two all-reduces of one and two numbers a token (the maximum; the sum and the target's
-logit); backward runs none: the gradient softmax - onehot is local. Columns of padding take no part.
+
+The forward pass runs two all-reduces: the maximum, then the sum together with the target's logit, one and two numbers
+per token. The backward pass runs none, since the gradient softmax - onehot is local. Columns of padding are left out.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class _SplitCrossEntropy(torch.autograd.Function):
 
 
 def token_cross_entropy(logits: Tensor, targets: Tensor, split: Split) -> Tensor:
-    """Cross entropy of each token, in at least fp32. logits [..., local vocabulary], targets [...] -> [...]."""
+    """Return the cross entropy of each token, in at least fp32.
+
+    logits [..., local vocabulary], targets [...] -> [...].
+    """
     logits = logits.to(at_least_fp32(logits.dtype))
     if split.axis.size > 1:
         return _SplitCrossEntropy.apply(logits, targets, split)

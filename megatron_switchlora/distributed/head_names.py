@@ -1,4 +1,4 @@
-"""The names by which LTE heads go in checkpoints and records: head_03, and head_03/NAME for a tensor of its own."""
+"""Name LTE heads in checkpoints and records: head_03, and head_03/NAME for a tensor of its own."""
 
 from __future__ import annotations
 

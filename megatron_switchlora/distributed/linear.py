@@ -1,12 +1,14 @@
 """Linear layers and the embedding, split over tensor-parallel ranks (Megatron-LM, arXiv 1909.08053).
 
-    ColumnParallelLinear    weight [out, in], split on out: needs all of x, gives a part of y
+    ColumnParallelLinear    weight [out, in], split on out: needs all of x, returns a part of y
     RowParallelLinear       weight [out, in], split on in: takes a part of x, sums y over the ranks
-    VocabParallelEmbedding  weight [vocabulary, hidden], split on the vocabulary, summed likewise
-A size that does not divide is padded with zero rows or columns, which stay zero: a padded output meets a
-padded, zero input of the next layer, so its gradient is zero. A block calls `enter_block` once: its
-backward sums the gradient of x over the ranks, and with it those of replicated parameters of which
-each rank computes a part (a low-rank layer has one). No biases, as in LLaMA.
+    VocabParallelEmbedding  weight [vocabulary, hidden], split on the vocabulary, summed over the ranks
+
+A size that does not divide is padded with zero rows or columns. They stay zero: a padded output meets a padded, zero
+input of the next layer, so its gradient is zero.
+
+A block calls `enter_block` once. Its backward pass sums the gradient of x over the ranks, together with those of
+replicated parameters of which each rank computes a part, as in a low-rank layer. There are no biases, as in LLaMA.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from megatron_switchlora.distributed.shard import Axis, Split, declare
 
 
 class ParallelLinear(nn.Module):
-    """y = x W^T with x [..., in] and W [out, in]; the base of the two splits. `in_features` and `out_features` are the
-    full sizes."""
+    """Compute y = x W^T with x [..., in] and W [out, in]; the base of the two splits.
+
+    `in_features` and `out_features` are the full sizes.
+    """
 
     split_dim: int
 
@@ -36,21 +40,21 @@ class ParallelLinear(nn.Module):
         self.weight = declare(nn.Parameter(torch.empty(shape)), shard=self.split)
 
     def partial_parameters(self) -> tuple[nn.Parameter, ...]:
-        """Replicated parameters of whose gradient every rank computes a part."""
+        """Return the replicated parameters of whose gradient every rank computes a part."""
         return ()
 
     def forward(self, x: Tensor, *entered: Tensor) -> Tensor:
-        """`entered` are the partial parameters as `enter_block` returned them."""
+        """Apply the layer; `entered` are the partial parameters as `enter_block` returned them."""
         y = F.linear(x, self.weight)
         return leave(self.tp, y) if self.split_dim == 1 else y
 
     def effective_weight(self) -> Tensor:
-        """This rank's part of the matrix [out, in] that the layer applies."""
+        """Return this rank's shard of the matrix [out, in] that the layer applies."""
         return self.weight.detach()
 
 
 class ColumnParallelLinear(ParallelLinear):
-    """Split on the output features: q, k, v, gate, up and the head."""
+    """Split on the output features: q, k, v, gate, up and lm_head."""
 
     split_dim = 0
 
@@ -62,7 +66,10 @@ class RowParallelLinear(ParallelLinear):
 
 
 def enter_block(x: Tensor, linears: Sequence[nn.Module], tp: Axis) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-    """x on its way into a block of these linears, and each linear's partial parameters: pass them to its forward."""
+    """Enter x and the partial parameters of a block's linears; return both.
+
+    Pass each linear's entered parameters to its forward.
+    """
     partial = [linear.partial_parameters() for linear in linears]  # type: ignore[operator]
     x, *flat = enter(tp, x, *(param for params in partial for param in params))
     waiting = iter(flat)
@@ -70,7 +77,7 @@ def enter_block(x: Tensor, linears: Sequence[nn.Module], tp: Axis) -> tuple[Tens
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Token ids [...] to vectors [..., hidden]."""
+    """Embed token ids [...] as vectors [..., hidden]."""
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: Axis) -> None:
         super().__init__()

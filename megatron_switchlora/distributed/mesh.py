@@ -1,11 +1,16 @@
 """The mesh of ranks: axes lte x dp x tp, the last running fastest.
 
-Rank = (lte_rank * dp + dp_rank) * tp + tp_rank. Each axis has one process group per set of ranks
-along it, and so have three composite groups, counted in the axes' order: "head" (dp x tp: one LTE head), "data"
-(lte x dp: the ranks with the same part of the model, which read different samples) and "world". They
-are created here, in the same order on every rank, and passed on explicitly. The class also speaks
-DeepSpeed's `mpu` protocol, so that ZeRO partitions over one head's data-parallel ranks and the gradient
-norm is summed over `tp`.
+    rank = (lte_rank * dp + dp_rank) * tp + tp_rank
+
+Each rank is in one process group per axis, and in three composite groups, whose ranks are counted in the axes' order:
+
+    head   dp x tp   the ranks of one place on the lte axis
+    data   lte x dp  the ranks with the same shard of the model, which read different samples
+    world            all ranks
+
+The groups are created here, in the same order on every rank, and passed on explicitly. `Mesh` also implements
+DeepSpeed's `mpu` protocol: ZeRO then partitions over one head's data-parallel ranks, and the gradient norm is summed
+over tp.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ COMPOSITE_GROUPS = {"head": ("dp", "tp"), "data": ("lte", "dp"), "world": AXES}
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes, this rank's coordinates and its process groups, one per axis and one for the head."""
+    """Sizes of the axes, this rank's coordinates, and its process groups by name."""
 
     sizes: dict[str, int]
     coords: dict[str, int]
@@ -42,11 +47,11 @@ class Mesh:
         return self.groups[axis]
 
     def heads(self, local: int) -> range:
-        """The numbers of the LTE heads on this rank, of which each place on the axis has `local`."""
+        """Return the numbers of this rank's LTE heads; each place on the lte axis has `local` of them."""
         return range(self.rank("lte") * local, (self.rank("lte") + 1) * local)
 
     def axis(self, name: str) -> Axis:
-        """This rank's group along "lte", "dp" or "tp", or its composite group "head", "data" or "world"."""
+        """Return this rank's group along "lte", "dp" or "tp", or its composite group "head", "data" or "world"."""
         size, rank = 1, 0
         for axis in COMPOSITE_GROUPS.get(name, (name,)):
             size, rank = size * self.size(axis), rank * self.size(axis) + self.rank(axis)
@@ -77,15 +82,15 @@ class Mesh:
 
 
 def lone_mesh() -> Mesh:
-    """One process without process groups."""
+    """Return the mesh of one process without process groups."""
     return Mesh(dict.fromkeys(AXES, 1), dict.fromkeys(AXES, 0), {})
 
 
 def mesh_sizes(parallel: ParallelConfig, world_size: int) -> dict[str, int]:
-    """Axis sizes for a world.
+    """Return the size of each axis for a world of this size.
 
     Raises:
-        UserError: the world is not divisible by lte_heads x tp.
+        UserError: the world's size is no multiple of lte_heads x tp.
     """
     fixed = parallel.lte_heads * parallel.tp
     if world_size % fixed:
@@ -97,7 +102,7 @@ def mesh_sizes(parallel: ParallelConfig, world_size: int) -> dict[str, int]:
 
 
 def build_mesh(parallel: ParallelConfig) -> Mesh:
-    """Create the groups of every axis; collective over the world, which must be initialised."""
+    """Create the groups of every axis; the world must be initialised. Collective over the world."""
     sizes = mesh_sizes(parallel, dist.get_world_size())
     grid = torch.arange(dist.get_world_size()).reshape([sizes[axis] for axis in AXES])
     position = (grid == dist.get_rank()).nonzero()[0].tolist()

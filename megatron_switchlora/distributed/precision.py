@@ -1,4 +1,4 @@
-"""The precision of masters, sums and norms."""
+"""The precision of master weights, sums and norms."""
 
 from __future__ import annotations
 

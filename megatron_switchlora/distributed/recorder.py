@@ -1,12 +1,13 @@
-"""Records what this process hands to collectives, at the process group itself.
+"""Record what this process hands to collectives, at the process group itself.
 
-While installed, the recorder wraps the collective methods of torch's `ProcessGroup` class, below
-`torch.distributed` and DeepSpeed alike, and notes operation, group, dtype and the bytes of this rank's
-input. Nothing is computed from sizes of the model. The trainer names the phase it is in ("gradient"
-around the backward pass), and a step's data-parallel gradient bytes are what the dp group was handed
-in that phase. Calls on a group of one rank move nothing and are not counted. Collectives issued from
-C++ (torch's own DDP) would not be seen; DeepSpeed issues its own from Python. `watch`, where given, is
-shown every tensor that is counted.
+While installed, the recorder wraps the collective methods of torch's `ProcessGroup` class, which `torch.distributed`
+and DeepSpeed both call. It counts operation, group, dtype and the bytes of this rank's input; nothing is computed from
+sizes of the model.
+
+The trainer names the current phase ("gradient" around the backward pass). The bytes that the dp group was handed in
+that phase are a step's data-parallel gradient bytes. Calls on a group of one rank move nothing and are not counted.
+Collectives issued from C++, as by torch's own DDP, would not be seen; DeepSpeed issues its own from Python. `watch`, if
+set, is called with every tensor that is counted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 
-# Position of the tensors this rank gives, in each method's arguments (self not counted).
+# Position of this rank's input tensors among each method's arguments (self not counted).
 INPUT_ARGUMENT = {
     "allreduce": 0,
     "allreduce_coalesced": 0,
@@ -48,7 +49,7 @@ INPUT_ARGUMENT = {
 
 @dataclass(frozen=True)
 class Record:
-    """What is counted together."""
+    """The key by which bytes and calls are counted."""
 
     phase: str
     group: str
@@ -65,7 +66,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 class CommRecorder:
-    """`bytes[Record]` and `calls[Record]` since the last `clear`. Use as a context manager."""
+    """Count `bytes[Record]` and `calls[Record]` since the last `clear`; a context manager."""
 
     def __init__(self) -> None:
         self.watch: Optional[Callable[[Record, torch.Tensor], None]] = None
@@ -76,7 +77,7 @@ class CommRecorder:
 
     def __enter__(self) -> CommRecorder:
         for op in INPUT_ARGUMENT:
-            if op in vars(dist.ProcessGroup):  # the raw attribute: what getattr returns would lose its binding
+            if op in vars(dist.ProcessGroup):  # the raw attribute: the result of getattr would lose its binding
                 self._originals[op] = vars(dist.ProcessGroup)[op]
                 setattr(dist.ProcessGroup, op, self._wrapped(op, getattr(dist.ProcessGroup, op)))
         return self
@@ -104,7 +105,7 @@ class CommRecorder:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Name what is going on, for the collectives inside."""
+        """Name the phase of the collectives inside."""
         previous, self._phase = self._phase, name
         try:
             yield
@@ -112,7 +113,7 @@ class CommRecorder:
             self._phase = previous
 
     def total(self, phase: Optional[str] = None, group: Optional[dist.ProcessGroup] = None) -> int:
-        """Bytes of a phase on a group since the last `clear`."""
+        """Return the bytes of a phase on a group since the last `clear`."""
         return sum(
             count
             for record, count in self.bytes.items()

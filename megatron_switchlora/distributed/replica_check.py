@@ -1,8 +1,8 @@
-"""Are replicas equal? Fingerprints of tensors, compared over a process group.
+"""Check that replicas are equal, by fingerprints compared over a process group.
 
-A fingerprint is two 64-bit sums of the elements' bits read as integers: plain, and weighted by position,
-so that one changed element or two swapped ones show. It runs on the tensor's device. What is compared
-first is 8 bytes, one sum over the fingerprints of all tensors; only where that differs do they cross too.
+A fingerprint is two 64-bit sums of the elements' bits read as integers: a plain one, and one weighted by position. One
+changed element or two swapped ones change it. It is computed on the tensor's device. Ranks first compare 8 bytes, one
+sum over the fingerprints of all tensors, and the fingerprints only if these differ.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by
 
 @torch.no_grad()
 def fingerprint(tensor: Tensor) -> Tensor:
-    """int64 [2] on the tensor's device."""
+    """Return a tensor's fingerprint, int64 [2] on its device."""
     sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
-    if tensor.numel() == 0:  # torch refuses to see nothing as bytes
+    if tensor.numel() == 0:  # torch cannot view an empty tensor as integers
         return sums
     data = tensor.detach().contiguous().view(-1).view(INTEGER[tensor.element_size()])
     for start in range(0, data.numel(), CHUNK):
@@ -33,16 +33,16 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def _gathered(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """Every rank's tensor, of one shape."""
+    """Return every rank's tensor, of one shape."""
     everyone = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(everyone, tensor, group=group)
     return everyone
 
 
 def differing(named: Iterable[tuple[str, Tensor]], group: dist.ProcessGroup, device: torch.device) -> list[str]:
-    """Sentences for the tensors that are not equal on all ranks of the group (empty: all equal), with global ranks.
+    """Return a sentence, with global ranks, for each tensor that is not equal on all ranks of the group.
 
-    Collective over the group; the tensors' names and order must agree on all ranks.
+    Collective over the group; names and order of the tensors must be the same on all ranks.
     """
     pairs = list(named)
     ranks = dist.get_process_group_ranks(group)

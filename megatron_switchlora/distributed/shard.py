@@ -1,14 +1,17 @@
-"""How a tensor is split over ranks, and what a parameter knows about itself.
+"""How a tensor is split over ranks, and what a parameter states about itself.
 
-An `Axis` is this process's group of ranks along one mesh axis. A `Split` cuts one dimension of a tensor
-into equal contiguous blocks along an axis; a size that does not divide is padded with zeros at its end.
-`declare` puts the facts on the parameter, once; initialisation, gradient norm, optimizer layout, export
-and checks read them from there, never from its name.
+An `Axis` is this process's group of ranks along one mesh axis. A `Split` cuts one dimension of a tensor into equal
+contiguous blocks along an axis; a size that does not divide is padded with zeros at its end.
+
+`declare` states these facts on the parameter, once. Initialisation, gradient norm, optimizer layout, export and checks
+read them there, never from its name:
+
     shard   how the parameter is cut over tensor-parallel ranks, or None when every rank holds all of it
     rows    True when dimension 0 counts LoRA vectors that have an Adam step counter each
     head    which of the LTE heads of this process it belongs to
-Initial values are drawn for the full tensor from a generator seeded by (seed, name), then cut, so they
-depend neither on the order of construction nor on the mesh.
+
+Initial values are drawn for the full tensor from a generator seeded by (seed, name), then cut. So they depend neither
+on the order of construction nor on the mesh.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from megatron_switchlora.config.parallel import shard_size
 
 @dataclass(frozen=True)
 class Axis:
-    """Size of a mesh axis, this rank's position on it, and its process group (None: alone)."""
+    """Size of a mesh axis, this rank's position on it, and its process group (None: one rank alone)."""
 
     size: int = 1
     rank: int = 0
@@ -48,7 +51,7 @@ class Split:
 
     @property
     def start(self) -> int:
-        """Where this rank's block begins."""
+        """Index at which this rank's block begins."""
         return self.axis.rank * self.local
 
     @property
@@ -57,13 +60,16 @@ class Split:
         return max(0, min(self.local, self.size - self.start))
 
     def locate(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices into the full dimension as indices into this rank's block, and which are here (others read 0)."""
+        """Return indices into the full dimension as indices into this rank's block, and a mask of those that are here.
+
+        Indices that other ranks hold become 0.
+        """
         local = indices - self.start
         here = (local >= 0) & (local < self.real)
         return local.masked_fill(~here, 0), here
 
     def take(self, full: Tensor) -> Tensor:
-        """This rank's block of a full tensor, padded with zeros; a view where nothing is padded."""
+        """Return this rank's block of a full tensor, padded with zeros; without padding it is a view."""
         part = full.narrow(self.dim, min(self.start, self.size), self.real)
         if self.real == self.local:
             return part
@@ -72,7 +78,7 @@ class Split:
         return torch.cat([part, full.new_zeros(shape)], self.dim)
 
     def gather(self, part: Tensor) -> Tensor:
-        """The full tensor without padding, from every rank's block; collective over the axis."""
+        """Return the full tensor without padding, from every rank's block. Collective over the axis."""
         if self.axis.size == 1:
             return part
         parts = [torch.empty_like(part) for _ in range(self.axis.size)]
@@ -81,7 +87,7 @@ class Split:
 
 
 def declare(param: nn.Parameter, *, shard: Optional[Split], rows: bool = False, head: int = 0) -> nn.Parameter:
-    """Mark a parameter; returns it."""
+    """State a parameter's facts on it, and return it."""
     param.shard = shard  # type: ignore[attr-defined]
     param.rows = rows  # type: ignore[attr-defined]
     param.head = head  # type: ignore[attr-defined]
@@ -91,18 +97,18 @@ def declare(param: nn.Parameter, *, shard: Optional[Split], rows: bool = False, 
 
 
 def is_split(param: Tensor) -> bool:
-    """Whether other tensor-parallel ranks hold other parts of the parameter."""
+    """Return whether other tensor-parallel ranks hold other shards of the parameter."""
     shard: Optional[Split] = getattr(param, "shard", None)
     return shard is not None and shard.axis.size > 1
 
 
 def has_rows(param: Tensor) -> bool:
-    """Whether dimension 0 counts LoRA vectors."""
+    """Return whether dimension 0 counts LoRA vectors."""
     return getattr(param, "rows", False)
 
 
 def full_shape(param: nn.Parameter) -> list[int]:
-    """Shape of the whole, unpadded tensor."""
+    """Return the shape of the whole, unpadded tensor."""
     shape, shard = list(param.shape), param.shard  # type: ignore[attr-defined]
     if shard is not None:
         shape[shard.dim] = shard.size
@@ -110,12 +116,12 @@ def full_shape(param: nn.Parameter) -> list[int]:
 
 
 def shard_of(param: nn.Parameter, full: Tensor) -> Tensor:
-    """What this rank holds of the parameter's full value."""
+    """Return what this rank holds of the parameter's full value."""
     shard: Optional[Split] = param.shard  # type: ignore[attr-defined]
     return full if shard is None else shard.take(full)
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on (seed, name) alone."""
+    """Return a CPU generator that depends on (seed, name) alone."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,9 +1,10 @@
-"""What this rank holds of a tensor, in the coordinates of the whole.
+"""What this rank holds of a tensor, in the coordinates of the whole tensor.
 
-A `TensorSlice` is a box of a full, unpadded tensor and the live memory that holds it here: `tensor` is a view of
-it, shaped like the box. Checkpoints save slices and fill slices, whatever the mesh: a tensor-parallel shard
-is one, and so is each of the at most three boxes that ZeRO's flat partition holds of a matrix. `group`
-names the mesh group of ranks that hold the same slice ("tp", "dp", "head"; None: this rank alone).
+A `TensorSlice` is a box of a full, unpadded tensor, and a view of the live memory that holds it here. Checkpoints save
+and fill slices, whatever the mesh. A tensor-parallel shard is one slice. ZeRO's flat partition holds at most three
+boxes of a matrix, and each of them is one.
+
+`group` names the mesh group of ranks that hold the same slice ("tp", "dp", "head"; None: this rank alone).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from megatron_switchlora.distributed.shard import Split, full_shape, is_split
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """`tensor` holds the box at `offset` of a tensor `name` of this full `shape`."""
+    """The box at `offset` of a tensor `name` whose full shape is `shape`; `tensor` holds it."""
 
     name: str
     shape: tuple[int, ...]
@@ -29,7 +30,7 @@ class TensorSlice:
 
 
 def _unpadded(block: Tensor, offset: list[int], split: Split) -> Tensor:
-    """A block that lies at `offset` of this rank's shard without what of it is padding; `offset` becomes global."""
+    """Return a block that lies at `offset` of this rank's shard without its padding; make `offset` global."""
     dim = split.dim
     keep = max(0, min(offset[dim] + block.size(dim), split.real) - offset[dim])
     offset[dim] += split.start
@@ -37,7 +38,7 @@ def _unpadded(block: Tensor, offset: list[int], split: Split) -> Tensor:
 
 
 def shard_slice(name: str, local: Tensor, splits: Iterable[Split], group: Optional[str]) -> TensorSlice:
-    """The slice that this rank's whole block of a tensor is; `splits` say how its dimensions were cut."""
+    """Return the slice that this rank's whole shard is; `splits` describe how the dimensions were cut."""
     shape, offset = list(local.shape), [0] * local.dim()
     for split in splits:
         local = _unpadded(local, offset, split)
@@ -48,19 +49,21 @@ def shard_slice(name: str, local: Tensor, splits: Iterable[Split], group: Option
 def parameter_slice(
     name: str, param: nn.Parameter, group: Optional[str], value: Optional[Tensor] = None
 ) -> TensorSlice:
-    """All that this rank holds of a parameter, or of another `value` shaped and split like it."""
+    """Return all that this rank holds of a parameter, or of another `value` shaped and split like it."""
     shard: Optional[Split] = param.shard  # type: ignore[attr-defined]
     return shard_slice(name, param.data if value is None else value, filter(None, [shard]), group)
 
 
 def replica_group(param: nn.Parameter) -> str:
-    """The mesh group of one head's ranks that hold the same of a parameter."""
+    """Return the mesh group of one head's ranks that hold the same shard of a parameter."""
     return "dp" if is_split(param) else "head"
 
 
 def row_blocks(length: int, start: int, numel: int) -> Iterator[tuple[int, int, int, int]]:
-    """The range [start, start + numel) of a flattened tensor with rows of this length, as blocks (row, column, rows,
-    width): a part of a row, whole rows, a part of a row."""
+    """Yield the range [start, start + numel) of a flattened tensor with rows of this length, as blocks.
+
+    A block is (row, column, rows, width): a part of a row, whole rows, or a part of a row.
+    """
     position, end = start, start + numel
     while position < end:
         row, column = divmod(position, length)
@@ -74,7 +77,7 @@ def row_blocks(length: int, start: int, numel: int) -> Iterator[tuple[int, int, 
 def flat_slices(
     name: str, param: nn.Parameter, start: int, flat: Tensor, group: Optional[str]
 ) -> Iterator[TensorSlice]:
-    """The slices of a tensor shaped like `param`; `flat` holds the flattened local elements from `start` on."""
+    """Yield the slices of a tensor shaped like `param`; `flat` holds its flattened local elements from `start` on."""
     shard: Optional[Split] = param.shard  # type: ignore[attr-defined]
     shape, done = tuple(full_shape(param)), 0
     for row, column, rows, width in row_blocks(param.size(-1), start, flat.numel()):

@@ -1,1 +1,1 @@
-"""Room."""
+"""From the shell to the first collective: launchers, environment, preflight, device, signals and the watch."""

@@ -1,7 +1,7 @@
-"""Where this rank computes, decided before deepspeed is imported.
+"""Choose where this rank computes, before deepspeed is imported.
 
-DeepSpeed picks its accelerator at import: with fewer GPUs than local ranks it must be told to use the
-CPU. The table of peaks is for MFU: dense bf16 FLOP/s of the vendor's data sheets, fp32 runs have none.
+DeepSpeed picks its accelerator at import. With fewer GPUs than local ranks it must be set to the CPU. `BF16_PEAK` holds
+the dense bf16 FLOP/s of the vendor's data sheets, for MFU; runs in fp32 have none.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ OPEN_FILES = 64  # one rank alone has 40 open
 
 
 def choose_device(requested: str, ranks: Ranks, threads: int) -> torch.device:
-    """Set threads, the accelerator and the current device; must run before deepspeed is imported.
+    """Set threads, the accelerator and the current device; call it before importing deepspeed.
 
     Raises:
-        UserError: fewer GPUs than local ranks, unless the CPU is asked for or there are none to be had.
+        UserError: the host has fewer GPUs than ranks. Not raised where the CPU is requested, or for "auto" without
+            GPUs.
     """
     torch.set_num_threads(cpu_threads(threads, ranks.local_size, os.environ)[0])
     gpus = torch.cuda.device_count()
@@ -42,7 +43,7 @@ def choose_device(requested: str, ranks: Ranks, threads: int) -> torch.device:
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu")
     check_deepspeed("cuda")
-    os.environ["DS_ACCELERATOR"] = "cuda"  # left to guess, it looks for others first
+    os.environ["DS_ACCELERATOR"] = "cuda"  # by itself it looks for other accelerators first
     torch.cuda.set_device(ranks.local_rank)
     # Some images set TF32 in the environment; a fold would keep 10 bits of 23.
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -51,7 +52,7 @@ def choose_device(requested: str, ranks: Ranks, threads: int) -> torch.device:
 
 
 def gpu_identity(device: torch.device) -> dict[str, str]:
-    """Return what ranks must have alike of their GPUs, or what each computes for itself would differ in bits."""
+    """Return what all ranks must share of their GPUs, or results computed on each would differ in bits."""
     if device.type != "cuda":
         return {}
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
@@ -60,10 +61,10 @@ def gpu_identity(device: torch.device) -> dict[str, str]:
 
 
 def allow_open_files() -> None:
-    """Let this process open as many files as it may: every group of ranks has sockets to its members.
+    """Raise this process's limit of open files to the maximum, since every group of ranks opens sockets.
 
     Raises:
-        UserError: too few for one rank alone.
+        UserError: the limit is too low for one rank alone.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY or hard > soft:
@@ -77,13 +78,15 @@ def allow_open_files() -> None:
 
 
 def check_deepspeed(kind: str) -> None:
-    """It is not imported yet, or whoever did so has told it this accelerator."""
-    told = os.environ.get("DS_ACCELERATOR")
-    assert "deepspeed" not in sys.modules or told == kind, f"deepspeed was imported for {told}, the device is {kind}"
+    """Assert that deepspeed is not imported yet, or was imported for this accelerator."""
+    imported_for = os.environ.get("DS_ACCELERATOR")
+    assert "deepspeed" not in sys.modules or imported_for == kind, (
+        f"deepspeed was imported for {imported_for}, the device is {kind}"
+    )
 
 
 def precision_warning(device: torch.device, precision: str) -> Optional[str]:
-    """What to say of a CPU that computes in bf16 without instructions for it; None where there is nothing to say."""
+    """Return a warning for a CPU that computes in bf16 without instructions for it, else None."""
     capability = torch.backends.cpu.get_cpu_capability()
     if device.type != "cpu" or precision != "bf16" or capability not in ("AVX2", "DEFAULT", "NO AVX"):
         return None
@@ -94,7 +97,7 @@ def precision_warning(device: torch.device, precision: str) -> Optional[str]:
 
 
 def peak_flops(device: torch.device, precision: str) -> Optional[float]:
-    """Dense FLOP/s of the device at a precision, where known."""
+    """Return the dense FLOP/s of the device at a precision, where known."""
     if device.type != "cuda" or precision != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
@@ -102,7 +105,7 @@ def peak_flops(device: torch.device, precision: str) -> Optional[float]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory so far: allocated on the GPU, resident on the CPU."""
+    """Return the peak of memory so far, in bytes: allocated on the GPU, resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     scale = 1 if sys.platform == "darwin" else 1024

@@ -1,8 +1,7 @@
-"""The one door through which a rank leaves: what people cause, what another rank says, what is out of memory, what is
-unknown. Each is said once, every rank ends, and none with status 0 but those whose work is done.
+"""The one exit of a rank: every error is reported once, and every rank ends.
 
-Mistakes and known failures give a sentence and status 2; unknown errors give their traceback, on the rank where they
-happened first, and status 1.
+Mistakes of the user and known failures print a sentence and end with status 2. Unknown errors print their traceback, on
+the rank where they happened first, and end with status 1. No rank ends with status 0 unless its work is done.
 """
 
 from __future__ import annotations
@@ -30,13 +29,16 @@ from megatron_switchlora.startup.watch import Watch
 
 
 class Door:
-    """Who watches the other ranks, once this one has met them."""
+    """Hold the watch over the other ranks, once this rank has met them."""
 
     def __init__(self) -> None:
         self.watch: Optional[Watch] = None
 
     def watch_others(self, ranks: Ranks, timeout_s: float, store: Optional[dist.Store] = None) -> None:
-        """From now on name ranks that stop, in the store in which all have met (by default the process groups')."""
+        """Start reporting ranks that stop, through the store in which all have met.
+
+        The store is by default that of the process groups.
+        """
         if ranks.world_size > 1:
             env = os.environ
             keeper = f"torchrun, which keeps the ranks' store on {env['MASTER_ADDR']}," if by_agent(env) else "rank 0"
@@ -44,17 +46,17 @@ class Door:
             self.watch = Watch(store, ranks, own_host(env), keeper, timeout_s, leave_now)
 
     def close(self) -> None:
-        """This rank's work is done: leave the process groups."""
+        """End the watch and leave the process groups: this rank's work is done."""
         if self.watch is not None:
             self.watch.stop()
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # what NCCL still has to do, before its communicators go
+            torch.cuda.synchronize()  # finish NCCL's work before its communicators go
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def leave_now(message: Optional[str]) -> None:
-    """End the process from a thread, whatever its main thread waits for."""
+    """Print a message, if there is one, and end the process from a thread, whatever its main thread waits for."""
     if message:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
@@ -63,7 +65,7 @@ def leave_now(message: Optional[str]) -> None:
 
 @contextlib.contextmanager
 def the_door() -> Iterator[Door]:
-    """What is done inside may raise anything but SystemExit: then this process ends here."""
+    """Run the body of a process; end the process here if it raises anything but SystemExit."""
     door = Door()
     try:
         settle(is_first(os.environ))
@@ -83,7 +85,11 @@ def the_door() -> Iterator[Door]:
 
 
 def settle(first: bool) -> None:
-    """Raises: UserError, if there is no home folder and none can be made."""
+    """Call `settle_home`, and print its notice on the first rank.
+
+    Raises:
+        UserError: there is no home folder and none can be made.
+    """
     try:
         notice = settle_home(os.environ)
     except (OSError, ValueError) as error:
@@ -93,7 +99,7 @@ def settle(first: bool) -> None:
 
 
 def leave(watch: Optional[Watch], error: BaseException) -> int:
-    """Say what is to be said of an error and let the other ranks know of it; returns the exit status."""
+    """Report an error, publish it for the other ranks, and return the exit status."""
     if isinstance(error, (UserError, PeerError)):
         status = report_mistake(watch, error)
     elif is_out_of_memory(error):
@@ -108,6 +114,7 @@ def leave(watch: Optional[Watch], error: BaseException) -> int:
 
 
 def report_mistake(watch: Optional[Watch], error: UserError | PeerError) -> int:
+    """Report a mistake of the user, or leave its report to the rank that found it."""
     if watch is not None and isinstance(error, UserError):
         watch.end(str(error), printed=isinstance(error, RankError) or is_first(os.environ))
     report_error(os.environ, error)
@@ -115,7 +122,7 @@ def report_mistake(watch: Optional[Watch], error: UserError | PeerError) -> int:
 
 
 def report_failure(watch: Optional[Watch], text: str) -> int:
-    """What this rank alone knows, unless another has just ended of the same."""
+    """Report a failure that this rank alone sees, unless another rank has just ended for the same reason."""
     ending = watch.end(text) if watch is not None else None
     if watch is None or ending is None or ending.rank == watch.ranks.rank or OUT_OF_MEMORY not in ending.text:
         report_error(os.environ, RankError(text))
@@ -123,7 +130,7 @@ def report_failure(watch: Optional[Watch], text: str) -> int:
 
 
 def report_failed_collective(watch: Optional[Watch], error: BaseException) -> int:
-    """Why the others did not come."""
+    """Report why the other ranks did not come to a collective."""
     reason = first_line(error)
     if watch is None:
         return report_failure(None, f"{this_rank()} could not exchange data with the other ranks ({reason}).")
@@ -134,11 +141,11 @@ def report_failed_collective(watch: Optional[Watch], error: BaseException) -> in
 
 
 def report_unexpected(watch: Optional[Watch], error: BaseException) -> int:
-    """A traceback; on ranks that fail after another a line."""
+    """Print a traceback; on ranks that fail after another, print one line."""
     text = "".join(traceback.format_exception_only(error)).strip()
     ending = watch.end(text) if watch is not None else None
     if watch is None and not is_first(os.environ) and not report_error(os.environ, UserError(text)):
-        return 1  # rank 0 has failed before, most likely of the same
+        return 1  # rank 0 has failed before, most likely for the same reason
     if watch is None or ending is None or ending.rank == watch.ranks.rank:
         traceback.print_exception(error)
     else:
@@ -150,7 +157,7 @@ OUT_OF_MEMORY = "ran out of"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of the host or of the GPU: torch has a class only for its own CUDA allocator."""
+    """Return whether the host or the GPU is out of memory: torch has a class only for its own CUDA allocator."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if isinstance(error, OSError):
@@ -160,17 +167,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(error: BaseException) -> str:
-    """What to lower."""
+    """Return a message with the options that lower memory."""
     cuda = isinstance(error, torch.OutOfMemoryError) or re.search("CUDA|CUBLAS|CUSOLVER|NCCL", str(error))
     return (
         f"{this_rank()} {OUT_OF_MEMORY} {'GPU' if cuda else 'host'} memory ({first_line(error)}): lower "
         "train.micro_batch_size, set train.activation_checkpointing true or method.merged_cache recompute, or raise "
-        "parallel.tp; --dry_run says what a run needs."
+        "parallel.tp; --dry_run prints what a run needs."
     )
 
 
 def is_collective(error: BaseException) -> bool:
-    """gloo's errors have no class of their own, but the name of its file."""
+    """Return whether a collective has failed: gloo's errors have no class of their own, but name its file."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 

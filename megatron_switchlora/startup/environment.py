@@ -1,7 +1,7 @@
-"""Which process is this, and where does its world meet? Read once, from the environment that the launcher left.
+"""Find out which process this is and where its world meets, from the environment that the launcher set.
 
-What launchers set is in launchers.py. `complete_environment` writes the result under the names that torch and deepspeed
-read. With no launcher the process is alone: rank 0 of a world of one, meeting itself on a free port.
+launchers.py describes what launchers set. `complete_environment` writes the result under the names that torch and
+deepspeed read. Without a launcher the process is alone: rank 0 of a world of one, which meets itself on a free port.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_switchlora.startup.launchers import SLURM, TORCH, Launcher, in_sru
 
 
 class RankError(UserError):
-    """A mistake that perhaps no other rank sees: each that does tells it."""
+    """A mistake that perhaps no other rank sees, so each rank that does reports it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,11 @@ class Ranks:
 
 
 def number(env: Mapping[str, str], name: str) -> int:
-    """A variable's whole number."""
+    """Return the whole number that a variable holds.
+
+    Raises:
+        UserError: it holds something else.
+    """
     try:
         return int(env[name])
     except ValueError:
@@ -45,7 +49,11 @@ def number(env: Mapping[str, str], name: str) -> int:
 
 
 def require_all(env: Mapping[str, str], launcher: Launcher) -> None:
-    """All of the launcher's variables must be there, and Slurm's must come from an srun step."""
+    """Require all variables of the launcher; those of Slurm must come from an srun step.
+
+    Raises:
+        UserError: some are missing, or no srun step set them.
+    """
     names = launcher.names()
     missing = ", ".join(name for name in names if name not in env)
     present = ", ".join(f"{name}={env[name]}" for name in names if name in env)
@@ -56,13 +64,17 @@ def require_all(env: Mapping[str, str], launcher: Launcher) -> None:
         )
     require(
         not missing,
-        f"{launcher.title} must set all of {', '.join(names)}; found {present} but not {missing}: start with "
+        f"{launcher.title} must set all of {', '.join(names)}; got {present} but not {missing}: start with "
         "deepspeed, torchrun, mpirun or srun and pass on all that it sets, or unset what was found.",
     )
 
 
 def tasks_on_node(text: str, node: int, world: int) -> int:
-    """Ranks on a node of Slurm's list: "2(x3),1" means 2, 2, 2, 1."""
+    """Return the number of ranks on a node of Slurm's list: "2(x3),1" means 2, 2, 2, 1.
+
+    Raises:
+        UserError: the list does not match the node or the world.
+    """
     counts: list[int] = []
     if re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", text):
         for part in text.split(","):
@@ -77,7 +89,7 @@ def tasks_on_node(text: str, node: int, world: int) -> int:
 
 
 def read_local_size(env: Mapping[str, str], launcher: Launcher, world: int) -> int:
-    """How many ranks share this host."""
+    """Return how many ranks share this host."""
     if launcher is TORCH:  # torchrun's name, deepspeed's, or one host
         return next((number(env, name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if env.get(name)), world)
     if launcher is SLURM:
@@ -86,7 +98,7 @@ def read_local_size(env: Mapping[str, str], launcher: Launcher, world: int) -> i
 
 
 def discover_ranks(env: Mapping[str, str]) -> Ranks:
-    """Read the launcher's variables.
+    """Read this process's position from the launcher's variables.
 
     Raises:
         UserError: only some of the variables are set, or they contradict one another.
@@ -110,14 +122,14 @@ def discover_ranks(env: Mapping[str, str]) -> Ranks:
     ranks = Ranks(number(env, launcher.rank), world, number(env, launcher.local_rank), local_size)
     if not 0 <= ranks.rank < world or not 0 <= ranks.local_rank < local_size <= world:
         raise RankError(
-            f"Ranks must lie below their group's size, but {launcher.title} says {ranks}: start all ranks with one "
+            f"Ranks must lie below their group's size, but {launcher.title} gives {ranks}: start all ranks with one "
             f"launcher, or correct {', '.join(launcher.names()[:3])}."
         )
     return ranks
 
 
 def meeting_place(env: Mapping[str, str], launcher: Launcher, ranks: Ranks) -> tuple[str, str]:
-    """Address and port of rank 0: as given, else from what the launcher tells all ranks alike.
+    """Return address and port of rank 0: as given, else as derived from what the launcher gives to all ranks.
 
     Raises:
         UserError: a rank cannot know.
@@ -132,7 +144,7 @@ def meeting_place(env: Mapping[str, str], launcher: Launcher, ranks: Ranks) -> t
         return address, port
     lacking = " and ".join(name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if not value)
     raise UserError(
-        f"Every rank must know where rank 0 listens, but nothing tells {lacking} to rank {ranks.rank} of "
+        f"Every rank must know where rank 0 listens, but nothing gives {lacking} to rank {ranks.rank} of "
         f"{launcher.title}, with {ranks.local_size} of {ranks.world_size} ranks on this host: give the host of rank 0 "
         "and a free port there, by mpirun -genv MASTER_ADDR node1 -genv MASTER_PORT 29500 (Open MPI: "
         "-x MASTER_ADDR=node1 -x MASTER_PORT=29500), or by export before srun."
@@ -140,13 +152,13 @@ def meeting_place(env: Mapping[str, str], launcher: Launcher, ranks: Ranks) -> t
 
 
 def meets_on_loopback(env: Mapping[str, str]) -> bool:
-    """Whether the ranks of a completed environment meet within this host, so that nobody else need reach them."""
+    """Return whether the ranks of a completed environment meet within this host, unreachable for others."""
     address = env["MASTER_ADDR"]
     return address == "localhost" or re.fullmatch(r"127(\.\d+){3}", address) is not None
 
 
 def complete_environment(env: MutableMapping[str, str]) -> None:
-    """Put the ranks and where they meet under torch's names, where the launcher has not.
+    """Set the ranks and their meeting place under torch's names, where the launcher has not set them.
 
     Raises:
         UserError: as `discover_ranks` and `meeting_place`.
@@ -167,8 +179,10 @@ def complete_environment(env: MutableMapping[str, str]) -> None:
 
 
 def cpu_threads(requested: int, local_size: int, env: Mapping[str, str]) -> tuple[int, str]:
-    """CPU threads of one rank, and who says so: the option, else the environment, else the usable cores divided by the
-    local ranks."""
+    """Return the CPU threads of one rank, and what set them.
+
+    The option counts first, then the environment, then the usable cores divided by the local ranks.
+    """
     if requested:
         return requested, "train.threads"
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -180,7 +194,10 @@ def cpu_threads(requested: int, local_size: int, env: Mapping[str, str]) -> tupl
 
 
 def end_rank(status: int) -> NoReturn:
-    """End this process now. Left to the interpreter, gloo's threads sometimes abort it when a peer is gone already."""
+    """End this process now.
+
+    At a regular exit gloo's threads sometimes abort the process when a peer is already gone.
+    """
     atexit._run_exitfuncs()  # what libraries (W&B, TensorBoard) want to flush
     sys.stdout.flush()
     sys.stderr.flush()

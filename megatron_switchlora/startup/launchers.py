@@ -1,11 +1,12 @@
-"""What each launcher tells a process, and which one started this process.
+"""What each launcher gives to a process, and which launcher started this process.
 
 `LAUNCHERS` is in the order of recognition: deepspeed and torchrun, Open MPI's mpirun, MPICH's and Intel's mpirun, srun.
-mpirun comes before srun because inside a Slurm job it starts its helpers through srun, and the ranks inherit theirs.
+mpirun comes before srun: inside a Slurm job it starts its helpers through srun, and the ranks inherit their variables.
 
-Only deepspeed and torchrun say where rank 0 listens; otherwise each rank works it out from what its launcher gives to
-all ranks alike. A broadcast by mpi4py was tried instead: once MPI is initialised, MPICH 5.0.2's mpirun ends all ranks,
-with status 0, as soon as one leaves; and mpi4py would have to load the very MPI that mpirun belongs to.
+Only deepspeed and torchrun set the address of rank 0. Under the others each rank derives it from what its launcher
+gives to all ranks alike. A broadcast by mpi4py was tried instead, and has two faults. Once MPI is initialised, the
+mpirun of MPICH 5.0.2 ends all ranks with status 0 as soon as one leaves. And mpi4py would have to load the very MPI
+that mpirun belongs to.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ RESERVED_STEPS = [str(2**32 - below) for below in range(1, 7)]
 
 
 def host_names(nodelist: str) -> list[str]:
-    """Slurm's compressed list of hosts in full: gpu001, gpu002, login of "gpu[001-002],login"."""
+    """Expand Slurm's compressed list of hosts: "gpu[001-002],login" becomes gpu001, gpu002, login.
+
+    Raises:
+        UserError: the list has another form.
+    """
     name = r"(?:[\w.-]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\])+"
     spans = re.findall(r"(?<![\w.-])(\d+)-(\d+)(?=[,\]])", nodelist)
     if not re.fullmatch(f"{name}(?:,{name})*", nodelist) or any(int(a) > int(b) for a, b in spans):
@@ -37,7 +42,7 @@ def host_names(nodelist: str) -> list[str]:
 
 
 def _expanded(name: str) -> list[str]:
-    """Every host that a name with brackets stands for."""
+    """Return every host that a name with brackets stands for."""
     before, bracket, rest = name.partition("[")
     if not bracket:
         return [name]
@@ -50,40 +55,43 @@ def _expanded(name: str) -> list[str]:
 
 
 def slurm_hosts(env: Mapping[str, str]) -> list[str]:
-    """The hosts of the step, else of the job."""
+    """Return the hosts of the step, else of the job."""
     nodelist = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
     return host_names(nodelist) if nodelist else []
 
 
 def slurm_host(env: Mapping[str, str]) -> Optional[str]:
-    """The first host of the step: srun puts rank 0 there."""
+    """Return the first host of the step, where srun starts rank 0."""
     return next(iter(slurm_hosts(env)), None)
 
 
 def expected_hosts(env: Mapping[str, str]) -> list[str]:
-    """All hosts of this start, as far as somebody tells: launch/mpi/pretrain.sh in LAUNCH_HOSTS, or Slurm."""
-    told = env.get("LAUNCH_HOSTS")
-    return [host for host in told.split(",") if host] if told else slurm_hosts(env)
+    """Return all hosts of this start, where known: from launch/mpi/pretrain.sh (LAUNCH_HOSTS) or from Slurm."""
+    listed = env.get("LAUNCH_HOSTS")
+    return [host for host in listed.split(",") if host] if listed else slurm_hosts(env)
 
 
 def own_host(env: Mapping[str, str]) -> str:
-    """This host's name; Slurm's, where that started the process."""
+    """Return this host's name, or Slurm's name for it where srun started the process."""
     return (in_srun_step(env) and env.get("SLURMD_NODENAME")) or socket.gethostname()
 
 
 def slurm_key(env: Mapping[str, str]) -> Optional[str]:
-    """Job and step."""
+    """Return the job and the step, as one key."""
     job, step = env.get("SLURM_JOB_ID"), env.get("SLURM_STEP_ID")
     return f"slurm {job}.{step}" if job and step else None
 
 
 def open_mpi_key(env: Mapping[str, str]) -> Optional[str]:
-    """The job's name: PMIx's, or that of Open MPI 4."""
+    """Return the job's name: PMIx's, or that of Open MPI 4."""
     return env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid")
 
 
 def hydra_key(env: Mapping[str, str]) -> Optional[str]:
-    """The hydra_pmi_proxy above the ranks of a host; the parent itself may be a shell or wrapper, one for each rank."""
+    """Return the process id of the hydra_pmi_proxy above the ranks of a host.
+
+    The parent itself may be a shell or a wrapper, one per rank.
+    """
     pid = os.getppid()
     try:
         while pid > 1:
@@ -97,19 +105,19 @@ def hydra_key(env: Mapping[str, str]) -> Optional[str]:
 
 
 def not_given(env: Mapping[str, str]) -> Optional[str]:
-    """What the launcher does not tell."""
+    """Return None: the launcher does not give this."""
     return None
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """Names of variables that the launcher sets on every rank.
+    """Names of the variables that a launcher sets on every rank.
 
     Attributes:
-        others: set as well, and needed.
-        host: where rank 0 is.
-        key: what all ranks of one start share and no other start has.
-        key_spans_hosts: whether it is the same on all hosts.
+        others: further variables that it sets and that are needed.
+        host: reads the host of rank 0.
+        key: reads what all ranks of one start share and no other start has.
+        key_spans_hosts: whether the key is the same on all hosts.
     """
 
     title: str
@@ -125,7 +133,7 @@ class Launcher:
         return (self.rank, self.size, self.local_rank, *self.others)
 
     def found_in(self, env: Mapping[str, str]) -> bool:
-        """Whether any of its variables are set."""
+        """Return whether any of its variables are set."""
         return any(name in env for name in self.names())
 
 
@@ -145,15 +153,18 @@ LAUNCHERS = (TORCH, OPEN_MPI, HYDRA, SLURM)
 
 
 def in_srun_step(env: Mapping[str, str]) -> bool:
-    """Whether srun started this process: a batch script and salloc's shell have the job's variables without a step."""
+    """Return whether srun started this process.
+
+    A batch script and salloc's shell have the job's variables without a step.
+    """
     return "SLURM_STEP_ID" in env and env["SLURM_STEP_ID"] not in RESERVED_STEPS
 
 
 def slurm_counts(env: Mapping[str, str]) -> bool:
-    """Whether Slurm's variables say more than "one process in a job of one task".
+    """Return whether Slurm's variables mean more than "one process in a job of one task".
 
-    Without an srun step one process is all right in a job of one task (NTASKS 1 or unset, PROCID 0 or unset). In a job
-    of several it is refused later on: whoever reserved them meant to use them, and would notice after hours.
+    Without an srun step one process may run in a job of one task (NTASKS 1 or unset, PROCID 0 or unset). In a job of
+    several tasks it is refused later: whoever reserved them meant to use them, and would notice after hours.
     """
     task = env.get("SLURM_PROCID")
     one_task = env.get("SLURM_NTASKS", "1") == "1" and (task is None or (task == "0" and "SLURM_JOB_ID" in env))
@@ -161,7 +172,7 @@ def slurm_counts(env: Mapping[str, str]) -> bool:
 
 
 def which_launcher(env: Mapping[str, str]) -> Optional[Launcher]:
-    """The launcher whose variables count, complete or not; none for a process alone."""
+    """Return the launcher whose variables count, complete or not; None for a process alone."""
     if "RANK" in env or "WORLD_SIZE" in env:  # MASTER_ADDR and MASTER_PORT go with every launcher
         return TORCH
     if OPEN_MPI.found_in(env):
@@ -174,15 +185,15 @@ def which_launcher(env: Mapping[str, str]) -> Optional[Launcher]:
 
 
 def is_first(env: Mapping[str, str]) -> bool:
-    """Whether this process speaks for all: rank 0, or any one whose rank cannot be read. Raises nothing."""
+    """Return whether this process speaks for all: rank 0, or any process whose rank cannot be read."""
     return _is_zero(next((env[each.rank] for each in LAUNCHERS if each.rank in env), "0"))
 
 
 def is_first_here(env: Mapping[str, str]) -> bool:
-    """Whether this process speaks for its host, likewise."""
+    """Return whether this process speaks for its host: local rank 0, or any whose local rank cannot be read."""
     return _is_zero(next((env[each.local_rank] for each in LAUNCHERS if each.local_rank in env), "0"))
 
 
 def _is_zero(text: str) -> bool:
-    """Also what is no number."""
+    """Return whether a text is zero, or no number."""
     return not text.isdecimal() or int(text) == 0

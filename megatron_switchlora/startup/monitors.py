@@ -1,6 +1,6 @@
-"""What DeepSpeed's monitors need of the machine, asked before a run writes anything: packages, and places to write.
+"""Check what DeepSpeed's monitors need of the machine, before a run writes anything.
 
-DeepSpeed writes them on rank 0 alone, so only that rank's machine counts.
+They need packages and places to write. DeepSpeed writes on rank 0 alone, so only that rank's machine counts.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ PACKAGES = {
 
 
 def check_monitors(ds_config: dict[str, Any]) -> str:
-    """Ask for every monitor that the JSON enables. Returns "", for `on_one_rank`.
+    """Check every monitor that the JSON enables; return "", for `on_one_rank`.
 
     Raises:
-        UserError: its package is missing, or it could not write.
+        UserError: a monitor's package is missing, or it could not write.
     """
     on = {name: section for name, section in ds_config.items() if isinstance(section, dict) and section.get("enabled")}
     for name in PACKAGES.keys() & on.keys():
@@ -60,7 +60,7 @@ def _require_writable(key: str, folder: Path) -> None:
     try:
         parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         fits = parent.is_dir() and os.access(parent, os.W_OK)
-        if fits:  # to root everything looks so: what an NFS server or /proc refuses is found by doing it
+        if fits:  # always true for root: only an attempt shows what an NFS server or /proc refuses
             TemporaryDirectory(prefix=".probe-", dir=parent).cleanup()
     except OSError as error:
         raise UserError(

@@ -1,10 +1,12 @@
-"""Before the first collective: is every rank there, and do all run the same?
+"""Check before the first collective that every rank is there and that all run the same.
 
-Ranks meet in torch's key-value store at MASTER_ADDR:MASTER_PORT, of which process groups are made afterwards. Each
-lays down what it is (host, position, device, configuration, digest of the code); rank 0 waits for all of them, compares
-and lays down a verdict. So a host that does not come, or runs other code or options, is named within a time-out,
-where a collective would hang or mix what does not belong together. A rank that cannot start at all (a file that
-its host lacks) can still tell why (`publish_error`). Nothing is pickled.
+Ranks meet in torch's key-value store at MASTER_ADDR:MASTER_PORT, from which process groups are made afterwards. Each
+rank publishes what it is: host, position, device, configuration, digest of the code. Rank 0 waits for all of them,
+compares, and publishes a verdict. So a host that does not come, or runs other code or options, is reported within a
+time-out. A collective would hang, or mix data that does not belong together.
+
+A rank that cannot start at all, as for a file that its host lacks, publishes its error (`publish_error`). Nothing is
+pickled.
 """
 
 from __future__ import annotations
@@ -38,12 +40,15 @@ from megatron_switchlora.startup.launchers import expected_hosts, is_first, is_f
 
 
 class Verdict(UserError):
-    """Why the ranks cannot go on together, known to all of them."""
+    """Why the ranks cannot start together, known to all of them."""
 
 
 @dataclass
 class Presence:
-    """What a rank says of itself. `same` must be equal on all ranks; `problem` is why it cannot start."""
+    """What a rank publishes about itself.
+
+    `same` must be equal on all ranks; `problem` is why this rank cannot start.
+    """
 
     host: str
     local_rank: int
@@ -53,17 +58,17 @@ class Presence:
 
 
 def meet(env: Mapping[str, str], ranks: Ranks, same: dict[str, Any], timeout_s: float) -> Store:
-    """Wait for all ranks of a completed environment; returns the store for their process groups. Collective.
+    """Wait for all ranks of a completed environment; return the store for their process groups. Collective.
 
     Raises:
-        Verdict: ranks have not come, cannot start, or differ; on every rank.
-        RankError: rank 0 cannot listen or be reached, or counts other ranks, where only this rank knows.
-        PeerError: on other ranks, if rank 0 has gone.
+        Verdict: on every rank: ranks have not come, cannot start, or differ.
+        RankError: rank 0 cannot listen or be reached, or counts another number of ranks, and only this rank knows.
+        PeerError: on other ranks: rank 0 is gone.
     """
     if int(env.get("TORCHELASTIC_MAX_RESTARTS", 0)) and ranks.local_size < ranks.world_size:
         raise Verdict(
             f"torchrun --max-restarts must be 0 on several hosts, not {env['TORCHELASTIC_MAX_RESTARTS']}: its agents "
-            "count restarts apart. Start it again after a failure; it goes on from its newest checkpoint."
+            "count restarts separately. After a failure start it again: it resumes from its newest checkpoint."
         )
     store = _open_store(env, ranks, timeout_s)
     presence = Presence(own_host(env), ranks.local_rank, ranks.local_size, same)
@@ -75,27 +80,29 @@ def meet(env: Mapping[str, str], ranks: Ranks, same: dict[str, Any], timeout_s: 
         deadline = time.monotonic() + 2 * timeout_s
         while not store.check(["verdict"]):  # not store.wait, in which signals would wait too
             if time.monotonic() > deadline:
-                raise PeerError("rank 0 says nothing")
+                raise PeerError("rank 0 does not answer")
             time.sleep(0.1)
         verdict = json.loads(store.get("verdict"))
         if verdict["text"] and ranks.rank == 0:
             time.sleep(0.5)  # rank 0 keeps the store: let the others read why, too
     except DistError as error:
-        raise PeerError(f"rank 0 has gone: {error}") from None
+        raise PeerError(f"rank 0 is gone: {error}") from None
     if verdict["text"]:
         raise Verdict(verdict["text"])
     if verdict["world_size"] != ranks.world_size:
         raise RankError(
-            f"Rank {ranks.rank}, on {own_host(env)}, was told of {ranks.world_size} ranks and rank 0 of "
+            f"Rank {ranks.rank}, on {own_host(env)}, counts {ranks.world_size} ranks and rank 0 counts "
             f"{verdict['world_size']}: start all with one launcher and the same numbers."
         )
     return PrefixStore("groups", store)
 
 
 def report_error(env: MutableMapping[str, str], error: UserError | PeerError) -> bool:
-    """Print why this start ends: once, by rank 0, but for what only another rank knows. Launchers end all ranks when
-    one has ended, so the others return when rank 0 has spoken. Returns whether it was said here, or rank 0 has heard
-    of it from here."""
+    """Print why this start ends, once; return whether this rank printed it, or rank 0 has received it.
+
+    Rank 0 prints it, except for what only another rank knows. Launchers end all ranks as soon as one has ended, so the
+    others return after rank 0 has printed.
+    """
     met = dist.is_initialized() or isinstance(error, (Verdict, RankError, PeerError))
     if is_first(env):
         if isinstance(error, UserError):
@@ -105,7 +112,7 @@ def report_error(env: MutableMapping[str, str], error: UserError | PeerError) ->
                 publish_error(env, discover_ranks(env), str(error))
         return True
     heard = False
-    with contextlib.suppress(KeyboardInterrupt):  # the launcher's signal: rank 0 has spoken
+    with contextlib.suppress(KeyboardInterrupt):  # the launcher's signal: rank 0 has printed
         if isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
             heard = True
@@ -116,17 +123,17 @@ def report_error(env: MutableMapping[str, str], error: UserError | PeerError) ->
 
 
 def _report_to_rank_0(env: MutableMapping[str, str], problem: str) -> bool:
-    """Before the ranks have met a rank may see what rank 0 does not: a file that its host lacks."""
+    """Publish an error that rank 0 may not see, such as a file that this host lacks, before the ranks have met."""
     try:
         ranks = discover_ranks(env)
         complete_environment(env)
-    except UserError:  # it cannot even find the others, who may see nothing wrong: once a host
+    except UserError:  # it cannot even find the others, who may see nothing wrong: once per host
         if is_first_here(env):
             print(f"error: on {own_host(env)}: {problem}", file=sys.stderr, flush=True)
         return False
     heard = publish_error(env, ranks, problem)
     if not heard and ranks.local_size < ranks.world_size and ranks.local_rank == 0:
-        # Rank 0 said the same, or is too far behind to be told: better twice than never.
+        # Rank 0 printed the same, or is too far behind to receive it: better twice than never.
         print(f"error: rank {ranks.rank}, on {own_host(env)}: {problem}", file=sys.stderr, flush=True)
     return heard
 
@@ -134,8 +141,10 @@ def _report_to_rank_0(env: MutableMapping[str, str], problem: str) -> bool:
 def publish_error(
     env: Mapping[str, str], ranks: Ranks, problem: str, timeout_s: float = 5, patience_s: float = 120
 ) -> bool:
-    """Lay down why this rank cannot start, for rank 0, which perhaps does not see it, and wait until it has said so;
-    from rank 0, under torchrun, whose agent keeps the store, for the others. Returns whether it was heard."""
+    """Publish this rank's start-up error so that rank 0 can print it; return whether it was received.
+
+    Under torchrun, whose agent keeps the store, rank 0 publishes its own error for the others.
+    """
     try:
         store = _open_store(env, ranks, timeout_s)
         if ranks.rank == 0:
@@ -149,7 +158,7 @@ def publish_error(
                 return False
             time.sleep(0.1)
     except (DistError, RankError, PeerError):
-        return False  # rank 0 has gone, for the same reason or another, or is far behind
+        return False  # rank 0 is gone, for the same reason or another, or is far behind
     return True
 
 
@@ -158,12 +167,17 @@ def _key(rank: int) -> str:
 
 
 def by_agent(env: Mapping[str, str]) -> bool:
-    """Whether torchrun's agent, which outlives its ranks, keeps the store."""
+    """Return whether torchrun's agent keeps the store; it outlives its ranks."""
     return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _open_store(env: Mapping[str, str], ranks: Ranks, timeout_s: float) -> Store:
-    """Rank 0 serves, but under torchrun, whose agent does."""
+    """Open the store: rank 0 serves it, except under torchrun, whose agent does.
+
+    Raises:
+        RankError: rank 0 cannot listen, or this host cannot reach it.
+        PeerError: this host cannot reach it, and its first rank reports that.
+    """
     host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
     serves = ranks.rank == 0 and not by_agent(env)
     try:
@@ -172,21 +186,27 @@ def _open_store(env: Mapping[str, str], ranks: Ranks, timeout_s: float) -> Store
         place, reason = f"{host}:{port}", str(error).strip().splitlines()[0]
         if serves and "EADDRINUSE" in reason:
             raise RankError(
-                f"Rank 0, on {own_host(env)}, must listen on port {port}, but another process there does: set "
+                f"Rank 0, on {own_host(env)}, must listen on port {port}, but another process already does: set "
                 "MASTER_PORT (torchrun, deepspeed: --master_port) to a free one."
             ) from None
         if ranks.local_rank:
-            raise PeerError(f"nobody at {place}") from None  # its host's first rank says it
+            raise PeerError(f"nobody at {place}") from None  # its host's first rank reports it
         raise RankError(
             f"Rank {ranks.rank}, on {own_host(env)}, found nobody at {place} within {timeout_s:g} s ({reason}): rank 0 "
             "must run on that host, and this host must reach it there: check the name, the network and firewalls, or "
             "set MASTER_ADDR; parallel.start_timeout waits longer."
         ) from None
-    return PrefixStore(f"roll call {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return PrefixStore(f"preflight {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _connect(host: str, port: int, world: int, serves: bool, timeout_s: float) -> Store:
-    """Once somebody listens. In a thread: before a stranger's service it never returns, and it hears no signals."""
+    """Connect once somebody listens.
+
+    The connection is made in a thread: before an unrelated service it never returns, and it does not notice signals.
+
+    Raises:
+        DistError: nobody listens in time, or nobody answers.
+    """
     deadline = time.monotonic() + timeout_s
     outcome: list[Any] = []
 
@@ -210,7 +230,13 @@ def _connect(host: str, port: int, world: int, serves: bool, timeout_s: float) -
 
 
 def _listen(port: int) -> int:
-    """A socket within this host, whose owner is whoever gets it; torch's own would listen on every interface."""
+    """Return a socket that listens within this host, owned by whoever gets it.
+
+    torch's own socket would listen on every interface.
+
+    Raises:
+        DistError: the port cannot be used.
+    """
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -222,7 +248,11 @@ def _listen(port: int) -> int:
 
 
 def _wait_for_listener(host: str, port: int, deadline: float) -> None:
-    """Raises: DistError, if there is none in time."""
+    """Wait until somebody listens.
+
+    Raises:
+        DistError: nobody listens in time.
+    """
     while True:
         try:
             return socket.create_connection((host, port), timeout=5).close()
@@ -233,7 +263,7 @@ def _wait_for_listener(host: str, port: int, deadline: float) -> None:
 
 
 def _verdict(env: Mapping[str, str], store: Store, world: int, timeout_s: float) -> Optional[str]:
-    """What is wrong with the ranks that come within the time-out, or with their number."""
+    """Return what is wrong with the ranks that come within the time-out, or with their number."""
     deadline, missing = time.monotonic() + timeout_s, set(range(world))
     present: dict[int, Presence] = {}
     while missing:
@@ -249,30 +279,34 @@ def _verdict(env: Mapping[str, str], store: Store, world: int, timeout_s: float)
 
 
 def _absent(env: Mapping[str, str], present: dict[int, Presence], missing: set[int], timeout_s: float) -> str:
+    """Return the message for ranks that did not come."""
     hosts = {presence.host for presence in present.values()}
     here, all_hosts = {_short(host) for host in hosts}, expected_hosts(env)
-    known = here <= {_short(host) for host in all_hosts}  # else they go by other names, or are a part
+    known = here <= {_short(host) for host in all_hosts}  # else they go by other names, or are incomplete
     silent = [host for host in all_hosts if known and _short(host) not in here]
     return (
         f"Of {len(present) + len(missing)} ranks {spans(missing)} did not come within {timeout_s:g} s (parallel."
-        f"start_timeout). Here are ranks on {', '.join(sorted(hosts))}"
-        + (f"; nothing was heard of {', '.join(silent)}" if silent else "")
+        f"start_timeout). Ranks came from {', '.join(sorted(hosts))}"
+        + (f"; none came from {', '.join(silent)}" if silent else "")
         + ": look at the output of the missing ranks, and whether their hosts are up and reach "
         f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}."
     )
 
 
 def _short(host: str) -> str:
-    """A host's name without its domain; an address is one word."""
+    """Return a host's name without its domain; an address stays whole."""
     return host if host.replace(".", "").isdigit() else host.split(".")[0]
 
 
 def _odd_ones(present: dict[int, Presence]) -> Optional[str]:
-    """Who differs, and in what, from what most ranks say (from rank 0, where it is a draw)."""
+    """Return which ranks differ, and in what, from most of the ranks; from rank 0 in a draw."""
     sizes = {presence.host: presence.local_size for presence in present.values()}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{host} {size}" for host, size in sorted(sizes.items()))
-        return f"Every host must run the same number of ranks, but there are {listed}: give each as many, or leave out."
+        return (
+            f"Every host must run the same number of ranks, but there are {listed}: start as many "
+            "on each, or leave a host out."
+        )
     names = sorted({name for presence in present.values() for name in presence.same})
     differences = []
     for name in names:
@@ -294,7 +328,7 @@ def _odd_ones(present: dict[int, Presence]) -> Optional[str]:
 
 
 def spans(numbers: Iterable[int]) -> str:
-    """0-3, 7"""
+    """Format numbers as spans, such as "0-3, 7"."""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][-1] + 1:

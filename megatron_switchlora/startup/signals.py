@@ -1,8 +1,7 @@
-"""Being asked to stop: SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint.
+"""Stop on request: SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint.
 
-Before training has begun the run ends at once, as it always does on SIGINT (Ctrl-C); a second SIGTERM
-changes nothing, since launchers send several. The exit status REQUEUE tells a scheduler that the same
-command line goes on from where the run stopped.
+Before training has begun they end the run at once, as SIGINT (Ctrl-C) always does. A second SIGTERM changes nothing,
+since launchers send several. The exit status REQUEUE tells a scheduler that the same command line resumes the run.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """`asked` is the name of the signal that asked for a stop at the next step boundary."""
+    """Handle the signals; `asked` is the name of the one that asked for a stop at the next step boundary."""
 
     def __init__(self) -> None:
         self.asked: Optional[str] = None

@@ -1,12 +1,14 @@
-"""Who has stopped? Ranks watch one another while they work, so that none waits for ever for one that is gone.
+"""Watch the other ranks at work, so that none waits for ever for one that is gone.
 
-Two daemon threads of each rank. One talks to the store in which the ranks have met, on a connection of its own: it lays
-down a sign of life and where the main thread is, and reads rank 0's; rank 0 reads all. A rank without a sign for three
-quarters of parallel.timeout is named, before the collectives of the others give up. The other thread waits for nobody,
-because a store on a stopped host never answers: then its keeper is named. Both count their own turns instead of
-seconds: when a scheduler suspends and continues a whole job, nobody has been silent.
+Each rank has two daemon threads. One talks to the store in which the ranks have met, on a connection of its own. It
+publishes a sign of life with the place of the main thread, and reads the sign of rank 0; rank 0 reads all. A rank
+without a sign for three quarters of parallel.timeout is reported before the collectives of the others time out.
 
-Why a rank ends is laid down once, under "end"; the rank whose words stand there says them, and all others leave.
+A store on a stopped host never answers. So the other thread waits for nothing, and reports the host that keeps the
+store. Both threads count their own turns, not seconds: nobody has been silent when a scheduler suspends and continues a
+whole job.
+
+The first rank that ends publishes why, under "end". The rank that published it prints it, and all others leave.
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ from torch.distributed import DistError, PrefixStore, Store
 
 from megatron_switchlora.startup.environment import Ranks
 
-AGAIN = "Start again with the same command line: a run goes on from its newest checkpoint"
-GRACE_S = 10.0  # for the main thread to leave by itself once it is known why a rank ends
+AGAIN = "Start again with the same command line: a run resumes from its newest checkpoint"
+GRACE_S = 10.0  # for the main thread to leave by itself once a rank's end is known
 WAITING = "waits for others"
 
 
 @dataclass(frozen=True)
 class Ending:
-    """Why a start ends. `printed`: by `rank` itself; else rank 0 has to print it."""
+    """Why a start ends; `printed` by `rank` itself, or else to be printed by rank 0."""
 
     rank: int
     host: str
@@ -42,7 +44,7 @@ class Ending:
 
 @dataclass
 class Sign:
-    """A rank's latest sign of life, and the exchange of ours in which it came."""
+    """A rank's latest sign of life, and the number of our exchange in which it came."""
 
     at: int
     host: str = ""
@@ -51,7 +53,7 @@ class Sign:
 
 
 def place_of(frame: Optional[FrameType]) -> str:
-    """Where a thread is: WAITING within a collective, else its innermost line of ours."""
+    """Return where a thread is: WAITING within a collective, else its innermost line outside libraries."""
     innermost = ""
     while frame is not None:
         path, name = frame.f_code.co_filename, frame.f_code.co_name
@@ -64,8 +66,11 @@ def place_of(frame: Optional[FrameType]) -> str:
 
 
 class Watch:
-    """Threads that run until `stop`. `keeper` says who keeps the store. `leave` ends this process, with the words that
-    are to be printed first, if any."""
+    """Watch the other ranks, in threads that run until `stop`.
+
+    `keeper` is the name of whoever keeps the store. `leave` ends this process; it is given the message to print first,
+    if there is one.
+    """
 
     def __init__(
         self,
@@ -83,11 +88,11 @@ class Watch:
         self._store = PrefixStore("watch", store.clone())  # type: ignore[attr-defined]
         self._exchanges = 0
         self._broken = False
-        self._informed = 0  # ranks that know why one ends
+        self._informed = 0  # ranks that know why a rank ends
         self._asked: Optional[int] = None  # the exchange at which a collective of this rank had failed
         self._failure = ""
         self._own_ending: Optional[Ending] = None
-        self._at_door = False  # the main thread says why it ends
+        self._at_door = False  # the main thread reports why it ends
         self._signs = {rank: Sign(0) for rank in range(ranks.world_size) if rank != ranks.rank}
         self._stopped, self._wake, self._decided = threading.Event(), threading.Event(), threading.Event()
         self._main = threading.main_thread().ident
@@ -95,33 +100,39 @@ class Watch:
             threading.Thread(target=target, daemon=True).start()
 
     def stop(self) -> None:
-        """This rank's work is done: from now on nobody is missed."""
+        """End the watch: this rank's work is done, and from now on no rank is missed."""
         self._stopped.set()
 
     def end(self, text: str, printed: bool = True) -> Ending:
-        """Lay down why this rank ends, unless another was first; returns what stands. For the main thread."""
+        """Publish why this rank ends, unless another rank was first; return what is published.
+
+        For the main thread.
+        """
         self._at_door, self._own_ending = True, Ending(self.ranks.rank, self.host, text, printed)
         self._wake.set()
         self._decided.wait(4 * self.turn_s)
         return self.ending or self._own_ending
 
     def explain(self, failure: str) -> Ending:
-        """Why a collective of this rank has failed: what another says, who is silent, who has not come, or `failure`.
-        For the main thread."""
+        """Return why a collective of this rank has failed.
+
+        The reason is what another rank has published, a rank that is silent, a rank that has not come, or else
+        `failure`. For the main thread.
+        """
         self._at_door, self._failure, self._asked = True, failure, self._exchanges
         self._wake.set()
         self._decided.wait((self.patience + 4) * self.turn_s)
         return self.ending or Ending(self.ranks.rank, self.host, self._unanswered())
 
     def linger(self) -> None:
-        """Let the others read why this rank ends, since the store may end with it."""
+        """Give the others time to read why this rank ends, since the store may end with it."""
         until = time.monotonic() + 1.5 * self.turn_s
         while self._informed < self.ranks.world_size and time.monotonic() < until and not self._broken:
             self._wake.set()
             time.sleep(0.02)
 
     def message_here(self, ending: Ending) -> Optional[str]:
-        """What this rank has to print of an ending."""
+        """Return what this rank has to print of an ending, or None."""
         if ending.rank == self.ranks.rank:
             return ending.text
         if self.ranks.rank == 0 and not ending.printed:
@@ -140,7 +151,7 @@ class Watch:
             self._wake.clear()
 
     def _exchange(self) -> None:
-        """One turn: our sign, the others', and why a rank ends, if one does."""
+        """Exchange once: publish our sign, read the others', and publish or read why a rank ends."""
         frame = sys._current_frames().get(self._main) if self._main else None
         sign = {"at": self._exchanges, "host": self.host, "place": place_of(frame)}
         self._store.set(f"sign/{self.ranks.rank}", json.dumps(sign))
@@ -173,10 +184,10 @@ class Watch:
         self._decided.set()
 
     def _judge(self) -> Optional[Ending]:
-        """Whom to name now, if anybody."""
+        """Return an ending that reports ranks, if there are any to report now."""
         age = {rank: self._exchanges - sign.at for rank, sign in self._signs.items()}
         if self._asked is not None:
-            if self._exchanges < self._asked + 5:  # the living give another sign meanwhile
+            if self._exchanges < self._asked + 5:  # a live rank gives another sign meanwhile
                 return None
             text = self._blame([rank for rank in age if age[rank] > 4])
         else:
@@ -188,7 +199,7 @@ class Watch:
         return Ending(self.ranks.rank, self.host, text)
 
     def _blame(self, silent: list[int]) -> str:
-        """Why a collective has failed."""
+        """Return why a collective has failed."""
         if silent:
             return self._no_sign(silent)
         here = f"Rank {self.ranks.rank}, on {self.host},"
@@ -196,12 +207,12 @@ class Watch:
         if late:
             where = "; ".join(f"{self._name(rank)} is at {self._signs[rank].place}" for rank in late[:4])
             return (
-                f"{here} waited {self.timeout_s:g} s (parallel.timeout) for ranks that live and did not come: {where}. "
-                f"{AGAIN}; a longer parallel.timeout helps where they were only slow."
+                f"{here} waited {self.timeout_s:g} s (parallel.timeout) for ranks that are alive and did not come: "
+                f"{where}. {AGAIN}; a longer parallel.timeout helps where they were only slow."
             )
         return (
-            f"{here} could not exchange data with the others, which all live ({self._failure}): look at the network "
-            f"between the hosts. {AGAIN}."
+            f"{here} could not exchange data with the others, which are all alive ({self._failure}): look at the "
+            f"network between the hosts. {AGAIN}."
         )
 
     def _name(self, rank: int) -> str:
@@ -211,15 +222,15 @@ class Watch:
     def _no_sign(self, silent: list[int]) -> str:
         named = ", ".join(map(self._name, silent[:8])) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
         return (
-            f"No sign of life from {named}: stopped, or gone with its host, so that all ranks end (parallel.timeout "
+            f"No sign of life from {named}: stopped, or gone with its host, so all ranks end (parallel.timeout "
             f"{self.timeout_s:g} s). Look at that host and at the output of the rank. {AGAIN}."
         )
 
     def _unanswered(self) -> str:
-        return self._no_sign([0]) if self.keeper == "rank 0" else f"{self.keeper} does not answer any more. {AGAIN}."
+        return self._no_sign([0]) if self.keeper == "rank 0" else f"{self.keeper} no longer answers. {AGAIN}."
 
     def _count(self) -> None:
-        """Turns without an answer, or since it is known why a rank ends, in a thread that nothing can hold up."""
+        """Count turns without an answer, or since a rank's end is known, in a thread that nothing can delay."""
         seen, turns, grace = -1, 0, min(GRACE_S, self.timeout_s) / self.turn_s
         while not self._stopped.wait(self.turn_s):
             ending = self.ending
@@ -227,7 +238,7 @@ class Watch:
             seen = self._exchanges
             if ending is not None:
                 own = ending.rank == self.ranks.rank and not self._at_door
-                if turns > (2 if own else grace):  # the others are to read it first, since the store may end with us
+                if turns > (2 if own else grace):  # let the others read it first, since the store may end with us
                     self.leave(None if self._at_door else self.message_here(ending))
             elif turns > (grace if self._broken else self.patience):
                 self.leave(self._unanswered() if self.ranks.rank <= 1 or self.ranks.local_rank == 0 else None)

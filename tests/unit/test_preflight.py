@@ -76,7 +76,7 @@ def test_rank_0_knows_of_other_numbers() -> None:
         first, second = (
             pool.submit(meet, on_host(f"n{rank}", port), Ranks(rank, 2, 0, 1), SAME, 20) for rank in (0, 1)
         )
-        with pytest.raises(RankError, match="Rank 2, on n3, was told of 3 ranks and rank 0 of 2:"):
+        with pytest.raises(RankError, match="Rank 2, on n3, counts 3 ranks and rank 0 counts 2:"):
             meet(on_host("n3", port), Ranks(2, 3, 0, 1), SAME, 20)
         assert first.result() and second.result()
 
@@ -91,9 +91,9 @@ def test_a_rank_that_does_not_come_is_named_with_its_host() -> None:
     told = call("n1 n2 n3", [SAME, SAME], timeout=1, LAUNCH_HOSTS="n1,n2.example.org,n3")
     assert {type(error) for error in told} == {Verdict}
     assert "Of 3 ranks 2 did not come within 1 s" in str(told[0])
-    assert "Here are ranks on n1, n2; nothing was heard of n3:" in str(told[0])
+    assert "Ranks came from n1, n2; none came from n3:" in str(told[0])
     by_address = call("n1 n2 n3", [SAME, SAME], timeout=1, LAUNCH_HOSTS="10.0.0.1,10.0.0.2,10.0.0.3")
-    assert "nothing was heard" not in str(by_address[0])
+    assert "none came from" not in str(by_address[0])
 
 
 def test_a_rank_that_cannot_start_tells_why() -> None:

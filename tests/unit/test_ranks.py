@@ -167,7 +167,7 @@ def test_meeting_place_on_one_host(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     single = {"SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_PROCID": "1"}
     assert completed({**SLURM, **single, "SLURM_LOCALID": "1"})["MASTER_ADDR"] == "127.0.0.1"
-    with pytest.raises(UserError, match=r"nothing tells MASTER_PORT to rank 1 of mpirun, with 2 of 2 .*-genv"):
+    with pytest.raises(UserError, match=r"nothing gives MASTER_PORT to rank 1 of mpirun, with 2 of 2 .*-genv"):
         complete_environment(dict(HYDRA))
     given = completed({**HYDRA, "MASTER_ADDR": "here", "MASTER_PORT": "5"})
     assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("here", "5")
@@ -184,16 +184,16 @@ def test_meeting_place_across_hosts() -> None:
     assert completed({**SLURM, "MASTER_PORT": "77"}) == {**found, "MASTER_PORT": "77"}
     with pytest.raises(UserError, match=r"must read like n1,gpu\[001-003\], but it is 'n\[1-'"):
         complete_environment({**SLURM, "SLURM_STEP_NODELIST": "n[1-"})
-    with pytest.raises(UserError, match=r"nothing tells MASTER_ADDR and MASTER_PORT to rank 6 of srun, with 1 of 7"):
+    with pytest.raises(UserError, match=r"nothing gives MASTER_ADDR and MASTER_PORT to rank 6 of srun, with 1 of 7"):
         complete_environment(without(SLURM, "SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"))
     two_hosts = {**HYDRA, "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"}
-    with pytest.raises(UserError, match=r"nothing tells MASTER_ADDR and MASTER_PORT .* 1 of 2 ranks on this host"):
+    with pytest.raises(UserError, match=r"nothing gives MASTER_ADDR and MASTER_PORT .* 1 of 2 ranks on this host"):
         complete_environment(dict(two_hosts))
     assert completed({**two_hosts, "MASTER_ADDR": "n1", "MASTER_PORT": "9"})["MASTER_PORT"] == "9"
-    with pytest.raises(UserError, match=r"nothing tells MASTER_PORT"):  # each host has its own helper
+    with pytest.raises(UserError, match=r"nothing gives MASTER_PORT"):  # each host has its own helper
         meeting_place({"MASTER_ADDR": "n1"}, replace(HYDRA_MPI, key=lambda env: "pid"), Ranks(1, 2, 0, 1))
     open_mpi = {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
-    with pytest.raises(UserError, match=r"nothing tells MASTER_ADDR to rank 1 of Open MPI's mpirun"):
+    with pytest.raises(UserError, match=r"nothing gives MASTER_ADDR to rank 1 of Open MPI's mpirun"):
         complete_environment(dict(open_mpi))
     assert completed({**open_mpi, "MASTER_ADDR": "n1"})["MASTER_PORT"] == completed(OPEN_MPI)["MASTER_PORT"]
 
