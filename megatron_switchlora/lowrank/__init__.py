@@ -1,1 +1,1 @@
-"""Low-rank layers, their initial values, the switching schedule and the candidate bank; knows nothing of ZeRO."""
+"""Low-rank layers, their initial values, the switching schedule and the candidate bank; independent of ZeRO."""

@@ -1,12 +1,15 @@
 """The candidate bank: vectors that wait to be switched in (SwitchLoRA, section 2.2).
 
-A layer's side has C = min(m, n) candidates, one row each, [C, in] for A and [C, out] for B. The live
-vectors are members: live row i owns a slot whose stored copy is stale while it is live. Under tensor
-parallelism the bank of a split factor is split like it, [C, local]; that of a replicated factor is split
-by candidate over the ranks that would hold copies, [C / tp, length]. With spread "dp" candidates are
-split over the data-parallel ranks as well. Rows that other ranks hold are fetched for all layers at
-once: each owner writes its rows into a buffer of zeros and one all-reduce over bytes (exact for every
-dtype) completes it. The bank is no `nn.Parameter`: DeepSpeed would broadcast rank 0's rows over it.
+One side of a layer has C = min(m, n) candidates, one row each: [C, in] for A, [C, out] for B. The live vectors are
+among them. Live row i owns a slot, whose stored copy is stale while the row is live.
+
+Under tensor parallelism the bank of a split factor is split like the factor, [C, local]. The bank of a replicated
+factor is split by candidate over the ranks that would hold copies, [C / tp, length]. With spread "dp" candidates are
+split over the data-parallel ranks as well.
+
+Rows that other ranks hold are fetched for all layers at once. Each owner writes its rows into a buffer of zeros, and
+one all-reduce over bytes completes it, exactly for every dtype. The bank is no `nn.Parameter`: DeepSpeed would
+broadcast rank 0's rows over it.
 """
 
 from __future__ import annotations
@@ -28,20 +31,23 @@ Key = tuple[str, int]  # side and layer
 
 @dataclass
 class HeldRows:
-    """This rank's candidates of one side of a layer: rows [held, local length], `split` says which of the C."""
+    """This rank's candidates of one side of a layer: rows [held, local length].
+
+    `split` describes which of the C candidates they are.
+    """
 
     rows: Tensor
     split: Split
 
     def locate(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Of some slots, the positions of those held here, and their row numbers."""
+        """Return the positions, among `slots`, of those held here, and their row numbers."""
         rows, here = self.split.locate(slots)
         positions = here.nonzero().squeeze(1)
         return positions, rows[positions]
 
 
 class Fetch:
-    """Rows on their way: `result()[side, layer]` is [count, local length] on the device."""
+    """Rows on their way; `result()[side, layer]` is [count, local length] on the device."""
 
     def __init__(self, rows: dict[Key, Tensor], works: list[dist.Work]) -> None:
         self._rows, self._works = rows, works
@@ -54,7 +60,7 @@ class Fetch:
 
 
 class CandidateBank:
-    """Candidates of all switching layers. `location` is "device" or "host", `spread` is "tp" or "dp"."""
+    """Candidates of all switching layers; `location` is "device" or "host", `spread` is "tp" or "dp"."""
 
     def __init__(self, location: str, spread: str, mesh: Mesh) -> None:
         self.location, self.spread, self.mesh = location, spread, mesh
@@ -63,24 +69,24 @@ class CandidateBank:
 
     @property
     def group(self) -> Optional[str]:
-        """The group of ranks that hold the same candidates: spread over dp, nothing is held twice."""
+        """The mesh group of ranks that hold the same candidates; None with spread "dp", which holds none twice."""
         return "dp" if self.spread == "tp" else None
 
     def _sharing_axis(self, factor_split: Optional[Split]) -> Axis:
-        """The ranks over which the candidates of a factor are spread."""
+        """Return the ranks over which the candidates of a factor are spread."""
         whole = factor_split is None  # replicated: every tensor-parallel rank would hold a copy
         if self.spread == "dp":
             return self.mesh.axis("head" if whole else "dp")
         return self.mesh.axis("tp") if whole else Axis()
 
     def add(self, side: str, layer: int, vectors: Tensor, factor_split: Optional[Split]) -> None:
-        """Keep this rank's part of a layer's candidates [C, full length]."""
+        """Store this rank's share of a layer's candidates [C, full length]."""
         split = Split(0, len(vectors), self._sharing_axis(factor_split))
         local = vectors if factor_split is None else factor_split.take(vectors)
         self.held[side, layer] = HeldRows(split.take(local).clone(), split)
 
     def place(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Cast to the factors' precision and move to where the bank lives; fetched rows go to `device`."""
+        """Cast to the factors' precision and move to the bank's location; fetched rows go to `device`."""
         self.device = device
         for held in self.held.values():
             if self.location == "device":
@@ -97,8 +103,10 @@ class CandidateBank:
         held.rows.index_copy_(0, rows.to(held.rows.device), values.to(held.rows.device))
 
     def fetch(self, switches: Iterable[LayerSwitch]) -> Fetch:
-        """Start getting the rows of `new_slots`, as the bank holds them now: call it after the last step's `put_back`.
-        Collective, one all-reduce an axis over which candidates are spread, for all layers together."""
+        """Start fetching the rows of `new_slots`; call it after the last step's `put_back`.
+
+        Collective: one all-reduce, for all layers together, per axis over which candidates are spread.
+        """
         rows: dict[Key, Tensor] = {}
         shared: dict[Axis, list[Key]] = {}
         for switch in switches:
@@ -111,7 +119,7 @@ class CandidateBank:
         return Fetch(rows, works)
 
     def _local_rows(self, held: HeldRows, slots: Tensor) -> Tensor:
-        """Rows of the slots on the device, zeros for those held elsewhere."""
+        """Return the rows of the slots on the device, with zeros for those held elsewhere."""
         positions, numbers = held.locate(slots)
         rows = held.rows.index_select(0, numbers.to(held.rows.device)).to(self.device, non_blocking=True)
         if len(positions) == len(slots):
@@ -119,7 +127,10 @@ class CandidateBank:
         return rows.new_zeros(len(slots), rows.size(1)).index_copy_(0, positions.to(self.device), rows)
 
     def _complete(self, rows: dict[Key, Tensor], keys: list[Key], axis: Axis) -> dist.Work:
-        """Sum the ranks' bytes: every row is zero but on its owner. Replaces `rows` by views of the buffer."""
+        """Start summing the ranks' bytes: every row is zero except on its owner.
+
+        Replaces `rows` by views of the buffer.
+        """
         flat = torch.cat([rows[key].reshape(-1) for key in keys])
         parts = flat.split([rows[key].numel() for key in keys])
         for key, part in zip(keys, parts, strict=True):
@@ -129,10 +140,10 @@ class CandidateBank:
         return work
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of all candidates held here, in a fixed order."""
+        """Yield (name, tensor) of all candidates held here, in a fixed order."""
         for (side, layer), held in sorted(self.held.items()):
             yield f"bank_{side}.{layer}", held.rows
 
     def num_bytes(self) -> int:
-        """Bytes that the candidates take on this rank."""
+        """Return the bytes of the candidates on this rank."""
         return sum(held.rows.numel() * held.rows.element_size() for held in self.held.values())

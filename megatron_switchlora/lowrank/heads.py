@@ -1,12 +1,14 @@
-"""K adapters over one frozen base: the LTE heads that live in one process (arXiv 2402.16828).
+"""K adapters over one frozen base: the LTE heads of one process (arXiv 2402.16828).
 
     reset       y_k = W x_k + s B_k A_k x_k
     reset-less  y_k = M x_k + s (B_k A_k - B'_k A'_k) x_k,  primed: the factors at the last merge
-W or M [out, in] is shared by the heads, in fp32 or in 4 bits, so a head's last merge cannot be folded into
-it. x [K b, S, in] holds the heads' samples one head after the other; the low-rank part is one batched GEMM
-over heads for each factor, in the split form. Each head's factors are parameters of their own, lora_A.k
-[r, in] and lora_B.k [r, out], so that optimizer, checkpoint and merge treat them as those of a head on
-ranks of its own. Tensor parallelism as in `lowrank/linear.py`.
+
+The heads share W or M [out, in], in fp32 or in 4 bits, so a head's last merge cannot be folded into it. x [K b, S, in]
+holds the heads' samples, one head after the other. The low-rank product is one batched GEMM over heads per factor, in
+the split form.
+
+Each head's factors are parameters of their own, lora_A.k [r, in] and lora_B.k [r, out]. Optimizer, checkpoint and merge
+treat them like those of a head on ranks of its own. Tensor parallelism is that of `lowrank/linear.py`.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from megatron_switchlora.lowrank.nf4 import Nf4Matrix
 
 
 def stack(tensors: Iterable[Tensor]) -> Tensor:
-    """[K, ...] of K tensors; a view of one."""
+    """Stack K tensors as [K, ...]; a single tensor becomes a view."""
     listed = list(tensors)
     return listed[0].unsqueeze(0) if len(listed) == 1 else torch.stack(listed)
 
 
 class HeadsLinear(nn.Module):
-    """Replaces a parallel linear; takes over its weight as the frozen base of `heads` heads."""
+    """Replace a parallel linear; its weight becomes the frozen base of `heads` heads."""
 
     weight: Tensor
     merged_A: Tensor
@@ -72,19 +74,22 @@ class HeadsLinear(nn.Module):
         return leave(self.tp, y) if self.row_parallel else y
 
     def base_tensors(self) -> dict[str, Tensor]:
-        """What holds the shared matrix, by name; filled in place."""
+        """Return the tensors that hold the shared matrix, by name; they are filled in place."""
         if self.quantised is None:
             return {"weight": self.weight}
         return {"nf4_codes": self.quantised.codes, "nf4_scales": self.quantised.scales}
 
     def base_split(self, tensor: Tensor) -> Split:
-        """How one of these is cut over tensor-parallel ranks: of columns that stand for several, it counts those."""
+        """Return how one of these tensors is cut over tensor-parallel ranks.
+
+        A column of codes or scales stands for several columns of the matrix; the split counts the tensor's own.
+        """
         if not self.row_parallel or self.quantised is None:
             return self.split
         return Split(1, tensor.size(1) * self.tp.size, self.tp)
 
     def quantise(self, kernels: bool) -> None:
-        """From here on hold the shared matrix in 4 bits."""
+        """Hold the shared matrix in 4 bits from here on."""
         self.quantised = Nf4Matrix(self.weight, kernels)
         del self.weight
 
@@ -98,11 +103,11 @@ class HeadsLinear(nn.Module):
 
     @torch.no_grad()
     def remember_factors(self) -> None:
-        """The factors of now are those of the last merge."""
+        """Store the present factors as those of the last merge."""
         if self.resetless:
             self.merged_A = stack(self.lora_A).detach().clone()
             self.merged_B = stack(self.lora_B).detach().clone()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A [K r, in] and B [K r, out] of the heads here, head by head."""
+        """Return A [K r, in] and B [K r, out] of the heads here, head by head."""
         return stack(self.lora_A).detach().flatten(0, 1), stack(self.lora_B).detach().flatten(0, 1)

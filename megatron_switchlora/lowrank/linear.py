@@ -1,14 +1,17 @@
 """The adapted linear: y = W x + s B A x with a frozen W (SwitchLoRA, arXiv 2406.06564, eq. 1 and 4).
 
-W is a persistent fp32 buffer, not a parameter: DeepSpeed would cast a parameter to bf16, and tens of
-thousands of folds into a bf16 W would drift by per cent. One LoRA vector is one contiguous row:
-    weight  [out, in]  W, fp32 (or float64 in tests)
+W is a persistent fp32 buffer, not a parameter. DeepSpeed would cast a parameter to bf16, and tens of thousands of folds
+into a bf16 W would drift by per cent. One LoRA vector is one contiguous row:
+
+    weight  [out, in]    W, fp32 (or float64 in tests)
     lora_A  [rank, in]
     lora_B  [rank, out]  B transposed, so that column i of the paper's B is row i
-Under tensor parallelism a column-parallel layer splits W and B on out and replicates A, a row-parallel
-one splits W and A on in and replicates B, so that s B A has exactly the shard's shape and no forward
-collective is added. Each rank computes a part of the replicated factor's gradient (`enter_block` sums
-them). Computed in the merged form (`lowrank/merged.py`) or split, both in the activation's precision.
+
+Under tensor parallelism a column-parallel layer splits W and B on out and replicates A. A row-parallel layer splits W
+and A on in and replicates B. So s B A has exactly the shard's shape, and the forward pass gains no collective. Each
+rank computes a part of the replicated factor's gradient, and `enter_block` sums the parts.
+
+The layer computes in the merged form (`lowrank/merged.py`) or in the split form, both in the activation's precision.
 """
 
 from __future__ import annotations
@@ -26,8 +29,10 @@ from megatron_switchlora.lowrank.merged import Form, MergedLinear, merge, uses_m
 
 
 class LowRankLinear(nn.Module):
-    """Replaces a parallel linear; takes over its weight as the frozen base. `in_features` and `out_features` are the
-    full sizes."""
+    """Replace a parallel linear; its weight becomes the frozen base.
+
+    `in_features` and `out_features` are the full sizes.
+    """
 
     weight: Tensor
 
@@ -75,22 +80,22 @@ class LowRankLinear(nn.Module):
         return MergedLinear.apply(x, A, B, self.weight, self._merged, self.scaling, self.form.cache != "recompute")
 
     def forget_merged(self) -> None:
-        """W or a factor has changed: the cached W_eff, if any, is not theirs."""
+        """Drop the cached W_eff, since W or a factor has changed."""
         self._merged = None
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [r, out] as they are, without gradients."""
+        """Return A [r, in] and B [r, out] as they are, without gradients."""
         return self.lora_A.detach(), self.lora_B.detach()
 
     @torch.no_grad()
     def add_product(self, sign: float) -> None:
-        """W <- W + sign s B A, from the factors as the forward uses them, in W's precision."""
+        """Set W <- W + sign s B A, from the factors as the forward pass uses them, in W's precision."""
         A, B = self.lora_A.to(self.weight.dtype), self.lora_B.to(self.weight.dtype)
         self.weight.addmm_(B.t(), A, alpha=sign * self.scaling)
         self.forget_merged()
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
-        """This rank's part of W + s B A [out, in], in W's precision."""
+        """Return this rank's shard of W + s B A [out, in], in W's precision."""
         A, B = self.lora_A.to(self.weight.dtype), self.lora_B.to(self.weight.dtype)
         return merge(self.weight, A, B, self.scaling)

@@ -1,14 +1,19 @@
 """Initial factors from the gradient (LoRA-GA, arXiv 2407.05000, section 3; its released code where they differ).
 
 With G = dL/dW = U S V^T of a matrix W [m, n] at the initial weights, and by default
+
     A = V^T[0:r] c     B = U[:, r:2r] c     c = m^(1/4) / sqrt(gamma)     (then W <- W - s B A)
-so that the first step of plain SGD changes W by -lr s^2 c^2 times the best rank-2r approximation of G, to
-first order in lr. (The paper's text has 1 / gamma, its code and runs 1 / sqrt(gamma).) S is not used.
-Under tensor parallelism G is split like W and never gathered. Its split side is called `tall`: rows of G in
-a column-parallel layer, of G^T in a row-parallel one. The randomised decomposition (Halko et al., arXiv
-0909.4061, algorithms 4.4 and 5.1) sums [across, Q] and gathers [Q, Q] over the ranks, Q = 2r + oversample.
-Its test matrix meets the side that every rank holds whole, so it is the same at every degree. Directions that
-G has only by rounding (a first layer that saw fewer words than 2r) come out orthonormal, but arbitrary.
+
+the first step of plain SGD changes W by -lr s^2 c^2 times the best rank-2r approximation of G, to first order in lr.
+(The paper's text has 1 / gamma, its code and runs 1 / sqrt(gamma).) S is not used.
+
+Under tensor parallelism G is split like W and never gathered. Its split side is called `tall`: rows of G in a
+column-parallel layer, of G^T in a row-parallel one. The randomised decomposition (Halko et al., arXiv 0909.4061,
+algorithms 4.4 and 5.1) sums [across, Q] and gathers [Q, Q] over the ranks, with Q = 2r + oversample. Its test matrix
+multiplies the side that every rank holds whole, so it is the same at every degree.
+
+Some directions of G may consist of rounding alone, as in a first layer that saw fewer words than 2r. Their vectors are
+orthonormal, but arbitrary.
 """
 
 from __future__ import annotations
@@ -35,10 +40,10 @@ def initial_factors(
     seed: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """This rank's parts of A [r, in] and B transposed [r, out] of a layer called `name`; padding is zero.
+    """Return this rank's shards of A [r, in] and B transposed [r, out] of a layer; padding is zero.
 
-    `gradient` is this rank's part of G [out, in], cut like the weight, on the device; Gaussian vectors need none.
-    Collective over the tensor-parallel ranks, through the device.
+    `name` is the layer's. `gradient` is this rank's shard of G [out, in], cut like the weight, on the device; Gaussian
+    vectors need none. Collective over the tensor-parallel ranks, through the device.
     """
     m, n, split = linear.out_features, linear.in_features, linear.split
     if gradient is None:
@@ -53,7 +58,7 @@ def initial_factors(
 
 
 def _gaussian(m: int, n: int, split: Split, rank: int, name: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Normal vectors of expected length 1, drawn for the full tensors, then cut."""
+    """Draw normal vectors of expected length 1 for the full tensors, then cut them."""
     A = torch.randn(rank, n, generator=named_generator(seed, f"{name}.lora_ga_A")) / math.sqrt(n)
     B = torch.randn(rank, m, generator=named_generator(seed, f"{name}.lora_ga_B")) / math.sqrt(m)
     along = replace(split, dim=1)
@@ -61,7 +66,10 @@ def _gaussian(m: int, n: int, split: Split, rank: int, name: str, seed: int) -> 
 
 
 def pair_indices(direction: str, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Which of the first 2r singular pairs give A its right vectors and B its left ones: [r] each, disjoint."""
+    """Return which of the first 2r singular pairs give A its right vectors and B its left ones.
+
+    [r] each, disjoint.
+    """
     first = torch.arange(2 * rank)
     if direction == "ArBr":
         return first[1::2], first[::2]
@@ -74,7 +82,7 @@ def pair_indices(direction: str, rank: int, generator: torch.Generator) -> tuple
 def vector_length(
     method: MethodConfig, linear: ParallelLinear, generator: torch.Generator, device: torch.device
 ) -> float:
-    """c, the length of every vector. Collective over the tensor-parallel ranks for scale "weight"."""
+    """Return c, the length of every vector. Collective over the tensor-parallel ranks for scale "weight"."""
     ga, s = method.ga, method.scaling
     if ga.scale == "weight":
         _, values, _ = singular_pairs(linear.weight.detach().to(device), linear.split, method.rank, ga, generator)
@@ -86,10 +94,10 @@ def vector_length(
 def singular_pairs(
     matrix: Tensor, split: Split, count: int, ga: LoraGaConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The first `count` singular values [count] of a matrix of which this rank holds `matrix`, cut as `split` says, and
-    its parts of their left [out, count] and right [in, count] vectors, zero in the padding.
+    """Return the first `count` singular values [count] of a matrix, with this rank's shards of their vectors.
 
-    The largest entry of every right vector is positive. Collective over the split's axis.
+    This rank holds `matrix`, cut by `split`. The left vectors are [out, count], the right ones [in, count], zero in the
+    padding. The largest entry of every right vector is positive. Collective over the split's axis.
     """
     tall = (matrix if split.dim == 0 else matrix.t())[: split.real]
     if ga.svd == "exact":
@@ -109,7 +117,7 @@ def singular_pairs(
 
 
 def _signs(right: Tensor, axis: Axis) -> Tensor:
-    """+1 or -1 for each column of right vectors [here, count], spread over an axis: the sign of its largest entry."""
+    """Return the sign of the largest entry of each column of right vectors [here, count], spread over an axis."""
     largest = right.gather(0, right.abs().argmax(0, keepdim=True))
     everywhere = Split(0, axis.size, axis).gather(largest)
     winner = everywhere.gather(0, everywhere.abs().argmax(0, keepdim=True))
@@ -119,9 +127,10 @@ def _signs(right: Tensor, axis: Axis) -> Tensor:
 def randomised_svd(
     tall: Tensor, split: Split, width: int, power_iterations: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """U [real, Q], S [Q] and V [across, Q] with Q = width, of a matrix whose rows are spread over an axis.
+    """Return U [real, Q], S [Q] and V [across, Q] of a matrix whose rows are spread over an axis.
 
-    `tall` [real, across] are this rank's rows, without padding. Exact to rounding where Q = min(m, n).
+    `tall` [real, across] are this rank's rows, without padding, and Q is `width`. Exact to rounding where Q = min(m,
+    n).
     """
     test = torch.randn(tall.size(1), width, generator=generator).to(tall.device, tall.dtype)
     basis = orthonormal(tall @ test, split)
@@ -134,10 +143,10 @@ def randomised_svd(
 
 
 def orthonormal(columns: Tensor, split: Split) -> Tensor:
-    """This rank's rows of an orthonormal basis of columns [real, Q] whose rows are spread over an axis.
+    """Return this rank's rows of an orthonormal basis of columns [real, Q] whose rows are spread over an axis.
 
-    Each rank factors its rows, then all factor the stacked triangles (TSQR, arXiv 0808.2664): as exact as QR of the
-    whole, whatever the columns' rank, and no rank may be given more than its rows.
+    Each rank factors its rows, then all factor the stacked triangles (TSQR, arXiv 0808.2664). This is as exact as QR of
+    the whole, whatever the columns' rank. No rank may be given more vectors than it has rows.
     """
     basis, triangle = torch.linalg.qr(columns)
     if split.axis.size == 1:

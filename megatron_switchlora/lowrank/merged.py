@@ -2,10 +2,15 @@
 
     forward   y  = x W_eff^T
     backward  dx = dy W_eff,   dA = s (dy B)^T x,   dB = s dy^T (x A^T)
-4 m n + 4 r (m + n) FLOPs a token, and 2 m n r each time W_eff is formed, against 4 m n + 6 r (m + n) of
-the split form y = W x + s B (A x) and 6 m n of full-rank training (W is [m, n]). Nothing of width r is
-kept for the backward pass. W_eff is formed in the precision of x by one pass over the fp32 W; in bf16
-the product B A is rounded once before it is added and W_eff once after.
+
+FLOPs per token, for W [m, n]:
+
+    merged     4 m n + 4 r (m + n), and 2 m n r each time W_eff is formed
+    split      4 m n + 6 r (m + n), with y = W x + s B (A x)
+    full-rank  6 m n
+
+Nothing of width r is kept for the backward pass. One pass over the fp32 W forms W_eff in the precision of x. In bf16
+the product B A is rounded once before it is added, and W_eff once after.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Form:
-    """How adapted layers compute: `compute` auto, merged or split; `cache`: how long the merged form keeps W_eff."""
+    """How adapted layers compute: `compute` is auto, merged or split; `cache` is how long W_eff is kept."""
 
     compute: str = "auto"
     cache: str = "micro_batch"
@@ -28,7 +33,7 @@ class Form:
 
 @torch.no_grad()
 def merge(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """W + s B A [out, in] in the factors' precision; weight [out, in], A [r, in], B [r, out]."""
+    """Return W + s B A [out, in] in the factors' precision; weight [out, in], A [r, in], B [r, out]."""
     if weight.dtype == A.dtype:
         return torch.addmm(weight, B.t(), A, alpha=scaling)
     product = B.t() @ A
@@ -36,14 +41,20 @@ def merge(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 
 def prefers_merged(tokens: int, out_features: int, in_features: int, formed: float) -> bool:
-    """Whether the merged form costs fewer FLOPs than the split one for a micro-batch of so many tokens, for which W_eff
-    is formed `formed` times (less than once if it lasts over several): 2 r (m + n) tokens against 2 m n r a time."""
+    """Return whether the merged form costs fewer FLOPs than the split form for a micro-batch.
+
+    The merged form saves 2 r (m + n) per token and costs 2 m n r each time W_eff is formed. `formed` is how often that
+    is per micro-batch: less than once if W_eff lasts over several.
+    """
     return tokens * (out_features + in_features) > formed * out_features * in_features
 
 
 def uses_merged(form: Form, tokens: int, shape: tuple[int, int], micro_batches: int, trains: bool) -> bool:
-    """Whether a layer whose W has this shape (out, in) here computes in the merged form: as `form.compute` says, or
-    by FLOPs. W_eff lasts over the micro-batches of a step, or is formed again for a backward pass, if there is one."""
+    """Return whether a layer whose W has this local shape (out, in) computes in the merged form.
+
+    `form.compute` decides, or with "auto" the FLOPs. W_eff may last over the micro-batches of a step, or be formed
+    again for the backward pass, if there is one.
+    """
     if form.compute != "auto":
         return form.compute == "merged"
     formed = {"recompute": 2 if trains else 1, "accumulation": 1 / micro_batches}.get(form.cache, 1)
@@ -51,8 +62,11 @@ def uses_merged(form: Form, tokens: int, shape: tuple[int, int], micro_batches: 
 
 
 class MergedLinear(torch.autograd.Function):
-    """`apply(x, A, B, weight, merged, scaling, keep)`: merged is W_eff if it is known already, else None; `keep` says
-    whether it stays in memory until the backward pass or is formed again there."""
+    """Compute `apply(x, A, B, weight, merged, scaling, keep)`.
+
+    `merged` is W_eff if it is known already, else None. With `keep` W_eff stays in memory until the backward pass;
+    without it is formed again there.
+    """
 
     @staticmethod
     def forward(
@@ -70,7 +84,7 @@ class MergedLinear(torch.autograd.Function):
         merged = matrix if ctx.keep else merge(matrix, A, B, ctx.scaling)
         dx = dy @ merged if ctx.needs_input_grad[0] else None
         flat_x, flat_dy = x.reshape(-1, x.size(-1)), dy.reshape(-1, dy.size(-1))
-        # beta 0: the first argument is ignored, and the scaling is applied before the result is rounded
+        # beta 0 ignores the first argument; the scaling is applied before the result is rounded
         dA = torch.addmm(A, (flat_dy @ B.t()).t(), flat_x, beta=0, alpha=ctx.scaling)
         dB = torch.addmm(B, (flat_x @ A.t()).t(), flat_dy, beta=0, alpha=ctx.scaling)
         return dx, dA, dB, None, None, None, None

@@ -1,12 +1,14 @@
-"""A matrix in 4 bits: NormalFloat4 with one fp32 scale for each block of 64 (QLoRA, arXiv 2305.14314).
+"""A matrix in 4 bits: NormalFloat4 with one fp32 scale per block of 64 (QLoRA, arXiv 2305.14314).
 
-A row is padded with zeros to a multiple of 64; in a block the values are divided by its largest magnitude
-and replaced by the nearest of 16 levels, quantiles of a normal distribution that include 0 and +-1:
-    codes   uint8 [out, padded / 2]   two levels a byte, the first in the high half
+A row is padded with zeros to a multiple of 64. The values of a block are divided by its largest magnitude and replaced
+by the nearest of 16 levels, which are quantiles of a normal distribution and include 0 and +-1:
+
+    codes   uint8 [out, padded / 2]   two levels per byte, the first in the high half
     scales  fp32  [out, padded / 64]
-Quantising what was dequantised gives the same codes again. With bitsandbytes installed and right on this
-device (it is compared once, on a small matrix) its kernels dequantise; else plain torch does. A product keeps
-no dequantised matrix for its backward pass, which would take what 4 bits save: it is formed there again.
+
+Quantising a dequantised matrix returns the same codes. The kernels of bitsandbytes dequantise where it is installed and
+right on this device, which one comparison on a small matrix decides; else plain torch does. A product keeps no
+dequantised matrix for its backward pass, since that would cost the memory that 4 bits save. It is formed again there.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ LEVELS = (
 
 
 def quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes, scales) of a matrix [out, in]."""
+    """Return (codes, scales) of a matrix [out, in]."""
     padded = F.pad(matrix.float(), (0, -matrix.size(1) % BLOCK)).unflatten(1, (-1, BLOCK))
     scales = padded.abs().amax(-1)
     unit = padded / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
@@ -38,7 +40,7 @@ def quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(codes: Tensor, scales: Tensor, columns: int) -> Tensor:
-    """The fp32 matrix [out, columns] that codes and scales stand for."""
+    """Return the fp32 matrix [out, columns] that codes and scales stand for."""
     levels = torch.tensor(LEVELS, device=codes.device)
     numbers = torch.stack([codes >> 4, codes & 15], -1).flatten(1)
     values = levels[numbers.int()].unflatten(1, (-1, BLOCK)) * scales.unsqueeze(-1)
@@ -46,7 +48,10 @@ def dequantise(codes: Tensor, scales: Tensor, columns: int) -> Tensor:
 
 
 class Nf4Matrix:
-    """A quantised matrix; `codes` and `scales` may be filled in place. `kernels`: bitsandbytes' dequantise."""
+    """A quantised matrix; `codes` and `scales` may be filled in place.
+
+    With `kernels` bitsandbytes dequantises it.
+    """
 
     def __init__(self, matrix: Tensor, kernels: bool) -> None:
         self.columns, self.kernels = matrix.size(1), kernels
@@ -60,13 +65,13 @@ class Nf4Matrix:
         self.scales.copy_(scales)
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
-        """The matrix [out, in] in this precision."""
+        """Return the matrix [out, in] in this precision."""
         if self.kernels and dtype in (torch.float32, torch.bfloat16):
             return _by_bitsandbytes(self.codes, self.scales, dtype)[:, : self.columns]
         return dequantise(self.codes, self.scales, self.columns).to(dtype)
 
     def linear(self, x: Tensor) -> Tensor:
-        """x W^T in x's precision."""
+        """Return x W^T in x's precision."""
         return _Linear.apply(x, self)
 
 
@@ -91,7 +96,7 @@ def _by_bitsandbytes(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def bitsandbytes_works(device: torch.device) -> bool:
-    """Whether bitsandbytes is installed and gives what plain torch gives, on this device."""
+    """Return whether bitsandbytes is installed and computes on this device what plain torch computes."""
     try:
         codes, scales = quantise(torch.linspace(-2, 3, 8 * 128, device=device).view(8, 128))
         results = [_by_bitsandbytes(codes, scales, dtype).float() for dtype in (torch.float32, torch.bfloat16)]

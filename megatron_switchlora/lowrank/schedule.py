@@ -1,13 +1,19 @@
-"""Which vectors switch when: SwitchLoRA's schedule (arXiv 2406.06564, section 2.3 and algorithms 1, 2).
+"""SwitchLoRA's schedule: which vectors switch at which step (arXiv 2406.06564, section 2.3, algorithms 1 and 2).
 
-The draws are pure functions of (seed, step, layer) through the counter-based Philox generator, so all
-ranks agree and a resumed run needs no generator state. What moves is small integer state, advanced
-alike everywhere: ring pointers, the slot of the bank that each live vector owns, and freeze counters.
-    rate(step) = 0.3 ^ ((step + 1) / (ratio T));   x = rank rate / interval0 vectors a side and layer
-    count = floor(x) + Bernoulli(x - floor(x)), one draw a layer and step, the same for A and B
-Selections: "ring" (positions and slots in order), "random" (slots drawn among those not live),
-"independent" (positions and counts drawn for each side too; Algorithm 2).
-A frozen vector is never switched, A's and B's windows never overlap, no live slot is read.
+The draws are pure functions of (seed, step, layer) through the counter-based Philox generator. So all ranks agree, and
+a resumed run needs no generator state. The state is small integers, advanced in the same way on every rank: ring
+pointers, the slot of the bank that each live vector owns, and freeze counters.
+
+    rate(step) = 0.3 ^ ((step + 1) / (ratio T));   x = rank rate / interval0 vectors per side and layer
+    count = floor(x) + Bernoulli(x - floor(x)), one draw per layer and step, the same for A and B
+
+Selections:
+
+    ring         positions and slots in order
+    random       slots drawn among those that are not live
+    independent  positions and counts drawn per side as well (algorithm 2)
+
+A frozen vector is never switched, A's and B's windows never overlap, and no live slot is read.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# Stream numbers keep the draws for different purposes apart: Philox counter = (stream, layer, step, 0).
+# Stream numbers separate the draws for different purposes: Philox counter = (stream, layer, step, 0).
 COUNT_A, COUNT_B, SLOTS_A, SLOTS_B, POSITIONS_A, POSITIONS_B = range(6)
 COUNT_STREAM = {"A": COUNT_A, "B": COUNT_B}
 SLOT_STREAM = {"A": SLOTS_A, "B": SLOTS_B}
@@ -27,7 +33,7 @@ OTHER = {"A": "B", "B": "A"}
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The numbers a schedule depends on; `candidates[l]` is min(m, n) of layer l."""
+    """The numbers that a schedule depends on; `candidates[l]` is min(m, n) of layer l."""
 
     candidates: tuple[int, ...]
     rank: int
@@ -41,7 +47,10 @@ class ScheduleConfig:
 
 @dataclass
 class SwitchState:
-    """Integer state of all layers. Per side: pointer [L], slots [L, r], frozen [L, r] (steps still masked)."""
+    """Integer state of all layers.
+
+    Per side: pointer [L], slots [L, r], and frozen [L, r], the number of steps still masked.
+    """
 
     pointer: dict[str, np.ndarray]
     slots: dict[str, np.ndarray]
@@ -50,8 +59,10 @@ class SwitchState:
 
 @dataclass(frozen=True)
 class LayerSwitch:
-    """One side's switches in one layer: live `positions[k]` takes the vector of `new_slots[k]`; its old vector
-    goes back to `old_slots[k]`."""
+    """Switches of one side of one layer.
+
+    Live `positions[k]` takes the vector of `new_slots[k]`. Its old vector returns to `old_slots[k]`.
+    """
 
     layer: int
     side: str
@@ -62,7 +73,7 @@ class LayerSwitch:
 
 @dataclass
 class StepPlan:
-    """All switches of a step, in the order in which they apply (a layer's A before its B)."""
+    """All switches of a step, in the order in which they apply: a layer's A before its B."""
 
     switches: list[LayerSwitch] = field(default_factory=list)
 
@@ -72,17 +83,17 @@ class StepPlan:
 
 
 def raw_draws(seed: int, stream: int, step: int, layer: int, count: int) -> np.ndarray:
-    """`count` uniform 64-bit integers, a pure function of the arguments (Philox's bit stream is stable)."""
+    """Return `count` uniform 64-bit integers, a pure function of the arguments: Philox's bit stream is stable."""
     return np.random.Philox(key=seed, counter=[0, stream, layer, step]).random_raw(count)
 
 
 def switch_rate(step: int, ratio: float, total_steps: int) -> float:
-    """Share of the starting frequency left at `step` (counted from 0)."""
+    """Return the share of the starting frequency that is left at `step`, counted from 0."""
     return 0.3 ** ((step + 1) / (ratio * total_steps))
 
 
 def mean_switch_rate(steps: int, ratio: float, total_steps: int) -> float:
-    """Mean of `switch_rate` over the first `steps`: the sum of a geometric series."""
+    """Return the mean of `switch_rate` over the first `steps`: the sum of a geometric series."""
     log = math.log(0.3) / (ratio * total_steps)
     if log == 0:  # an infinite ratio: the rate stays
         return 1.0
@@ -90,7 +101,10 @@ def mean_switch_rate(steps: int, ratio: float, total_steps: int) -> float:
 
 
 def initial_state(config: ScheduleConfig) -> SwitchState:
-    """Live vectors own the last r slots in order, B's list rotated by r // 2; pointers at 0 and r // 2."""
+    """Return the state at the start.
+
+    Live vectors own the last r slots in order, with B's list rotated by r // 2. The pointers are at 0 and r // 2.
+    """
     layers, r = len(config.candidates), config.rank
     last = np.array(config.candidates, dtype=np.int64)[:, None] - r + np.arange(r)
     start = {"A": 0, "B": r // 2}
@@ -102,28 +116,29 @@ def initial_state(config: ScheduleConfig) -> SwitchState:
 
 
 def _uniforms(config: ScheduleConfig, side: str, step: int) -> np.ndarray:
-    """One draw in [0, 1) for each layer: layer l reads word l of the step's stream."""
+    """Return one draw in [0, 1) per layer: layer l reads word l of the step's stream."""
     words = raw_draws(config.seed, COUNT_STREAM[side], step, 0, len(config.candidates))
     return (words >> np.uint64(11)) * 2.0**-53
 
 
 def _counts(config: ScheduleConfig, side: str, step: int) -> np.ndarray:
-    """Vectors to switch in each layer, before the caps."""
+    """Return how many vectors to switch in each layer, before the caps."""
     x = config.rank / config.interval0 * switch_rate(step, config.ratio, config.total_steps)
     whole = int(np.floor(x))
     return whole + (_uniforms(config, side, step) < x - whole).astype(np.int64)
 
 
 def _choose(config: ScheduleConfig, stream: int, step: int, layer: int, eligible: np.ndarray, count: int) -> np.ndarray:
-    """`count` of the eligible items without replacement, in random order."""
+    """Choose `count` of the eligible items without replacement, in random order."""
     keys = raw_draws(config.seed, stream, step, layer, len(eligible))
     return eligible[np.argsort(keys, kind="stable")[:count]]
 
 
 def _window_cap(config: ScheduleConfig, state: SwitchState, layer: int) -> int:
-    """Largest count for which both ring windows stay clear of frozen vectors, of one another and of live slots.
+    """Return the largest count for which both ring windows stay clear.
 
-    The vectors that A's switches froze are B's, and lie behind A's pointer; B's window grows towards them.
+    They must stay clear of frozen vectors, of one another and of live slots. The vectors that A's switches froze are
+    B's, and lie behind A's pointer; B's window grows towards them.
     """
     r = config.rank
     i_a, i_b = int(state.pointer["A"][layer]), int(state.pointer["B"][layer])
@@ -179,8 +194,10 @@ def _plan_independent(config: ScheduleConfig, state: SwitchState, step: int, pla
 
 
 def plan_step(config: ScheduleConfig, state: SwitchState, step: int) -> StepPlan:
-    """Plan the switches of `step` and advance `state`. After it, `state.frozen > 0` are the vectors masked in
-    this step; call `end_step` once the optimizer has stepped."""
+    """Plan the switches of `step` and advance `state`.
+
+    Afterwards `state.frozen > 0` marks the vectors masked in this step. Call `end_step` once the optimizer has stepped.
+    """
     plan = StepPlan()
     planner = _plan_independent if config.selection == "independent" else _plan_ring
     planner(config, state, step, plan)
@@ -188,6 +205,6 @@ def plan_step(config: ScheduleConfig, state: SwitchState, step: int) -> StepPlan
 
 
 def end_step(state: SwitchState) -> None:
-    """A masked step is over: count the freezes down."""
+    """Count the freezes down at the end of a masked step."""
     for frozen in state.frozen.values():
         np.maximum(frozen - 1, 0, out=frozen)

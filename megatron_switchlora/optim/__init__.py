@@ -1,1 +1,1 @@
-"""Row-step AdamW, its layout over ZeRO's flat partitions, learning-rate schedule; knows rows, not LoRA."""
+"""Row-step AdamW, its layout over ZeRO's flat partitions, learning-rate schedules, GaLore and pruning."""

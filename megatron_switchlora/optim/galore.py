@@ -1,12 +1,15 @@
-"""GaLore (arXiv 2403.03507): Adam in a low-rank space of each matrix's gradient, the weights themselves full-rank.
+"""GaLore (arXiv 2403.03507): Adam in a low-rank space of each matrix's gradient; the weights stay full-rank.
 
-Of a matrix W (m, n) with gradient G, every `gap` steps an orthonormal P is taken from G's SVD, of the shorter
-side (the package's projection type std):
+For a matrix W (m, n) with gradient G, every `gap` steps the SVD of G gives an orthonormal P, of the shorter side (the
+package's projection type std):
+
     m >= n:  P [r, n], R = G P^T [m, r]        else  P [m, r], R = P^T G [r, n]
-Both moments have R's shape; Adam's direction is projected back and scaled before it is subtracted. P is
-`galore_torch.GaLoreProjector`'s work; the Adam step is written out here (equal to the package's GaLoreAdamW
-to rounding), so that its state is plain tensors: saved by name like every other, and resumed to the bit. All
-other parameters are the row-step AdamW's. Needs whole fp32 matrices as masters: DeepSpeed's fp32 stage 0.
+
+Both moments have R's shape. Adam's direction is projected back and scaled before it is subtracted.
+
+`galore_torch.GaLoreProjector` computes P. The Adam step is written out here, and equals the package's GaLoreAdamW to
+rounding. So its state is plain tensors, saved by name like any other, and resumed to the bit. All other parameters use
+the row-step AdamW. Masters must be whole fp32 matrices: DeepSpeed's fp32 stage 0.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ SAVED = ("exp_avg", "exp_avg_sq", "projector", "row_step")
 
 
 class Projector(Protocol):
-    """What of `GaLoreProjector` is relied upon: it decomposes where `iter` is a multiple of its gap."""
+    """What this code uses of `GaLoreProjector`: it decomposes where `iter` is a multiple of its gap."""
 
     ortho_matrix: Optional[Tensor]
 
@@ -35,7 +38,7 @@ class Projector(Protocol):
 
 
 def load_projector() -> Callable[..., Projector]:
-    """The package's projector class.
+    """Return the package's projector class.
 
     Raises:
         UserError: the package, or bitsandbytes which it imports, is missing or does not load.
@@ -51,13 +54,13 @@ def load_projector() -> Callable[..., Projector]:
 
 
 def projected_shapes(shape: torch.Size, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of the projected gradient and of the projector of a matrix (m, n)."""
+    """Return the shapes of the projected gradient and of the projector of a matrix (m, n)."""
     m, n = shape
     return ((m, rank), (rank, n)) if m >= n else ((rank, n), (m, rank))
 
 
 class GaloreAdamW(RowAdamW):
-    """Row-step AdamW but for the matrices in `projectors`, of rank `rank`."""
+    """Row-step AdamW, with rank `rank` GaLore for the matrices in `projectors`."""
 
     def __init__(
         self, groups: list[dict[str, Any]], projectors: dict[nn.Parameter, Projector], rank: int,
@@ -70,7 +73,7 @@ class GaloreAdamW(RowAdamW):
         if master not in self.projectors:
             return super()._new_state(master, rows)
         low, projector = projected_shapes(master.shape, self.rank)
-        # the counter stays on the host: it is read at every step
+        # the counter stays on the host, since it is read at every step
         return {
             "exp_avg": master.new_zeros(low),
             "exp_avg_sq": master.new_zeros(low),
@@ -86,14 +89,14 @@ class GaloreAdamW(RowAdamW):
         state, lr = self.state[master], group["lr"]
         projector.ortho_matrix = state["projector"]
         grad = projector.project(master.grad, int(state["row_step"]))
-        if projector.ortho_matrix is not state["projector"]:  # decomposed anew
+        if projector.ortho_matrix is not state["projector"]:  # decomposed again
             state["projector"].copy_(projector.ortho_matrix)
             projector.ortho_matrix = state["projector"]
         state["row_step"] += 1
         step, (beta1, beta2) = int(state["row_step"]), self.betas
         exp_avg = state["exp_avg"].lerp_(grad, 1 - beta1)
         exp_avg_sq = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        # as the package: eps is added before the bias correction, and the decay comes last
+        # as in the package: eps is added before the bias correction, and the decay comes last
         direction = projector.project_back(exp_avg / exp_avg_sq.sqrt().add_(self.eps))
         master.add_(direction, alpha=-lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step))
         if group["weight_decay"] != 0:

@@ -1,9 +1,9 @@
 """Clip the gradients of several LTE heads in one process, each by its own norm.
 
-DeepSpeed clips by the norm of all gradients, which would let one head's spike hold the others back and
-would not equal heads on ranks of their own. Here the squares of a head's gradients are summed over its
-pieces on this rank (of replicated tensors on the first tensor-parallel rank only), then over the ranks
-that hold others, and its gradients are scaled by c / (norm + 1e-6) where that is below 1.
+DeepSpeed clips by the norm of all gradients. One head's spike would then slow down the others, and the result would
+differ from that of heads on ranks of their own. Here the squares of a head's gradients are summed over its pieces on
+this rank, then over the ranks that hold other pieces. Replicated tensors count on the first tensor-parallel rank only.
+The head's gradients are scaled by c / (norm + 1e-6) where that is below 1.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from megatron_switchlora.optim.layout import Piece
 
 
 class HeadClip:
-    """`limit` 0 only measures. `dp` is the axis over which masters are partitioned (alone: they are not). `norms`
-    [heads] are those of the last step, before the clip."""
+    """Measure and clip the gradient norms of the heads; `limit` 0 only measures.
+
+    `dp` is the axis over which masters are partitioned, of one rank if they are not. `norms` [heads] are those of the
+    last step, before the clip.
+    """
 
     def __init__(self, limit: float, heads: int, dp: Axis, tp: Axis, device: torch.device) -> None:
         self.limit, self.dp, self.tp = limit, dp, tp
@@ -30,7 +33,7 @@ class HeadClip:
 
     @torch.no_grad()
     def measure(self, gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Take the norms from all (parameter, gradient) here, before the optimizer's step. Collective."""
+        """Measure the norms of all (parameter, gradient) here, before the optimizer's step. Collective."""
         squares = torch.zeros_like(self.norms)
         for param, grad in gradients:
             if is_split(param) or self.tp.rank == 0:
@@ -50,7 +53,7 @@ class HeadClip:
 
 
 def gradient(piece: Piece) -> Tensor:
-    """The piece's [rows, width] view of its master's gradient."""
+    """Return the piece's [rows, width] view of its master's gradient."""
     grad = piece.master.grad
     assert grad is not None
     return piece.block(grad)

@@ -1,12 +1,14 @@
-"""Where row i of a parameter lives in the tensors the optimizer steps.
+"""Where row i of a parameter lives in the tensors that the optimizer steps.
 
 DeepSpeed gives the client optimizer other tensors than the model's parameters:
+
     no wrapper (fp32, stage 0)   the parameters themselves
     FP16_UnfusedOptimizer        bf16 at stage 0: an fp32 copy of each parameter
-    DeepSpeedZeroOptimizer       stages 1 and 2: one flat fp32 partition a group, this rank's share
-    BF16_Optimizer               bf16 at stage 1 with fp32 accumulation: likewise
-A `Piece` is a block of rows (or a part of one row, where a partition boundary cuts it) of one parameter
-inside one such tensor. A dense parameter is a single row. Everything here is local: no communication.
+    DeepSpeedZeroOptimizer       stages 1 and 2: one flat fp32 partition per group, this rank's share
+    BF16_Optimizer               bf16 at stage 1 with fp32 accumulation: the same kind of partition
+
+A `Piece` is a block of rows of one parameter inside one such tensor, or a part of one row where a partition boundary
+cuts it. A dense parameter is a single row. Everything here is local: no communication.
 """
 
 from __future__ import annotations
@@ -24,8 +26,11 @@ from megatron_switchlora.distributed.slices import row_blocks
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows [first_row, first_row + rows) of `param`, columns [column, column + width), at element `offset` of
-    the flattened `master`; the rows' step counters are elements [step_offset, step_offset + rows)."""
+    """Rows [first_row, first_row + rows) of `param`, columns [column, column + width).
+
+    The piece begins at element `offset` of the flattened `master`. The rows' step counters are elements [step_offset,
+    step_offset + rows).
+    """
 
     param: nn.Parameter
     master: Tensor
@@ -37,24 +42,27 @@ class Piece:
     step_offset: int
 
     def block(self, tensor: Tensor) -> Tensor:
-        """This piece's [rows, width] view of a tensor shaped like the master."""
+        """Return this piece's [rows, width] view of a tensor shaped like the master."""
         return tensor.view(-1)[self.offset : self.offset + self.rows * self.width].view(self.rows, self.width)
 
     def source(self, full: Tensor) -> Tensor:
-        """This piece's [rows, width] view of a tensor shaped like the parameter."""
+        """Return this piece's [rows, width] view of a tensor shaped like the parameter."""
         by_row = full.reshape(self.row_count(), -1)
         return by_row[self.first_row : self.first_row + self.rows, self.column : self.column + self.width]
 
     @property
     def start(self) -> int:
-        """First element of the flattened parameter."""
+        """First element of the piece in the flattened parameter."""
         return self.first_row * (self.param.numel() // self.row_count()) + self.column
 
     def row_count(self) -> int:
         return self.param.size(0) if has_rows(self.param) else 1
 
     def local_rows(self, rows: Optional[Tensor]) -> Tensor:
-        """Of the parameter's rows (a CPU tensor; None: all), those in this piece, counted from its first."""
+        """Return which of the parameter's rows are in this piece, counted from its first.
+
+        `rows` is a CPU tensor; None means all rows.
+        """
         if rows is None:
             return torch.arange(self.rows)
         inside = (rows >= self.first_row) & (rows < self.first_row + self.rows)
@@ -62,8 +70,10 @@ class Piece:
 
 
 class RowLayout:
-    """The pieces of all parameters on this rank, by master tensor and by parameter; `partitioned` where data-parallel
-    ranks hold different elements."""
+    """The pieces of all parameters on this rank, by master tensor and by parameter.
+
+    `partitioned` is true where data-parallel ranks hold different elements.
+    """
 
     def __init__(self) -> None:
         self.by_master: dict[Tensor, list[Piece]] = {}
@@ -72,7 +82,7 @@ class RowLayout:
         self.partitioned = False
 
     def add(self, param: nn.Parameter, master: Tensor, offset: int, start: int, numel: int) -> None:
-        """Elements [start, start + numel) of the flattened `param` are at `offset` of the flattened `master`."""
+        """Add elements [start, start + numel) of the flattened `param`, at `offset` of the flattened `master`."""
         total_rows = param.size(0) if has_rows(param) else 1
         length = param.numel() // total_rows
         for row, column, rows, width in row_blocks(length, start, numel):
@@ -85,7 +95,10 @@ class RowLayout:
 
 
 def plain_layout(params: Iterable[nn.Parameter]) -> RowLayout:
-    """Every parameter is its own master: PyTorch without DeepSpeed, and DeepSpeed's fp32 stage 0."""
+    """Return a layout in which every parameter is its own master.
+
+    That is PyTorch without DeepSpeed, and DeepSpeed's fp32 stage 0.
+    """
     layout = RowLayout()
     for param in params:
         layout.add(param, param, 0, 0, param.numel())
@@ -93,10 +106,12 @@ def plain_layout(params: Iterable[nn.Parameter]) -> RowLayout:
 
 
 def deepspeed_layout(optimizer: object, params: list[nn.Parameter]) -> RowLayout:
-    """Layout behind the optimizer that `deepspeed.initialize` returned (internals of deepspeed 0.19.8).
+    """Return the layout behind the optimizer that `deepspeed.initialize` returned.
+
+    Reads internals of deepspeed 0.19.8.
 
     Raises:
-        TypeError: an optimizer class that is not one of the four above.
+        TypeError: the optimizer's class is not one of the four above.
     """
     kind = type(optimizer).__name__
     if kind == "FP16_UnfusedOptimizer":
@@ -117,8 +132,11 @@ def deepspeed_layout(optimizer: object, params: list[nn.Parameter]) -> RowLayout
 
 
 def partition_gradients(optimizer: object) -> Optional[list[tuple[Tensor, Tensor]]]:
-    """(parameter, gradient) of what this rank holds before the step of DeepSpeed's stages 1 and 2, which give the
-    client optimizer one group at a time; None for those that give it all at once (internals of deepspeed 0.19.8)."""
+    """Return (parameter, gradient) of what this rank holds before the step of DeepSpeed's stages 1 and 2.
+
+    Those give the client optimizer one group at a time. For optimizers that give all groups at once the result is None.
+    Reads internals of deepspeed 0.19.8.
+    """
     if type(optimizer).__name__ != "DeepSpeedZeroOptimizer":
         return None
     params, grads = optimizer.params_in_partition, optimizer.averaged_gradients  # type: ignore[attr-defined]

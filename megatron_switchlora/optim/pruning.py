@@ -1,10 +1,11 @@
 """Magnitude pruning of Adam moments, the same on every mesh and ZeRO stage (ReLoRA, arXiv 2307.05695, section 3).
 
-Of each moment of a whole parameter, over all its shards, the k = keep x size entries of largest magnitude
-stay (at least one, and ties with the k-th); the others become zero. No rank sees the whole: each offers
-the k largest of what it holds and no other rank offers, one all-gather over the head brings the offers of
-all parameters together, and the k-th largest of them is the k-th largest of the moment, exactly. ReLoRA's
-published code prunes at random or by magnitude, each data-parallel rank its own full copy.
+Of each moment of a whole parameter, over all its shards, the k = keep x size entries of largest magnitude stay: at
+least one, and ties with the k-th. The others become zero.
+
+No rank sees the whole. Each offers the k largest entries of what it holds and no other rank offers. One all-gather over
+the head group collects the offers for all parameters. The k-th largest offer is exactly the k-th largest entry of the
+moment. ReLoRA's published code prunes at random or by magnitude, each data-parallel rank its own full copy.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def kept_count(param: nn.Parameter, keep: float) -> int:
-    """How many entries of a moment of the whole parameter stay."""
+    """Return how many entries of a moment of the whole parameter stay."""
     return max(1, round(keep * torch.Size(full_shape(param)).numel()))
 
 
 @torch.no_grad()
 def prune_moments(optimizer: RowAdamW, params: Sequence[nn.Parameter], keep: float, mesh: Mesh) -> None:
-    """Leave the share `keep` in (0, 1] of both moments of every parameter. Collective over the head."""
+    """Keep the share `keep` in (0, 1] of both moments of every parameter. Collective over the head group."""
     wanted = [(param, key, kept_count(param, keep)) for param in params for key in MOMENTS]
     offers = _together(torch.cat([_offer(optimizer, *each, mesh) for each in wanted]), mesh)
     for (param, key, count), offered in zip(wanted, offers.split([count for *_, count in wanted], dim=1), strict=True):
@@ -39,12 +40,12 @@ def prune_moments(optimizer: RowAdamW, params: Sequence[nn.Parameter], keep: flo
 
 
 def _blocks(optimizer: RowAdamW, param: nn.Parameter, key: str) -> list[Tensor]:
-    """Views of what this rank holds of a moment."""
+    """Return views of what this rank holds of a moment."""
     return [piece.block(optimizer.state[piece.master][key]) for piece in optimizer.pieces(param)]
 
 
 def _offer(optimizer: RowAdamW, param: nn.Parameter, key: str, count: int, mesh: Mesh) -> Tensor:
-    """The `count` largest magnitudes here, -1 where there are fewer or another rank offers the same."""
+    """Return the `count` largest magnitudes here; -1 where there are fewer, or another rank offers them."""
     offer = torch.full((count,), -1.0, device=param.device)
     first_of_copies = (is_split(param) or mesh.rank("tp") == 0) and (optimizer.partitioned or mesh.rank("dp") == 0)
     blocks = _blocks(optimizer, param, key) if first_of_copies else []
@@ -57,7 +58,7 @@ def _offer(optimizer: RowAdamW, param: nn.Parameter, key: str, count: int, mesh:
 
 
 def _together(offer: Tensor, mesh: Mesh) -> Tensor:
-    """All ranks' offers [ranks, entries]."""
+    """Return all ranks' offers [ranks, entries]."""
     ranks = mesh.axis("head")
     if ranks.size == 1:
         return offer[None]

@@ -1,12 +1,15 @@
-"""AdamW with one step counter for each LoRA vector (SwitchLoRA, section 2.3).
+"""AdamW with one step counter per LoRA vector (SwitchLoRA, section 2.3).
 
-When a vector is switched, its counterpart's moments and step counter go back to zero. The counter is
-one float a row, so the optimizer state of a LoRA parameter is 8 bytes and a remainder (the paper's
-full step matrix costs 12). Frozen rows see a zero gradient and no weight decay while their counter
-runs on: with zeroed moments they stay exactly where they are, and wake with a warm-up.
-Without resets it equals `torch.optim.AdamW` (foreach) bit for bit on the CPU in fp32: the same
-operations in the same order, bias corrections formed in float64 and cast once. The masking acts inside
-`step()`, that is after DeepSpeed's norm and clip. The tensors stepped are those of `optim/layout.py`.
+When a vector is switched, its counterpart's moments and step counter are reset to zero. The counter is one float per
+row, so the optimizer state of a LoRA parameter takes 8 bytes per element and a remainder; the paper's full step matrix
+takes 12.
+
+Frozen rows get a zero gradient and no weight decay while their counter runs on. With zeroed moments they stay exactly
+where they are, and start again with a warm-up.
+
+Without resets the step equals `torch.optim.AdamW` (foreach) bit for bit on the CPU in fp32. The operations and their
+order are the same, and bias corrections are formed in float64 and cast once. The mask acts inside `step()`, that is
+after DeepSpeed's norm and clip. `optim/layout.py` describes the tensors that are stepped.
 """
 
 from __future__ import annotations
@@ -28,8 +31,11 @@ def adamw_(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, frozen: Optional[Tensor],
     *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    """One AdamW step on a block, in place. param, grad, exp_avg, exp_avg_sq [rows, width]; step [rows] floats,
-    advanced first; frozen: indices of rows to hold still, or None (their rows of `grad` are zeroed)."""
+    """Take one AdamW step on a block, in place.
+
+    param, grad, exp_avg, exp_avg_sq [rows, width]; step [rows] floats, advanced first. `frozen` holds the indices of
+    rows that must not move, or None; their rows of `grad` are zeroed.
+    """
     step += 1
     if frozen is not None:
         grad.index_fill_(0, frozen, 0.0)
@@ -48,10 +54,11 @@ def adamw_(
 
 
 class RowAdamW(torch.optim.Optimizer):
-    """AdamW over a `RowLayout`. Groups carry `lr`, `weight_decay` and a `name`.
+    """AdamW over a `RowLayout`; groups carry `lr`, `weight_decay` and a `name`.
 
-    `step` does nothing before `attach` (DeepSpeed's bf16 stage 0 steps once at initialisation). A non-finite
-    gradient, or `refuse_step` set by who knows of one elsewhere, leaves everything as it is and sets `found_nonfinite`.
+    `step` does nothing before `attach`, since DeepSpeed's bf16 stage 0 steps once at initialisation. A non-finite
+    gradient leaves everything as it is and sets `found_nonfinite`. So does `refuse_step`, which the caller sets if
+    another rank has a non-finite gradient.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, beta1: float, beta2: float, eps: float) -> None:
@@ -64,7 +71,7 @@ class RowAdamW(torch.optim.Optimizer):
         self.head_clip: Optional[HeadClip] = None
 
     def attach(self, layout: RowLayout) -> None:
-        """Adopt the layout and create all state now (DeepSpeed links lazily created state only in part)."""
+        """Adopt the layout and create all state now: DeepSpeed does not link all of the state that is created later."""
         self.layout = layout
         for master, count in layout.step_counts.items():
             self.state[master] = self._new_state(master, count)
@@ -77,11 +84,11 @@ class RowAdamW(torch.optim.Optimizer):
         }
 
     def set_frozen(self, frozen: dict[nn.Parameter, Tensor]) -> None:
-        """Rows (CPU index tensors) to hold still in the next step."""
+        """Set the rows (CPU index tensors) that must not move in the next step."""
         self.frozen = frozen
 
     def pieces(self, param: nn.Parameter) -> list[Piece]:
-        """This rank's pieces of a parameter."""
+        """Return this rank's pieces of a parameter."""
         assert self.layout is not None, "attach() first"
         return self.layout.by_param.get(param, [])
 
@@ -113,7 +120,7 @@ class RowAdamW(torch.optim.Optimizer):
                     self._update(master, group)
 
     def _update(self, master: Tensor, group: dict[str, Any]) -> None:
-        """One step of a master that has a gradient."""
+        """Step a master that has a gradient."""
         assert self.layout is not None and master.grad is not None
         for piece in self.layout.by_master[master]:
             adamw_(
@@ -123,8 +130,11 @@ class RowAdamW(torch.optim.Optimizer):
             )  # fmt: skip
 
     def _clip_heads(self, clip: HeadClip, layout: RowLayout) -> None:
-        """Clip what this call steps. ZeRO calls once a group, so the norms over all are measured before, by the engine;
-        else they are measured here."""
+        """Clip the gradients that this call steps.
+
+        ZeRO calls once per group, so the engine measures the norms over all groups before. Otherwise they are measured
+        here.
+        """
         held = [p for pieces in layout.by_master.values() for p in pieces if p.master.grad is not None]
         if not clip.measured:
             clip.measure((piece.param, gradient(piece)) for piece in held)
@@ -133,8 +143,10 @@ class RowAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def rows_rewritten(self, param: nn.Parameter, rows: Optional[Tensor] = None) -> None:
-        """The parameter's rows (a CPU index tensor; without one all) were changed in place: copy them to the masters
-        here."""
+        """Copy rows of a parameter that were changed in place to the masters here.
+
+        `rows` is a CPU index tensor; None means all rows.
+        """
         for piece in self.pieces(param):
             local = piece.local_rows(rows).to(piece.master.device)
             if len(local) and piece.master is not param:
@@ -143,7 +155,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def reset_rows(self, param: nn.Parameter, rows: Optional[Tensor] = None) -> None:
-        """Zero moments and step counters of rows (a CPU index tensor; without one of all)."""
+        """Zero moments and step counters of rows (a CPU index tensor; None means all rows)."""
         for piece in self.pieces(param):
             local = piece.local_rows(rows).to(piece.master.device)
             if len(local):
@@ -158,7 +170,10 @@ class RowAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def sum_of_masters(self, params: list[nn.Parameter]) -> Tensor:
-        """The sum of the masters of parameters of one shape, in at least fp32; zero where other ranks have them."""
+        """Return the sum of the masters of parameters of one shape, in at least fp32.
+
+        Elements that other ranks hold are zero.
+        """
         like = params[0]
         total = torch.zeros(like.shape, dtype=at_least_fp32(like.dtype), device=like.device)
         for param in params:
@@ -168,7 +183,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def set_values(self, param: nn.Parameter, values: Tensor) -> None:
-        """Set a parameter and what this rank has of its master."""
+        """Set a parameter, and what this rank holds of its master."""
         param.copy_(values)
         for piece in self.pieces(param):
             if piece.master is not param:
@@ -176,13 +191,16 @@ class RowAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def reset_steps(self, param: nn.Parameter) -> None:
-        """Zero the step counters of all rows, not their moments."""
+        """Zero the step counters of all rows, but not their moments."""
         for piece in self.pieces(param):
             self._views(piece)[2].zero_()
 
     def slices(self, name: str, param: nn.Parameter, group: Optional[str]) -> Iterator[TensorSlice]:
-        """What this rank holds of a parameter's master, named as the parameter, and of its state: NAME:exp_avg,
-        NAME:exp_avg_sq and the step counters NAME:row_step [rows]."""
+        """Yield what this rank holds of a parameter's master and of its state.
+
+        The master has the parameter's name. The state's names are NAME:exp_avg, NAME:exp_avg_sq and, for the step
+        counters, NAME:row_step [rows].
+        """
         for piece in self.pieces(param):
             exp_avg, exp_avg_sq, steps = self._views(piece)
             blocks = {"": piece.block(piece.master.data), ":exp_avg": exp_avg, ":exp_avg_sq": exp_avg_sq}
@@ -192,8 +210,10 @@ class RowAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_rows(self, param: nn.Parameter, values: dict[str, Tensor]) -> None:
-        """Set this rank's share of `master`, `exp_avg`, `exp_avg_sq` (shaped like the parameter) and `row_step`
-        (one a row) from full tensors."""
+        """Set this rank's share of a parameter's state from full tensors.
+
+        `master`, `exp_avg` and `exp_avg_sq` are shaped like the parameter; `row_step` has one entry per row.
+        """
         for piece in self.pieces(param):
             exp_avg, exp_avg_sq, steps = self._views(piece)
             piece.block(piece.master.data).copy_(piece.source(values["master"]))
@@ -203,7 +223,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def read_rows(self, param: nn.Parameter) -> dict[str, Tensor]:
-        """This rank's share of the same four tensors, zero where another rank owns the elements."""
+        """Return this rank's share of the same four tensors, zero where another rank owns the elements."""
         rows = param.size(0) if has_rows(param) else 1
         dtype = at_least_fp32(param.dtype)
         full = {key: torch.zeros(param.shape, dtype=dtype) for key in ("master", "exp_avg", "exp_avg_sq")}

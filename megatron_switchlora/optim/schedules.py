@@ -1,4 +1,4 @@
-"""Learning rate over a run: linear warm-up, then a cosine to zero (SwitchLoRA, section 4.1); with ReLoRA's teeth."""
+"""Learning rate over a run: linear warm-up, then a cosine to zero (SwitchLoRA, section 4.1), or ReLoRA's restarts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import math
 
 
 def lr_factor(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Multiple of the peak rate at `step` (counted from 0): (step + 1) / warmup, then half a cosine."""
+    """Return the multiple of the peak rate at `step`, counted from 0.
+
+    It is (step + 1) / warmup, then half a cosine.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -14,8 +17,11 @@ def lr_factor(step: int, warmup_steps: int, total_steps: int) -> float:
 
 
 def jagged_factor(step: int, warmup_steps: int, total_steps: int, restart_interval: int, restart_warmup: int) -> float:
-    """The same with a tooth after each multiple of `restart_interval`: for `restart_warmup` steps the rate climbs
-    linearly from zero to what the cosine has at their end (ReLoRA's jagged cosine, arXiv 2307.05695, section 3)."""
+    """Return `lr_factor` with a new warm-up after each multiple of `restart_interval`.
+
+    For `restart_warmup` steps the rate climbs linearly from zero to the cosine's value at their end (ReLoRA's jagged
+    cosine, arXiv 2307.05695, section 3).
+    """
     since = step % restart_interval
     if step < max(warmup_steps, restart_interval) or since >= restart_warmup:
         return lr_factor(step, warmup_steps, total_steps)

@@ -98,7 +98,8 @@ def test_what_only_another_rank_found_is_said_by_rank_0(cluster: Any) -> None:
 @pytest.mark.parametrize(
     ("place", "words"),
     [(WAITING, "could not exchange data with the others, which are all alive (reset)"),
-     ("loader.py:70, in batch", "for ranks that are alive and did not come: rank 1 (on n1)")],
+     ("loader.py:70, in batch",
+      "waited 1 s (parallel.timeout) for ranks that are alive and did not come: rank 1 (on n1)")],
 )  # fmt: skip
 def test_a_failed_collective_is_explained(
     cluster: Any, monkeypatch: pytest.MonkeyPatch, place: str, words: str
