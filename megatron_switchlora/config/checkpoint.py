@@ -1,4 +1,4 @@
-"""The checkpoints' section of the run configuration and its rules."""
+"""The checkpoint section of the run configuration, and its rules."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from megatron_switchlora.config.facts import option
 
 @dataclass
 class CheckpointConfig:
-    """When the run is saved, in the run folder's checkpoints/, and what a resumed run may change."""
+    """When to save the run, in the run folder's checkpoints/, and what a resumed run may change."""
 
     interval: int = option(200, resume="free", results=False)
-    """Steps between checkpoints; one is also written at the end and when the run is asked to stop. 0: only then."""
+    """Steps between checkpoints; 0 writes none at intervals. One is always written at the end and when the run is asked
+    to stop."""
     keep_last: int = option(2, resume="free", results=False)
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: int = option(0, resume="free", results=False)
-    """Checkpoints at multiples of so many steps are kept for good, for tools/analyze.py to follow a run; 0: none."""
+    """Keep checkpoints at multiples of this many steps for good, so that tools/analyze.py can follow a run; 0: none."""
     background: bool = option(True, resume="free", results=False)
-    """Write while training goes on, from a copy in host memory; false waits for the disk."""
+    """Write checkpoints while training continues, from a copy in host memory; false waits for the disk."""
     allow_changes: list[str] = option(factory=list, resume="free", results=False)
     """Options that may differ from the checkpoint's: optim.*, train.steps, train.warmup_steps, train.epochs,
     train.precision, the numbers of the switching schedule, or data (another text, same tokenizer)."""
 
 
 def check_checkpoint(c: CheckpointConfig) -> None:
-    """Check the rules of this section alone; `config.rules` knows what `allow_changes` may name.
+    """Check the rules of this section alone; `config.rules` checks the names in `allow_changes`.
 
     Raises:
         UserError: with the rule, the values and what to change.

@@ -1,9 +1,9 @@
 """The command line of `launch/pretrain.py`: every field of `RunConfig` is a dotted option.
 
-`--optim.lr 0.02` overrides the YAML of `--config`; the docstring under a field is its help. Files and values are read
-here, alike; jsonargparse has the help, `--print_config`, the flags and what is no option: it never sees a file, nor a
-section, in which it would look for classes to import. Mistakes become one `UserError`, with the nearest valid name for
-an unknown key.
+`--optim.lr 0.02` overrides the YAML of `--config`. The docstring under a field is its help. Files and values are read
+here, by the same rules. jsonargparse handles the help, `--print_config`, flags, and words that are no option. It never
+gets a file or a section, in which it would look for classes to import. A mistake becomes one `UserError`; for an
+unknown key it gives the nearest valid name.
 """
 
 from __future__ import annotations
@@ -61,16 +61,18 @@ class Arguments:
 
 
 def build_parser() -> ArgumentParser:
-    """The parser, with the sections of all methods that are registered by now."""
+    """Build the parser, with the sections of all methods that are registered by now."""
     return _parser_of(run_config_class())  # type: ignore[arg-type]
 
 
 @cache
 def _parser_of(kind: type[RunConfig]) -> ArgumentParser:
-    """The parser; `--print_config` and `--help` come with it. Kept: tools read many configurations, and reading the
-    fields' docstrings takes longer than all else."""
+    """Build the parser for a configuration class; `--print_config` and `--help` come with it.
+
+    It is cached: tools read many configurations, and reading the fields' docstrings takes longer than everything else.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    set_dumper("yaml", dump_yaml)  # what --print_config writes is what --config reads
+    set_dumper("yaml", dump_yaml)  # --config reads what --print_config writes
     parser = ArgumentParser(
         prog="pretrain.py",
         description=DESCRIPTION,
@@ -106,7 +108,7 @@ def _parser_of(kind: type[RunConfig]) -> ArgumentParser:
         "--local_rank", type=int, default=0, help="Set by the deepspeed launcher; the environment decides."
     )
     parser.add_class_arguments(kind)
-    added = added_help() | {"help": "--help all shows this, --help alone the options to start with."}
+    added = added_help() | {"help": "--help all prints this, --help alone the options to start with."}
     for action in parser._actions:
         if action.dest in added:
             action.help = f"{'' if action.dest == 'help' else action.help} {added[action.dest]}".strip()
@@ -114,7 +116,10 @@ def _parser_of(kind: type[RunConfig]) -> ArgumentParser:
 
 
 def print_help(which: str) -> NoReturn:
-    """Print the help that `wanted_help` found and exit; --help alone builds no parser, which takes a second."""
+    """Print the help that `wanted_help` chose, and exit.
+
+    --help alone builds no parser, which would take a second.
+    """
     if which == "all":
         build_parser().print_help()
     else:
@@ -123,14 +128,14 @@ def print_help(which: str) -> NoReturn:
 
 
 def _unknown_name(message: str) -> Optional[str]:
-    """The option that jsonargparse did not know, from its message."""
+    """Return the option that jsonargparse did not know, from its message."""
     match = re.search(r"nrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message)
     return match and (match.group(1) or match.group(2))
 
 
 def _unknown(name: str) -> UserError:
     near = difflib.get_close_matches(name, sorted(option_types()), n=1, cutoff=0.0)
-    return UserError(f"Unknown option or key {name!r}: did you mean {near[0]!r}? --help all lists all of them.")
+    return UserError(f"Unknown option or key {name!r}: did you mean {near[0]!r}? --help all lists every option.")
 
 
 def _explain(error: Exception) -> UserError:
@@ -141,10 +146,13 @@ def _explain(error: Exception) -> UserError:
 
 
 def parse_arguments(argv: Sequence[str], kept_in: Optional[Path] = None) -> Arguments:
-    """Parse and validate. A file that is kept in a run's folder names that: no plugin beside it is imported.
+    """Parse and validate the command line.
+
+    `kept_in` is the folder of the run or checkpoint that a configuration file belongs to; no plugin beside it is
+    imported.
 
     Raises:
-        UserError: unknown keys, wrong types, unreadable files, or a rule of `rules.validate`.
+        UserError: unknown keys, wrong types, unreadable files, or a broken rule of `rules.validate`.
     """
     require_utf8(argv)
     files, words = split_config_files(argv)
@@ -162,10 +170,10 @@ def parse_arguments(argv: Sequence[str], kept_in: Optional[Path] = None) -> Argu
         if name in field_types():
             setattr(attrgetter(section)(Namespace(config=config)), entry, value)
     expand_paths(config)
-    known = METHODS.get(config.method.name)  # one that is not is refused by `validate`
+    known = METHODS.get(config.method.name)  # `validate` refuses an unknown one
     rates = {"optim.lr": config.lr, "optim.dense_lr": config.dense_lr} if known else {}
     flags = _parse_flags(given | rates, others)
-    config.method.init = config.method.initial  # type: ignore[assignment]  # a run's records say which they were
+    config.method.init = config.method.initial  # type: ignore[assignment]  # a run records them
     config.optim.lr, config.optim.dense_lr = config.lr, config.dense_lr
     validate(config)
     check_modes(flags)
@@ -175,19 +183,23 @@ def parse_arguments(argv: Sequence[str], kept_in: Optional[Path] = None) -> Argu
 
 
 def _parse_flags(given: dict[str, Any], words: Sequence[str]) -> Namespace:
-    """What the parser makes of the words that are no option with a value: flags, and mistakes."""
+    """Return what the parser makes of the words that are no option with a value: flags, and mistakes."""
     parser, namespace = build_parser(), Namespace()
     for name, value in given.items():  # for --print_config
         namespace[name] = value
     try:
         return parser.parse_args(words, namespace=namespace)
     except (ArgumentError, TypeError, ValueError, OSError) as error:
-        vars(parser).pop("print_config", None)  # a --print_config that the mistake has kept from printing
+        vars(parser).pop("print_config", None)  # a --print_config that the mistake has prevented
         raise _explain(error) from None
 
 
 def require_utf8(words: Sequence[str]) -> None:
-    """Raises: UserError, if a word holds bytes that are not UTF-8: libraries that we write files with refuse them."""
+    """Require words in UTF-8: the libraries that write our files refuse other bytes.
+
+    Raises:
+        UserError: a word holds bytes that are not UTF-8.
+    """
     for word in words:
         require(
             word.isascii() or word == shown(word),
@@ -196,12 +208,16 @@ def require_utf8(words: Sequence[str]) -> None:
 
 
 def check_modes(namespace: Namespace) -> None:
-    """Raises: UserError, if the options that say what to do instead of training do not go together."""
+    """Check that the options that replace training fit together.
+
+    Raises:
+        UserError: they do not.
+    """
     world = namespace.dry_run_world
     require(world is None or world >= 1, f"--dry_run_world must be at least 1, not {world}.")
     require(
         world is None or namespace.dry_run,
-        f"--dry_run_world {world} says for how many ranks --dry_run plans: give --dry_run too, or leave it out.",
+        f"--dry_run_world {world} sets the ranks that --dry_run plans for: give --dry_run too, or leave it out.",
     )
     require(
         namespace.dry_run + namespace.evaluate_only + namespace.prepare_only <= 1,
@@ -211,7 +227,7 @@ def check_modes(namespace: Namespace) -> None:
 
 
 def split_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The files given with --config, and all other words: options override files wherever they stand."""
+    """Return the files given with --config, and all other words: options override files wherever they stand."""
     files: list[str] = []
     others: list[str] = []
     words = iter(argv)
@@ -226,8 +242,10 @@ def split_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def named_plugins(files: Sequence[str], words: Sequence[str]) -> list[Any]:
-    """Return what the option `plugins` will be: it decides which other options there are. Mistakes in files are left to
-    `read_options`."""
+    """Return the value of the option `plugins`, which decides which other options exist.
+
+    Mistakes in files are left to `read_options`.
+    """
     plugins: list[Any] = []
     for path in files:
         with contextlib.suppress(OSError, ValueError, UserError):
@@ -243,11 +261,13 @@ def named_plugins(files: Sequence[str], words: Sequence[str]) -> list[Any]:
 
 
 def take_options(words: Sequence[str], given: dict[str, Any]) -> list[str]:
-    """Add to `given` the values of options, and return all other words, for the parser. Values are read here and not
-    there, so that a text arrives as it was typed, and nothing is taken for the name of a class to import.
+    """Add the values of options to `given`, and return all other words, for the parser.
+
+    Values are read here, not by the parser. So a text arrives as it was typed, and nothing is taken for the name of a
+    class to import.
 
     Raises:
-        UserError: a value of the wrong type, or one for a whole section.
+        UserError: a value of the wrong type, or a value for a whole section.
     """
     types, others, rest = option_types(), [], list(words)
     while rest:
@@ -286,20 +306,20 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _is_value(following: list[str]) -> bool:
-    """Whether the word after an option, if there is one, is its value and no option itself."""
+    """Return whether the word after an option, if there is one, is its value and no option itself."""
     return any(not word.startswith("-") or word == "-" or re.match(r"-\.?(\d|inf)", word) for word in following)
 
 
 def option_types() -> dict[str, Any]:
-    """The type of every option that has a value."""
+    """Return the type of every option that has a value."""
     return field_types() | {"ds_config": Optional[str], "dry_run_world": Optional[int], "local_rank": int}
 
 
 def read_options(path: str) -> dict[str, Any]:
-    """What a YAML says, by dotted names.
+    """Return the options of a YAML file, by dotted name.
 
     Raises:
-        UserError: unless it holds sections with options, each with a value of its type.
+        UserError: it does not hold sections with options, each with a value of its type.
     """
     file = Path(expanded("--config", path))
     content = read_given_yaml(file, f"--config {path}", "Give a file of launch/configs/.")
@@ -310,7 +330,7 @@ def read_options(path: str) -> dict[str, Any]:
         _require_section(path, name not in sections(), f"{name!r} has none")
         if name not in types:
             raise _unknown(name)
-        require(name not in options, f"--config {path} gives {name} twice: leave one of them.")
+        require(name not in options, f"--config {path} gives {name} twice: keep one of them.")
         try:
             options[name] = fit(name, value, types[name])
         except UserError as error:

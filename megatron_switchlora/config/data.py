@@ -1,4 +1,4 @@
-"""The data's section of the run configuration and its rules, as far as no file is read."""
+"""The data section of the run configuration, and those of its rules that need no file."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ class DataConfig:
     text_field: str = option("text", resume="free")
     """Field of a JSON object, or column of a Parquet file, that holds the text; a.b: field b of a."""
     on_bad_document: Literal["error", "skip"] = option("error", resume="free")
-    """What a document that cannot be read does (no such field, broken JSON, not UTF-8, no text): error ends the build,
-    skip leaves it out and counts it. Files that are cut off or damaged always end it."""
+    """What to do with a document that cannot be read (no such field, broken JSON, not UTF-8, no text): error ends the
+    build, skip leaves the document out and counts it. Truncated or damaged files always end the build."""
     hf_name: str = option("allenai/c4", resume="free", path=True)
-    """Dataset of source hf: a name on the hub, or a folder laid out like one. Its files: JSON lines or Parquet."""
+    """Dataset of source hf: a name on the hub, or a folder of the same layout. Its files must be JSON lines or
+    Parquet."""
     hf_config: Optional[str] = option("en", resume="free")
-    """Configuration of the dataset; null if it has only one. In a folder whose README.md names none: the subfolder."""
+    """Configuration of the dataset; null if it has only one. In a folder whose README.md names none, it is the
+    subfolder."""
     hf_split: str = option("train", resume="free")
     """Split to train on."""
     hf_val_split: str = option("validation", resume="free")
@@ -39,22 +41,22 @@ class DataConfig:
     hf_revision: Optional[str] = option(None, resume="free")
     """Commit, tag or branch on the hub; by default main. A full commit hash needs no network once data is cached."""
     max_documents: Optional[int] = option(46_000_000, resume="free")
-    """Training documents taken from the head of hf_split at most (default: the paper's share of C4); null: all."""
+    """Training documents to take at most, from the start of hf_split (default: the paper's share of C4); null: all."""
     max_val_documents: Optional[int] = option(10_000, resume="free")
-    """Validation documents taken from the head of hf_val_split at most; null: all."""
+    """Validation documents to take at most, from the start of hf_val_split; null: all."""
     max_bytes: int = option(10_000_000, resume="free")
     """Size limit of the stdlib corpus."""
     tokenizer: str = option("bpe", resume="free", path=True)
     """bpe: byte-level BPE trained on the training text; char: its characters; else a Hugging Face folder or name."""
     vocab_size: int = option(2048, resume="free")
-    """Vocabulary of a trained bpe tokenizer."""
+    """Vocabulary size of a trained bpe tokenizer."""
     add_bos: bool = option(False, resume="free")
     """Begin every document with the tokenizer's begin mark, for imported models that were pre-trained with one."""
     cache_dir: Optional[str] = option(None, resume="free", results=False, path=True)
-    """Where tokenised data is kept; by default ~/.cache/megatron_switchlora (or under XDG_CACHE_HOME)."""
+    """Folder for tokenised data; by default ~/.cache/megatron_switchlora (or under XDG_CACHE_HOME)."""
 
     def patterns(self, validation: bool = False) -> list[str]:
-        """The file patterns as a list."""
+        """Return the file patterns as a list."""
         given = self.val_files if validation else self.files
         return [given] if isinstance(given, str) else list(given or [])
 

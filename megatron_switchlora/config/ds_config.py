@@ -1,9 +1,11 @@
-"""DeepSpeed's JSON: what it may say, and what the run configuration fills in.
+"""DeepSpeed's JSON: which settings it may have, and which the run configuration fills in.
 
-The JSON owns stage, buckets, overlap, accumulation type and logging. Batch sizes, clip and precision
-belong to the run configuration: they are written into the resolved JSON, and a file that sets one of
-them to another value is refused, naming both. Only settings that the row-step optimizer is proven with
-are let through (`ds_keys.SECTIONS`): stage 3, stock optimizers, fp16, offload, bf16 moments and others are refused.
+The JSON owns stage, buckets, overlap, accumulation type and logging. Batch sizes, clip and precision belong to the run
+configuration, which writes them into the resolved JSON. A file that sets one of them to another value is refused, with
+both values.
+
+Only settings that are proven with the row-step optimizer are accepted (`ds_keys.SECTIONS`). Stage 3, stock optimizers,
+fp16, offload, bf16 moments and others are refused.
 """
 
 from __future__ import annotations
@@ -22,8 +24,13 @@ from megatron_switchlora.config.run import RunConfig, accumulation_steps
 
 @dataclass(frozen=True)
 class Zero:
-    """DeepSpeed's part: ZeRO stage, whether micro-batches accumulate in fp32 (BF16_Optimizer), and the elements of
-    the buckets in which stages 1 and 2 reduce."""
+    """ZeRO's settings.
+
+    Attributes:
+        stage: the ZeRO stage.
+        fp32_accumulation: whether micro-batches accumulate in fp32 (BF16_Optimizer).
+        bucket: elements of the buckets in which stages 1 and 2 reduce.
+    """
 
     stage: int = 1
     fp32_accumulation: bool = False
@@ -31,10 +38,11 @@ class Zero:
 
 
 def read_ds_config(path: Optional[str]) -> dict[str, Any]:
-    """Parse the file; without one, ZeRO stage 1. Keys are of their types (`ds_keys.checked`).
+    """Read the file, or return ZeRO stage 1 without one; values have their keys' types (`ds_keys.checked`).
 
     Raises:
-        UserError: missing file, invalid JSON, a key twice, no object in it, or a value that its key does not have.
+        UserError: the file is missing, is no valid JSON object, holds a key twice, or has a value that its key cannot
+            have.
     """
     if path is None:
         return {"zero_optimization": {"stage": 1}}
@@ -57,12 +65,18 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     section = dict(pairs)
     twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
     if twice:
-        raise ValueError(f"{twice[0]!r} stands in it twice, and one of them would be lost: leave one")
+        raise ValueError(f"{twice[0]!r} occurs twice, and one of them would be lost: keep one")
     return section
 
 
 def _refuse_unsupported(given: dict[str, Any], precision: str) -> None:
-    """`given` as `ds_keys.checked` returns it; what says that nothing is offloaded is taken out."""
+    """Refuse settings that are not supported; drop those that switch offload off.
+
+    `given` is what `ds_keys.checked` returns.
+
+    Raises:
+        UserError: a setting is not supported.
+    """
     zero = given.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     require(
@@ -111,10 +125,10 @@ def _refuse_prescaling(given: dict[str, Any], stage: int) -> None:
 
 
 def resolve_ds_config(given: dict[str, Any], config: RunConfig, dp: int) -> dict[str, Any]:
-    """The JSON with the run configuration's values filled in.
+    """Return the JSON with the run configuration's values filled in.
 
     Raises:
-        UserError: an unsupported setting, or one that contradicts the run configuration.
+        UserError: a setting is not supported, or contradicts the run configuration.
     """
     train = config.train
     given = checked(given)
@@ -143,7 +157,7 @@ def resolve_ds_config(given: dict[str, Any], config: RunConfig, dp: int) -> dict
         stated = given.get(key, value)
         require(
             stated == value,
-            f"The DeepSpeed JSON sets {key} to {stated!r}, but the run configuration says {value!r} ({owner}): remove "
+            f"The DeepSpeed JSON sets {key} to {stated!r}, but the run configuration sets {value!r} ({owner}): remove "
             f"{key} from the JSON or change the run configuration.",
         )
         resolved[key] = value
@@ -156,13 +170,13 @@ def resolve_ds_config(given: dict[str, Any], config: RunConfig, dp: int) -> dict
     )
     resolved["bf16"] = {"enabled": bf16}
     resolved.setdefault("steps_per_print", 10**9)
-    # On by default, it waits for the device twice a micro-batch. A step's time is taken where its loss is read.
+    # By default it waits for the device twice per micro-batch. The trainer measures steps at the loss.
     resolved.setdefault("timers", {"throughput": {"enabled": False}})
     return resolved
 
 
 def zero_settings(resolved: dict[str, Any]) -> Zero:
-    """What the resolved DeepSpeed JSON says about memory."""
+    """Return ZeRO's settings of the resolved DeepSpeed JSON, as far as they affect memory."""
     section = resolved.get("zero_optimization", {})
     bucket = section.get("reduce_bucket_size", Zero.bucket)
     buckets = (2 if section.get("overlap_comm") else 1) if section.get("contiguous_gradients", True) else 0

@@ -1,9 +1,9 @@
 """Every key that DeepSpeed's JSON may have, with its type and range.
 
-DeepSpeed itself ignores some unknown keys, takes texts for numbers here and there, and fails late on others; here all
-are checked alike, by `--dry_run`, tools and runs. "auto" is taken where it has one meaning: what the run configuration
-says for batch sizes, clip and precision, DeepSpeed's default for the rest of ZeRO and of the monitors (the key is left
-out). Keys that hold secrets are refused, since the JSON is copied into the run folder and its checkpoints.
+DeepSpeed itself ignores some unknown keys, takes texts for some numbers, and fails late on others. Here `--dry_run`,
+tools and runs all check every key. "auto" is accepted where it has one meaning. For batch sizes, clip and precision
+that is the value of the run configuration. For the rest of ZeRO and the monitors it is DeepSpeed's default, so the key
+is left out. Keys that hold secrets are refused, since the JSON is copied into the run folder and its checkpoints.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ OF_SERVICE = {"comet": "COMET_API_KEY", "wandb": "WANDB_API_KEY"}
 
 @dataclass(frozen=True)
 class Kind:
-    """What a key may be. `auto`: also "auto"; `null`: also null; `path`: a file or folder."""
+    """The values that a key may have; `auto` and `null` add "auto" and null, `path` marks a file or folder."""
 
     words: str
     types: tuple[type, ...]
     least: Optional[float] = None
-    above: bool = False  # above `least`, not it
+    above: bool = False  # above `least`, not equal to it
     choices: tuple[str, ...] = ()
     auto: bool = False
     null: bool = False
@@ -93,11 +93,12 @@ SCALARS = DERIVED | {
 
 
 def checked(given: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the JSON in which every value is of its key's type: whole numbers are so whether written 5e8 or
-    500000000, ~ is expanded in paths, and a key that is "auto" is left out.
+    """Return a copy of the JSON in which every value has its key's type.
+
+    Whole numbers may be written 5e8 or 500000000, ~ is expanded in paths, and a key that is "auto" is left out.
 
     Raises:
-        UserError: an unknown key, or a value that its key does not have.
+        UserError: an unknown key, or a value that its key cannot have.
     """
     _refuse_secrets(given, "")
     for section in ("optimizer", "scheduler"):
@@ -135,7 +136,7 @@ def _section(name: str, given: Any) -> dict[str, Any]:
 
 
 def _kept(name: str, key: str, value: Any, kind: Kind) -> dict[str, Any]:
-    """The key with its value, or nothing where that is DeepSpeed's default."""
+    """Return the key with its value, or nothing where that is DeepSpeed's default."""
     if (value == "auto" and kind.auto) or (value is None and kind.null):
         return {}
     fitting = _fitting(value, kind)

@@ -1,4 +1,4 @@
-"""The error that people can cause."""
+"""Errors that users can cause."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """A mistake in the input: the message gives the rule, the values and what to change."""
+    """A mistake in the input; the message gives the rule, the values and what to change."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -1,7 +1,7 @@
-"""What is known of an option, written where it is declared: may a resumed run change it, does it change results.
+"""Facts of an option, stated where it is declared: may a resumed run change it, does it change results.
 
-Lists of options are derived from these facts, never kept by hand; `tests/unit/test_facts.py` asks every option for
-its own.
+Lists of options are derived from these facts, never kept by hand; `tests/unit/test_facts.py` asks every option for its
+own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def option(
         results: whether it changes what a run computes, beyond rounding.
         path: whether it is a file or folder of the user's, in which ~ stands for the home folder.
         swept: whether a comparison of methods chooses it for each of its runs.
-        basic: whether the short help shows it, as one of those that people start with.
+        basic: whether the short help shows it, as one of the options to start with.
     """
     metadata = {"resume": resume, "results": results, "path": path, "swept": swept, "basic": basic}
     return field(default=default, default_factory=factory, metadata=metadata)
@@ -47,12 +47,12 @@ def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]
 
 
 def names_where(section: Any, holds: Callable[[Any], bool]) -> list[str]:
-    """Return the dotted names of the options below a section whose facts fulfil a condition."""
+    """Return the dotted names of the options below a section whose facts meet a condition."""
     return [name for name, each, _ in walk(section) if holds(each.metadata)]
 
 
 def value_of(tree: dict[str, Any], name: str, default: Any = None) -> Any:
-    """Return what nested sections, read from a file, hold under a dotted name."""
+    """Return the value under a dotted name in nested sections that were read from a file."""
     for key in name.split("."):
         if not isinstance(tree, dict) or key not in tree:
             return default
@@ -61,7 +61,10 @@ def value_of(tree: dict[str, Any], name: str, default: Any = None) -> Any:
 
 
 def flatten(tree: dict[str, Any], options: Container[str], prefix: str = "") -> dict[str, Any]:
-    """Return nested sections, read from a file, by dotted name; an option of `options` may hold a dictionary itself."""
+    """Return nested sections that were read from a file, by dotted name.
+
+    An option of `options` may hold a dictionary itself.
+    """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"

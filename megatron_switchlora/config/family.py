@@ -1,7 +1,7 @@
 """The table of model families, and what a configuration's rules ask of one.
 
-This module knows no family. The package `model` fills the table as it is imported, plugins add to it, and entry points
-import both before they parse.
+This module knows no family. The package `model` fills the table at import, plugins add to it, and entry points import
+both before they parse.
 """
 
 from __future__ import annotations
@@ -14,27 +14,35 @@ from megatron_switchlora.config.run import RunConfig
 
 
 class FamilyRules:
-    """What of a family needs no model; `model.protocol.Family` has the rest. Every family registers one."""
+    """The part of a family that needs no model; `model.protocol.Family` has the rest. Every family registers one."""
 
     name: ClassVar[str]
-    """What `model.family` calls it."""
+    """Its value of `model.family`."""
     title: ClassVar[str]
-    """What texts call it."""
+    """Its name in texts."""
     unread: ClassVar[frozenset[str]] = frozenset()
     """Options below `model` that it does not read."""
 
     def check(self, model: ModelConfig) -> None:
-        """Raises: UserError, with the rule, the values and what to change, beside `config.model.check_shape`."""
+        """Check this family's rules of the model, beside those of `config.model.check_shape`.
+
+        Raises:
+            UserError: with the rule, the values and what to change.
+        """
 
     def check_run(self, config: RunConfig) -> None:
-        """Raises: UserError, if the model does not go with the rest of the run, as `parallel.tp`."""
+        """Check that the model fits the rest of the run, such as `parallel.tp`.
+
+        Raises:
+            UserError: it does not.
+        """
 
 
 FAMILIES: dict[str, FamilyRules] = {}  # filled at import, as config.method.METHODS
 
 
 def register_family(kind: type[FamilyRules]) -> type[FamilyRules]:
-    """Add a family to the table: a decorator of its class."""
+    """Add a family to the table; a decorator for its class."""
     FAMILIES[kind.name] = kind()
     return kind
 
@@ -54,7 +62,7 @@ def find_family(name: str) -> FamilyRules:
 
 
 def check_model(m: ModelConfig) -> None:
-    """Check every rule of the model alone: those of all families, then those of its own.
+    """Check every rule of the model alone: those of all families, then those of its own family.
 
     Raises:
         UserError: with the rule, the values and what to change.

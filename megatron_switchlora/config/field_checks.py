@@ -1,9 +1,9 @@
-"""Every field of the run configuration has a value of its type: checked from the dataclasses' annotations alone.
+"""Check that every field of the run configuration has a value of its annotated type.
 
-A value may come from a file, as YAML has read it (`fit`), from a word of the command line (`fit_word`), or stand in a
-configuration that a program made (`check_fields`, with which rules.py begins). null is a value only of fields that may
-be left out; numbers are finite and fit in 64 bits; choices are among those that the field names. Fields whose metadata
-say `path` are files or folders: a leading ~ in them is expanded.
+A value may come from a YAML file (`fit`), from a word of the command line (`fit_word`), or from a configuration that a
+program made (`check_fields`, the first step of rules.py). Only optional fields may be null. Numbers must be finite and
+fit in 64 bits, and choices must be among those of the field. Fields whose metadata have `path` are files or folders: a
+leading ~ in them is expanded.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ WORDS = {
 }  # fmt: skip
 
 
-LARGEST = 3.4e38  # in fp32, in which most numbers end
+LARGEST = 3.4e38  # of fp32, in which most numbers are used
 
 
 def field_types() -> dict[str, Any]:
-    """The annotated type of every option by its dotted name, sections inside sections too."""
+    """Return the annotated type of every option by its dotted name, those of nested sections included."""
     return _field_types(run_config_class(), "")  # type: ignore[arg-type]
 
 
@@ -46,7 +46,7 @@ def _field_types(kind: type, prefix: str) -> dict[str, Any]:
 
 
 def sections() -> frozenset[str]:
-    """The dotted names of what holds options and is none itself."""
+    """Return the dotted names of the sections, which hold options."""
     return _sections(run_config_class(), "")  # type: ignore[arg-type]
 
 
@@ -60,16 +60,17 @@ def _sections(kind: type, prefix: str) -> frozenset[str]:
 
 
 def takes_text(name: str) -> bool:
-    """Whether an option's value may be a text of any kind."""
+    """Return whether an option's value may be any text."""
     return str in _alternatives(field_types().get(name))
 
 
 def fit(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type that `hint` annotates: a whole number where a number is asked for becomes one, a text where
-    none is asked for is read as YAML.
+    """Return `value` as the type that `hint` annotates.
+
+    A whole number becomes a number where one is expected. A text is read as YAML where no text is expected.
 
     Raises:
-        UserError: it is of no such type, or no finite number.
+        UserError: the value has another type, or is no finite number.
     """
     kinds, given = _alternatives(hint), value
     if isinstance(value, str) and str not in kinds and value not in _choices(hint):
@@ -81,7 +82,9 @@ def fit(name: str, value: Any, hint: Any) -> Any:
 
 
 def fit_word(name: str, word: str, hint: Any) -> Any:
-    """What a word of the command line says: a text arrives as it was typed, but for null where a field may be left out.
+    """Return the value of a word of the command line, as the type that `hint` annotates.
+
+    A text arrives as it was typed, except for null where a field is optional.
 
     Raises:
         UserError: as `fit`.
@@ -95,7 +98,7 @@ def fit_word(name: str, word: str, hint: Any) -> Any:
 
 
 def read_word(text: str, loader: Any = None) -> Any:
-    """The value that a text is as YAML, and the text itself where it is none."""
+    """Return the value that a text has as YAML, or the text itself where it is no YAML."""
     try:
         return yaml.load(text, Loader=loader) if loader else load_yaml(text)
     except (ValueError, yaml.YAMLError, RecursionError):
@@ -103,7 +106,7 @@ def read_word(text: str, loader: Any = None) -> Any:
 
 
 def number_from(least: float, kind: Any = int) -> Callable[[str], Any]:
-    """The type of a program's own option, for argparse: a number of the configuration's kind, not below `least`."""
+    """Return a type for argparse: a number of the configuration's kind, not below `least`."""
 
     def read(word: str) -> Any:
         try:
@@ -118,7 +121,11 @@ def number_from(least: float, kind: Any = int) -> Callable[[str], Any]:
 
 
 def check_fields(config: RunConfig) -> None:
-    """Raises: UserError, unless every field of the configuration has a value of its type."""
+    """Check that every field of the configuration has a value of its type.
+
+    Raises:
+        UserError: a field has not.
+    """
     for owner, entry, name in _entries(config):
         value = getattr(owner, entry.name)
         fit(name, value, field_types()[name])
@@ -130,7 +137,7 @@ def expand_paths(config: RunConfig) -> None:
     """Expand the leading ~ of every path, in place.
 
     Raises:
-        UserError: of a home folder that is not known.
+        UserError: ~ stands for an unknown home folder.
     """
     for owner, entry, name in _entries(config):
         value = getattr(owner, entry.name)
@@ -141,7 +148,11 @@ def expand_paths(config: RunConfig) -> None:
 
 
 def expanded(name: str, text: str) -> str:
-    """Raises: UserError, if ~ stands for a home folder that is not known."""
+    """Return a path with its leading ~ expanded.
+
+    Raises:
+        UserError: ~ stands for an unknown home folder.
+    """
     if not text.startswith("~"):
         return text  # not through Path, which would take ./ and // out of patterns and names
     try:
@@ -151,7 +162,7 @@ def expanded(name: str, text: str) -> str:
 
 
 def _entries(config: Any, prefix: str = "") -> Iterator[tuple[Any, Field, str]]:
-    """Every option's section, field and dotted name."""
+    """Yield every option's section, field and dotted name."""
     for entry in fields(config):
         value, name = getattr(config, entry.name), prefix + entry.name
         if name in sections():

@@ -1,6 +1,6 @@
-"""The help of `launch/pretrain.py`: short by default, jsonargparse's of every option with `--help all`.
+"""The help of `launch/pretrain.py`: short by default, every option with `--help all`.
 
-An option's text is the docstring under its field. What depends on the methods that are registered is added here.
+An option's text is the docstring under its field. Text that depends on the registered methods is added here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_switchlora.config.run import RunConfig, run_config_class
 DESCRIPTION = "Pre-train a LLaMA under DeepSpeed, full-rank or with low-rank training."
 WIDTH = 100
 MODES = {
-    "--config FILE": "YAML with these options, section by section; words of the command line override it.",
+    "--config FILE": "YAML with these options, in sections; options on the command line override it.",
     "--ds_config FILE": "DeepSpeed's JSON; by default ZeRO stage 1.",
     "--dry_run": "Print mesh, parameters, memory and gradient bytes of this run and stop.",
     "--print_config": "Print the whole configuration of this run as YAML and stop.",
@@ -34,7 +34,7 @@ def wanted_help(words: Sequence[str]) -> Optional[str]:
     """Return "short" or "all" where the command line asks for help, else None.
 
     Raises:
-        UserError: for help on something else.
+        UserError: it asks for help on something else.
     """
     for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
         option, equals, value = word.partition("=")
@@ -56,7 +56,7 @@ def added_help() -> dict[str, str]:
 
 
 def option_docs(kind: type) -> dict[str, str]:
-    """Return the docstring under each field of a dataclass, inherited ones too."""
+    """Return the docstring under each field of a dataclass, inherited fields included."""
     docs: dict[str, str] = {}
     for each in reversed(kind.__mro__):
         if not is_dataclass(each) or each.__module__ == "types":  # those made of registered sections have no source
@@ -74,7 +74,7 @@ def _is_text(node: ast.stmt) -> bool:
 
 
 def short_help() -> str:
-    """Return the sections, the options that people start with, and where the others are explained."""
+    """Return the sections, the options to start with, and the hint at `--help all`."""
     config: Any = run_config_class()()
     sections = [(each.name, getattr(config, each.name)) for each in fields(config)]
     sections = [(name, section) for name, section in sections if is_dataclass(section)]

@@ -1,8 +1,8 @@
-"""The method's section of the run configuration, and the table of methods.
+"""The method section of the run configuration, and the table of methods.
 
-What several methods share are fields of `MethodConfig`. What one has alone is a section of its own
-(`method.relora.interval`): a dataclass that it registers with its facts. This module knows no method. The package
-`methods` fills the table as it is imported, plugins add to it, and entry points import both before they parse.
+Options that several methods share are fields of `MethodConfig`. Options of one method are a section of its own
+(`method.relora.interval`): a dataclass that the method registers with its facts. This module knows no method. The
+package `methods` fills the table at import, plugins add to it, and entry points import both before they parse.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ class LoraGaConfig:
     """Initial values from the gradient (LoRA-GA, arXiv 2407.05000), with method.init lora_ga."""
 
     vectors: Literal["gradient", "gaussian"] = option("gradient")
-    """gradient: singular vectors of the gradient; gaussian: normal ones of expected length 1. With scale stable these
-    are LoRA-GA and stable output alone, with scale unit the gradient alone and Gaussian (the paper's ablations)."""
+    """gradient: singular vectors of the gradient; gaussian: normal vectors of expected length 1. The paper's ablations:
+    gradient and stable is LoRA-GA, gaussian and stable is stable output alone, gradient and unit is the gradient
+    alone, gaussian and unit is Gaussian."""
     direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = option("ArB2r")
-    """Which of the first 2r pairs. ArB2r: A the first r right vectors, B the left vectors r to 2r; A2rBr: the reverse;
-    ArBr: in turns, B first; random: drawn from the seed, A's and B's disjoint."""
+    """Which of the first 2r singular pairs. ArB2r: A takes the first r right vectors, B the left vectors r to 2r;
+    A2rBr: the reverse; ArBr: alternately, B first; random: drawn from the seed, A's and B's disjoint."""
     scale: Literal["stable", "backward", "gd", "unit", "weight"] = option("stable")
     """Length c of every vector. stable: m^(1/4) / sqrt(gamma); backward: n^(1/4) / sqrt(gamma); gd: 1 / s; unit: 1;
     weight: mean of sqrt(sigma / s) over the first r singular values sigma of W."""
@@ -34,7 +35,8 @@ class LoraGaConfig:
     samples: int = option(64)
     """Training samples over which the gradient is averaged, drawn by the seed."""
     svd: Literal["randomised", "exact"] = option("randomised")
-    """randomised: on 2r + oversample vectors, of a gradient split over tensor-parallel ranks too; exact: needs tp 1."""
+    """randomised: on 2r + oversample vectors, also where the gradient is split over tensor-parallel ranks; exact: needs
+    tp 1."""
     oversample: Optional[int] = option(None)
     """Vectors beyond 2r of the randomised decomposition; by default 2r more, as in the paper's code."""
     power_iterations: int = option(4)
@@ -43,36 +45,36 @@ class LoraGaConfig:
 
 @dataclass
 class MethodConfig:
-    """How the linear layers of the decoder are trained. Each method's own options stand in its section."""
+    """How the linear layers of the decoder are trained. Each method's own options are in its section."""
 
     name: str = option("switchlora", basic=True)
     """The training method."""
     rank: int = option(24, basic=True)
     """Rank r of every adapter; with galore, of every projected gradient."""
     alpha: Optional[float] = option(None)
-    """Scaling s = alpha / rank; by default 1 (SwitchLoRA, eq. 4 and 14), and 4096 with lte and mhlora, whose s is large
-    (LTE, appendix A), but for initial values whose B is not zero."""
+    """Scaling s = alpha / rank; by default 1 (SwitchLoRA, eq. 4 and 14). With lte and mhlora, whose s is large (LTE,
+    appendix A), the default is 4096, unless the initial B is not zero."""
     full_rank_steps: int = option(0)
-    """Steps of full-rank training before the method begins, from the weights that these reach."""
+    """Steps of full-rank training before the method begins, from the weights that they reach."""
     full_rank_lr: float = option(0.001)
     """Peak learning rate of the decoder's matrices in those steps."""
     rslora: bool = option(False)
     """Scaling s = alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732); LoRA-GA is defined with it."""
     init: Optional[Literal["switchlora", "classic", "pissa", "lora_ga", "semi_orthogonal"]] = option(None)
     """switchlora: A and B uniform with the paper's deviations and W <- W - sBA; classic: A kaiming uniform, B zero;
-    pissa: W's principal singular vectors, and W <- W - sBA (not where vectors are switched); lora_ga: singular vectors
-    of the gradient at the start (method.ga), and W <- W - sBA; semi_orthogonal: A's rows orthogonal, B zero. By default
-    classic with relora, semi_orthogonal with lte and mhlora, else switchlora."""
+    pissa: W's principal singular vectors, and W <- W - sBA (not where vectors are switched); lora_ga: singular
+    vectors of the gradient at the start (method.ga), and W <- W - sBA; semi_orthogonal: A's rows orthogonal, B zero.
+    By default classic with relora, semi_orthogonal with lte and mhlora, else switchlora."""
     orthogonal_scale: Literal["sqrt_n_r", "sqrt_r_n"] = option("sqrt_n_r")
-    """Scale of semi-orthogonal rows of length n: sqrt(n / r), as LTE's code has it, or sqrt(r / n), as its paper."""
+    """Scale of semi-orthogonal rows of length n: sqrt(n / r), as in LTE's code, or sqrt(r / n), as in its paper."""
     compute: Literal["auto", "merged", "split"] = option("auto", resume="free", results=False)
-    """merged: form W + sBA, then one dense product; split: W x and s B (A x) apart; auto: whichever costs fewer
-    FLOPs, for each layer."""
+    """merged: form W + sBA, then one dense product; split: W x and s B (A x) separately; auto: whichever costs fewer
+    FLOPs, per layer."""
     merged_cache: Literal["micro_batch", "accumulation", "recompute"] = option(
         "micro_batch", resume="free", results=False
     )
-    """How long the merged form keeps W + sBA: from a micro-batch's forward to its backward, over all micro-batches of
-    a step, or not at all (formed again in backward)."""
+    """How long the merged form keeps W + sBA: from a micro-batch's forward to its backward pass, over all micro-batches
+    of a step, or not at all (formed again in the backward pass)."""
     ga: LoraGaConfig = field(default_factory=LoraGaConfig)
     """Initial values from the gradient, with init lora_ga."""
 
@@ -82,7 +84,7 @@ class MethodConfig:
 
     @property
     def facts(self) -> MethodFacts:
-        """What its method says of it.
+        """The facts of its method.
 
         Raises:
             UserError: there is no such method.
@@ -104,23 +106,25 @@ class MethodConfig:
 
     @property
     def adapter_rank(self) -> int:
-        """Vectors on either side of a layer's adapter."""
+        """Number of vectors on each side of a layer's adapter."""
         return self.rank * self.facts.side_by_side
 
 
 class MethodFacts:
-    """What the rest of the package asks about a method, answered from its options. Every method registers a subclass;
-    these answers are those of an adapter that stays as it began, without heads."""
+    """What the rest of the package asks about a method, answered from its options.
+
+    Every method registers a subclass. The answers here are those of an adapter that stays as it began, without heads.
+    """
 
     name: ClassVar[str]
     about: ClassVar[str]
-    """One line of the help."""
+    """Its line in the help."""
     reads: ClassVar[frozenset[str]] = frozenset()
     """The shared options below `method` that it reads, beside its name."""
     sections: ClassVar[dict[str, type]] = {}
-    """The sections that it reads. One that no other method reads is refused with those."""
+    """The sections that it reads. A section that no other method reads is refused with other methods."""
     inits: ClassVar[frozenset[str]] = frozenset()
-    """The initial values that it takes."""
+    """The initial values that it accepts."""
     adapts: ClassVar[bool] = True
     """Whether W is frozen beside adapters; else the decoder's matrices train."""
     merges: ClassVar[bool] = False
@@ -131,17 +135,29 @@ class MethodFacts:
 
     @property
     def title(self) -> str:
-        """The name, with what else decides which options are read."""
+        """The name, with whatever else decides which options are read."""
         return self.name
 
     def check(self, config: Any) -> None:
-        """Check the whole `RunConfig`. Raises: UserError, with the rule, the values and what to change."""
+        """Check the method's rules on the whole `RunConfig`.
+
+        Raises:
+            UserError: with the rule, the values and what to change.
+        """
 
     def check_zero(self, stage: int) -> None:
-        """Raises: UserError, if it does not go with this ZeRO stage."""
+        """Check that the method supports this ZeRO stage.
+
+        Raises:
+            UserError: it does not.
+        """
 
     def require_packages(self) -> None:
-        """Raises: UserError, if an optional package that it needs does not load."""
+        """Check that the optional packages that the method needs are there.
+
+        Raises:
+            UserError: one does not load.
+        """
 
     @property
     def unused(self) -> list[str]:
@@ -150,13 +166,13 @@ class MethodFacts:
 
     @property
     def may_change(self) -> list[str]:
-        """Options that a resumed run may change beside those that say so themselves."""
+        """Options that a resumed run may change, beside those whose own facts allow it."""
         return []
 
     @property
     def kind(self) -> Any:
         """The class that drives it, a subclass of `methods.base.Method`."""
-        raise TypeError("a method says which class drives it")
+        raise TypeError("a method must give the class that drives it")
 
     @property
     def default_init(self) -> str:
@@ -177,7 +193,7 @@ class MethodFacts:
 
     @property
     def side_by_side(self) -> int:
-        """Adapters of a layer that are one wider one."""
+        """Number of adapters of a layer that are computed as one wider adapter."""
         return 1
 
     @property
@@ -207,7 +223,7 @@ class MethodFacts:
 
     @property
     def shares_base(self) -> bool:
-        """Whether heads keep their last merge apart from W, which other heads share, or which is quantised."""
+        """Whether heads keep their last merge beside W, which other heads share, or which is quantised."""
         return False
 
     @property
@@ -217,7 +233,7 @@ class MethodFacts:
 
     @property
     def resetless(self) -> bool:
-        """Whether merges zero nothing."""
+        """Whether merges reset nothing to zero."""
         return False
 
     @property
@@ -230,7 +246,7 @@ METHODS: dict[str, type[MethodFacts]] = {}  # filled at import, as config.family
 
 
 def register(facts: type[MethodFacts]) -> type[MethodFacts]:
-    """Add a method to the table: a decorator of its facts."""
+    """Add a method to the table; a decorator for its facts."""
     METHODS[facts.name] = facts
     return facts
 
@@ -254,7 +270,7 @@ def _with_sections(sections: tuple[tuple[str, type], ...]) -> type[MethodConfig]
 
 
 def make_method(name: str = "switchlora", **options: Any) -> MethodConfig:
-    """Return a method's section; the options of methods' own sections are given as SECTION__OPTION."""
+    """Return a method's section; options of a method's own section are given as SECTION__OPTION."""
     own = {key: value for key, value in options.items() if "__" not in key}
     method = method_config_class()(name=name, **own)
     for key, value in options.items():

@@ -1,4 +1,4 @@
-"""The model's section of the run configuration and its rules."""
+"""The model section of the run configuration, and its rules."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class ModelConfig:
     rope_theta: float = option(10000.0)
     """Base of the rotary position embedding."""
     rope_scaling: Optional[dict[str, Any]] = option(None)
-    """Scaling of the rotary embedding, written as transformers' rope_parameters without rope_theta: rope_type linear,
-    llama3 or yarn, and its numbers, as in {"rope_type": "linear", "factor": 4.0}; by default none."""
+    """Scaling of the rotary embedding, in the form of transformers' rope_parameters without rope_theta: rope_type
+    linear, llama3 or yarn, and its numbers, as in {"rope_type": "linear", "factor": 4.0}; by default none."""
     max_position_embeddings: Optional[int] = option(None, resume="free")
-    """Context length that the exported model announces, unless train.seq_len is longer; by default train.seq_len."""
+    """Context length that the exported model states, unless train.seq_len is longer; by default train.seq_len."""
     rms_norm_eps: float = option(1e-6)
     """Epsilon of RMSNorm."""
     initializer_range: float = option(0.02)
     """Standard deviation of the normal initial values of all matrices."""
     tie_embeddings: bool = option(False)
-    """Use the input embedding as the output head."""
+    """Use the input embedding as lm_head."""
 
     @property
     def kv_heads(self) -> int:
@@ -54,7 +54,7 @@ class ModelConfig:
 
 
 def check_shape(m: ModelConfig) -> None:
-    """Check the rules that hold for every family (`config.family.check_model` checks those of its own, too).
+    """Check the rules that hold for every family; `config.family.check_model` adds those of its own.
 
     Raises:
         UserError: with the rule, the values and what to change.

@@ -1,4 +1,4 @@
-"""The optimizer's section of the run configuration and its rules."""
+"""The optimizer section of the run configuration, and its rules."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from megatron_switchlora.config.facts import option
 
 @dataclass
 class OptimConfig:
-    """AdamW with one step counter for each LoRA vector."""
+    """AdamW with one step counter per LoRA vector."""
 
     lr: Optional[float] = option(None, resume="ask", swept=True, basic=True)
     """Peak learning rate of the adapters (with full and galore: of the decoder's matrices); by default the method's,
-    from its paper or from the one that compares it."""
+    from its paper or from a paper that compares it."""
     dense_lr: Optional[float] = option(None, resume="ask", swept=True, basic=True)
-    """Peak learning rate of embedding, head and norms; by default lr, as SwitchLoRA published it, and 0.001 with lte
-    and mhlora; 0 freezes them. Sweep it for every method."""
+    """Peak learning rate of embedding, lm_head and norms; by default lr, as published for SwitchLoRA, and 0.001 with
+    lte and mhlora; 0 freezes them. Sweep it for every method."""
     lora_plus_ratio: float = option(1.0, resume="ask")
-    """Learning rate of B as a multiple of A's, which is lr (LoRA+, arXiv 2402.12354; its authors advise 16)."""
+    """Learning rate of B as a multiple of A's, which is lr (LoRA+, arXiv 2402.12354, advises 16)."""
     beta1: float = option(0.9, resume="ask")
     """Decay of the first moment."""
     beta2: float = option(0.999, resume="ask")
@@ -30,7 +30,7 @@ class OptimConfig:
     weight_decay: float = option(0.0, resume="ask")
     """Decoupled weight decay of matrices (not of norms, not of frozen vectors)."""
     clip: float = option(1.0, resume="ask")
-    """Clip of the global gradient norm; 0 switches it off."""
+    """Limit of the global gradient norm; 0 switches clipping off."""
 
 
 def check_optim(o: OptimConfig) -> None:

@@ -1,4 +1,4 @@
-"""The mesh's section of the run configuration, its rules, and how a dimension is split."""
+"""The mesh section of the run configuration, its rules, and how a dimension is split."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ class ParallelConfig:
     """Mesh sizes; the data-parallel size is what remains of the world."""
 
     lte_heads: int = option(1, resume="free")
-    """Groups of ranks that train LTE heads of their own, the outermost axis; each has method.lte.local_heads heads."""
+    """Groups of ranks that each train LTE heads of their own, the outermost axis; each has method.lte.local_heads
+    heads."""
     tp: int = option(1, resume="free", results=False, basic=True)
-    """Tensor-parallel ranks, the innermost axis. Heads and key/value heads must divide; other sizes are padded."""
+    """Tensor-parallel ranks, the innermost axis. Attention and key/value heads must divide; other sizes are padded."""
     start_timeout: float = option(300.0, resume="free", results=False)
     """Seconds that ranks wait for one another at the start."""
     timeout: float = option(300.0, resume="free", results=False)
-    """Seconds, at least 1, after which a rank that is stopped, gone or not coming to a collective is named with its
-    host, and all ranks end. What one rank does alone (data, checkpoints, export) may take longer while it lives."""
+    """Seconds, at least 1, after which a rank that is stopped, gone, or does not come to a collective is reported with
+    its host, and all ranks end. What one rank does alone (data, checkpoints, export) may take longer while it lives."""
 
 
 def check_parallel(p: ParallelConfig) -> None:
@@ -41,12 +42,12 @@ def check_parallel(p: ParallelConfig) -> None:
 
 
 def shard_size(size: int, ranks: int) -> int:
-    """What each of `ranks` holds of a dimension, padding included."""
+    """Return how much of a dimension each of `ranks` holds, padding included."""
     return -(-size // ranks)
 
 
 def require_shard(name: str, size: int, tp: int) -> None:
-    """Every tensor-parallel rank must hold something real of a padded dimension.
+    """Require that every tensor-parallel rank holds something real of a padded dimension.
 
     Raises:
         UserError: the last rank's shard would be padding alone.
@@ -54,6 +55,6 @@ def require_shard(name: str, size: int, tp: int) -> None:
     shard = shard_size(size, tp)
     require(
         shard * (tp - 1) < size,
-        f"{name} {size} over parallel.tp {tp} gives shards of {shard}, which leaves the last rank padding alone: lower "
+        f"{name} {size} over parallel.tp {tp} gives shards of {shard}, so the last rank holds only padding: lower "
         "parallel.tp.",
     )

@@ -1,8 +1,10 @@
 """Plugins: modules of the user's that register methods or model families of their own.
 
-They are named by the run option `plugins`, imported before anything else of a configuration is read, and kept with it:
-resuming, evaluating and exporting import them again. A configuration may come from somebody else, so a module is only
-imported if its source speaks of this package, and never if it came along with the run or checkpoint that names it.
+The run option `plugins` names them. They are imported before anything else of a configuration is read. The option is
+kept with the configuration, so resuming, evaluating and exporting import them again.
+
+A configuration may come from somebody else. So a module is only imported if its source mentions this package, and never
+if it came along with the run or checkpoint that names it.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ def listed(given: Any) -> list[Any]:
 
 
 def load_plugins(names: Iterable[Any], kept_in: Path | None = None) -> None:
-    """Import the modules that a user names, or a configuration kept in a run's or checkpoint's folder.
+    """Import the modules that a user names, or those of a configuration kept in a run's or checkpoint's folder.
 
     Raises:
-        UserError: one is missing, is no plugin, came along with that folder, or fails as it is imported.
+        UserError: a module is missing, is no plugin, came along with that folder, or fails at import.
     """
     for name in names:
         valid = isinstance(name, str) and all(word.isidentifier() for word in name.split("."))
@@ -46,8 +48,8 @@ def load_plugins(names: Iterable[Any], kept_in: Path | None = None) -> None:
         )
         try:
             importlib.import_module(name)
-        except (Exception, SystemExit) as error:  # somebody else's code
-            raise UserError(f"The plugin {name} fails as it is imported ({type(error).__name__}: {error}).") from error
+        except (Exception, SystemExit) as error:  # foreign code
+            raise UserError(f"The plugin {name} fails at import ({type(error).__name__}: {error}).") from error
 
 
 def _find(name: str) -> Path | None:

@@ -1,7 +1,7 @@
-"""What a run configuration must fulfil between its sections; each section's own rules stand with it.
+"""Rules between the sections of a run configuration; each section's own rules are in its module.
 
-Each rule is a sentence with the values and what to change. Rules that need the data (lengths, vocabulary) or the world
-(mesh, batch) stand where those are known.
+The message of a rule gives the values and what to change. Rules that need the data (lengths, vocabulary) or the world
+(mesh, batch) are checked where those are known.
 """
 
 from __future__ import annotations
@@ -22,24 +22,27 @@ from megatron_switchlora.config.train import check_train
 
 
 def changeable_options(config: RunConfig) -> list[str]:
-    """Return what `checkpoint.allow_changes` may name: options that say so, and the text."""
+    """Return what `checkpoint.allow_changes` may name: options whose facts allow it, and the text."""
     return [*names_where(config, lambda facts: facts["resume"] == "ask"), "data"]
 
 
 def unread_options(method: MethodConfig) -> list[str]:
     """Return the options below `method` that its method does not read, by dotted name."""
     facts, general = method.facts, ("name", "full_rank_steps", "full_rank_lr")
-    unused, found = set(facts.unused), []
+    unused, unread = set(facts.unused), []
     for name, _, _ in walk(method):
         section = name.split(".")[0]
         reads = section in general or section in facts.reads or section in facts.sections
         if not reads or unused & {name, section}:
-            found.append(f"method.{name}")
-    return found
+            unread.append(f"method.{name}")
+    return unread
 
 
 def unused_options(method: MethodConfig) -> list[str]:
-    """Return the options below `method` that are given and change nothing, by dotted name: a YAML may be shared."""
+    """Return the options below `method` that are given but change nothing, by dotted name.
+
+    That is no error, since several methods may share a YAML.
+    """
     default = method_config_class()(name=method.name)
     default.init = method.init and default.initial  # type: ignore[assignment]  # a run's init is filled in
     usual = {f"method.{name}": value for name, _, value in walk(default)}
@@ -48,7 +51,11 @@ def unused_options(method: MethodConfig) -> list[str]:
 
 
 def _refuse_foreign_sections(method: MethodConfig) -> None:
-    """A section that one method alone reads is an error with another; one that several read is a warning."""
+    """Refuse a section that another method alone reads; one that several read gives only a warning.
+
+    Raises:
+        UserError: an option of such a section is given.
+    """
     owners: dict[str, list[str]] = {}
     for name, facts in METHODS.items():
         for section in facts.sections:
@@ -92,7 +99,7 @@ def _check_rates(config: RunConfig) -> None:
     require(
         o.weight_decay * rate < 1,
         f"optim.weight_decay {o.weight_decay:g} times the largest learning rate {rate:g} must be below 1, or a step "
-        "would take all of a weight away: lower one of them.",
+        "would remove the whole weight: lower one of them.",
     )
 
 
@@ -111,8 +118,8 @@ def _check_mesh(config: RunConfig) -> None:
     m, groups = config.model, config.parallel.lte_heads
     require(
         groups == 1 or config.method.facts.merges,
-        f"parallel.lte_heads {groups} needs method.name lte, which trains heads apart; it is {config.method.name}: set "
-        "parallel.lte_heads to 1 or change the method.",
+        f"parallel.lte_heads {groups} needs method.name lte, which trains heads separately; it is "
+        f"{config.method.name}: set parallel.lte_heads to 1 or change the method.",
     )
     find_family(m.family).check_run(config)
     if m.vocab_size is not None:
@@ -135,7 +142,7 @@ def validate(config: RunConfig) -> None:
     _refuse_foreign_sections(config.method)
     require(
         config.method.init != "lora_ga" or config.method.facts.adapts,
-        f"method.init lora_ga begins adapters, and method.name {config.method.name} has none: leave it out.",
+        f"method.init lora_ga initialises adapters, and method.name {config.method.name} has none: leave it out.",
     )
     config.method.facts.check(config)
     _check_rates(config)

@@ -1,11 +1,10 @@
-"""The run configuration: everything a run needs, in nested dataclasses.
+"""The run configuration: everything that a run needs, in nested dataclasses.
 
-The YAML given with `--config` and the dotted command line options (`--optim.lr 0.02`) fill their fields; the docstring
-under a field is its help text. DeepSpeed's JSON owns only DeepSpeed's own concerns (stage, buckets, logging). Where
-both could speak (batch sizes, clip, precision) the run configuration decides, and `config/ds_config.py` refuses a JSON
-that differs.
+The YAML of `--config` and dotted command line options (`--optim.lr 0.02`) fill the fields; the docstring under a field
+is its help. DeepSpeed's JSON owns only DeepSpeed's own settings (stage, buckets, logging). For what both could set
+(batch sizes, clip, precision) the run configuration decides, and `config/ds_config.py` refuses a JSON that differs.
 
-Each section stands with its rules in a module of its own; `rules.py` has the rules between sections.
+Each section is in a module of its own, with its rules; `rules.py` has the rules between sections.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     output_dir: Optional[str] = option(None, resume="free", results=False, swept=True, path=True, basic=True)
-    """Run folder; by default runs/<method>-<date>-<time>. One that holds another run is never written to."""
+    """Run folder; by default runs/<method>-<date>-<time>. A folder that holds another run is never written to."""
     plugins: Union[list[str], str, None] = option(None)
     """Python modules that register methods or model families of their own, imported before the rest is read: one, or a
     list."""
     resume: str = option("auto", resume="free", results=False, swept=True, path=True)
-    """auto: go on with the run in output_dir, if it holds one, from its newest checkpoint; none: never; else the path
-    of a checkpoint, or of a run whose newest is taken."""
+    """auto: resume the run in output_dir, if it holds one, from its newest checkpoint; none: never resume; else the
+    path of a checkpoint, or of a run whose newest checkpoint is used."""
 
     @property
     def lr(self) -> float:
@@ -58,12 +57,12 @@ class RunConfig:
 
     @property
     def freezes_dense(self) -> bool:
-        """Whether embedding, head and norms stay as they begin: no gradient, no moments, nothing to communicate."""
+        """Whether embedding, lm_head and norms stay as they begin: no gradient, no moments, nothing to communicate."""
         return self.dense_lr == 0
 
     @property
     def heads(self) -> int:
-        """All LTE heads."""
+        """Number of all LTE heads."""
         return self.parallel.lte_heads * self.method.facts.heads_here
 
     def to_dict(self) -> dict:
@@ -77,13 +76,13 @@ def run_config_class() -> type[RunConfig]:
 
 @cache
 def _with_method(method: type[MethodConfig]) -> type[RunConfig]:
-    found = make_dataclass("RunConfig", [("method", method, field(default_factory=method))], bases=(RunConfig,))
-    found.__doc__ = RunConfig.__doc__
-    return found
+    made_class = make_dataclass("RunConfig", [("method", method, field(default_factory=method))], bases=(RunConfig,))
+    made_class.__doc__ = RunConfig.__doc__
+    return made_class
 
 
 def full_rank_config(config: RunConfig) -> RunConfig:
-    """Return what the full-rank phase before a method trains with (`method.full_rank_steps`).
+    """Return the configuration of the full-rank phase before a method (`method.full_rank_steps`).
 
     It trains every weight: dense tensors that the method freezes train at `method.full_rank_lr`.
     """
@@ -94,7 +93,7 @@ def full_rank_config(config: RunConfig) -> RunConfig:
 
 
 def method_config(config: RunConfig) -> RunConfig:
-    """What the method trains with after it."""
+    """Return the configuration of the method's own phase, after the full-rank phase."""
     steps = config.train.steps - config.method.full_rank_steps
     return replace(config, train=replace(config.train, steps=steps))
 
@@ -105,10 +104,10 @@ def compute_bytes(config: RunConfig) -> int:
 
 
 def accumulation_steps(config: RunConfig, dp: int) -> int:
-    """Micro-batches a rank runs per step; `dp` are the data-parallel ranks of a head.
+    """Return the micro-batches that a rank runs per step; `dp` is the number of data-parallel ranks of a head.
 
     Raises:
-        UserError: global batch not divisible by micro batch times heads times data-parallel size.
+        UserError: the global batch is no multiple of micro batch times heads times data-parallel size.
     """
     train, heads = config.train, config.parallel.lte_heads
     per_pass = train.micro_batch_size * dp * heads

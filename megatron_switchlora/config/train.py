@@ -1,4 +1,4 @@
-"""The training section of the run configuration and its rules."""
+"""The training section of the run configuration, and its rules."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class TrainConfig:
     warmup_steps: int = option(50, resume="ask")
     """Steps of linear warm-up before the cosine to zero."""
     seq_len: int = option(128)
-    """Tokens of a sample."""
+    """Tokens per sample."""
     micro_batch_size: int = option(8, resume="free", results=False)
-    """Samples a rank handles at once."""
+    """Samples that a rank handles at once."""
     global_batch_size: int = option(32, basic=True)
-    """Samples of a step over all ranks and accumulation."""
+    """Samples per step, over all ranks and accumulation."""
     epochs: Optional[int] = option(None, resume="ask")
-    """Passes over the data at most; by default as many as the steps need. A run whose data ends first stops there."""
+    """Passes over the data at most; by default as many as the steps need. A run whose data ends earlier stops there."""
     seed: int = option(0, swept=True)
     """Seed of initial values, data order and switching draws."""
     precision: Literal["fp32", "bf16"] = option("fp32", resume="ask")
@@ -32,22 +32,24 @@ class TrainConfig:
     eval_interval: int = option(200, resume="free", results=False)
     """Steps between evaluations; one is made before the first step and one at the end."""
     eval_samples: Optional[int] = option(None, resume="free")
-    """Validation samples used at most; by default all."""
+    """Validation samples to use at most; by default all."""
     activation_checkpointing: bool = option(False, resume="free", results=False)
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
     device: Literal["auto", "cpu", "cuda"] = option("auto", resume="free", results=False)
-    """auto: a GPU for every local rank; the CPU where none is seen."""
+    """auto: one GPU per local rank, or the CPU where there is no GPU."""
     threads: int = option(0, resume="free", results=False)
-    """CPU threads of a rank; 0: as OMP_NUM_THREADS or MKL_NUM_THREADS says (torchrun sets OMP_NUM_THREADS to 1 for
-    several ranks of a host where it is not set), else the host's usable cores divided by its ranks."""
+    """CPU threads of a rank; 0: from OMP_NUM_THREADS or MKL_NUM_THREADS (where they are not set, torchrun sets
+    OMP_NUM_THREADS to 1 for several ranks on a host), else the host's usable cores divided by its ranks."""
     check_interval: int = option(100, resume="free", results=False)
     """Steps between checks that replicated tensors are still equal on all ranks that hold them; 0 switches them off."""
     init_from: Optional[str] = option(None, resume="free", path=True)
-    """Start from the weights of a model imported by tools/convert_hf.py, of a checkpoint, or of a run's newest one."""
+    """Start from the weights of a model imported by tools/convert_hf.py, of a checkpoint, or of a run's newest
+    checkpoint."""
     stop_after_steps: Optional[int] = option(None, resume="free", results=False, swept=True)
-    """End this start of the run after so many of its steps, with a checkpoint; the same command line goes on."""
+    """End this start of the run after this many of its steps, with a checkpoint; the same command line resumes it."""
     stop_after_seconds: Optional[float] = option(None, resume="free", results=False, swept=True)
-    """End this start of the run after so many seconds of training, likewise."""
+    """End this start of the run after this many seconds of training, with a checkpoint; the same command line resumes
+    it."""
 
 
 def check_train(t: TrainConfig) -> None:

@@ -1,9 +1,9 @@
-"""YAML that people write, and YAML that we write.
+"""Read YAML that people write, and write YAML.
 
-Reading: numbers as in YAML 1.2 (1e-3 is one), dates are text. What would lose something in silence or never end is
-refused: a key that stands twice, an alias inside what it names, aliases that multiply. So are the keys with which
-parsers of configurations import code, wherever they stand.
-Writing: every text is quoted, since readers differ in what else 1e-3, 0x1f, 12:30, on, no and ~ could be.
+Numbers are read as in YAML 1.2 (1e-3 is one), and dates are text. Whatever would lose something silently or never end
+is refused: a key that occurs twice, an alias inside what it names, aliases that multiply. So are the keys with which
+parsers of configurations import code, wherever they occur. On writing every text is quoted, since readers disagree on
+what 1e-3, 0x1f, 12:30, on, no and ~ are.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _Loader.add_implicit_resolver(
 class _Dumper(yaml.SafeDumper):
     def represent_mapping(self, tag: str, mapping: Any, flow_style: Any = None) -> yaml.MappingNode:
         node = super().represent_mapping(tag, mapping, flow_style)
-        for key, _ in node.value:  # names of ours
+        for key, _ in node.value:  # our own names
             key.style = None
         return node
 
@@ -50,7 +50,11 @@ _Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:y
 
 
 def load_yaml(text: str) -> Any:
-    """Raises: ValueError, with the line, whatever is wrong with the text."""
+    """Parse YAML.
+
+    Raises:
+        ValueError: with the line, whatever is wrong with the text.
+    """
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -66,19 +70,24 @@ def load_yaml(text: str) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except (TypeError, KeyError, AttributeError) as error:  # a tag such as !!int or !!bool on what is none
-        raise ValueError(f"a value is not what its tag says ({error})") from None
+        raise ValueError(f"a value does not match its tag ({error})") from None
 
 
 def read_yaml(path: Path) -> Any:
-    """Raises: OSError, if the file cannot be read; ValueError as `load_yaml`, and for what is not UTF-8."""
+    """Read a YAML file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: as `load_yaml`, or it is not UTF-8.
+    """
     return load_yaml(path.read_text(encoding="utf-8"))
 
 
 def read_given_yaml(path: Path, name: str, advice: str) -> Any:
-    """Read a YAML that a person has named.
+    """Read a YAML file that the user has given; `name` is what messages call it.
 
     Raises:
-        UserError: it cannot be read, with advice, or it is not valid; `name` is what the message calls it.
+        UserError: the file cannot be read, with advice, or it is not valid.
     """
     try:
         return read_yaml(path)
@@ -91,7 +100,7 @@ def read_given_yaml(path: Path, name: str, advice: str) -> Any:
 
 
 def dump_yaml(tree: Any) -> str:
-    """The text of nested mappings and lists, in their order, for `load_yaml` and every other reader."""
+    """Return the YAML of nested mappings and lists, in their order, for `load_yaml` and any other reader."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=2**20)
 
 
@@ -100,9 +109,9 @@ def _line(node: yaml.Node) -> str:
 
 
 def _check(node: yaml.Node, above: set[int], seen: set[int], repeated: list[yaml.Node]) -> None:
-    """Look at every value as often as aliases name it. `above` holds what the node is inside of."""
+    """Check every value as often as aliases name it; `above` holds the nodes that this one is inside of."""
     if id(node) in above:
-        raise ValueError(f"{_line(node)}: an alias stands inside what it names, which would never end")
+        raise ValueError(f"{_line(node)}: an alias occurs inside what it names, which would never end")
     if id(node) in seen:
         repeated.append(node)
     if len(repeated) > MOST_REPEATED:
@@ -128,7 +137,7 @@ def _check_keys(node: yaml.MappingNode) -> None:
             raise ValueError(f"{_line(key)}: {name} would import code, which no configuration may: remove it")
         if name in first:
             raise ValueError(
-                f"{_line(key)}: {name!r} stands here again and in {_line(first[name])}, and one of them would be "
-                "lost: leave one, with all that belongs to it"
+                f"{_line(key)}: {name!r} occurs here again, after {_line(first[name])}, and one of them would be "
+                "lost: keep one, with all that belongs to it"
             )
         first[name] = key

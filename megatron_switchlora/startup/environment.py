@@ -64,7 +64,7 @@ def require_all(env: Mapping[str, str], launcher: Launcher) -> None:
         )
     require(
         not missing,
-        f"{launcher.title} must set all of {', '.join(names)}; got {present} but not {missing}: start with "
+        f"{launcher.title} must set all of {', '.join(names)}; found {present} but not {missing}: start with "
         "deepspeed, torchrun, mpirun or srun and pass on all that it sets, or unset what was found.",
     )
 

@@ -28,7 +28,7 @@ from torch.distributed import DistError, PrefixStore, Store
 from megatron_switchlora.startup.environment import Ranks
 
 AGAIN = "Start again with the same command line: a run resumes from its newest checkpoint"
-GRACE_S = 10.0  # for the main thread to leave by itself once a rank's end is known
+GRACE_S = 10.0  # for the main thread to leave by itself as soon as a rank's end is known
 WAITING = "waits for others"
 
 

@@ -153,7 +153,10 @@ def test_a_mistake_after_print_config_leaves_nothing_behind() -> None:
         ("--parallel.timeout 0.5", r"parallel.timeout must be at least 1 second, not 0.5"),
         ("--parallel.timeout .nan", r"parallel.timeout must be a finite number"),
         ("--parallel.tp 0", r"parallel.tp must be at least 1, not 0"),
-        ("--parallel.lte_heads 4", r"lte_heads 4 needs method.name lte, which trains heads apart; it is switchlora"),
+        (
+            "--parallel.lte_heads 4",
+            r"lte_heads 4 needs method.name lte, which trains heads separately; it is switchlora",
+        ),
         ("--parallel.lte_heads 0", r"lte_heads must be at least 1, not 0"),
         ("--method.lte.merge_interval 5", r"method.lte.merge_interval belongs to method.name lte, not switchlora"),
         ("--method.name lora --method.mhlora.heads 4", r"method.mhlora.heads belongs to method.name mhlora, not"),

@@ -31,7 +31,7 @@ def test_short_help(words: list[str], capsys: pytest.CaptureFixture[str], monkey
     for name, _, _ in walk(config):
         assert (f" --{name} " in text) == (name in basic), name
     assert all(f" {name} " in text for name in sections() if "." not in name)
-    assert "Samples of a step over all ranks and accumulation. Default: 32." in text
+    assert "Samples per step, over all ranks and accumulation. Default: 32." in text
     assert "--help all explains every option" in text
 
 

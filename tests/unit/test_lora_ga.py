@@ -309,7 +309,7 @@ def test_rules() -> None:
     validate(ga_config("switchlora"))
     validate(ga_config(method__rank=12))  # 24 key/value columns
     refused(r"2 \* method.rank .* here 24; they are 26: lower method.rank to 12", method__rank=13)
-    refused(r"lora_ga begins adapters, and method.name full has none", "full")
+    refused(r"lora_ga initialises adapters, and method.name full has none", "full")
     refused(r"method.rslora is False: set it to true", method__rslora=False)
     refused(r"method.ga.gamma, method.ga.samples belong to .* but method.init is classic", method__init="classic",
             ga=LoraGaConfig(gamma=4.0, samples=3))  # fmt: skip
