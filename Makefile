@@ -32,6 +32,8 @@ test-long: $(STAMP)
 checks: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell *.md *.toml *.txt Makefile benchmarks docs ds_configs launch megatron_switchlora tests tools
+	$(BIN)/python -m tests.english
 	$(BIN)/mypy
 
 # An interrupted installation leaves no stamp and is done again.

@@ -69,7 +69,7 @@ def test_a_start_that_is_asked_to_stop_goes_back_into_the_queue(stand_ins: Path)
 def test_only_a_limit_that_is_all_notice_ends_a_job_that_is_stopped_at_once(
     stand_ins: Path, left: str, goes_on: bool
 ) -> None:
-    """One that is pre-empted soon after its fourth start has time left, or no limit at all."""
+    """One that is preempted soon after its fourth start has time left, or no limit at all."""
     ends = subprocess.run(["date", "-d", left, "+%FT%T"], capture_output=True, text=True).stdout.strip() or left
     status, output, calls = start(stand_ins, notice=True, SLURM_RESTART_COUNT="3", JOB_ENDS=ends)
     assert (calls / "scontrol").exists() == goes_on, output

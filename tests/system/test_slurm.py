@@ -1,4 +1,4 @@
-"""The shipped sbatch script on a throw-away Slurm cluster of two hosts: the quick start's model, pre-empted, killed,
+"""The shipped sbatch script on a throw-away Slurm cluster of two hosts: the quick start's model, preempted, killed,
 requeued and resumed."""
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def test_yaml_without_sections_names_the_file(tmp_path: Path, text: str) -> None
 
 @pytest.mark.parametrize(
     ("text", "wrong", "right"),
-    [("optim:\n  lrr: 1\n", "optim.lrr", "optim.lr"), ("trian:\n  steps: 1\n", "trian.steps", "train.steps"),
+    [("optim:\n  lrr: 1\n", "optim.lrr", "optim.lr"), ("trainn:\n  steps: 1\n", "trainn.steps", "train.steps"),
      ("method:\n  intervall0: 3\n", "method.intervall0", "method.switch.interval0")],
 )  # fmt: skip
 def test_unknown_yaml_keys_name_the_nearest(tmp_path: Path, text: str, wrong: str, right: str) -> None:

@@ -76,7 +76,7 @@ DAMAGES: dict[str, tuple[str, Change | None]] = {
     "pickle": ("train.npy", pickled),
     "header": ("train.npy", lambda content: content[:10] + b"{" * 100 + content[110:]),
     "tokenizer cut": ("tokenizer/tokenizer.json", lambda content: content[:-2]),
-    "tokenizer changed": ("tokenizer/tokenizer.json", lambda content: content.replace(b"the", b"teh", 1)),
+    "tokenizer changed": ("tokenizer/tokenizer.json", lambda content: content.replace(b"the", b"eth", 1)),
     "meta cut": ("meta.json", lambda content: content[:-2]),
     "meta gone": ("meta.json", None),
     "meta is a list": ("meta.json", lambda content: b"[]"),

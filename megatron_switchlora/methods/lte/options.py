@@ -15,7 +15,7 @@ from megatron_switchlora.methods.switch_options import SwitchOptions, check_swit
 
 @dataclass
 class LteOptions:
-    """Heads that train apart and are merged (LTE, arXiv 2402.16828), with method.name lte."""
+    """Heads that train separately and are merged (LTE, arXiv 2402.16828), with method.name lte."""
 
     local_heads: int = option(1)
     """LTE heads in one process, which share one W; parallel.lte_heads times as many train."""

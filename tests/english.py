@@ -1,0 +1,84 @@
+"""Find phrases in the package's prose that read as if translated: `python -m tests.english`, in `make checks`.
+
+Prose is comments and texts, so docstrings, messages and help too. codespell checks single words; this checks phrases.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+import tokenize
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OPEN = {"checkpoint", "hf", "model", "planning", "run", "study", "train"}  # rooms not rewritten yet
+
+COUNTED = (
+    "bytes?|numbers?|floats?|tokens?|samples?|steps?|draws?|vectors?|rows?|times|once|twice|[MG]B|FLOPs|seconds?|one"
+)
+UNITS = "step|token|layer|side|rank|head|micro-batch|row|block|group|axis|node|host|line|file|run|second|byte|method"
+# Each phrase, with what to write instead.
+PHRASES = {
+    rf"(?:{COUNTED}) an? (?:{UNITS})(?! \w+s\b)": "per step, per layer",
+    r"(?:go|goes|going|went|gone) on (?:with|from|after|in|at|until|where)|go on": "resume, continue",
+    r"anew": "again, re-initialise",
+    r"(?:come|comes|coming|came) apart": "differ",
+    r"(?:train|measure|time|count|compute|list|log|show)\w* (?:\w+ ){0,3}apart": "separately",
+    r"likewise": "each, per layer, also, or the words themselves",
+    r"(?:lay|lays|laid|laying) down": "publish, store",
+    r"(?:is|are|was|be|been) (?:told|said)|to (?:say|tell) of|there is to (?:say|tell)": "report, print, describe",
+    r"(?:say|says|said) (?:what|which|how|who|why|where|whether|so|something)": "report, describe, state",
+    r"what (?:it|they) (?:say|says|said)": "report, describe, state",
+    r"in silence": "silently",
+    r"in the mean(?! \w)": "on average",
+    r"so many": "this many, a number of",
+    r"for want of": "for lack of",
+    r"to be had": "available",
+    r"(?:has|have) gone": "is gone",
+    r"of (?:ours|theirs|yours)": "our, their, your",
+    r"(?:stand|stands|stood) (?:in|beside|there|here|with|under|at|on|among)": "is, are, occur",
+    r"fp32 at least": "at least fp32",
+}
+PATTERNS = {re.compile(rf"\b(?:{phrase})\b", re.IGNORECASE): instead for phrase, instead in PHRASES.items()}
+
+
+def prose(source: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and the text of every comment and text, with those that follow one another joined."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
+    for kind, run in groupby((token for token in tokens if token.type != tokenize.NL), lambda token: token.type):
+        if kind in kinds:
+            parts = list(run)
+            texts = (re.sub(r"^\w*[\"']+|[\"']+$|^#", "", part.string) for part in parts)
+            yield parts[0].start[0], " ".join(" ".join(texts).split())
+
+
+def translated(source: str) -> list[tuple[int, str, str]]:
+    """Return (line, phrase, what to write instead) of every phrase to replace."""
+    return [
+        (line, match.group(), instead)
+        for line, text in prose(source)
+        for pattern, instead in PATTERNS.items()
+        for match in pattern.finditer(text)
+    ]
+
+
+def main() -> int:
+    """Print every phrase to replace; return how many there are."""
+    count = 0
+    for path in sorted(
+        path for folder in ("megatron_switchlora", "launch", "tools") for path in ROOT.glob(f"{folder}/**/*.py")
+    ):
+        place = path.relative_to(ROOT)
+        if place.parts[1] not in OPEN:
+            for line, phrase, instead in translated(path.read_text(encoding="utf-8")):
+                print(f"{place}:{line}: {phrase!r}: write {instead}")
+                count += 1
+    return count
+
+
+if __name__ == "__main__":
+    sys.exit(main() > 0)
