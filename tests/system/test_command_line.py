@@ -245,7 +245,7 @@ def test_a_rank_beyond_its_world_tells_it_itself(place: Place) -> None:
     variables = {**srun_variables(1), "SLURM_PROCID": "2"}
     statuses, output = place.run_each(place.options("beyond"), [variables], timeout=60)
     assert statuses == [2]
-    assert output.count("error: Ranks must lie below their group's size, but srun says Ranks(rank=2") == 1, output
+    assert output.count("error: Ranks must lie below their group's size, but srun gives Ranks(rank=2") == 1, output
 
 
 @pytest.mark.parametrize(

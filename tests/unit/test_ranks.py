@@ -136,7 +136,7 @@ def test_incomplete_environments(env: Env, message: str) -> None:
     ],
 )
 def test_ranks_beyond_their_world_speak_for_themselves(env: Env) -> None:
-    with pytest.raises(RankError, match=r"below their group's size, but .* says Ranks\(.* correct "):
+    with pytest.raises(RankError, match=r"below their group's size, but .* gives Ranks\(.* correct "):
         discover_ranks(env)
 
 
