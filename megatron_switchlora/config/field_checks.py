@@ -1,8 +1,8 @@
 """Check that every field of the run configuration has a value of its annotated type.
 
-A value may come from a YAML file (`fit`), from a word of the command line (`fit_word`), or from a configuration that a
-program made (`check_fields`, the first step of rules.py). Only optional fields may be null. Numbers must be finite and
-fit in 64 bits, and choices must be among those of the field. Fields whose metadata have `path` are files or folders: a
+`fit` takes a value from a YAML file, and `fit_word` a word of the command line. `check_fields` checks a configuration
+that a program made; it is the first step of rules.py. Only optional fields may be null. Numbers must be finite and fit
+in 64 bits, and choices must be among those of the field. Fields whose metadata have `path` are files or folders: a
 leading ~ in them is expanded.
 """
 

@@ -82,7 +82,7 @@ def short_help() -> str:
         name: f"{_first_sentence(section)} ({sum(1 for _ in walk(section))} options)" for name, section in sections
     }
     docs = option_docs(type(config))
-    docs |= {f"{name}.{key}": text for name, part in sections for key, text in option_docs(type(part)).items()}
+    docs |= {f"{name}.{key}": text for name, section in sections for key, text in option_docs(type(section)).items()}
     added, basic = added_help(), {}
     for name, each, default in walk(config):
         if each.metadata["basic"]:

@@ -20,8 +20,8 @@ class ParallelConfig:
     start_timeout: float = option(300.0, resume="free", results=False)
     """Seconds that ranks wait for one another at the start."""
     timeout: float = option(300.0, resume="free", results=False)
-    """Seconds, at least 1, after which a rank that is stopped, gone, or does not come to a collective is reported with
-    its host, and all ranks end. What one rank does alone (data, checkpoints, export) may take longer while it lives."""
+    """Seconds, at least 1, after which a rank that is stopped, gone, or absent from a collective is reported with its
+    host, and all ranks end. What one rank does alone (data, checkpoints, export) may take longer while it lives."""
 
 
 def check_parallel(p: ParallelConfig) -> None:

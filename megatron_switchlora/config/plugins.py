@@ -3,8 +3,8 @@
 The run option `plugins` names them. They are imported before anything else of a configuration is read. The option is
 kept with the configuration, so resuming, evaluating and exporting import them again.
 
-A configuration may come from somebody else. So a module is only imported if its source mentions this package, and never
-if it came along with the run or checkpoint that names it.
+A configuration may come from somebody else. So a module is only imported if its source mentions this package. It is
+never imported if it came along with the run or checkpoint that names it.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def _find(name: str) -> Path | None:
     folders: list[str] | None = None
     spec: importlib.machinery.ModuleSpec | None = None
     for end in range(1, name.count(".") + 2):
-        part = ".".join(name.split(".")[:end])
-        spec = importlib.machinery.PathFinder.find_spec(part, folders)
+        qualified = ".".join(name.split(".")[:end])
+        spec = importlib.machinery.PathFinder.find_spec(qualified, folders)
         if spec is None:
             return None
         folders = list(spec.submodule_search_locations or [])

@@ -38,8 +38,8 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = option("auto", resume="free", results=False)
     """auto: one GPU per local rank, or the CPU where there is no GPU."""
     threads: int = option(0, resume="free", results=False)
-    """CPU threads of a rank; 0: from OMP_NUM_THREADS or MKL_NUM_THREADS (where they are not set, torchrun sets
-    OMP_NUM_THREADS to 1 for several ranks on a host), else the host's usable cores divided by its ranks."""
+    """CPU threads of a rank; 0: OMP_NUM_THREADS or MKL_NUM_THREADS, else the host's usable cores divided by its ranks.
+    torchrun sets OMP_NUM_THREADS to 1 for several ranks on a host, unless it is set."""
     check_interval: int = option(100, resume="free", results=False)
     """Steps between checks that replicated tensors are still equal on all ranks that hold them; 0 switches them off."""
     init_from: Optional[str] = option(None, resume="free", path=True)

@@ -28,8 +28,8 @@ class _Enter(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         dist.all_reduce(flat, group=ctx.group)
-        parts = flat.split([grad.numel() for grad in grads])
-        return None, *(part.view(grad.shape) for part, grad in zip(parts, grads, strict=True))
+        flat_grads = flat.split([grad.numel() for grad in grads])
+        return None, *(flat_grad.view(grad.shape) for flat_grad, grad in zip(flat_grads, grads, strict=True))
 
 
 class _Leave(torch.autograd.Function):

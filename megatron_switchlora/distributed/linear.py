@@ -7,8 +7,9 @@
 A size that does not divide is padded with zero rows or columns. They stay zero: a padded output meets a padded, zero
 input of the next layer, so its gradient is zero.
 
-A block calls `enter_block` once. Its backward pass sums the gradient of x over the ranks, together with those of
-replicated parameters of which each rank computes a part, as in a low-rank layer. There are no biases, as in LLaMA.
+A block calls `enter_block` once. Its backward pass sums the gradient of x over the ranks. The same sum includes
+replicated parameters of which each rank computes a part of the gradient, as in a low-rank layer. There are no biases,
+as in LLaMA.
 """
 
 from __future__ import annotations

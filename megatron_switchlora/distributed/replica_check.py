@@ -25,10 +25,10 @@ def fingerprint(tensor: Tensor) -> Tensor:
         return sums
     data = tensor.detach().contiguous().view(-1).view(INTEGER[tensor.element_size()])
     for start in range(0, data.numel(), CHUNK):
-        part = data[start : start + CHUNK].long()
-        weights = (torch.arange(part.numel(), device=data.device) + start) % 1_000_003 + 1
-        sums[0] += part.sum()
-        sums[1] += (part * weights).sum()
+        chunk = data[start : start + CHUNK].long()
+        weights = (torch.arange(chunk.numel(), device=data.device) + start) % 1_000_003 + 1
+        sums[0] += chunk.sum()
+        sums[1] += (chunk * weights).sum()
     return sums
 
 

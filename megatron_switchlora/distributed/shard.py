@@ -70,20 +70,20 @@ class Split:
 
     def take(self, full: Tensor) -> Tensor:
         """Return this rank's block of a full tensor, padded with zeros; without padding it is a view."""
-        part = full.narrow(self.dim, min(self.start, self.size), self.real)
+        block = full.narrow(self.dim, min(self.start, self.size), self.real)
         if self.real == self.local:
-            return part
+            return block
         shape = list(full.shape)
         shape[self.dim] = self.local - self.real
-        return torch.cat([part, full.new_zeros(shape)], self.dim)
+        return torch.cat([block, full.new_zeros(shape)], self.dim)
 
-    def gather(self, part: Tensor) -> Tensor:
+    def gather(self, block: Tensor) -> Tensor:
         """Return the full tensor without padding, from every rank's block. Collective over the axis."""
         if self.axis.size == 1:
-            return part
-        parts = [torch.empty_like(part) for _ in range(self.axis.size)]
-        dist.all_gather(parts, part.contiguous(), group=self.axis.group)
-        return torch.cat(parts, self.dim).narrow(self.dim, 0, self.size)
+            return block
+        blocks = [torch.empty_like(block) for _ in range(self.axis.size)]
+        dist.all_gather(blocks, block.contiguous(), group=self.axis.group)
+        return torch.cat(blocks, self.dim).narrow(self.dim, 0, self.size)
 
 
 def declare(param: nn.Parameter, *, shard: Optional[Split], rows: bool = False, head: int = 0) -> nn.Parameter:

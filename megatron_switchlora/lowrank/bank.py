@@ -132,9 +132,9 @@ class CandidateBank:
         Replaces `rows` by views of the buffer.
         """
         flat = torch.cat([rows[key].reshape(-1) for key in keys])
-        parts = flat.split([rows[key].numel() for key in keys])
-        for key, part in zip(keys, parts, strict=True):
-            rows[key] = part.view(rows[key].shape)
+        pieces = flat.split([rows[key].numel() for key in keys])
+        for key, piece in zip(keys, pieces, strict=True):
+            rows[key] = piece.view(rows[key].shape)
         work = dist.all_reduce(flat.view(torch.uint8), group=axis.group, async_op=True)
         assert work is not None
         return work

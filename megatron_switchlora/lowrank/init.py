@@ -8,10 +8,10 @@ With W (m = out, n = in), rank r, gain = sqrt(1/3) and s = 1/r:
 Entries are uniform on +-sqrt(3) std, so that unit-variance x gives std(s B A x) = gain. m and n are the full sizes,
 unsharded and unpadded.
 
-    classic  A kaiming uniform (a = sqrt 5), B zero
-    lte      A semi-orthogonal, B zero (arXiv 2402.16828, section 4)
-    pissa    both factors from W = U S V^T itself (PiSSA, arXiv 2404.02948, eq. 2-4): s B A is the best
-             approximation of rank r of W, and the rest stays frozen
+    classic          A kaiming uniform (a = sqrt 5), B zero
+    semi_orthogonal  A semi-orthogonal, B zero: LTE's (arXiv 2402.16828, section 4)
+    pissa            both factors from W = U S V^T itself (PiSSA, arXiv 2404.02948, eq. 2-4): s B A is the best
+                     approximation of rank r of W, and the rest stays frozen
 """
 
 from __future__ import annotations

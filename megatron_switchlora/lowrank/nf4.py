@@ -1,7 +1,7 @@
 """A matrix in 4 bits: NormalFloat4 with one fp32 scale per block of 64 (QLoRA, arXiv 2305.14314).
 
 A row is padded with zeros to a multiple of 64. The values of a block are divided by its largest magnitude and replaced
-by the nearest of 16 levels, which are quantiles of a normal distribution and include 0 and +-1:
+by the nearest of 16 levels. The levels are quantiles of a normal distribution and include 0 and +-1:
 
     codes   uint8 [out, padded / 2]   two levels per byte, the first in the high half
     scales  fp32  [out, padded / 64]

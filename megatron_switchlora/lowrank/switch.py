@@ -38,5 +38,5 @@ def switch_rows(linear: LowRankLinear, bank: CandidateBank, switch: LayerSwitch,
 @torch.no_grad()
 def fold(linear: LowRankLinear, changes: list[tuple[Tensor, Tensor]]) -> None:
     """Add the changes of a layer's switches to W."""
-    left, right = (torch.cat(parts) for parts in zip(*changes, strict=True))
+    left, right = (torch.cat(sides) for sides in zip(*changes, strict=True))
     linear.weight.addmm_(left.t(), right, alpha=linear.scaling)

@@ -1,7 +1,7 @@
 """GaLore (arXiv 2403.03507): Adam in a low-rank space of each matrix's gradient; the weights stay full-rank.
 
-For a matrix W (m, n) with gradient G, every `gap` steps the SVD of G gives an orthonormal P, of the shorter side (the
-package's projection type std):
+Every `gap` steps the SVD of the gradient G of a matrix W (m, n) gives an orthonormal P, of the shorter side. This is
+the package's projection type std:
 
     m >= n:  P [r, n], R = G P^T [m, r]        else  P [m, r], R = P^T G [r, n]
 

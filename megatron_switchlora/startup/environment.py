@@ -77,8 +77,8 @@ def tasks_on_node(text: str, node: int, world: int) -> int:
     """
     counts: list[int] = []
     if re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", text):
-        for part in text.split(","):
-            count, _, times = part.rstrip(")").partition("(x")
+        for entry in text.split(","):
+            count, _, times = entry.rstrip(")").partition("(x")
             counts += [int(count)] * int(times or 1)
     require(
         0 <= node < len(counts) and sum(counts) == world,

@@ -329,10 +329,10 @@ def _odd_ones(present: dict[int, Presence]) -> Optional[str]:
 
 def spans(numbers: Iterable[int]) -> str:
     """Format numbers as spans, such as "0-3, 7"."""
-    parts: list[list[int]] = []
+    runs: list[list[int]] = []
     for number in sorted(numbers):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1][1:] = [number]
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
         else:
-            parts.append([number])
-    return ", ".join("-".join(map(str, part)) for part in parts)
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
