@@ -35,7 +35,7 @@ def describe_start(context: RunContext, mesh: Mesh, start: Start) -> list[str]:
         by = "bitsandbytes" if bitsandbytes_works(context.device) else "plain torch, much slower than bitsandbytes"
         lines.append(f"the base is in 4 bits, dequantised by {by}")
     if start.checkpoint:
-        lines.append(f"goes on after step {start.step} from {start.checkpoint.folder}")
+        lines.append(f"resumes after step {start.step} from {start.checkpoint.folder}")
     if context.last_step < config.train.steps:
         lines.append(
             f"the data ends after {context.last_step} of {config.train.steps} steps "

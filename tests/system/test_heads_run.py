@@ -79,7 +79,7 @@ def test_killed_between_merges_it_goes_on_to_the_bit(place: Place) -> None:
     finally:
         end([process])
     status, output = place.run("2 ranks", place.options("killed", *HEADS))
-    assert status == 0 and "goes on after step" in output, output
+    assert status == 0 and "resumes after step" in output, output
     assert comparable(place.records("killed")) == comparable(place.records("whole"))
     assert of_heads(place, "killed") == of_heads(place, "whole")
 
