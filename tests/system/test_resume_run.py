@@ -242,7 +242,7 @@ def test_damaged_records_and_strays_cost_nothing_else(place: Place) -> None:
     statuses, output = place.run_pair(place.options(run.name, *SAVING))
     assert statuses == [0, 0] and "step-00000099 was ignored" in output, output
     assert output.count("metrics.jsonl: 2 damaged or repeated line(s) moved to metrics.dropped.jsonl\n") == 1
-    assert output.count("metrics.jsonl has no record of 1 of the 40 steps before\n") == 1
+    assert output.count("metrics.jsonl has no record of 1 of the 40 earlier steps\n") == 1
     assert (run / "metrics.jsonl").read_bytes().splitlines(True) == [*lines[:3], *lines[4:]]
     assert (run / "metrics.dropped.jsonl").read_bytes() == b"".join(bad)
     ours, theirs = (load_file(place.folder / name / "final" / "model.safetensors") for name in (run.name, "whole"))
@@ -254,7 +254,7 @@ def test_a_run_without_its_records_ends_by_its_own_evaluation(place: Place) -> N
     run = unfinished(place, "unrecorded")
     (run / "metrics.jsonl").unlink()
     status, output = place.run("alone", place.options("unrecorded", *SAVING))
-    assert status == 0 and "metrics.jsonl was not there: it begins anew after step 40" in output, output
+    assert status == 0 and "metrics.jsonl was missing: it starts again after step 40" in output, output
     assert "Trained a LLaMA" in output and "warning" not in output
     found, wanted = (json.loads((place.folder / name / "meta.json").read_text()) for name in (run.name, "whole"))
     assert (found["val_loss"], found["steps"]) == (wanted["val_loss"], wanted["steps"])

@@ -159,7 +159,7 @@ def test_why_it_is_built_anew_is_told_where_that_fails(data: DataConfig, monkeyp
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (odd_token, "holds token 65535, but the vocabulary is 2"),
+        (odd_token, "holds token 65535, but the vocabulary has 2"),
         (lambda content: content[: len(content) // 2 * 2 - 40], "ends before token"),
     ],
 )
