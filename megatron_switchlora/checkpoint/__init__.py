@@ -1,1 +1,1 @@
-"""Checkpoints on disk: `archive` reads tensors by name and box, `files` publishes, verifies and prunes folders."""
+"""Save, verify, read and resume checkpoints."""

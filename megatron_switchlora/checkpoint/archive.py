@@ -1,10 +1,11 @@
-"""Tensors by name and box: what a checkpoint's safetensors files hold, whatever the mesh that wrote them.
+"""Write and read a checkpoint's tensors by name and box, independent of the mesh that wrote them.
 
-Every rank writes one file of boxes; the file's header says of each box which tensor it belongs to, that
-tensor's full shape, and where in it the box lies. A reader asks for any box of a tensor and gets it put
-together from the files, only the needed slices being read. Tensors of LTE heads are named
-head_NN/NAME. torch.distributed.checkpoint was considered: its metadata is a pickle, its safetensors files
-cannot hold two boxes of one tensor (ZeRO's partitions cut rows), and its plans travel as pickles.
+Every rank writes one file of boxes. The file's header gives each box's tensor, that tensor's full shape, and the box's
+offset in it. A reader can ask for any box of a tensor. It is assembled from the files, and only the needed slices are
+read. Tensors of LTE heads are named head_NN/NAME.
+
+torch.distributed.checkpoint is not used for three reasons. Its metadata is a pickle. Its plans are sent as pickles. Its
+safetensors files cannot hold two boxes of one tensor, which ZeRO's partitions need as they cut rows.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.disk import make_durable, parse_json
 from megatron_switchlora.distributed.slices import TensorSlice
 
-MEND = "The file was changed or damaged: restore it, or take another checkpoint."
+MEND = "The file was changed or damaged: restore it, or use another checkpoint."
 
 
 @dataclass(frozen=True)
 class Box:
-    """One stored box: `key` in a file, at `offset` of its tensor, `size` long."""
+    """One stored box: its `key` in a file, its `offset` in the tensor, and its `size`."""
 
     file: Path
     key: str
@@ -54,18 +55,18 @@ def write_slices(path: Path, slices: Iterable[TensorSlice]) -> None:
 
 
 def save_durably(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write contiguous tensors as one safetensors file on the disk, readable by whoever can read its folder.
+    """Write contiguous tensors as one durable safetensors file, readable by all who can read its folder.
 
     Raises:
         OSError, SafetensorError: the disk is full, or the folder is gone.
     """
     save_file(tensors, path, metadata=metadata)
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read the file
     make_durable(path)
 
 
 def _boxes_of(file: Any, path: Path) -> Iterator[tuple[str, tuple[int, ...], Box]]:
-    """Name and full shape of the tensor of each box in an open file, and the box.
+    """Yield (tensor's name, its full shape, box) for each box in an open file.
 
     Raises:
         UserError: the file's index is not what `write_slices` writes.
@@ -84,8 +85,10 @@ def _boxes_of(file: Any, path: Path) -> Iterator[tuple[str, tuple[int, ...], Box
 
 
 class Archive:
-    """Files written by `write_slices`, for reading. A file is mapped for the time of a read only, so that what was read
-    does not count as this process's memory."""
+    """Read files that `write_slices` has written.
+
+    A file is mapped only during a read, so that its pages do not count as this process's memory.
+    """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -94,7 +97,7 @@ class Archive:
             with self._open(path) as file:
                 for name, shape, box in _boxes_of(file, path):
                     if self.shapes.setdefault(name, shape) != shape:
-                        raise UserError(f"{path} gives {name} the shape {list(shape)}, other files another. {MEND}")
+                        raise UserError(f"{path} and another file give {name} different shapes. {MEND}")
                     self._boxes.setdefault(name, []).append(box)
 
     @staticmethod
@@ -110,14 +113,14 @@ class Archive:
         return name in self.shapes
 
     def names(self) -> Iterator[str]:
-        """All tensors, in the order in which the files hold them."""
+        """Yield the names of all tensors, in the order of the files."""
         yield from self.shapes
 
     def read(self, name: str, offset: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
-        """The box [offset, offset + size) of a tensor, by default all of it, on the CPU in its stored precision.
+        """Return the box [offset, offset + size) of a tensor, by default all of it, on the CPU as stored.
 
         Raises:
-            UserError: no such tensor, or the files do not hold all of the box.
+            UserError: there is no such tensor, or the files do not hold the whole box.
         """
         if name not in self.shapes:
             raise UserError(f"The checkpoint holds no tensor {name!r}: it was written by another method or model.")
@@ -125,13 +128,13 @@ class Archive:
         start = tuple(offset) if offset is not None else (0,) * len(shape)
         end = tuple(a + b for a, b in zip(start, size if size is not None else shape, strict=True))
         if len(start) != len(shape) or any(b > whole for b, whole in zip(end, shape, strict=True)):
-            raise UserError(f"The checkpoint's {name} has shape {list(shape)}, the model's is larger: {list(end)}.")
+            raise UserError(f"The checkpoint's {name} has shape {list(shape)}, but the model's is larger: {list(end)}.")
         overlaps = [(box, *_overlap(box, start, end)) for box in self._boxes[name]]
         overlaps = [entry for entry in overlaps if all(a < b for a, b in zip(entry[1], entry[2], strict=True))]
         if len(overlaps) == 1 and overlaps[0][1:] == (start, end):  # the common case, without a copy
             return self._slice(*overlaps[0])
         held = sum(prod(b - a for a, b in zip(*entry[1:], strict=True)) for entry in overlaps)
-        if held < prod(b - a for a, b in zip(start, end, strict=True)):  # before memory is taken for what is not there
+        if held < prod(b - a for a, b in zip(start, end, strict=True)):  # before memory is allocated for the result
             raise _gap(name, start, end)
         pieces = [(first, last, self._slice(box, first, last)) for box, first, last in overlaps]
         whole = pieces[0][2].new_empty([b - a for a, b in zip(start, end, strict=True)])
@@ -153,12 +156,12 @@ class Archive:
         """Copy a slice's box into its memory, in its precision.
 
         Raises:
-            UserError: as `read`, or a tensor of another shape.
+            UserError: as `read`; or the stored tensor has another shape.
         """
         if held.name in self and self.shapes[held.name] != held.shape:
             raise UserError(
-                f"The checkpoint's {held.name} has shape {list(self.shapes[held.name])}, the configured model's has "
-                f"{list(held.shape)}: give the configuration that wrote it."
+                f"The checkpoint's {held.name} has shape {list(self.shapes[held.name])}, but the configured model's "
+                f"has {list(held.shape)}: give the configuration that wrote the checkpoint."
             )
         if held.tensor.numel():
             held.tensor.copy_(self.read(held.name, held.offset, held.tensor.shape))

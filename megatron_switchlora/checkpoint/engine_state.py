@@ -1,9 +1,9 @@
-"""The whole state of a run as slices of named tensors: what a checkpoint writes and what it fills.
+"""Describe the whole state of a run as slices of named tensors, which a checkpoint writes and fills.
 
-Trainable tensors are saved as their fp32 masters, of which the weights are the cast, with both moments
-and the row steps, frozen dense tensors as they are; then the method's own slices (frozen W, bank,
-schedule). Rank by rank nothing is held twice in the files: of ranks with the same slice, one writes it,
-in turns.
+    trainable tensors       as fp32 masters, of which the weights are casts, with both moments and the row steps
+    frozen dense tensors    as they are
+    the method's slices     frozen W, bank, schedule
+The files hold nothing twice. Among ranks with the same slice one writes it, and they take turns.
 """
 
 from __future__ import annotations
@@ -38,26 +38,28 @@ class Engine(Protocol):
 
 
 def state_slices(engine: Engine) -> Iterator[TensorSlice]:
-    """This rank's slices, in the same order on all ranks of a group."""
+    """Yield this rank's slices, in the same order on all ranks of a group."""
     optimizer, stored_name = engine.optimizer, engine.method.stored_name
     for name, param in engine.model.named_parameters():
         if param.requires_grad:
             yield from optimizer.slices(stored_name(name), param, _same_here(is_split(param), optimizer.partitioned))
-        else:  # of LTE heads, too, there is one
+        else:  # LTE heads share one
             yield parameter_slice(name, param, engine.method.frozen_group(param))
     yield from engine.method.slices()
 
 
 def _same_here(split: bool, partitioned: bool) -> Optional[str]:
-    """The group of ranks that hold the same of a master: of a parameter split over tp or not, partitioned by ZeRO or
-    not."""
+    """Return the group of ranks that hold the same values of a master, or None if no other rank does.
+
+    `split` says whether tp splits the parameter, `partitioned` whether ZeRO partitions the master.
+    """
     if split:
         return None if partitioned else "dp"
     return "tp" if partitioned else "head"
 
 
 def own_share(slices: Iterable[TensorSlice], mesh: Mesh) -> Iterator[TensorSlice]:
-    """Of all slices of the ranks of a group, each once: the ranks that hold the same take turns."""
+    """Yield the slices that this rank writes: ranks of a group that hold the same slices take turns."""
     turns: Counter[str] = Counter()
     for held in slices:
         if held.group is not None:
@@ -71,7 +73,7 @@ def own_share(slices: Iterable[TensorSlice], mesh: Mesh) -> Iterator[TensorSlice
 
 
 def load_state(engine: Engine, archive: Archive, step: int) -> None:
-    """Bring a fresh engine to where the checkpoint's run was after `step` steps; `method.loaded()` comes after it.
+    """Fill a fresh engine with the state after `step` steps; call `method.loaded()` afterwards.
 
     Raises:
         UserError: tensors are missing or have other shapes.
@@ -81,18 +83,20 @@ def load_state(engine: Engine, archive: Archive, step: int) -> None:
 
 @torch.no_grad()
 def fill_slices(engine: Engine, fill: Callable[[TensorSlice], None], step: int) -> None:
-    """Call `fill` for all that a fresh engine holds, which has then `step` steps behind it."""
+    """Call `fill` for every slice of a fresh engine, and set its position to `step` steps."""
     for held in state_slices(engine):
         fill(held)
     for name, param in engine.model.named_parameters():
-        if param.requires_grad:  # from the masters: ZeRO gathers only what it has stepped
+        if param.requires_grad:  # from the masters, since ZeRO gathers a weight only after an update
             fill(parameter_slice(engine.method.stored_name(name), param, None))
     engine.ds.global_steps = step
     engine.ds.global_samples = step * engine.config.train.global_batch_size
 
 
 def state_file(config: RunConfig, steps: int, more: dict[str, Any]) -> bytes:
-    """state.json: the configuration, the position after `steps` steps in the data (a pure function of it: for
-    readers), and what the run adds."""
+    """Return the content of state.json: the configuration, the position after `steps` steps, and the run's `more`.
+
+    The position in the data follows from the steps; it is there for people who read the file.
+    """
     position = {"step": steps, "samples": steps * config.train.global_batch_size}
     return json.dumps({**position, "config": config.to_dict(), **more}, indent=1).encode()

@@ -1,11 +1,11 @@
-"""Going on with another number of LTE heads, or with heads placed otherwise (on ranks, or several in a process).
+"""Resume with another number of LTE heads, or with another placement of heads on ranks and in processes.
 
-Right after a merge every head computes the mean model M, so heads can come and go without changing it:
-    heads that stay     keep factors, dense tensors and their optimizer state
-    heads that are new  draw their factors (and bank) as in a fresh run, those of LoRA-GA from gradients of M, with
-                        zero moments; their dense tensors and moments are those of head n mod N of the checkpoint's N
-    every W and origin  is formed again from M and the factors of now
-Between merges the heads' functions differ and one could only be lost: that is refused.
+Right after a merge every head computes the mean model M. So heads can be added or removed without changing M:
+    heads that stay      keep factors, dense tensors and their optimizer state
+    new heads            draw factors (and bank) as in a fresh run, LoRA-GA's from gradients of M, with zero moments;
+                         new head n copies dense tensors and their moments from head n mod N of the checkpoint's N
+    every W and origin   is computed from M and the present factors
+Between merges the heads' functions differ, and removing a head would lose its function. That is an error.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from megatron_switchlora.methods.lte.heads import Merging
 
 
 def regroups(config: RunConfig, state: dict[str, Any]) -> bool:
-    """Whether the checkpoint's heads are others than this run's.
+    """Return whether the checkpoint's heads differ in number or placement from this run's.
 
     Raises:
-        UserError: they are, and the checkpoint was not written right after a merge.
+        UserError: they differ, but the checkpoint was not written right after a merge.
     """
     method, facts, stored = config.method, config.method.facts, state["config"]
     if not facts.merges or value_of(stored, "method.name") != method.name:
@@ -42,16 +42,16 @@ def regroups(config: RunConfig, state: dict[str, Any]) -> bool:
     require(
         interval is not None and (state["step"] - method.full_rank_steps) % interval == 0,
         f"The checkpoint at step {state['step']} has {groups} x {local} LTE heads (parallel.lte_heads x "
-        f"method.lte.local_heads) and this run {config.parallel.lte_heads} x {facts.heads_here}: heads can change only "
-        f"right after a merge, and method.lte.merge_interval is {method.lte.merge_interval}. Give the same heads, or a "
-        "checkpoint at such a step.",
+        f"method.lte.local_heads) and this run has {config.parallel.lte_heads} x {facts.heads_here}: heads can change "
+        f"only right after a merge, and method.lte.merge_interval is {method.lte.merge_interval}. Give the same heads, "
+        "or a checkpoint at such a step.",
     )
     return True
 
 
 @torch.no_grad()
 def load_regrouped(engine: Engine, checkpoint: Checkpoint) -> None:
-    """Fill a fresh engine by the rule above; `method.loaded()` and `method.regrouped()` come after it.
+    """Fill a fresh engine by these rules; call `method.regrouped()` and `method.loaded()` afterwards.
 
     Raises:
         UserError: tensors are missing or have other shapes.
@@ -65,8 +65,8 @@ def load_regrouped(engine: Engine, checkpoint: Checkpoint) -> None:
         head, inner = split_head(held.name)
         name = held.name if head is None else inner.split(":")[0]
         if head is not None and name in dense and head >= heads:
-            stand_in = of_head(head % heads, inner)
-            held = TensorSlice(stand_in, held.shape, held.offset, held.tensor, held.group)
+            source = of_head(head % heads, inner)
+            held = TensorSlice(source, held.shape, held.offset, held.tensor, held.group)
         of_base = name.endswith((".weight", ".merged_A", ".merged_B", ".origin", ".nf4_codes", ".nf4_scales"))
         if name in dense or (held.name in archive and not of_base):
             archive.fill(held)

@@ -1,9 +1,10 @@
-"""Where a run begins: anew, or from a checkpoint.
+"""Decide whether a run starts fresh or resumes from a checkpoint.
 
-`--resume auto` continues the run in --output_dir, if there is one, from its newest published checkpoint;
-PATH names a checkpoint, or a run whose newest is taken; none always begins anew. Rank 0 locks the folder
-and looks, all ranks share the work of verifying the files, and nothing of the folder is changed before all
-is found in order.
+    --resume auto    resumes the run in --output_dir, if there is one, from its newest published checkpoint
+    --resume PATH    resumes from a checkpoint, or from the newest one of a run
+    --resume none    always starts a fresh run
+Rank 0 locks the folder and decides. All ranks share the work of verifying the files. The folder stays unchanged until
+all checks have passed.
 """
 
 from __future__ import annotations
@@ -29,14 +30,17 @@ from megatron_switchlora.run.folder import holds_run, lock_folder, read_meta, re
 
 @dataclass
 class Start:
-    """How a run begins: `checkpoint` is what it continues from, `keeps_records` whether the run folder's records up to
-    there stay, `finished` that there is nothing left to do, `lock` rank 0's hold on a folder that is gone on with."""
+    """How a run starts."""
 
     checkpoint: Optional[Checkpoint] = None
+    """What it resumes from; None for a fresh run."""
     keeps_records: bool = False
+    """Whether the run folder's records up to the checkpoint stay."""
     finished: bool = False
+    """Whether nothing is left to do."""
     notes: list[str] = field(default_factory=list)
     lock: Optional[BinaryIO] = None
+    """Rank 0's lock on the folder of a resumed run."""
 
     @property
     def step(self) -> int:
@@ -44,10 +48,10 @@ class Start:
 
 
 def find_start(config: RunConfig, device: torch.device) -> Start:
-    """Decide on rank 0, verify the checkpoint's files together. Collective over the world.
+    """Decide on rank 0 how the run starts, and verify the checkpoint on all ranks. Collective over the world.
 
     Raises:
-        UserError: a folder that may not be used, a damaged checkpoint, or one of another configuration.
+        UserError: the folder must not be used, or the checkpoint is damaged or has another configuration.
     """
     locks: list[BinaryIO] = []
     choice = json.loads(on_one_rank(dist.get_rank() == 0, lambda: json.dumps(choose(config, locks)), device))
@@ -57,15 +61,16 @@ def find_start(config: RunConfig, device: torch.device) -> Start:
 
 
 def open_together(folder: Path, device: torch.device) -> Checkpoint:
-    """Open a checkpoint on every rank and verify its files, each on one. Collective over the world.
+    """Open a checkpoint on every rank and verify each of its files on one rank. Collective over the world.
 
     Raises:
-        UserError: on every rank, if a rank cannot open it, or files are missing or damaged, with their names.
+        UserError: on every rank, if any rank cannot open the checkpoint, or files are missing or damaged; the message
+            names them.
     """
-    checkpoint = on_all_ranks(lambda: open_checkpoint(folder), device)  # a host may not see it
+    checkpoint = on_all_ranks(lambda: open_checkpoint(folder), device)  # some host may not see the folder
     names = sorted(checkpoint.files)[dist.get_rank() :: dist.get_world_size()]
     faults = checkpoint.faults(names)
-    await_all()  # files differ in size
+    await_all()  # files differ in size, so ranks finish at different times
     texts = gather_texts("\n".join(faults), device)
     all_faults = [fault for text in texts for fault in text.splitlines()]
     if all_faults:
@@ -74,12 +79,14 @@ def open_together(folder: Path, device: torch.device) -> Checkpoint:
 
 
 def choose(config: RunConfig, locks: list[BinaryIO]) -> dict[str, Any]:
-    """What rank 0 finds: the checkpoint's folder or "", and `Start`'s other fields. A lock is added to `locks` where
-    the run goes on in its folder."""
+    """Return rank 0's decision: the checkpoint's folder or "", and `Start`'s other fields.
+
+    If the run resumes in its own folder, that folder's lock is added to `locks`.
+    """
     output = Path(config.output_dir).absolute() if config.output_dir else None
     start: dict[str, Any] = {"folder": "", "keeps_records": False, "finished": False, "notes": []}
     if output:
-        start["notes"] = [_passed_over(path) for path in strays(output / "checkpoints")]
+        start["notes"] = [_ignored(path) for path in strays(output / "checkpoints")]
     if config.resume == "none" or (config.resume == "auto" and (output is None or not holds_run(output))):
         if output:
             refuse_folder(output)
@@ -91,7 +98,7 @@ def choose(config: RunConfig, locks: list[BinaryIO]) -> dict[str, Any]:
     checkpoint = open_checkpoint(source)
     require(
         "data" in checkpoint.state(),
-        f"{source} holds weights alone, no run to resume: start from it with --train.init_from.",
+        f"{source} holds only weights, not a run to resume: start from it with --train.init_from.",
     )
     compare(config, stored_config(checkpoint), f"Checkpoint {source}")
     if output is None or source.parent != (output / "checkpoints").resolve():
@@ -104,24 +111,24 @@ def choose(config: RunConfig, locks: list[BinaryIO]) -> dict[str, Any]:
     newest = published(source.parent)[-1]
     require(
         newest.name == source.name,
-        f"{output} holds a newer checkpoint, {newest.name}, than --resume {source}, and nothing newer is ever "
-        "overwritten: give another --output_dir, or move the newer ones away.",
+        f"{output} holds {newest.name}, which is newer than --resume {source} and is never overwritten: give another "
+        "--output_dir, or move the newer checkpoints away.",
     )
     locks.append(lock_folder(output))
     return start | {"folder": str(source), "keeps_records": True}
 
 
-def _passed_over(path: Path) -> str:
-    return f"{shown(path)} was passed over: it is no folder step-00000000 of eight digits with a checkpoint in it"
+def _ignored(path: Path) -> str:
+    return f"{shown(path)} was ignored: it is not a folder step-00000000 (eight digits) with a checkpoint in it"
 
 
 def _branched(output: Path, source: Path) -> bool:
-    """Whether the output folder's own run once began from this checkpoint: then the same command goes on with it."""
+    """Return whether the output folder's run started from this checkpoint: then the same command resumes that run."""
     return read_meta(output).get("branched_from") == str(source)
 
 
 def _own_run(config: RunConfig, output: Path, locks: list[BinaryIO], notes: list[str]) -> dict[str, Any]:
-    """Continue the run in the output folder."""
+    """Resume the run in the output folder."""
     stored_path = output / "config.yaml"
     if not stored_path.is_file() and not published(output / "checkpoints") and not _just_claimed(output):
         refuse_folder(output)
@@ -138,12 +145,12 @@ def _own_run(config: RunConfig, output: Path, locks: list[BinaryIO], notes: list
         return {"folder": str(checkpoints[-1]), "keeps_records": True}
     if (output / "final").exists():
         refuse_folder(output)
-    note = f"{output} holds no published checkpoint: the run begins anew, its earlier records are set aside"
+    note = f"{output} holds no published checkpoint: the run starts from step 0, and earlier records are set aside"
     return {"keeps_records": True, "notes": [*notes, note]}
 
 
 def _read_config(path: Path) -> Optional[dict[str, Any]]:
-    """A run's configuration, if it has come to write one."""
+    """Return a run's configuration, or None if it has written none."""
     if not path.is_file():
         return None
     try:
@@ -151,13 +158,13 @@ def _read_config(path: Path) -> Optional[dict[str, Any]]:
     except ValueError:
         stored = None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give access, or mend its disk.") from None
-    whole = isinstance(stored, dict) and "train" in stored and not odd_fields(RunConfig, stored)
-    require(whole, f"{path} is damaged, and there is no checkpoint: move the folder away, or use another --output_dir.")
+        raise UserError(f"{path} cannot be read ({error.strerror}): give access, or repair its disk.") from None
+    valid = isinstance(stored, dict) and "train" in stored and not odd_fields(RunConfig, stored)
+    require(valid, f"{path} is damaged, and there is no checkpoint: move the folder away, or use another --output_dir.")
     return stored
 
 
 def _just_claimed(output: Path) -> bool:
-    """Whether a run was killed here before it wrote its first file."""
+    """Return whether a run was killed here before it wrote its first record."""
     records = output / "metrics.jsonl"
     return not records.is_symlink() and records.is_file() and not records.stat().st_size and not read_meta(output)

@@ -1,7 +1,7 @@
-"""May this configuration go on from that checkpoint? What differs is named with both values.
+"""Decide whether a configuration may resume from a checkpoint, and report differences with both values.
 
-The configuration must be the checkpoint's, but for options that say themselves that a resumed run may change them:
-freely, or if `checkpoint.allow_changes` names them.
+The configuration must equal the checkpoint's, except for options whose own facts allow a change on resume. Some may
+change freely, others only if `checkpoint.allow_changes` lists them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_switchlora.startup.device import gpu_identity
 
 
 def what_must_agree(config: RunConfig, ds_config: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """What all ranks of a start must have alike: options, DeepSpeed's JSON, versions and code."""
+    """Return what must be the same on all ranks: options, DeepSpeed's JSON, versions and code."""
     code = hashlib.sha256()
     package = Path(__file__).parents[1]
     for path in sorted(path for path in package.rglob("*.py") if path.is_file()):
@@ -39,7 +39,11 @@ def what_must_agree(config: RunConfig, ds_config: dict[str, Any], device: torch.
 
 
 def compare(config: RunConfig, stored: dict[str, Any], what: str) -> None:
-    """Raises: UserError, if the stored configuration differs in what may not change, naming both values."""
+    """Compare the configuration with a stored one; `what` describes the latter in messages.
+
+    Raises:
+        UserError: they differ in an option that must not change; the message gives both values.
+    """
     configured = {name: value for name, _, value in walk(config)}
     saved = {name: value_of(stored, name, default) for name, _, default in walk(run_config_class()())}
     free = names_where(config, lambda facts: facts["resume"] == "free")
@@ -56,7 +60,9 @@ def compare(config: RunConfig, stored: dict[str, Any], what: str) -> None:
     more = f" (and {len(names) - 5} more)" if len(names) > 5 else ""
     changeable = [name for name in names if name in changeable_options(config)]
     advice = (
-        f" --checkpoint.allow_changes '{json.dumps(changeable)}' takes the new values." if changeable == names else ""
+        f" To use the new values, add --checkpoint.allow_changes '{json.dumps(changeable)}'."
+        if changeable == names
+        else ""
     )
     raise UserError(
         f"{what} has another configuration: {listed}{more}. Give its values, or another --output_dir for a new "
@@ -65,24 +71,32 @@ def compare(config: RunConfig, stored: dict[str, Any], what: str) -> None:
 
 
 def _refuse_thawing(config: RunConfig, stored: Optional[float], what: str) -> None:
-    """Raises: UserError, if dense tensors were frozen there and train here, or the reverse: their state is another."""
+    """Refuse to train dense tensors that were frozen, or the reverse, since only trained ones have moments.
+
+    Raises:
+        UserError: only one of `stored` and `optim.dense_lr` is 0.
+    """
     given = config.optim.dense_lr
     if (stored == 0) != (given == 0):
         raise UserError(
             f"{what} has another configuration: optim.dense_lr is {stored!r} there and {given!r} here, and 0 freezes "
-            "embedding, head and norms from the start, without moments: give its value, or begin another run from it "
+            "embedding, output layer and norms, which then have no moments: give its value, or start a new run from it "
             "with --train.init_from."
         )
 
 
 def _dense_follows(config: RunConfig, options: dict[str, Any]) -> bool:
-    """Return whether the rate of the dense tensors is what the method derives from the other, which is compared."""
+    """Return whether the dense tensors' rate is the method's default for `optim.lr`, which is compared itself."""
     lr, dense_lr = options["optim.lr"], options["optim.dense_lr"]
     return dense_lr is None or (lr is not None and dense_lr == config.method.facts.default_dense_lr(lr))
 
 
 def compare_data(config: RunConfig, state: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raises: UserError, if a checkpoint's run had another text, tokenizer or vocabulary; `here` are this run's."""
+    """Compare a checkpoint's text, tokenizer and vocabulary with this run's, which are `here`.
+
+    Raises:
+        UserError: they differ.
+    """
     allowed = "data" in config.checkpoint.allow_changes
     different = [key for key in here if state.get(key) != here[key] and not (allowed and key == "data")]
     if not different:

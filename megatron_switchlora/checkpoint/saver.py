@@ -1,10 +1,9 @@
-"""Saving while training goes on.
+"""Save checkpoints while training continues.
 
-`save` copies this rank's share of the state to host memory (that copy is the only stall) and leaves the
-writing to a thread. The ranks' threads do not talk: each training step's one control all-reduce carries
-`written`, and once all ranks have voted so, `finish` gathers what they wrote and rank 0 publishes. A save
-that fails anywhere (a full disk) leaves the earlier checkpoints as they are and the run alive, with a
-warning.
+`save` copies this rank's share of the state to host memory, and a thread writes it. Training waits only for the copy.
+The threads of different ranks do not communicate. Instead each training step's control all-reduce carries `written`.
+Once all ranks have written, `finish` gathers their reports and rank 0 publishes the checkpoint. A save that fails on
+any rank, for example on a full disk, gives a warning. Earlier checkpoints stay, and the run continues.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from megatron_switchlora.planning.memory import checkpoint_bytes
 
 @dataclass
 class Writing:
-    """A save on its way: what the thread needs, and what it found."""
+    """A save in progress: what the writing thread needs, and its results."""
 
     step: int
     building: Path
@@ -51,24 +50,26 @@ class Writing:
 
 
 class Saver:
-    """Writes the checkpoints of a run into `folder`; `print_line` prints from rank 0. All methods are collective but
-    `written`."""
+    """Write the checkpoints of a run into `folder`; `print_line` prints on rank 0.
+
+    All methods except `written` are collective.
+    """
 
     def __init__(self, folder: Path, engine: Engine, keep: CheckpointConfig, print_line: Callable[[str], None]) -> None:
         self.folder, self.engine, self.keep, self.print_line = folder, engine, keep, print_line
         self.expected = checkpoint_bytes(engine.config, engine.model.vocab_size)
         self.rank, self.device = dist.get_rank(), engine.device
-        self.history: list[dict[str, float]] = []  # of published ones, on rank 0
+        self.history: list[dict[str, float]] = []  # the published checkpoints, on rank 0
         self._host: dict[int, Tensor] = {}
         self._writing: Optional[Writing] = None
 
     @property
     def written(self) -> bool:
-        """Whether this rank has a save whose writing has ended."""
+        """Whether this rank has a save that is fully written."""
         return self._writing is not None and not (self._writing.thread and self._writing.thread.is_alive())
 
     def save(self, step: int, extra: dict[str, bytes]) -> None:
-        """Save the state after `step` steps; rank 0's `extra` files go with it."""
+        """Save the state after `step` steps, with rank 0's `extra` files."""
         began = time.perf_counter()
         self.finish()
         building = self.folder / f".building-{step_name(step)}"
@@ -86,15 +87,15 @@ class Saver:
         writing.stall = time.perf_counter() - began
 
     def _prepare(self, building: Path) -> str:
-        """Make room for a save, on rank 0; returns what is in the way.
+        """Create an empty folder for a save, on rank 0; return why that fails, or "".
 
         Raises:
             UserError: the run folder has vanished.
         """
         if not self.folder.parent.is_dir():
             raise UserError(
-                f"The run folder {self.folder.parent} has vanished, so that nothing can be saved and the run stops: "
-                "bring it back and start again with the same command line."
+                f"The run folder {self.folder.parent} has vanished, so nothing can be saved and the run stops: restore "
+                "it and start again with the same command line."
             )
         try:
             remove(building)
@@ -105,7 +106,7 @@ class Saver:
 
     @torch.no_grad()
     def _stage(self) -> list[TensorSlice]:
-        """Copies in host memory of what this rank writes; the memory is used again by the next save."""
+        """Copy what this rank writes to host memory, which the next save uses again."""
         staged = []
         for number, held in enumerate(own_share(state_slices(self.engine), self.engine.mesh)):
             host = self._host.get(number)
@@ -134,7 +135,7 @@ class Saver:
         writing.seconds = time.perf_counter() - writing.began
 
     def finish(self) -> None:
-        """Wait for the save on its way, if any, on all ranks, and publish it."""
+        """Wait on all ranks for the save in progress, if any, and publish it."""
         writing, self._writing = self._writing, None
         if writing is None:
             return
@@ -163,25 +164,27 @@ class Saver:
         self.history.append({"step": writing.step, "bytes": size, "stall": writing.stall, "seconds": seconds})
         self.print_line(
             f"checkpoint {step_name(writing.step)}: {size / 1e6:.2f} MB (by formula {self.expected / 1e6:.2f}); "
-            f"training stood still for {writing.stall:.3f} s, written after {seconds:.2f} s"
+            f"training paused for {writing.stall:.3f} s, written after {seconds:.2f} s"
         )
         try:
             prune(self.folder, self.keep.keep_last, self.keep.keep_every)
         except (OSError, UserError) as error:
-            self.print_line(f"warning: an old checkpoint could not be deleted: {error}")
+            self.print_line(f"warning: an old checkpoint cannot be deleted: {error}")
 
     def _warn(self, step: int, problem: str) -> None:
         try:
             last = published(self.folder)
-            kept = f"the last one is {last[-1].name}" if last else "there is none yet"
+            kept = f"the last one is {last[-1].name}" if last else "there is no earlier one"
         except UserError as error:
             kept = str(error)
-        self.print_line(f"warning: checkpoint {step_name(step)} was not written ({problem}); {kept}. Training goes on.")
+        self.print_line(
+            f"warning: checkpoint {step_name(step)} was not written ({problem}); {kept}. Training continues."
+        )
 
     def clean(self) -> list[str]:
-        """Remove saves and prunes that an earlier start left unfinished; a sentence for each."""
+        """Remove saves and prunes that an earlier start left unfinished; return a sentence for each."""
         unfinished = leftovers(self.folder)
         for path in unfinished:
             with contextlib.suppress(OSError):
                 remove(path)
-        return [f"{path.name} was skipped and removed: it had not ended when the run did" for path in unfinished]
+        return [f"{path.name} was removed: an earlier start left it unfinished" for path in unfinished]

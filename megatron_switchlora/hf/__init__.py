@@ -1,1 +1,1 @@
-"""Room."""
+"""Exchange models and adapters with Hugging Face and PEFT."""

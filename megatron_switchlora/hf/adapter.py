@@ -1,8 +1,8 @@
-"""A LoRA's folder of PEFT as dense weights: W + s B A over the base that it names, s = alpha / r or alpha / sqrt(r).
+"""Merge a LoRA folder of PEFT into its base: W + s B A with s = alpha / r, or alpha / sqrt(r) with rsLoRA.
 
-Only plain LoRA on linears is merged; whatever else adapter_config.json or the file of tensors holds (DoRA, patterns of
-ranks, saved modules, initialisations that change the base, other kinds of adapters) is refused by its name, so that
-what is imported is the function that PEFT computes. The sum is formed in fp32, a tensor at a time.
+Only plain LoRA on linears is merged, so that an import has the function that PEFT computes. Anything else in
+adapter_config.json or the tensor file is an error: DoRA, rank patterns, saved modules, initialisations that change the
+base, other kinds of adapters. The sum is computed in fp32, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -28,19 +28,22 @@ from megatron_switchlora.hf.import_ import (
 from megatron_switchlora.model.entries import read_number, read_whole
 
 CONFIG, FILE, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-KNOWN = (  # what does not change the sum; every other entry must be unset
+KNOWN = (  # entries that do not change the sum; all others must be unset
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern", "megatron_core", "qalora_group_size", "init_lora_weights", "bias", "eva_config",
 )  # fmt: skip
-PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # other initialisations change the base
 INSTEAD = "merge it in PEFT (merge_and_unload, then save_pretrained) and give that folder."
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A [r, in] and B [out, r] by the name of the weight that they add to; `own` are weights that PEFT stores beside
-    them (of an adapted head) and puts in the base's place."""
+    """A PEFT adapter over its base.
+
+    `factors` holds A [r, in] and B [out, r] by the name of the adapted weight. `own` holds weights that replace the
+    base's, which PEFT stores with the adapter of an output layer.
+    """
 
     folder: Path
     base: Path
@@ -51,10 +54,10 @@ class Adapter:
     def merged(
         self, tensors: Iterator[tuple[str, Tensor]], shapes: dict[str, list[int]]
     ) -> Iterator[tuple[str, Tensor]]:
-        """The base's (name, tensor) with the adapter folded in.
+        """Yield the base's (name, tensor) with the adapter folded in.
 
         Raises:
-            UserError: at the call: factors that do not fit the base's shapes. While reading: as of the tensors.
+            UserError: at the call, if factors do not fit the base's shapes; while reading, as `read_stored`.
         """
         for name, (A, B) in self.factors.items():
             wanted = shapes.get(name)
@@ -80,10 +83,12 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_adapter(folder: Path, base: Path | None = None) -> Adapter:
-    """The adapter in a folder, over `base` or else the base that it names, a path as PEFT reads it: from here.
+    """Read the adapter in a folder, over `base` or else over the base whose path the adapter gives.
+
+    A relative path starts at the working directory, as in PEFT.
 
     Raises:
-        UserError: another kind of adapter than plain LoRA; no base in this place; damaged or missing files.
+        UserError: the adapter is not a plain LoRA, the base is not a folder, or files are damaged or missing.
     """
     path = folder / CONFIG
     config = read_object(path)
@@ -116,7 +121,7 @@ def _values(config: dict[str, Any], keys: list[str]) -> str:
 def _factors(path: Path, rank: int) -> tuple[dict[str, tuple[Stored, Stored]], dict[str, Stored]]:
     require(
         path.is_file(),
-        f"{path} does not exist, and an adapter is read from no other file: save it with PEFT's save_pretrained, which "
+        f"{path} does not exist, and adapters are read from no other file: save it with PEFT's save_pretrained, which "
         "writes safetensors.",
     )
     stored = scan(path)
@@ -124,7 +129,10 @@ def _factors(path: Path, rank: int) -> tuple[dict[str, tuple[Stored, Stored]], d
     wanted = {f"{name}.lora_{side}.weight" for name in names for side in "AB"}
     own = {f"{name}.base_layer.weight" for name in names} & stored.keys()
     strange = sorted((stored.keys() - own) ^ wanted) + [name for name in names if not name.startswith(PREFIX)]
-    require(not strange and bool(names), f"{path} holds or lacks {first_names(strange)}, not a plain LoRA's: {INSTEAD}")
+    require(
+        not strange and bool(names),
+        f"{path} is not a plain LoRA, as it holds or lacks {first_names(strange)}: {INSTEAD}",
+    )
     for name in wanted | own:
         shape = stored[name].shape
         fits = len(shape) == 2 and (name in own or shape["lora_B" in name] == rank)

@@ -1,14 +1,15 @@
-"""Between this project's checkpoints and Hugging Face's folders.
+"""Convert between this project's checkpoints and Hugging Face folders.
 
     python tools/convert_hf.py export RUN_OR_CHECKPOINT OUT [--dtype fp32] [--peft [--original_base]]
     python tools/convert_hf.py import HF_DIR OUT [--base HF_DIR] [--plugins MODULE ...]
 
-export folds the adapters and writes what AutoModelForCausalLM loads; with --peft OUT/base and OUT/adapter, which
-PeftModel loads; with --original_base too, of a run begun by LoRA-GA, an adapter of twice the rank over the matrices
-that the run began from. The adapter names OUT/base by its absolute path, which AutoPeftModel follows from anywhere;
-after a move, give PeftModel the base. import makes a LLaMA (or a model of a plugin's family), or a LoRA of PEFT merged
-into its base, the starting point of a run: --config OUT/model.yaml --train.init_from OUT. Both need memory for a few
-layers only.
+export folds the adapters and writes a folder that AutoModelForCausalLM loads. With --peft it writes OUT/base and
+OUT/adapter, which PeftModel loads. The adapter gives the absolute path of OUT/base, which AutoPeftModel follows. If you
+move the folders, pass the base to PeftModel yourself. For a run that started with LoRA-GA, --original_base writes the
+matrices from which the run started, with an adapter of twice the rank.
+
+import makes a LLaMA, or a model of a plugin's family, the starting point of a run: --config OUT/model.yaml
+--train.init_from OUT. A LoRA of PEFT is merged into its base. Both commands need memory for only a few layers.
 """
 
 from __future__ import annotations
@@ -32,9 +33,7 @@ def export(arguments: argparse.Namespace) -> str:
     if arguments.peft:
         export_peft(checkpoint, arguments.out, arguments.dtype, limit, arguments.original_base)
     else:
-        require(
-            not arguments.original_base, "--original_base says over which base --peft puts the adapter: give it too."
-        )
+        require(not arguments.original_base, "--original_base selects the base of --peft's adapter: give --peft too.")
         export_dense(checkpoint, arguments.out, arguments.dtype, limit)
     parts = f"{arguments.out}/base and {arguments.out}/adapter" if arguments.peft else str(arguments.out)
     return f"{checkpoint.folder} (step {checkpoint.step}) exported as {arguments.dtype} to {parts}"
@@ -53,23 +52,23 @@ def import_(arguments: argparse.Namespace) -> str:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The command line; `act` is what it asks for."""
+    """Parse the command line; `act` is the function of the chosen command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    out = commands.add_parser("export", help="a checkpoint to Hugging Face or PEFT")
+    out = commands.add_parser("export", help="convert a checkpoint to Hugging Face or PEFT")
     out.add_argument("source", type=user_path, metavar="RUN_OR_CHECKPOINT")
     out.add_argument("out", type=user_path, metavar="OUT")
     out.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="cast after folding (default: bf16)")
-    out.add_argument("--peft", action="store_true", help="base model and adapter apart, for PeftModel")
-    out.add_argument("--original_base", action="store_true", help="with --peft, of a run begun by LoRA-GA")
+    out.add_argument("--peft", action="store_true", help="write base model and adapter separately, for PeftModel")
+    out.add_argument("--original_base", action="store_true", help="with --peft, for a run that started with LoRA-GA")
     out.add_argument(
         "--shard_mb", type=number_from(0.001, float), default=1000.0, help="largest safetensors file, in MB"
     )
     out.set_defaults(act=export)
-    into = commands.add_parser("import", help="a Hugging Face model to a starting point")
+    into = commands.add_parser("import", help="convert a Hugging Face model to a starting point")
     into.add_argument("source", type=user_path, metavar="HF_DIR")
     into.add_argument("out", type=user_path, metavar="OUT")
-    into.add_argument("--base", type=user_path, metavar="HF_DIR", help="of an adapter: its base, if that has moved")
+    into.add_argument("--base", type=user_path, metavar="HF_DIR", help="an adapter's base, if that has moved")
     into.add_argument("--plugins", nargs="+", default=[], metavar="MODULE", help="modules that register its family")
     into.set_defaults(act=import_)
     return parser.parse_args(words)

@@ -1,9 +1,9 @@
-"""From a checkpoint of any mesh to Hugging Face and PEFT, with a few tensors in memory at a time.
+"""Export a checkpoint of any mesh to Hugging Face or PEFT, with only a few tensors in memory at a time.
 
-`export_dense` folds the adapters and writes sharded safetensors that `AutoModelForCausalLM` loads;
-`export_peft` writes the frozen base likewise and the adapters beside it, as a LoRA that `PeftModel` loads
-(its lora_B is [out, r]: ours transposed) and that names its base by its absolute path. Folders are built aside and
-renamed: complete or absent.
+`export_dense` folds the adapters and writes sharded safetensors that `AutoModelForCausalLM` loads. `export_peft` writes
+the frozen base in the same format, and the adapters beside it as a LoRA that `PeftModel` loads. The adapter gives the
+absolute path of its base. Its lora_B is [out, r], the transpose of ours. Folders are built elsewhere and renamed, so
+they are either complete or absent.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def write_shards(folder: Path, sizes: dict[str, int], read: Callable[[str], Tensor], limit: int = SHARD_BYTES) -> None:
-    """Write tensors, by name with their bytes, as model.safetensors, or as shards of at most `limit` bytes (or one
-    tensor) with an index; a shard at a time is in memory."""
+    """Write tensors as model.safetensors, or as shards of at most `limit` bytes (or one tensor) with an index.
+
+    `sizes` gives their bytes by name, and `read` returns them. One shard is in memory at a time.
+    """
     shards = list(grouped(sizes, sizes.__getitem__, limit))
     index: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
@@ -45,12 +47,12 @@ def write_shards(folder: Path, sizes: dict[str, int], read: Callable[[str], Tens
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """One file in transformers' format."""
+    """Write one file in transformers' format."""
     save_durably({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
 
 
 def export_dense(checkpoint: Checkpoint, out: Path, dtype: str = "bf16", limit: int = SHARD_BYTES) -> None:
-    """Write the effective weights, cast after folding, with configuration and tokenizer.
+    """Write the effective weights with configuration and tokenizer; the cast to `dtype` follows the folding.
 
     Raises:
         UserError: `out` exists or cannot be written.
@@ -77,11 +79,12 @@ def _write_model(
 
 
 def _hand_on_tokenizer(weights: Weights, source: Path, folder: Path) -> Any:
-    """Write the tokenizer, if there is one: a run's as it was trained with, an import's as it came. Returns the one
-    that trained, or None.
+    """Write the tokenizer, if there is one, and return it if the model was trained with it, else None.
+
+    A run's tokenizer is written as training used it, an import's unchanged.
 
     Raises:
-        UserError: a link out of the checkpoint.
+        UserError: a link leads out of the checkpoint.
     """
     if not source.is_dir():
         return None
@@ -97,11 +100,13 @@ def _hand_on_tokenizer(weights: Weights, source: Path, folder: Path) -> Any:
 def export_peft(
     checkpoint: Checkpoint, out: Path, dtype: str = "bf16", limit: int = SHARD_BYTES, original: bool = False
 ) -> None:
-    """Write `out`/base and `out`/adapter. With `original` the base's adapted matrices are those that the run began from
-    and the adapter has rank 2r: [B, -B_0] [A; A_0] (LoRA-GA, section 3).
+    """Write `out`/base and `out`/adapter.
+
+    With `original` the base holds the matrices from which the run started. The adapter then has rank 2r:
+    [B, -B_0] [A; A_0] (LoRA-GA, section 3).
 
     Raises:
-        UserError: a checkpoint without adapters, or with `original` without A_0 and B_0; `out` exists or cannot be
+        UserError: the checkpoint has no adapters, or with `original` no A_0 and B_0; or `out` exists or cannot be
             written.
     """
     weights = Weights(checkpoint)
@@ -113,8 +118,9 @@ def export_peft(
         )
     if original and not weights.keeps_initial:
         raise UserError(
-            f"{checkpoint.folder} does not hold the factors that its run began with, which method lora with "
-            f"method.init lora_ga keeps (this is {weights.method.name}, {weights.method.init}): leave it out."
+            f"{checkpoint.folder} does not hold the initial factors of its run, which only method lora with "
+            f"method.init lora_ga keeps (this is {weights.method.name}, {weights.method.init}): leave --original_base "
+            "out."
         )
 
     def fill(folder: Path) -> None:
@@ -138,8 +144,10 @@ def export_peft(
 
 
 def peft_config(weights: Weights, adapted: Iterable[str], base: str, times: int = 1) -> dict[str, Any]:
-    """`adapter_config.json`: plain LoRA with our rank, or so many times it (those of LTE heads side by side), and the
-    alpha that keeps our scaling."""
+    """Return `adapter_config.json` of a plain LoRA with the alpha that keeps our scaling.
+
+    The rank is ours, times the number of LTE heads side by side, times `times`.
+    """
     method = weights.method
     rank = method.adapter_rank * max(1, len(weights.heads)) * times
     return {

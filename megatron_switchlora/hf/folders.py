@@ -1,11 +1,11 @@
-"""Out to Hugging Face and back: the merged model as a folder that `transformers` loads.
+"""Write the merged model as a folder that `transformers` loads, and read such a folder back.
 
-Adapters are folded in W's precision (fp32); module names are Hugging Face's already. Tensor-parallel
-shards are gathered and their padding is stripped. Only safetensors and JSON are read or written.
+Adapters are folded in W's precision (fp32). Module names are already Hugging Face's. Tensor-parallel shards are
+gathered, and their padding is removed. Only safetensors and JSON are read or written.
 
-`marks` are the numbers of the begin, end and padding mark, and what else a model that was imported says of generation:
+`marks` are the token ids of the begin, end and padding marks, and an imported model's other settings of generation:
 {"bos_token_id": int | None, "eos_token_id": int | list[int] | None, "pad_token_id": int | None, "generation": {...}}.
-They travel from an import through checkpoints' state.json to exports.
+State.json of each checkpoint passes them from an import to the exports.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def joined_marks(tokenizer: Any, imported: dict[str, Any]) -> dict[str, Any]:
-    """The marks of a model trained on a tokenizer's text (None: not trained at all), in its configuration and for its
-    generation: the tokenizer's, the import's where it has none; the end marks of both, as a list if they differ."""
+    """Join the marks of the tokenizer (None: the model was not trained) with those of the import.
+
+    The tokenizer's marks take precedence, except that the end marks of both are kept, as a list if they differ. The
+    result holds the marks for config.json, and in "generation" those for generation_config.json.
+    """
     generation = imported.get("generation") or {"do_sample": False}
     given = {**imported, **{key: generation[key] for key in MARKS if generation.get(key) is not None}}
     return {**_joined(tokenizer, imported), "generation": {**generation, **_joined(tokenizer, given)}}
@@ -42,21 +45,21 @@ def _joined(tokenizer: Any, imported: dict[str, Any]) -> dict[str, Any]:
     ends = imported.get("eos_token_id")
     listed = ends if isinstance(ends, list) else [ends]
     if ends is not None:
-        known = own["eos_token_id"] in (None, *listed)
-        marks["eos_token_id"] = ends if known else [own["eos_token_id"], *listed]
+        included = own["eos_token_id"] in (None, *listed)
+        marks["eos_token_id"] = ends if included else [own["eos_token_id"], *listed]
     return marks
 
 
 def hf_config(
     config: ModelConfig, vocab_size: int, seq_len: int, marks: dict[str, Any], dtype: str = "float32"
 ) -> dict[str, Any]:
-    """Return `config.json` of the equivalent model of transformers, its weights stored as `dtype`."""
+    """Return `config.json` of the equivalent model of transformers with weights in `dtype`."""
     named = {key: marks[key] for key in MARKS}
     return family_of(config).hf_config(config, vocab_size, seq_len, named, dtype)
 
 
 def hf_names(model: LanguageModel) -> dict[str, str]:
-    """Return the Hugging Face names of all parameters by ours, in the model's order."""
+    """Return a table from our names of all parameters to Hugging Face's, in the model's order."""
     return {name: family_of(model.config).hf_name(name) for name, _ in model.named_parameters()}
 
 
@@ -67,32 +70,37 @@ def hf_shapes(model: LanguageModel) -> dict[str, list[int]]:
 
 
 def write_configs(folder: Path, config: dict[str, Any], generation: dict[str, Any]) -> None:
-    """`config.json` and `generation_config.json`."""
+    """Write `config.json` and `generation_config.json`."""
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
 def merged_state_dict(model: LanguageModel, keeps: bool = True) -> dict[str, Tensor]:
-    """The effective weights by Hugging Face name, fp32 on the CPU, on the ranks that keep them; a tied head is left
-    out. Collective over tp."""
+    """Return the effective weights by Hugging Face name, in fp32 on the CPU. Collective over tp.
+
+    Ranks without `keeps` return an empty dict. A tied output layer is left out.
+    """
     state, family, tied = {}, family_of(model.config), model.tied_names()
     for name, module in model.named_modules():
         if getattr(module, "weight", None) is None or f"{name}.weight" in tied:
             continue
-        part = module.effective_weight() if hasattr(module, "effective_weight") else module.weight.detach()
+        shard = module.effective_weight() if hasattr(module, "effective_weight") else module.weight.detach()
         split = getattr(module, "split", None)
-        whole = part if split is None else split.gather(part)
+        weight = shard if split is None else split.gather(shard)
         if keeps:
-            state[family.hf_name(f"{name}.weight")] = whole.to("cpu", torch.float32).contiguous()
+            state[family.hf_name(f"{name}.weight")] = weight.to("cpu", torch.float32).contiguous()
     return state
 
 
 def export_model(
     model: LanguageModel, folder: Path, seq_len: int, marks: dict[str, Any] | None = None, writes: bool = True
 ) -> None:
-    """Write `config.json`, `generation_config.json` and `model.safetensors` into an existing folder, on the rank that
-    `writes`; `marks` are `joined_marks`, by default none. Collective over tp."""
+    """Write the model's configuration and weights into an existing folder. Collective over tp.
+
+    The files are `config.json`, `generation_config.json` and `model.safetensors`. Only the rank with `writes` writes
+    them. `marks` come from `joined_marks`; by default there are none.
+    """
     state = merged_state_dict(model, keeps=writes)
     if not writes:
         return
@@ -102,10 +110,10 @@ def export_model(
 
 
 def load_merged(model: LanguageModel, folder: Path) -> None:
-    """Load an exported folder into a model whose linears are plain, or this rank's part of it.
+    """Load an exported folder, or this rank's shards of it, into a model without adapters.
 
     Raises:
-        UserError: no such file, a damaged one, or tensors that do not fit the model.
+        UserError: the file is missing or damaged, or its tensors do not fit the model.
     """
     path = folder / "model.safetensors"
     if not path.is_file():
@@ -113,14 +121,14 @@ def load_merged(model: LanguageModel, folder: Path) -> None:
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}): export a checkpoint of the run anew.") from None
+        raise UserError(f"{path} cannot be read ({error}): export a checkpoint of the run again.") from None
     hf_name_of = hf_names(model)
-    own = {hf_name_of[name]: param for name, param in model.named_parameters()}
-    names = sorted(set(own) | set(state))
-    wrong = [n for n in names if n not in own or n not in state or full_shape(own[n]) != list(state[n].shape)]
+    params = {hf_name_of[name]: param for name, param in model.named_parameters()}
+    names = sorted(set(params) | set(state))
+    wrong = [n for n in names if n not in params or n not in state or full_shape(params[n]) != list(state[n].shape)]
     if wrong:
         raise UserError(
             f"{path} does not fit the configured model: {len(wrong)} tensors differ, the first is {wrong[0]}."
         )
-    for name, param in own.items():
+    for name, param in params.items():
         param.data.copy_(shard_of(param, state[name]))

@@ -2,8 +2,8 @@
 
     python tools/generate.py RUN "def "
 
-RUN is the folder of a finished run (its final/ is used) or any folder that transformers loads: an export in one file or
-in several. The prompt is tokenised as the model's tokenizer does by itself: as the beginning of a document.
+RUN is the folder of a finished run, whose final/ is used, or any folder that transformers loads, such as an export. The
+prompt is tokenised as the start of a document, which is the default of the model's tokenizer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def model_folder(run: Path) -> Path:
-    """The folder to load.
+    """Return the folder to load.
 
     Raises:
         UserError: there is none.
@@ -39,14 +39,14 @@ def model_folder(run: Path) -> Path:
 
 
 def load(folder: Path) -> tuple[Any, Any]:
-    """Tokenizer and model; code beside them is never run.
+    """Load tokenizer and model; never run code from the folder.
 
     Raises:
-        UserError: there is no tokenizer, or something does not load.
+        UserError: there is no tokenizer, or tokenizer or model do not load.
     """
     require(
         bool(tokenizer_files(folder)),
-        f"{folder} holds no tokenizer, which is needed to read the prompt: put the files of the model's own there.",
+        f"{folder} holds no tokenizer, which is needed to read the prompt: put the model's tokenizer files there.",
     )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -58,16 +58,16 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 def generate(arguments: argparse.Namespace) -> str:
-    """The prompt and its continuation.
+    """Return the prompt and its continuation.
 
     Raises:
-        UserError: the folder does not load, or there is nothing to begin with.
+        UserError: the folder does not load, or the prompt is empty and the tokenizer has no begin or end mark.
     """
     tokenizer, model = load(model_folder(arguments.run))
     torch.manual_seed(arguments.seed)
     begin = [mark for mark in (tokenizer.eos_token_id, tokenizer.bos_token_id) if mark is not None]
-    tokens = tokenizer(arguments.prompt)["input_ids"] or begin[:1]  # nothing to continue: begin a document
-    require(len(tokens) > 0, "The prompt is empty and the tokenizer has no mark to begin with: give a prompt.")
+    tokens = tokenizer(arguments.prompt)["input_ids"] or begin[:1]  # without a prompt, start a document
+    require(len(tokens) > 0, "The prompt is empty and the tokenizer has no mark to start with: give a prompt.")
     prompt = torch.tensor([tokens])
     sampling: dict[str, Any] = {"do_sample": False}  # whatever the model's generation_config.json says
     if arguments.temperature > 0:
@@ -85,10 +85,12 @@ def generate(arguments: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=user_path, help="run folder, or any that transformers loads")
+    parser.add_argument("run", type=user_path, help="run folder, or any folder that transformers loads")
     parser.add_argument("prompt", help="text to continue")
     parser.add_argument("--max_new_tokens", type=number_from(1), default=100)
-    parser.add_argument("--temperature", type=number_from(0, float), default=0.8, help="0 takes the likeliest token")
+    parser.add_argument(
+        "--temperature", type=number_from(0, float), default=0.8, help="0 always takes the likeliest token"
+    )
     parser.add_argument("--seed", type=number_from(0), default=0)
     arguments = parser.parse_args(argv)
     with ends_on_mistake():

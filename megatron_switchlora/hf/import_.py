@@ -1,11 +1,14 @@
-"""A folder of Hugging Face's as our configuration and fp32 tensors: where an import begins.
+"""Read a Hugging Face folder as our configuration and fp32 tensors, the first step of an import.
 
-`read_hf_config` asks the family of the folder's model_type, which refuses every setting under which its model would
-compute something else: an import has the same function or none. `hf_tensors` gives the weights one by one in the order
-of our model's parameters, full and unpadded; who loads them cuts them for a rank. Only JSON and safetensors are read: a
-pickle runs code of whoever wrote it. The headers of all files (names, shapes, types) are checked before the first
-tensor is read; a tensor is read when it is asked for and owns its memory, so that one at a time is held. No
-collectives. Not supported: quantized weights, and models that keep several of our tensors in one of theirs.
+`read_hf_config` asks the family of the folder's model_type. The family refuses every setting under which its model
+would compute something else. So an import either has the same function or fails.
+
+`hf_tensors` yields the weights one by one in the order of our model's parameters, full and unpadded. Whoever loads them
+cuts them into shards. The headers of all files (names, shapes, types) are checked before the first tensor is read. Each
+tensor is read on demand into memory of its own, so that one is held at a time. There are no collectives.
+
+Only JSON and safetensors are read, since a pickle runs its author's code. Quantized weights are not supported, nor are
+models that store several of our tensors in one.
 """
 
 from __future__ import annotations
@@ -32,11 +35,11 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def read_hf_config(folder: Path) -> tuple[ModelConfig, int]:
-    """Return the configuration of the model in a folder of Hugging Face's format, and its vocabulary size.
+    """Return the configuration and the vocabulary size of the model in a Hugging Face folder.
 
     Raises:
-        UserError: no folder or no readable `config.json`, a model of no family here, a setting that makes it another
-            function than the family's, or a shape that `check_model` refuses.
+        UserError: there is no folder or no readable `config.json`, no family computes the model, a setting changes the
+            family's function, or `check_model` refuses a shape.
     """
     require(folder.is_dir(), f"{folder} is not a folder: give the one that holds config.json and model.safetensors.")
     path = folder / "config.json"
@@ -63,14 +66,18 @@ def _family_for(path: Path, content: dict[str, Any]) -> Family:
     require(
         bool(fitting),
         f"{path} describes model_type {kind!r} with architectures {content.get('architectures')!r}, which no model "
-        "family here computes, and related models differ from those that are (biases, windows of attention, norms, "
-        f"heads): give a model of model_type {known}, or name the module of its family with --plugins.",
+        "family here computes, and related models differ in biases, attention windows, norms or heads: give a model of "
+        f"model_type {known}, or give the module of its family with --plugins.",
     )
-    return fitting[-1]  # a plugin's before ours
+    return fitting[-1]  # a plugin's family before ours
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Raises: UserError, if it is not the JSON object that it should be, or a link out of its folder."""
+    """Read a JSON object.
+
+    Raises:
+        UserError: the file is missing, is not a JSON object, or is a link out of its folder.
+    """
     require_own(path.parent, [path])
     try:
         content = read_json(path)
@@ -85,7 +92,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies, and what the header of its file says of it."""
+    """A tensor's file, and its entry in the file's header."""
 
     path: Path
     name: str
@@ -96,12 +103,12 @@ class Stored(NamedTuple):
 def hf_tensors(folder: Path, config: ModelConfig, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, tensor) of every parameter of our model, in its order: full shapes, fp32, on the CPU.
 
-    A tied head is left out. float64 weights are rounded.
+    A tied output layer is left out. float64 weights are rounded.
 
     Raises:
-        UserError: at the call: no safetensors, a damaged file, an index that does not fit its files, missing, surplus
-            or misshapen tensors, other types than floats, a tied head that differs from the embedding. While reading:
-            a file that changed meanwhile, a value that is not finite.
+        UserError: at the call, if there are no safetensors, a file is damaged, the index does not match its files,
+            tensors are missing, surplus, of another shape or not floats, or a tied output layer differs from the
+            embedding; while reading, if a file has changed meanwhile or a value is not finite.
     """
     family, model = family_of(config), build_on_meta(config, vocab_size)
     stored = _stored_tensors(folder, family)
@@ -112,8 +119,8 @@ def hf_tensors(folder: Path, config: ModelConfig, vocab_size: int) -> Iterator[t
             tied is None
             or first is None
             or (tied.shape == first.shape and torch.equal(read_stored(tied), read_stored(first))),
-            f"{folder} holds a {name} that is not its {same}, but its config.json has tie_word_embeddings true: set "
-            "that to false, or take the tensor out.",
+            f"{folder} holds a {name} that differs from its {same}, but its config.json has tie_word_embeddings true: "
+            "set that to false, or remove the tensor.",
         )
     shapes = hf_shapes(model)
     _require_fit(folder, shapes, stored)
@@ -122,17 +129,17 @@ def hf_tensors(folder: Path, config: ModelConfig, vocab_size: int) -> Iterator[t
 
 def _require_fit(folder: Path, shapes: dict[str, list[int]], stored: dict[str, Stored]) -> None:
     missing, surplus = [n for n in shapes if n not in stored], [n for n in stored if n not in shapes]
-    require(not missing, f"{folder} lacks {first_names(missing)}, which its config.json asks for: fetch all its files.")
+    require(not missing, f"{folder} lacks {first_names(missing)}, which its config.json needs: fetch all its files.")
     require(
         not surplus,
-        f"{folder} holds {first_names(surplus)}, which the model of its config.json does not have: take out what does "
-        "not belong to it, or correct config.json.",
+        f"{folder} holds {first_names(surplus)}, which the model of its config.json does not have: remove tensors that "
+        "do not belong to it, or correct config.json.",
     )
     for name, shape in shapes.items():
         tensor = stored[name]
         require(
             tensor.shape == shape,
-            f"{tensor.path} holds {tensor.name} of shape {tensor.shape}, but the sizes in config.json make it {shape}: "
+            f"{tensor.path} holds {tensor.name} of shape {tensor.shape}, but by config.json it has shape {shape}: "
             "correct config.json, or fetch the file that belongs to it.",
         )
         require(
@@ -148,9 +155,9 @@ def first_names(names: list[str]) -> str:
 
 
 def _stored_tensors(folder: Path, family: Family) -> dict[str, Stored]:
-    """All weights of the folder by the names of Hugging Face's class."""
+    """Return all weights of the folder by the names of Hugging Face's class."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():  # transformers takes it first, too
+    if single.is_file():  # transformers prefers it, too
         tensors = scan(single)
     else:
         require(index.is_file(), _nothing_to_read(folder))
@@ -163,8 +170,8 @@ def _nothing_to_read(folder: Path) -> str:
     if not pickles:
         return f"{folder} holds neither model.safetensors nor model.safetensors.index.json: fetch the model's weights."
     return (
-        f"{folder} holds {first_names(pickles)}, but no safetensors. Such files are pickles, which run code of whoever "
-        "wrote them when they are loaded, so they are not read here. Where you trust them, load the folder with "
+        f"{folder} holds {first_names(pickles)}, but no safetensors. Such files are pickles, which can run code when "
+        "they are loaded, so they are not read here. If you trust them, load the folder with "
         "AutoModelForCausalLM.from_pretrained of transformers, write it with save_pretrained(new_folder, "
         "safe_serialization=True) (version 5 always writes safetensors), and give the new folder."
     )
@@ -174,13 +181,13 @@ def _scan_sharded(folder: Path, index: Path) -> dict[str, Stored]:
     places: Any = read_object(index).get("weight_map")
     require(
         isinstance(places, dict) and len(places) > 0 and all(isinstance(file, str) for file in places.values()),
-        f"{index} must hold a weight_map from names of tensors to files: fetch it again.",
+        f"{index} must hold a weight_map from tensor names to files: fetch it again.",
     )
     files = sorted(set(places.values()))
     for file in files:
         require(
             "/" not in file and "\\" not in file and file.endswith(".safetensors"),
-            f"{index} names the file {file!r}, but its files must be safetensors in its own folder: correct it.",
+            f"{index} lists the file {file!r}, but its files must be safetensors in its own folder: correct it.",
         )
     tensors: dict[str, Stored] = {}
     for file in files:
@@ -188,27 +195,27 @@ def _scan_sharded(folder: Path, index: Path) -> dict[str, Stored]:
         differing = sorted(in_file.keys() ^ {name for name, place in places.items() if place == file})
         require(
             not differing,
-            f"{index} does not say what {file} holds: they differ in {first_names(differing)}. Fetch both again.",
+            f"{index} does not match {file}: they differ in {first_names(differing)}. Fetch both again.",
         )
         tensors |= in_file
     return tensors
 
 
 def scan(path: Path) -> dict[str, Stored]:
-    """What the header of a file names."""
+    """Return the tensors that the header of a file lists."""
     require_own(path.parent, [path])
     with _opened(path) as file:
-        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {name: Stored(path, name, list(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+        views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: Stored(path, name, list(view.get_shape()), view.get_dtype()) for name, view in views.items()}
 
 
-def read_stored(at: Stored) -> Tensor:
-    """The tensor in fp32, in memory of its own."""
-    with _opened(at.path) as file:
-        tensor = file.get_tensor(at.name).to(torch.float32, copy=True)  # what get_tensor gives is a view of the file
+def read_stored(stored: Stored) -> Tensor:
+    """Return the tensor in fp32, in memory of its own."""
+    with _opened(stored.path) as file:
+        tensor = file.get_tensor(stored.name).to(torch.float32, copy=True)  # get_tensor returns a view of the file
     require(
         bool(torch.isfinite(tensor).all()),
-        f"{at.path} has values in {at.name} that are not finite in fp32: fetch it again, or take a sound model.",
+        f"{stored.path} has values in {stored.name} that are not finite in fp32: fetch it again, or use another model.",
     )
     return tensor
 

@@ -1,8 +1,8 @@
-"""A Hugging Face folder becomes the starting point of runs: a checkpoint of weights alone, with all that belongs to it.
+"""Turn a Hugging Face folder into the starting point of runs: a checkpoint that holds only weights.
 
-The tokenizer's files go along as they are, and config.json's and generation_config.json's marks and settings of
-generation in state.json, so that runs hand them on to their exports (`hf.joined_marks`). Of links, only those within
-the model's own folder are followed; files that only their owner may read stay so.
+The tokenizer's files are copied unchanged. State.json holds the marks of config.json and the settings of
+generation_config.json, which runs pass on to their exports (`hf.folders.joined_marks`). Only links within the model's
+own folder are followed. Files that only their owner may read stay private.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from megatron_switchlora.model.protocol import build_on_meta
 def import_model(
     source: Path, out: Path, limit: int = 1 << 30, base: Path | None = None, plugins: Sequence[str] = ()
 ) -> None:
-    """Make a Hugging Face folder, or a LoRA's of PEFT over its base, the starting point of runs.
+    """Make a Hugging Face folder, or a LoRA folder of PEFT merged into its base, the starting point of runs.
 
-    Written are a checkpoint of weights alone, in files of about `limit` bytes, its tokenizer, if it has one, and
-    model.yaml for --config. `plugins` may register the model's family, and go into both.
+    It writes a checkpoint that holds only weights, in files of about `limit` bytes. With it come the tokenizer, if
+    there is one, and model.yaml for --config. `plugins` may register the model's family; both files list them.
 
     Raises:
-        UserError: as `read_hf_config`, `hf_tensors` and `read_adapter`; links out of the folder; `out` exists or cannot
-            be written.
+        UserError: as `read_hf_config`, `hf_tensors` and `read_adapter`; or a link leads out of the folder; or `out`
+            exists or cannot be written.
     """
     load_plugins(plugins)
     adapter = read_adapter(source, base) if is_adapter(source) else None
-    require(adapter is not None or base is None, f"{source} is no adapter, so that it has no base: leave --base out.")
-    whole = adapter.base if adapter else source
-    config, vocab_size = read_hf_config(whole)
-    tensors = hf_tensors(whole, config, vocab_size)  # refuses here, before anything is written
+    require(adapter is not None or base is None, f"{source} is not an adapter, so it has no base: leave --base out.")
+    model_folder = adapter.base if adapter else source
+    config, vocab_size = read_hf_config(model_folder)
+    tensors = hf_tensors(model_folder, config, vocab_size)  # raises here, before anything is written
     if adapter:
         tensors = adapter.merged(tensors, hf_shapes(build_on_meta(config, vocab_size)))
     tensors = _by_our_names(config, vocab_size, tensors)
-    imported = read_marks(whole)
-    folders = [folder for folder in (source, whole) if tokenizer_files(folder)]
+    imported = read_marks(model_folder)
+    folders = [folder for folder in (source, model_folder) if tokenizer_files(folder)]
     if folders:
         require_own(folders[0], tokenizer_files(folders[0]))
 
@@ -87,8 +87,10 @@ def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: i
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a tokenizer's files to a new folder, chat templates in folders of their own too; nothing becomes readable to
-    more than it was."""
+    """Copy a tokenizer's files to a new folder, including a folder of chat templates.
+
+    A copy is readable by nobody who could not read the original.
+    """
     folder.mkdir()
     for path in tokenizer_files(source):
         target = folder / path.relative_to(source)
@@ -98,10 +100,10 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def read_marks(folder: Path) -> dict[str, Any]:
-    """The marks that config.json names, and what generation_config.json holds, if there is one.
+    """Read the marks in config.json, and the content of generation_config.json if there is one.
 
     Raises:
-        UserError: a damaged file, or marks that are no tokens.
+        UserError: a file is damaged, or a mark is not a token id.
     """
     config, path = read_object(folder / "config.json"), folder / "generation_config.json"
     generation = read_object(path) if path.is_file() else {}
@@ -111,6 +113,6 @@ def read_marks(folder: Path) -> dict[str, Any]:
             listed = value if isinstance(value, list) and key == "eos_token_id" else [value]
             require(
                 value is None or (len(listed) > 0 and all(type(each) is int for each in listed)),
-                f"{file} must hold {key} as the number of a token, not {value!r}: correct it.",
+                f"{file} must hold {key} as a token id, not {value!r}: correct it.",
             )
     return {**{key: config.get(key) for key in MARKS}, "generation": generation}

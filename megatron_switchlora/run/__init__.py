@@ -1,1 +1,1 @@
-"""Room."""
+"""Write a run's folder, records, plots and terminal output."""

@@ -1,8 +1,8 @@
-"""Plots, and whatever else only decorates: none of it may fail a run.
+"""Draw plots and guard other decorations, none of which may fail a run.
 
-Figures are drawn without pyplot and without a display: what MPLBACKEND names (a notebook exports its own to the shells
-that it starts) is not asked for. Titles, labels and legends are plain text, so that a name may hold dollar signs.
-matplotlib is imported by the first figure only.
+Figures need neither pyplot nor a display. MPLBACKEND is ignored, since a notebook exports its own backend to the shells
+that it starts. Titles, labels and legends are plain text, so a name may hold dollar signs. The first figure imports
+matplotlib.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ def _print_line(text: str) -> None:
 
 @contextlib.contextmanager
 def decorating(what: str, print_line: Callable[[str], None] = _print_line) -> Iterator[None]:
-    """Turn whatever goes wrong inside into one line of warning; `what` is its subject, as "loss.png"."""
+    """Turn any error inside into a one-line warning; `what` is its subject, such as "drawing loss.png"."""
     try:
         yield
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        with contextlib.suppress(OSError):  # the terminal is gone
+        with contextlib.suppress(OSError):  # the terminal is closed
             print_line(f"warning: {what} failed ({reason}); nothing else depends on it.")
 
 
 @contextlib.contextmanager
 def _any_backend() -> Iterator[None]:
-    """matplotlib refuses to be imported where MPLBACKEND names what is not installed."""
+    """Hide MPLBACKEND, since matplotlib fails to import if that backend is not installed."""
     given = os.environ.pop("MPLBACKEND", None)
     try:
         yield
@@ -48,7 +48,7 @@ def _any_backend() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches."""
+    """Return an empty figure; width and height are in inches."""
     with _any_backend():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
-    """Write a figure as PNG, with a legend where a line has a label and none was made.
+    """Write a figure as PNG; add a legend to axes that have labels but no legend.
 
     Raises:
         OSError: the folder cannot be written.
@@ -75,7 +75,7 @@ def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
 
 
 def _take_literally(figure: Figure) -> None:
-    """Read no mathematics in what we have named; the numbers at an axis have some of matplotlib's own."""
+    """Turn off mathematics in our texts; the numbers at an axis need it."""
     texts = [text for axes in figure.axes for text in (axes.title, axes.xaxis.label, axes.yaxis.label)]
     texts += [text for axes in figure.axes if (legend := axes.get_legend()) for text in legend.get_texts()]
     for text in [*texts, *figure.texts]:
@@ -83,7 +83,7 @@ def _take_literally(figure: Figure) -> None:
 
 
 class _Patient(io.FileIO):
-    """A terminal, pipe or log file that may be gone or full: what cannot be written is lost."""
+    """A terminal, pipe or log file that may be closed or full; what cannot be written is lost."""
 
     def write(self, data: object) -> int:
         with contextlib.suppress(OSError):
@@ -92,16 +92,18 @@ class _Patient(io.FileIO):
 
 
 def outlive_terminal() -> None:
-    """Let this process go on when the reader of its output goes (`| head`), its disk is full, or a name in it cannot be
-    shown."""
+    """Keep this process running when its output cannot be written.
+
+    This happens when the reader exits (`| head`), the disk is full, or the encoding lacks a character.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed before Python began
+        if stream is None:  # closed before Python started
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
             continue
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-        with contextlib.suppress(OSError, ValueError):  # no file of this process
+        with contextlib.suppress(OSError, ValueError):  # the stream has no file descriptor
             handle = _Patient(stream.fileno(), "wb", closefd=False)
             text = io.TextIOWrapper(
                 io.BufferedWriter(handle), stream.encoding, "backslashreplace", line_buffering=True, write_through=True

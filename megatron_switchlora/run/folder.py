@@ -1,15 +1,14 @@
-"""The run folder: what a run leaves behind, and who may write where.
+"""Create, lock and write the run folder.
 
     config.yaml, ds_config.json   resolved configuration
     meta.json                     versions, git revision, mesh, counts, data, outcome
-    metrics.jsonl                 one object a step, one an evaluation
-    metrics.head_XX.jsonl         one a step of each LTE head, from its first rank
+    metrics.jsonl                 one object per step and per evaluation
+    metrics.head_XX.jsonl         one object per step of an LTE head, from its first rank
     loss.png, tokenizer/, final/  curve, tokenizer, the merged model in Hugging Face's format
     checkpoints/                  published checkpoints
-    metrics.dropped*.jsonl        records that were written after the checkpoint from which a run was resumed, and
-                                  damaged lines
-But for the heads' records only rank 0 writes, and holds a lock on the folder. Files are replaced by renames; whatever
-is a link in the folder is replaced or refused, never written through. `checkpoints` alone may be one.
+    metrics.dropped*.jsonl        records written after the checkpoint from which a run was resumed, and damaged lines
+Except for the heads' records only rank 0 writes, and it holds a lock on the folder. Files are replaced by renames.
+Links in the folder are replaced or refused, and never written through. Only `checkpoints` may be a link.
 """
 
 from __future__ import annotations
@@ -35,44 +34,53 @@ from megatron_switchlora.run.metrics_log import RecordFile, as_line, keep_record
 
 RUN_FILES = ("config.yaml", "ds_config.json", "metrics.jsonl", "meta.json", "tokenizer", "checkpoints", "final")
 ASIDES = (*map(re.escape, RUN_FILES), "loss\\.png", rf"metrics\.{LABEL}\.jsonl")
-META: dict[str, type] = {  # what is read of meta.json anywhere
+META: dict[str, type] = {  # all entries of meta.json that are read anywhere
     "finished": bool, "branched_from": str, "resumed_at": list, "data": str, "val_loss": float, "device": str,
     "parameters": dict, "vocab_size": int, "versions": dict,
 }  # fmt: skip
 
 
 def _files_of_run(folder: Path) -> list[str]:
-    """What there is of a run in the folder. An empty `checkpoints` made beforehand, a link to a larger disk perhaps, is
-    none of it."""
+    """Return the names of a run's files in the folder.
+
+    An empty `checkpoints` does not count, as it may be prepared, for example as a link to a larger disk.
+    """
     files = [name for name in RUN_FILES if os.path.lexists(folder / name)]
-    with contextlib.suppress(OSError):  # one that cannot be read: told by whoever reads it
+    with contextlib.suppress(OSError):  # an unreadable folder gives an error when it is read
         if "checkpoints" in files and not os.listdir(folder / "checkpoints"):
             files.remove("checkpoints")
     return files
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether there is something of a run in the folder."""
+    """Return whether the folder holds any file of a run."""
     return bool(_files_of_run(folder))
 
 
 def refuse_folder(folder: Path) -> None:
-    """Raises: UserError, if the folder holds a run or could not be made."""
+    """Require that the folder holds no run and can be created.
+
+    Raises:
+        UserError: it holds a run, or cannot be created.
+    """
     for link in (folder / "checkpoints", folder, *folder.absolute().parents):
         if link.is_symlink() and not link.exists():
             raise UserError(
-                f"The output folder {folder} cannot be used: {link} is a link to {os.readlink(link)}, which is not "
-                "there. Make that folder, or remove the link."
+                f"The output folder {folder} cannot be used: {link} is a link to {os.readlink(link)}, which does not "
+                "exist. Create that folder, or remove the link."
             )
     files = _files_of_run(folder)
     if files:
         raise UserError(
             f"The output folder {folder} already holds a run ({', '.join(files)}), which is never overwritten: choose "
-            "another --output_dir or move the folder away."
+            "another --output_dir, or move the folder away."
         )
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"The output folder {folder} cannot be made: {parent} is not a folder that can be written.")
+        raise UserError(
+            f"The output folder {folder} cannot be made: {parent} is not a folder with write access. Choose another "
+            "--output_dir."
+        )
     if (folder / ".lock").is_symlink():
         raise _is_link(folder / ".lock")
 
@@ -82,7 +90,7 @@ def _is_link(path: Path) -> UserError:
 
 
 def create_folder(folder: Path) -> Path:
-    """Make the folder and claim it with an empty metrics.jsonl, which only one of two runs can do.
+    """Create the folder and claim it with an empty metrics.jsonl, which only one run can create.
 
     Raises:
         UserError: it holds a run, or cannot be written.
@@ -113,28 +121,30 @@ def default_folder(method: str) -> Path:
             with contextlib.suppress(FileExistsError):
                 folder.mkdir(parents=True)
                 return create_folder(folder)
-    raise UserError(f"A hundred runs have taken {Path('runs') / base}: give --output_dir.")
+    raise UserError(f"A hundred runs already use the name {Path('runs') / base}: give --output_dir.")
 
 
 def lock_folder(folder: Path) -> BinaryIO:
-    """Lock a run folder for the life of the process, or of the returned file.
+    """Lock a run folder until the returned file is closed.
 
     Raises:
-        UserError: another process writes there, nobody may, or the lock is a link.
+        UserError: another process writes there, the folder cannot be written, or the lock is a link.
     """
     if (folder / ".lock").is_symlink():
         raise _is_link(folder / ".lock")
     with in_folder(folder):
         file = open_no_follow(folder / ".lock", os.O_RDWR | os.O_CREAT)
         if not take_lock(file):
-            raise UserError(f"Another process is running in {folder}: wait for its end, or choose another.")
+            raise UserError(f"Another process is running in {folder}: wait until it ends, or choose another folder.")
         remove_asides(folder, ASIDES)
     return file
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """A run's meta.json, without what is of another type than we write; empty if there is none, or a crash of the
-    machine has left it torn."""
+    """Return a run's meta.json, without entries of an unexpected type.
+
+    It is empty if there is no file, or a crash of the machine has damaged it.
+    """
     try:
         meta = read_json(folder / "meta.json")
     except (OSError, ValueError):
@@ -145,20 +155,26 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def in_folder(folder: Path) -> Iterator[None]:
-    """Raises: UserError, if what is written in the folder inside meets a full or read-only disk."""
+    """Turn errors of writing to the folder into advice.
+
+    Raises:
+        UserError: the disk is full or read-only.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder} cannot be written ({error}): make room or give access, then start again with this --output_dir; "
-            "the run goes on from its newest checkpoint."
+            "the run resumes from its newest checkpoint."
         ) from None
 
 
 class RunFolder:
-    """Writes one run's files; on ranks other than 0 nothing is written, but for the records of LTE heads whose first
-    rank this is: those are named by `heads`. Records of an earlier start up to `keep_steps` stay, those of rank 0 are
-    `history` on all ranks; with None the folder is new."""
+    """Write one run's files: rank 0 writes all but the records of LTE heads.
+
+    This rank writes the records of `heads`, whose first rank it is. Records of an earlier start stay up to
+    `keep_steps`; with None the folder is new. `history` holds rank 0's records on all ranks.
+    """
 
     def __init__(self, path: Path, writes: bool, keep_steps: Optional[int] = None, heads: Iterable[int] = ()) -> None:
         self.path, self.writes = path, writes
@@ -171,24 +187,24 @@ class RunFolder:
         self.metrics = RecordFile(path / "metrics.jsonl") if writes else None
         self.heads: dict[int, RecordFile] = {}
         for head in heads:
-            own = path / f"metrics.{head_label(head)}.jsonl"
-            self._kept(own, keep_steps or 0, True)
-            self.heads[head] = RecordFile(own)
+            records = path / f"metrics.{head_label(head)}.jsonl"
+            self._kept(records, keep_steps or 0, True)
+            self.heads[head] = RecordFile(records)
         stat = path.stat()
         self._identity = (stat.st_dev, stat.st_ino)
 
     def _kept(self, path: Path, steps: int, writes: bool) -> list[dict[str, Any]]:
-        """The records of a file with which the run goes on; `notes` say what becomes of the others."""
+        """Return the records of a file that stay; add to `notes` what happens to the others."""
         if not writes:
             return sort_records(path, steps).records
-        there = path.exists() and not path.is_symlink()
+        exists = path.exists() and not path.is_symlink()
         kept, note = keep_records(path, steps)
         self.notes += [note] * bool(note)
         lost = steps - sum("loss" in record for record in kept.records)
-        if steps and not there:
-            self.notes.append(f"{path.name} was not there: it begins anew after step {steps}")
-        elif steps and lost > 0 and path.stem == "metrics" and "branched_from" not in self.meta:  # there it begins late
-            self.notes.append(f"{path.name} has no record of {lost} of the {steps} steps before")
+        if steps and not exists:
+            self.notes.append(f"{path.name} was missing: it starts again after step {steps}")
+        elif steps and lost > 0 and path.stem == "metrics" and "branched_from" not in self.meta:  # a branch starts late
+            self.notes.append(f"{path.name} has no record of {lost} of the {steps} earlier steps")
         return kept.records
 
     def write_config(self, config: RunConfig, ds_config: dict[str, Any]) -> None:
@@ -217,22 +233,25 @@ class RunFolder:
             file.flush()
 
     def require_there(self, what: str = "nothing can be saved") -> None:
-        """Raises: UserError, if this is not the folder any more that the run began in; a metrics.jsonl that was
-        deleted or replaced is written again."""
+        """Require that the run's folder is still in place; rewrite a metrics.jsonl that was deleted or replaced.
+
+        Raises:
+            UserError: the folder has vanished or was replaced; `what` says what fails because of it.
+        """
         status = self.path.stat() if self.path.is_dir() else None
         if status is None or (status.st_dev, status.st_ino) != self._identity:
             raise UserError(
-                f"The run folder {self.path} has vanished, so that {what} and the run stops: bring it back and start "
-                "again with the same command line."
+                f"The run folder {self.path} has vanished, so {what} and the run stops: restore it and start again "
+                "with the same command line."
             )
         if self.metrics is not None and not self.metrics.in_place():
-            keep_records(self.metrics.path, 0)  # what an editor has put there
+            keep_records(self.metrics.path, 0)  # move away what an editor has written there
             replace_text(self.metrics.path, "".join(map(as_line, self.history)))
             self.metrics.file.close()
             self.metrics = RecordFile(self.metrics.path)
 
     def plot(self) -> None:
-        """loss.png: training loss of every step and validation loss."""
+        """Draw loss.png: the training loss of every step, and the validation loss."""
         if self.writes:
             with decorating("drawing loss.png"):
                 self._plot()
@@ -244,7 +263,7 @@ class RunFolder:
             points = [(r["step"], r[key]) for r in self.history if key in r]
             if points:
                 axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
-        axes.set(xlabel="step", ylabel="loss (nats a token)", title=shown(self.path.name))
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=shown(self.path.name))
         axes.grid(alpha=0.3)
         save_figure(figure, self.path / "loss.png")
 

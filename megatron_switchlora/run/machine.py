@@ -1,4 +1,4 @@
-"""What a result was computed with: the machine, and the versions of the code."""
+"""Describe the machine and the versions of the code with which a result was computed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 
 def machine() -> dict[str, Any]:
-    """Return the processor's own name, where the system tells it, its number of cores, and the system's name."""
+    """Return the processor's name, the number of CPUs, and the system's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -22,19 +22,19 @@ def machine() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> Optional[str]:
-    """What git says of the tree this package lies in, if it is one."""
+    """Return git's answer for the tree that holds this package, or None if there is none."""
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             ["git", "--no-optional-locks", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
             timeout=10, check=True,
         )  # fmt: skip
-    except (OSError, ValueError, subprocess.SubprocessError):  # also an answer that is not UTF-8
+    except (OSError, ValueError, subprocess.SubprocessError):  # ValueError: the answer is not UTF-8
         return None
-    return done.stdout.strip()
+    return completed.stdout.strip()
 
 
 def versions() -> dict[str, Optional[str]]:
-    """Versions of what computes, and the git revision with a mark if the tree is changed."""
+    """Return the versions of Python and packages, and the git revision, with a mark if the tree is changed."""
     by_package: dict[str, Optional[str]] = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("megatron_switchlora", "torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy"):
         try:

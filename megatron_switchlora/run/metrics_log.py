@@ -1,8 +1,9 @@
-"""Records of a run: one JSON object a line, appended without buffering, numbers in full precision.
+"""Append the records of a run, one JSON object per line, unbuffered and with numbers in full precision.
 
-A line that cannot be written (a full disk) waits for the next one, so a file never holds a torn line but after a crash
-of the machine or a fault of the disk, which may leave anything anywhere: readers pass over what is no record. A run
-that goes on keeps the records up to its checkpoint, in order; all else is set aside, byte by byte.
+A line that cannot be written, for example on a full disk, waits for the next one. So a file holds an incomplete line
+only after a crash of the machine or a fault of the disk. As these can leave any content, readers ignore lines that are
+not records. A resumed run keeps the records up to its checkpoint, in order. All other lines are moved to another file,
+byte for byte.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from typing import Any, Optional
 
 from megatron_switchlora.disk import open_no_follow, parse_json, replace_bytes, write_all
 
-LONGEST = 1 << 20  # bytes of a line; a record has a thousandth of it
+LONGEST = 1 << 20  # bytes of a line, about a thousand times a record
 
 
 def perplexity(loss: float) -> float:
-    """exp of a mean loss in nats, kept within the range of a float."""
+    """Return exp of a mean loss in nats, within the range of a float."""
     return math.exp(min(loss, 700.0))
 
 
@@ -32,12 +33,12 @@ def as_line(record: dict[str, Any]) -> str:
 
 
 def _record(line: bytes) -> Optional[dict[str, Any]]:
-    """A line's record: an object of finite numbers, of which one is its step; None if it is no such thing."""
+    """Return a line's record, an object of finite numbers with a step, or None if the line is not a record."""
     try:
         record = parse_json(line)
-        whole = isinstance(record, dict) and type(record.get("step")) is int and record["step"] >= 0
-        return record if whole and all(map(_is_number, record.values())) else None
-    except (ValueError, OverflowError):  # also bytes that are no text, and numbers beyond a float
+        has_step = isinstance(record, dict) and type(record.get("step")) is int and record["step"] >= 0
+        return record if has_step and all(map(_is_number, record.values())) else None
+    except (ValueError, OverflowError):  # also bytes that are not text, and numbers beyond a float
         return None
 
 
@@ -46,7 +47,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, Optional[dict[str, Any]]]]:
-    """Every line as it is, with its record; none if there is no such file."""
+    """Yield every line unchanged, with its record; nothing if there is no such file."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -55,7 +56,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Optional[dict[str, Any]]]]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, without what is none.
+    """Return the records of a file, without lines that are not records.
 
     Raises:
         OSError: it cannot be read.
@@ -65,12 +66,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class Sorted:
-    """Lines of a file of records: those kept, in order, and those set aside for being of later steps, repeated, or no
-    record."""
+    """The lines of a file of records, sorted into those to keep and the others."""
 
     kept: list[tuple[dict[str, Any], bytes]] = field(default_factory=list)
+    """Records with their lines, in order."""
     aside: list[bytes] = field(default_factory=list)
+    """Lines of later steps, repeated lines, and lines that are not records."""
     later: int = 0
+    """How many of `aside` are of later steps."""
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -78,55 +81,57 @@ class Sorted:
 
 
 def sort_records(path: Path, steps: int) -> Sorted:
-    """What of a file goes on with a run from its checkpoint after `steps` steps.
+    """Sort the lines of a file by whether a run keeps them that resumes after `steps` steps.
 
     Raises:
         OSError: it cannot be read.
     """
-    result = Sorted()
-    if path.is_symlink():  # to somebody's file, of which nothing is copied here
-        return result
+    lines = Sorted()
+    if path.is_symlink():  # a link to somebody's file, from which nothing may be copied
+        return lines
     seen: set[tuple[int, bool]] = set()
     for line, record in _lines(path):
-        whole = line if line.endswith(b"\n") else line + b"\n"
+        ended = line if line.endswith(b"\n") else line + b"\n"
         if record is None:
-            result.aside.append(whole)
+            lines.aside.append(ended)
             continue
         kind, later = (record["step"], "val_loss" in record), not steps or record["step"] > steps
         if later or kind in seen:
-            result.aside.append(whole)
-            result.later += later
+            lines.aside.append(ended)
+            lines.later += later
         else:
             seen.add(kind)
-            result.kept.append((record, whole))
-    result.kept.sort(key=lambda entry: entry[0]["step"])  # a step's loss stays before its evaluation
-    return result
+            lines.kept.append((record, ended))
+    lines.kept.sort(key=lambda entry: entry[0]["step"])  # stable, so a step's loss stays before its evaluation
+    return lines
 
 
 def keep_records(path: Path, steps: int) -> tuple[Sorted, str]:
-    """Leave the records up to `steps` in a file; the rest goes to the end of metrics.dropped*.jsonl. Returns what it
-    held and a sentence on what was set aside, if anything was.
+    """Leave the records up to `steps` in a file, and append all other lines to metrics.dropped*.jsonl.
+
+    Returns:
+        The sorted lines, and a sentence about the moved lines or "".
 
     Raises:
         OSError: the folder cannot be written, or the other file is a link.
     """
-    result = sort_records(path, steps)
+    lines = sort_records(path, steps)
     note = ""
-    if result.aside:
+    if lines.aside:
         dropped = path.with_name(path.name.replace("metrics.", "metrics.dropped.", 1))
         with open_no_follow(dropped, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as file:
-            write_all(file, b"".join(result.aside))
+            write_all(file, b"".join(lines.aside))
             os.fsync(file.fileno())
-        odd = len(result.aside) - result.later
-        parts = [f"{result.later} record(s) after step {steps}"] * (result.later > 0)
-        parts += [f"{odd} damaged or repeated line(s)"] * (odd > 0)
-        note = f"{path.name}: {' and '.join(parts)} moved to {dropped.name}"
-    replace_bytes(path, b"".join(line for _, line in result.kept))
-    return result, note
+        faulty = len(lines.aside) - lines.later
+        moved = [f"{lines.later} record(s) after step {steps}"] * (lines.later > 0)
+        moved += [f"{faulty} damaged or repeated line(s)"] * (faulty > 0)
+        note = f"{path.name}: {' and '.join(moved)} moved to {dropped.name}"
+    replace_bytes(path, b"".join(line for _, line in lines.kept))
+    return lines, note
 
 
 class RecordFile:
-    """Appends to one file."""
+    """A file to which records are appended."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -135,14 +140,14 @@ class RecordFile:
         self._written = os.fstat(self.file.fileno()).st_size
 
     def in_place(self) -> bool:
-        """Whether the file is still the one at its path."""
+        """Return whether the file is still the one at its path."""
         try:
             return os.path.samestat(os.lstat(self.path), os.fstat(self.file.fileno()))
         except FileNotFoundError:
             return False
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append an object. Warns if it has to wait: the disk is full."""
+        """Append an object, or warn that it waits because the disk is full."""
         self._waiting.append(as_line(record))
         self._write()
 
@@ -153,9 +158,11 @@ class RecordFile:
                 raise OSError("the disk is full")
         except OSError as error:
             with contextlib.suppress(OSError):
-                self.file.truncate(self._written)  # no torn line
+                self.file.truncate(self._written)  # leave no incomplete line
             if len(self._waiting) == 1:
-                warnings.warn(f"{self.path} cannot be written ({error}): records wait.", stacklevel=3)
+                warnings.warn(
+                    f"{self.path} cannot be written ({error}): records wait in memory. Make room.", stacklevel=3
+                )
             return
         self._waiting = []
         self._written += len(data)
@@ -179,5 +186,5 @@ class RecordFile:
             self._write()
         with self.file:
             if self._waiting:
-                raise OSError(f"{len(self._waiting)} records of {self.path.name} still wait for room")
+                raise OSError(f"{len(self._waiting)} records of {self.path.name} still wait for room on the disk")
             os.fsync(self.file.fileno())

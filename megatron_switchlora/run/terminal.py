@@ -1,4 +1,4 @@
-"""What rank 0 says while a run goes on, and what monitors get: a decoration, which may break without the run."""
+"""Print rank 0's progress and feed monitors, as decorations whose failure does not stop the run."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from megatron_switchlora.run.figures import decorating
 
 
 class Terminal:
-    """Lines on standard output and, on a terminal, a progress bar; nothing where it does not speak."""
+    """Lines on standard output and, on a terminal, a progress bar; silent unless `prints`."""
 
-    def __init__(self, speaks: bool) -> None:
-        self.speaks = speaks
+    def __init__(self, prints: bool) -> None:
+        self.prints = prints
         self._bar: Optional[tqdm] = None
         self._silent_monitor = False
 
     def print_line(self, text: str) -> None:
-        if self.speaks:
+        if self.prints:
             with decorating("writing to the terminal"):
                 tqdm.write(text)
 
     def begin(self, steps: int) -> None:
-        if self.speaks:
+        if self.prints:
             with decorating("the progress bar"):
                 self._bar = tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True)
 
@@ -33,8 +33,8 @@ class Terminal:
                 self._bar.close()
 
     def show(self, record: dict[str, Any], last_step: int) -> None:
-        """One readable line a step; with a bar, at its end."""
-        if self.speaks:
+        """Print one readable line per step, or show it at the end of the bar."""
+        if self.prints:
             with decorating("writing to the terminal"):
                 self._show(record, last_step)
 
@@ -50,8 +50,8 @@ class Terminal:
             self._bar.update()
 
     def monitor(self, monitor: Any, step: int, values: dict[str, float]) -> None:
-        """Give values to DeepSpeed's monitor: TensorBoard, W&B, CSV. One that fails gets no more."""
-        if self.speaks and monitor.enabled and not self._silent_monitor:
+        """Pass values to DeepSpeed's monitor (TensorBoard, W&B, CSV); after a failure it gets no more."""
+        if self.prints and monitor.enabled and not self._silent_monitor:
             self._silent_monitor = True
             with decorating("DeepSpeed's monitor, which gets no more values,"):
                 monitor.write_events([(f"Train/{key}", value, step) for key, value in values.items()])

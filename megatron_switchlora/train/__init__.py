@@ -1,1 +1,1 @@
-"""The engine (the only place that imports deepspeed), the trainer and what they record."""
+"""Train a run: the engine (the only module that imports deepspeed), the trainer, and what they record."""

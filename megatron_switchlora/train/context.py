@@ -1,4 +1,4 @@
-"""What a run is trained on: fixed once its data is open, and read by results and summaries."""
+"""Collect the facts of a run that are fixed once its data is open, for results and summaries."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from megatron_switchlora.train.dataset import data_identity, prepare_data, vocab
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run's facts, alike on all ranks but for `ranks` and `device`.
+    """A run's facts, equal on all ranks except `ranks` and `device`.
 
-    `identity` is what a checkpoint remembers of text and tokenizer; `last_step` the number of steps, of which the data
-    may allow fewer than `train.steps`.
+    `identity` is what a checkpoint stores about text and tokenizer. `last_step` is the number of steps, which the data
+    may limit to fewer than `train.steps`.
     """
 
     config: RunConfig
@@ -39,10 +39,10 @@ class RunContext:
 
 
 def open_context(config: RunConfig, ranks: Ranks, device: torch.device) -> RunContext:
-    """Prepare the data and find what follows from it. Collective over the world.
+    """Prepare the data and compute the facts that follow from it. Collective over the world.
 
     Raises:
-        UserError: the data cannot be had, or does not go with the configuration.
+        UserError: the data cannot be prepared, or does not fit the configuration.
     """
     train = config.train
     data = prepare_data(config, ranks, device)

@@ -1,4 +1,4 @@
-"""The run's data: tokenised once a node, and what a checkpoint remembers of it."""
+"""Prepare the run's data once per node, and identify it for checkpoints."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from megatron_switchlora.startup.environment import Ranks
 
 
 def prepare_data(config: RunConfig, ranks: Ranks, device: torch.device) -> PreparedData:
-    """Tokenise on the first rank of every node, tell the others where the cache is. Collective. What there is to say of
-    a build comes from rank 0, wherever it was.
+    """Tokenise on the first rank of every node, and open the cache on all ranks. Collective over the world.
 
-    The commit of a hub dataset is looked up once, for all nodes, and stays in `config`: the run can name its data.
+    Rank 0 prints the notes of all nodes' builds. The commit of a hub dataset is looked up once for all nodes and stored
+    in `config`, so that the run records its data.
     """
     commit = on_one_rank(ranks.rank == 0, lambda: pinned(config.data).hf_revision or "", device)
     config.data.hf_revision = commit or None
@@ -37,17 +37,17 @@ def prepare_data(config: RunConfig, ranks: Ranks, device: torch.device) -> Prepa
         return str(data.folder)
 
     folder = on_one_rank(first, fill, device)
-    everyones = [note for text in gather_texts(json.dumps(notes), device) for note in json.loads(text)]
-    for note in dict.fromkeys(everyones if ranks.rank == 0 else []):
+    all_notes = [note for text in gather_texts(json.dumps(notes), device) for note in json.loads(text)]
+    for note in dict.fromkeys(all_notes if ranks.rank == 0 else []):
         print(f"warning: {note}", flush=True)
     return open_prepared(Path(folder))
 
 
 def vocabulary_size(config: RunConfig, data: PreparedData) -> int:
-    """The model's vocabulary.
+    """Return the size of the model's vocabulary.
 
     Raises:
-        UserError: smaller than the tokenizer's, or too small for the tensor-parallel ranks.
+        UserError: it is smaller than the tokenizer's, or too small for the tensor-parallel ranks.
     """
     size = config.model.vocab_size or data.vocab_size
     require(
@@ -59,7 +59,7 @@ def vocabulary_size(config: RunConfig, data: PreparedData) -> int:
 
 
 def data_identity(data: PreparedData, vocab_size: int) -> dict[str, Any]:
-    """What a checkpoint remembers of text and tokenizer: fingerprints of the tokens and of the vocabulary."""
+    """Return what a checkpoint stores about text and tokenizer: fingerprints of the tokens and the vocabulary."""
     tokens = hashlib.sha256()
     for store in (data.train, data.val):
         tokens.update(store.fingerprint())
@@ -71,23 +71,27 @@ def data_identity(data: PreparedData, vocab_size: int) -> dict[str, Any]:
 
 
 def vocabulary_digest(folder: Path) -> str:
-    """SHA-256 of a tokenizer's vocabulary, the same however its folder was written.
+    """Return the SHA-256 of a tokenizer's vocabulary, independent of how its folder was written.
 
     Raises:
         UserError: it cannot be read.
     """
     try:
         vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the library's only kind
+    except Exception as error:  # the library raises no narrower type
         raise UserError(f"{folder / 'tokenizer.json'} is damaged ({error}): restore it.") from None
     return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
 
 
 def require_tokenizer(initial: Checkpoint, data: PreparedData) -> None:
-    """Raises: UserError, if weights to start from come with another tokenizer than the run's."""
+    """Require that weights to start from were trained with the run's tokenizer.
+
+    Raises:
+        UserError: they come with another tokenizer.
+    """
     folder = initial.folder / "tokenizer"
     require(
         not (folder / "tokenizer.json").is_file() or vocabulary_digest(folder) == vocabulary_digest(data.tokenizer_dir),
-        f"train.init_from {initial.folder} holds a model whose tokenizer is not the run's, so that its embedding would "
-        f"mean other words: give --data.tokenizer {folder}.",
+        f"train.init_from {initial.folder} holds a model with another tokenizer than the run's, so its embedding would "
+        f"belong to other tokens: give --data.tokenizer {folder}.",
     )

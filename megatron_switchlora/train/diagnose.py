@@ -1,9 +1,9 @@
-"""Which layer first went bad? Asked once, after a step with a non-finite loss or gradient.
+"""Find the first tensor that is not finite, once, after a step with a non-finite loss or gradient.
 
-The optimizer has refused the step, so the weights are those that produced it: the micro-batches run
-again, with hooks that look at each module's output, then at the gradients of outputs and trainable
-weights, in the order in which the backward pass meets them. No `.grad` is touched. Only tensor-parallel
-collectives run, so every rank makes all passes before it answers (the loss is equal on those ranks).
+The optimizer has refused the step, so the weights are still those that produced it. The micro-batches run again. Hooks
+check each module's output. Then the gradients of outputs and trainable weights are checked, in the order of the
+backward pass. No `.grad` changes. Only tensor-parallel collectives run, so every rank makes all passes before it
+returns. The loss is equal on tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def _run(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, list[tuple[str, Tensor]]]:
-    """The loss and every module's output, in forward order."""
+    """Return the loss and every module's output, in forward order."""
     outputs: list[tuple[str, Tensor]] = []
 
     def keep(name: str) -> Any:
@@ -42,7 +42,7 @@ def _run(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, list[tuple[str, 
 
 
 def find_bad_layer(model: LanguageModel, micro_batches: list[Tensor], device: torch.device) -> Optional[str]:
-    """A phrase that names the first bad tensor, or None if this rank's data gives none. Collective over tp."""
+    """Return a phrase for the first tensor that is not finite on this rank's data, or None. Collective over tp."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     bad = [f"the weights of {name}" for name, tensor in tensors if not _finite(tensor)]
     for tokens in micro_batches:
@@ -56,7 +56,7 @@ def find_bad_layer(model: LanguageModel, micro_batches: list[Tensor], device: to
 
 
 def _bad_gradients(model: LanguageModel, loss: Tensor, outputs: list[tuple[str, Tensor]]) -> list[str]:
-    """Phrases for the gradients that are not finite, in the order of the backward pass."""
+    """Return phrases for the gradients that are not finite, in the order of the backward pass."""
     params = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     named = [(f"the gradient of the output of {n}", t) for n, t in reversed(outputs) if t.requires_grad]
     named += [(f"the gradient of {n}", p) for n, p in reversed(params)]

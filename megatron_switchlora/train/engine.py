@@ -1,13 +1,13 @@
-"""DeepSpeed, wrapped: the only file that imports it.
+"""Wrap DeepSpeed; this is the only module that imports it.
 
-Owns bring-up, the DeepSpeed engine around the model with the row-step optimizer as its client
-optimizer, and one training step:
-    micro-batches: forward, backward (DeepSpeed reduces the gradients)
+It starts DeepSpeed's communication and builds its engine around the model, with the row-step optimizer as the client
+optimizer. One training step is:
+    forward and backward pass of each micro-batch, in which DeepSpeed reduces the gradients
     method.before_step (switching), then DeepSpeed: norm, clip, row-step AdamW, parameter all-gather
     method.after_step (merges), then one all-reduce of losses, health and votes
-DeepSpeed skips or poisons a step with non-finite gradients depending on stage and precision; here the
-optimizer refuses them and `StepResult.healthy` is False on every rank. What of DeepSpeed 0.19.8 is
-relied upon is asserted by tests/dist/test_deepspeed_contract.py.
+With non-finite gradients DeepSpeed skips or spoils a step, depending on stage and precision. Here the optimizer refuses
+them, and `StepResult.healthy` is False on every rank. tests/dist/test_deepspeed_contract.py asserts the properties of
+DeepSpeed 0.19.8 on which this module relies.
 """
 
 from __future__ import annotations
@@ -43,38 +43,40 @@ from megatron_switchlora.startup.environment import complete_environment, meets_
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, the same on every rank but for bytes and what is of a head."""
+    """One optimizer step, equal on all ranks except bytes and values of single heads."""
 
     loss: float
     """Mean over all heads."""
     head_losses: tuple[float, ...]
-    """Of the heads here."""
+    """Losses of the heads here."""
     head_norms: tuple[float, ...]
     """Gradient norms of the heads here, before the clip."""
     grad_norm: float
-    """Of the first head here."""
+    """Gradient norm of the first head here."""
     lr: float
     switched: int
     dp_bytes: int
     merge_bytes: int
-    """Model state that this rank gave to collectives with other LTE heads."""
+    """Bytes of model state that this rank gave to collectives with other LTE heads."""
     control_bytes: int
-    """Likewise: loss, health and votes."""
+    """Bytes of losses, health and votes that this rank gave to such collectives."""
     healthy: bool
     votes: tuple[int, ...]
-    """How many ranks voted yes, for each of the questions given to `train_step`."""
+    """How many ranks voted yes on each question of `train_step`."""
 
 
 def start_distributed(device: torch.device, timeout_s: float = 300.0, store: Optional[dist.Store] = None) -> None:
-    """Initialise DeepSpeed's and torch's communication from the launcher's environment, through the store in which its
-    ranks have met, where they have. A process alone listens to nobody."""
+    """Initialise DeepSpeed's and torch's communication from the launcher's environment.
+
+    `store` is the store through which the ranks have met, if they have. A single process opens no port.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     complete_environment(os.environ)
-    # It prints 16 lines and resets the peak's statistics.
+    # The original prints 16 lines and resets the statistics of peak memory.
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
     if device.type == "cpu":
-        # It would be compiled at the first start, for a minute, and a killed build blocks every later one.
+        # The first start would compile it for a minute, and a killed build blocks every later one.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -82,22 +84,24 @@ def start_distributed(device: torch.device, timeout_s: float = 300.0, store: Opt
         store = dist.HashStore()
     keep_within_host(os.environ, world)
     if store is not None:
-        bound = device if device.type == "cuda" else None  # as DeepSpeed would
+        bound = device if device.type == "cuda" else None  # as in DeepSpeed
         store.set_timeout(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=bound)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 
 def keep_within_host(env: MutableMapping[str, str], world: int) -> None:
-    """Let nobody outside reach the ports of ranks that meet within this host, unless an interface is named."""
+    """Bind ranks that meet within this host to the loopback interface, unless the user names an interface."""
     if meets_on_loopback(env) and "lo" in [name for _, name in socket.if_nameindex()]:
         for name in ("GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if world == 1 else [])):
             env.setdefault(name, "lo")
 
 
 def communication_log() -> dict[str, int]:
-    """Bytes by operation that DeepSpeed itself has counted since this was last asked, where its `comms_logger` is on:
-    what it hands over, calls on groups of one rank included."""
+    """Return the bytes by operation that DeepSpeed has counted since the last call, if its `comms_logger` is on.
+
+    They are the sizes that it passes to collectives, including calls on groups of one rank.
+    """
     sizes: dict[str, dict[int, list[Any]]] = deepspeed.comm.comm.comms_logger.comms_dict
     totals = {name: sum(size * entry[0] for size, entry in calls.items()) for name, calls in sizes.items()}
     sizes.clear()
@@ -105,14 +109,14 @@ def communication_log() -> dict[str, int]:
 
 
 def limit_waiting(timeout_s: float) -> None:
-    """Give the time-out to all groups: those that DeepSpeed makes take torch's default, half an hour under gloo."""
+    """Set the time-out of all groups, as DeepSpeed's groups have torch's default, half an hour with gloo."""
     for group in dist.distributed_c10d._world.pg_map:
         if isinstance(group, dist.ProcessGroup):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 class Engine:
-    """The model under DeepSpeed. `ds_config` is a resolved one (`resolve_ds_config`)."""
+    """The model under DeepSpeed; `ds_config` comes from `resolve_ds_config`."""
 
     def __init__(
         self,
@@ -142,17 +146,23 @@ class Engine:
         self._check_replicas()
 
     def _check_replicas(self) -> None:
-        """Parameters, frozen weights, banks and switching state must be equal wherever they are held alike."""
+        """Require that ranks with the same parameters, frozen weights, banks or switching state hold equal values.
+
+        Raises:
+            UserError: values differ.
+        """
         differences = self.differing_replicas()
         if differences:
             raise UserError(
-                f"The ranks do not start equal: {differences[0]} ({len(differences)} such differences). They must "
-                "run the same code, configuration and library versions."
+                f"The ranks start with different values: {differences[0]} ({len(differences)} such differences). Start "
+                "all ranks with the same code, configuration and library versions."
             )
 
     def differing_replicas(self) -> list[str]:
-        """Sentences for tensors that should be equal on several ranks and are not, alike on every rank. Collective
-        over the world."""
+        """Return a sentence for each tensor that should be equal on several ranks but is not.
+
+        The result is the same on every rank. Collective over the world.
+        """
         replicas = list(self.method.replicas())
         differences = []
         for group in ("dp", "lte", "head", "data"):
@@ -168,8 +178,11 @@ class Engine:
         return self.config.lr * factor
 
     def _before_step(self) -> Optional[Tensor]:
-        """What DeepSpeed leaves undone at stage 0: in fp32 the gradients' norm, which is returned, over tensor-parallel
-        ranks too; in bf16 its norm looks for the mark of a shard on the gradient."""
+        """Add what DeepSpeed lacks at stage 0.
+
+        In fp32 compute and return the gradients' norm, also over tensor-parallel ranks. In bf16 mark gradients of
+        shards, on which DeepSpeed's own norm depends, and return None.
+        """
         if self.ds.optimizer is self.optimizer:
             norms = {
                 split: torch.nn.utils.get_total_norm(
@@ -191,9 +204,11 @@ class Engine:
     def train_step(
         self, step: int, micro_batches: list[Tensor], votes: Callable[[], Sequence[bool]] = tuple
     ) -> StepResult:
-        """Step number `step` (from 0) on this rank's micro-batches, each [micro_batch_size, S + 1] tokens. `votes`
-        gives this rank's answers, at the step's end, to what the ranks must agree on; they travel with the loss, which
-        is read last: a clock on the host then shows the step's time on the device."""
+        """Train step `step` (from 0) on this rank's micro-batches, each [micro_batch_size, S + 1] tokens.
+
+        At the step's end `votes` returns this rank's answers to the questions on which ranks must agree. They are sent
+        with the loss. The loss is read last, so a clock on the host measures the step's time on the device.
+        """
         lr = self._set_lr(step)
         losses = torch.zeros(self.model.heads, dtype=torch.float64, device=self.device)
         self.recorder.clear()
@@ -233,7 +248,7 @@ class Engine:
         )
 
     def _measure_heads(self) -> None:
-        """The norms by which several heads here are clipped, where the optimizer could not measure them itself."""
+        """Measure the norms by which several heads here are clipped, unless the optimizer measures them itself."""
         clip = self.optimizer.head_clip
         if clip is not None:
             clip.measured = False
@@ -242,14 +257,16 @@ class Engine:
                 clip.measure(pairs)
 
     def _head_norms(self, norm: Optional[Tensor]) -> tuple[float, ...]:
-        """Gradient norms of the heads here; `norm` is that of one head where DeepSpeed has not formed it."""
+        """Return the gradient norms of the heads here; `norm` is a single head's, if DeepSpeed did not compute it."""
         if self.optimizer.head_clip is not None:
             return tuple(self.optimizer.head_clip.norms.tolist())
         return (float(norm if norm is not None else self.ds.get_global_grad_norm()),)
 
     def _across_heads(self, phase: Optional[str]) -> int:
-        """Bytes that this rank gave in a phase, or in all, to collectives with ranks of other heads: to any group but
-        those within its own."""
+        """Return the bytes that this rank gave to collectives with ranks of other heads, in one phase or in all.
+
+        These are all groups except those within its own head.
+        """
         if self.mesh.size("lte") == 1:
             return 0
         within = sum(self.recorder.total(phase, self.mesh.group(name)) for name in ("head", "dp", "tp"))
@@ -258,18 +275,21 @@ class Engine:
     def _agree(
         self, losses: Tensor, norms: tuple[float, ...], votes: Sequence[bool]
     ) -> tuple[tuple[float, ...], float, float, tuple[int, ...]]:
-        """Average the heads' losses [K] over the data ranks, and agree with all ranks on whether all went well:
-        (losses of the heads here, their mean over all heads, ranks where it went wrong, votes)."""
+        """Average the heads' losses [K] over the data ranks, and agree with all ranks on health and votes.
+
+        Returns:
+            (losses of the heads here, mean loss of all heads, number of unhealthy ranks, votes)
+        """
         skipped = bool(getattr(self.ds.optimizer, "overflow", False))
         bad = self.optimizer.found_nonfinite or skipped or not all(map(math.isfinite, norms))
         self.optimizer.found_nonfinite = False
-        share = losses if self.mesh.rank("tp") == 0 else torch.zeros_like(losses)  # tensor-parallel ranks have the same
+        share = losses if self.mesh.rank("tp") == 0 else torch.zeros_like(losses)  # equal on tensor-parallel ranks
         shared = torch.cat([share, share.new_tensor([bad, *votes])])
         dist.all_reduce(shared, group=self.mesh.group("head"))
         here = shared[: len(losses)] / self.mesh.size("dp")
         control = torch.cat([here.mean().view(1), shared[len(losses) :]])
         if self.mesh.size("lte") > 1:
-            if self.mesh.axis("head").rank > 0:  # the head's first rank speaks for it
+            if self.mesh.axis("head").rank > 0:  # only the head's first rank contributes
                 control.zero_()
             dist.all_reduce(control, group=self.mesh.group("world"))
             control[0] /= self.mesh.size("lte")
@@ -277,8 +297,11 @@ class Engine:
         return tuple(here.tolist()), mean, bad_ranks, tuple(map(int, counts))
 
     def evaluate(self, batches: Iterable[Tensor]) -> tuple[float, int]:
-        """Mean cross entropy of a token, of the model that the method gives, over this rank's validation batches and
-        those of all ranks that read others; and the bytes of model state that this rank gave to other heads for it."""
+        """Evaluate the method's model on the validation batches of all ranks.
+
+        Returns:
+            (mean cross entropy per token, bytes of model state that this rank gave to other heads for it)
+        """
         self.recorder.clear()
         with self.recorder:
             model = self.method.evaluated()
@@ -287,7 +310,7 @@ class Engine:
 
 @torch.no_grad()
 def mean_loss(model: LanguageModel, batches: Iterable[Tensor], group: dist.ProcessGroup, device: torch.device) -> float:
-    """Mean cross entropy of a token over the group's batches, each [samples, S + 1] tokens. Collective."""
+    """Return the mean cross entropy per token over the group's batches, each [samples, S + 1] tokens. Collective."""
     training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)

@@ -1,9 +1,10 @@
 """Evaluate a finished run: `--evaluate_only --output_dir RUN`.
 
-Loads `RUN/final` into plain linears and measures the validation loss, in fp32, on the run's own data: everything but
-`--output_dir` and the device comes from `RUN/config.yaml`. In an fp32 run the number is that of the last record. A
-corpus that has changed since is refused: it would have another tokenizer. The model is split over tensor-parallel
-ranks as in the run if the world allows, else every rank holds all of it: the number is the same.
+It loads `RUN/final` into plain linears and measures the validation loss in fp32 on the run's own data. All options but
+`--output_dir` and the device come from `RUN/config.yaml`. The loss equals that of the last record if the run trained in
+fp32. A corpus that has changed since is an error, as it would give another tokenizer. The model is split over
+tensor-parallel ranks as in the run if the number of ranks allows it. Otherwise every rank holds the whole model. The
+loss is the same.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float
     folder = Path(config.output_dir or "")
     require(
         (folder / "meta.json").is_file() and (folder / "config.yaml").is_file(),
-        f"{folder} holds no run (config.yaml and meta.json): give the folder of a finished one with --output_dir.",
+        f"{folder} holds no run (config.yaml and meta.json): give the folder of a finished run with --output_dir.",
     )
     stored = parse_arguments(["--config", str(folder / "config.yaml")], kept_in=folder).config
     tp = stored.parallel.tp if ranks.world_size % stored.parallel.tp == 0 else 1
@@ -47,14 +48,12 @@ def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float
     data = prepare_data(stored, ranks, device)
     vocab_size = vocabulary_size(stored, data)
     trained_on = read_meta(folder).get("data")
-    require(
-        trained_on is not None, f"{folder}/meta.json is damaged: restore it. {folder}/final can be loaded all the same."
-    )
+    require(trained_on is not None, f"{folder}/meta.json is damaged: restore it. {folder}/final can still be loaded.")
     tokens = on_one_rank(ranks.rank == 0, lambda: str(data_identity(data, vocab_size)["data"]), device)
     require(
         tokens == trained_on,
         f"The text that {folder} was trained on has changed since (the fingerprint of its tokens is {tokens} now and "
-        f"was {trained_on}), so its numbers cannot be repeated: restore the files that its config.yaml names.",
+        f"was {trained_on}), so its numbers cannot be repeated: restore the files that its config.yaml lists.",
     )
     model = build_model(stored.model, vocab_size, mesh.axis("tp"))
     on_all_ranks(lambda: _load(model, folder / "final"), device)

@@ -1,10 +1,10 @@
-"""The phases of a run: full-rank training first, if `method.full_rank_steps` asks for it, then the method.
+"""Build the phases of a run: full-rank training for `method.full_rank_steps` steps, then the method.
 
-A phase is a stretch of steps trained by one engine. The full-rank phase trains every weight at
-`method.full_rank_lr` on the run's learning-rate schedule, all ranks being data-parallel whatever the LTE
-heads. The method then begins from its weights, rounded to the run's precision, as from any initial ones: with
-a warm-up, schedules and merges that count from its own first step, over the steps that are left. The order of
-the data goes on through both. A checkpoint at the border holds the end of the full-rank phase.
+A phase is a range of steps that one engine trains. The full-rank phase trains every weight at `method.full_rank_lr` on
+the run's learning-rate schedule. All ranks are data-parallel in it, also with LTE heads. The method then starts from
+its weights, rounded to the run's precision, as from any initial weights. Warm-up, schedules and merges count from the
+method's own first step, over the remaining steps. The order of the data continues through both phases. A checkpoint at
+the border holds the end of the full-rank phase.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_switchlora.train.engine import Engine
 
 @dataclass
 class Phase:
-    """Steps from `first` on; `ds_config` is the resolved DeepSpeed JSON."""
+    """The steps from `first` on; `ds_config` is the resolved DeepSpeed JSON."""
 
     first: int
     config: RunConfig
@@ -38,21 +38,25 @@ class Phase:
 def build_phases(
     config: RunConfig, given_ds_config: dict[str, Any], samples: Samples, order: BatchOrder
 ) -> list[Phase]:
-    """All phases, in order. Collective over the world."""
+    """Build all phases, in order. Collective over the world."""
     border = config.method.full_rank_steps
     phases = []
-    for first, own in [(0, full_rank_config(config))] * (border > 0) + [(border, method_config(config))]:
-        mesh, local = build_mesh(own.parallel), own.method.facts.heads_here
-        reader = Reader(mesh.rank("dp"), mesh.size("dp"), mesh.heads(local).start, own.heads, local)
-        loader = TrainLoader(samples, order, own.train.micro_batch_size, reader)
-        phases.append(Phase(first, own, mesh, resolve_ds_config(given_ds_config, own, mesh.size("dp")), loader))
+    for first, settings in [(0, full_rank_config(config))] * (border > 0) + [(border, method_config(config))]:
+        mesh, local = build_mesh(settings.parallel), settings.method.facts.heads_here
+        reader = Reader(mesh.rank("dp"), mesh.size("dp"), mesh.heads(local).start, settings.heads, local)
+        loader = TrainLoader(samples, order, settings.train.micro_batch_size, reader)
+        ds_config = resolve_ds_config(given_ds_config, settings, mesh.size("dp"))
+        phases.append(Phase(first, settings, mesh, ds_config, loader))
     return phases
 
 
 def start_engine(
     phase: Phase, model: LanguageModel, samples: Samples, device: torch.device, begins: bool = True
 ) -> Engine:
-    """The phase's engine around an initialised model; one that does not begin is to be filled from a checkpoint."""
+    """Return the phase's engine around an initialised model.
+
+    With `begins` the phase starts from this model; otherwise a checkpoint fills the engine later.
+    """
     factors = find_factors(phase.config, model, phase.mesh, samples, device) if begins else None
     method = build_method(phase.config, model, phase.mesh, factors)
     return Engine(model, method, phase.config, phase.ds_config, phase.mesh, device)

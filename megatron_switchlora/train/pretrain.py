@@ -2,8 +2,8 @@
 
 deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/cpu_quickstart.yaml --ds_config ds_configs/zero1.json
 
-A mistake in the input is reported once, by rank 0, and ends every rank with status 2. startup/door.py has all other
-ends.
+Rank 0 reports a mistake in the input once, and every rank then exits with status 2. startup/door.py lists the other
+exits.
 """
 
 from __future__ import annotations
@@ -34,10 +34,14 @@ from megatron_switchlora.startup.signals import REQUEUE, StopRequest
 
 
 def check_early(arguments: Arguments, ranks: Ranks) -> None:
-    """What can be refused before deepspeed is imported."""
+    """Check what can be checked before deepspeed is imported.
+
+    Raises:
+        UserError: an option breaks a rule.
+    """
     from megatron_switchlora.distributed.mesh import mesh_sizes
 
-    if arguments.evaluate_only:  # mesh and batch are those of the run's own configuration
+    if arguments.evaluate_only:  # mesh and batch come from the run's own configuration
         require(
             arguments.config.output_dir is not None,
             "--evaluate_only evaluates the finished run in --output_dir: give its folder.",
@@ -48,7 +52,7 @@ def check_early(arguments: Arguments, ranks: Ranks) -> None:
 
 
 def show_plan(arguments: Arguments, first: bool) -> None:
-    """The plan of the run, from rank 0; raises what the run would on every rank."""
+    """Print the plan of the run on rank 0; raise on every rank the errors that the run would raise."""
     from megatron_switchlora.planning.dry_run import plan
 
     world_size = arguments.dry_run_world or discover_ranks(os.environ).world_size
@@ -61,20 +65,20 @@ def show_plan(arguments: Arguments, first: bool) -> None:
 
 
 def unused_warning(method: MethodConfig) -> Optional[str]:
-    """What to report of options that change nothing."""
+    """Return a warning about options that have no effect, or None."""
     names = ", ".join(unused_options(method))
     return f"{names}: without effect in method.name {method.facts.title}." if names else None
 
 
 def warn(*texts: Optional[str]) -> None:
-    """Print those that print_line something."""
+    """Print the warnings that are not empty."""
     for text in texts:
         if text:
             print(f"warning: {text}", flush=True)
 
 
 def prepare_only(arguments: Arguments, first: bool) -> None:
-    """The token cache, made by rank 0 alone."""
+    """Prepare the token cache on rank 0 alone."""
     from megatron_switchlora.data.packing import prepare
 
     if first:
@@ -87,14 +91,14 @@ def prepare_only(arguments: Arguments, first: bool) -> None:
 
 
 def meet_others(arguments: Arguments, ranks: Ranks, device: torch.device) -> torch.distributed.Store:
-    """Compare with the other ranks what all must have alike; returns the store in which they have met."""
+    """Check that all ranks have the same options and versions; return the store through which they have met."""
     same = what_must_agree(arguments.config, read_ds_config(arguments.ds_config), device)
     same["--evaluate_only"] = arguments.evaluate_only
     return meet(os.environ, ranks, same, arguments.config.parallel.start_timeout)
 
 
 def run(arguments: Arguments, ranks: Ranks, stop: StopRequest, door: Door) -> int:
-    """Train or evaluate; returns the exit status."""
+    """Train or evaluate, and return the exit status."""
     allow_open_files()
     timeout = arguments.config.parallel.timeout
     device = choose_device(arguments.config.train.device, ranks, arguments.config.train.threads)
@@ -115,13 +119,13 @@ def run(arguments: Arguments, ranks: Ranks, stop: StopRequest, door: Door) -> in
 
 
 def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRequest) -> int:
-    """A run, or what is left of it; returns the exit status."""
+    """Train the run, or its remaining steps, and return the exit status."""
     from megatron_switchlora.checkpoint.resume import find_start
     from megatron_switchlora.run.figures import decorating, outlive_terminal
     from megatron_switchlora.train.summary import describe_end
     from megatron_switchlora.train.trainer import Trainer
 
-    began = time.perf_counter()
+    started_at = time.perf_counter()
     outlive_terminal()
     given = read_ds_config(arguments.ds_config)
     on_one_rank(ranks.rank == 0, partial(check_monitors, given), device)
@@ -136,7 +140,7 @@ def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRe
     val_loss = trainer.fit()
     if val_loss is not None:
         with decorating("the summary"):
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - started_at
             trainer.print_line("\n" + describe_end(trainer.context, trainer.mesh, trainer.run, val_loss, seconds))
     return REQUEUE if val_loss is None else 0
 
@@ -145,7 +149,7 @@ def main(argv: Sequence[str]) -> None:
     quiet = {"--print_config", "--help", "-h"}
     first = is_first(os.environ)
     if not first and any(arg.split("=")[0] in quiet for arg in argv):
-        return  # rank 0 prints
+        return  # only rank 0 prints
     with the_door() as door:
         stop = StopRequest()
         stop.install()

@@ -1,4 +1,4 @@
-"""What a run writes of itself: its tokenizer, the record of a step, and at its end the outcome and the final model."""
+"""Write the results of a run: its tokenizer, a record per step, and at its end the outcome and the final model."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ from megatron_switchlora.train.engine import StepResult
 
 @dataclass(frozen=True)
 class Companions:
-    """What goes beside a model's weights: the tokenizer as it was trained with, its `files` by their names beside
-    tokenizer/, and the `imported` marks of the model that the run began from."""
+    """What accompanies a model's weights."""
 
     tokenizer: PreTrainedTokenizerFast
+    """The tokenizer as training used it."""
     files: dict[str, bytes]
+    """The tokenizer's files, by names that start with tokenizer/."""
     imported: dict[str, Any]
+    """The marks of the imported model from which the run started."""
 
 
 def write_tokenizer(source: Path, folder: Path, add_bos: bool, imported: dict[str, Any]) -> Companions:
-    """Write the tokenizer of the data as it is trained with into a run's folder tokenizer/."""
+    """Write the data's tokenizer, as training uses it, to a run's folder tokenizer/."""
     tokenizer = as_trained(load_tokenizer(str(source)), add_bos)
     replace_folder(folder, partial(save_tokenizer, tokenizer))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -45,7 +47,10 @@ def write_tokenizer(source: Path, folder: Path, add_bos: bool, imported: dict[st
 def step_record(
     context: RunContext, mesh: Mesh, step: int, result: StepResult, seconds: float, elapsed: float
 ) -> dict[str, Any]:
-    """What metrics.jsonl holds of step number `step` (from 0), which took `seconds`; the run has trained `elapsed`."""
+    """Return the record of `step` (from 0) in metrics.jsonl.
+
+    The step took `seconds`, and the run has trained for `elapsed` seconds.
+    """
     train = context.config.train
     tokens = train.global_batch_size * train.seq_len
     record: dict[str, Any] = {
@@ -77,12 +82,14 @@ def write_results(
     val_loss: float,
     model: LanguageModel,
 ) -> None:
-    """Write the outcome and the final model. `beside` is known to the rank that writes; `exports` says whether this one
-    takes part in the export, as the tensor-parallel ranks of the first data rank do.
+    """Write the outcome and the final model.
+
+    Only the rank that writes has `beside`. With `exports` this rank takes part in the export, as do all
+    tensor-parallel ranks of the first data rank.
 
     Raises:
-        UserError: a full or read-only disk, or the run folder has vanished.
-    """  # fmt: skip
+        UserError: the disk is full or read-only, or the run folder has vanished.
+    """
     with in_folder(run.path):
         run.require_there(f"the final model cannot be written to {run.path / 'final'}")
         steps = [record for record in run.history if "loss" in record]
@@ -100,7 +107,7 @@ def write_results(
 
 
 def _export(model: LanguageModel, final: Path, seq_len: int, beside: Optional[Companions]) -> None:
-    """Write `final/` from the first data rank's tensor-parallel ranks, aside and then renamed."""
+    """Write `final/` from the first data rank's tensor-parallel ranks, under another name and then renamed."""
     if beside is None:
         export_model(model, final, seq_len, {}, writes=False)
         return

@@ -1,4 +1,4 @@
-"""The few sentences at the beginning and at the end of a run."""
+"""Describe a run in a few sentences at its start and at its end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_switchlora.train.context import RunContext
 
 
 def describe_start(context: RunContext, mesh: Mesh, start: Start) -> list[str]:
-    """What is trained, on what, from where."""
+    """Return lines that say what is trained, on which mesh and data, and from which checkpoint."""
     config, counts = context.config, context.counts
     sizes = " x ".join(f"{axis} {mesh.size(axis)}" for axis in AXES)
     _, source = cpu_threads(config.train.threads, context.ranks.local_size, os.environ)
@@ -27,7 +27,7 @@ def describe_start(context: RunContext, mesh: Mesh, start: Start) -> list[str]:
     lines = [
         f"{config.method.name}: {counts.trainable / 1e6:.2f} M of {counts.full_total / 1e6:.2f} M parameters train"
         f"{heads} ({counts.trainable / counts.full_total:.1%}); mesh {sizes} on "
-        f"{context.device.type}, CPU threads of a rank {torch.get_num_threads()} (by {source}); "
+        f"{context.device.type}, CPU threads per rank {torch.get_num_threads()} (by {source}); "
         f"{len(context.train_samples)} training and {len(context.val_samples)} validation samples of "
         f"{config.train.seq_len} tokens; a unigram model reaches perplexity {context.data.unigram_val_ppl:.1f}"
     ]
@@ -35,18 +35,21 @@ def describe_start(context: RunContext, mesh: Mesh, start: Start) -> list[str]:
         by = "bitsandbytes" if bitsandbytes_works(context.device) else "plain torch, much slower than bitsandbytes"
         lines.append(f"the base is in 4 bits, dequantised by {by}")
     if start.checkpoint:
-        lines.append(f"goes on after step {start.step} from {start.checkpoint.folder}")
+        lines.append(f"resumes after step {start.step} from {start.checkpoint.folder}")
     if context.last_step < config.train.steps:
         lines.append(
             f"the data ends after {context.last_step} of {config.train.steps} steps "
-            f"(train.epochs {config.train.epochs}): the run will stop there"
+            f"(train.epochs {config.train.epochs}), where the run will stop"
         )
     return lines
 
 
 def describe_end(context: RunContext, mesh: Mesh, run: RunFolder, val_loss: float, seconds: float) -> str:
-    """What was trained, how well, how fast, what it saved, where it is, what to try next; as far as there are records
-    of it."""
+    """Return the summary of a finished run.
+
+    It says what was trained, how well and how fast, what the method saved, where the results are, and what to try next.
+    Lines without records are left out.
+    """
     config, counts = context.config, context.counts
     steps = [record for record in run.history if "loss" in record]
     dp, tokens = mesh.size("dp"), config.train.global_batch_size * config.train.seq_len
@@ -66,12 +69,12 @@ def describe_end(context: RunContext, mesh: Mesh, run: RunFolder, val_loss: floa
         given = steps[-1]["dp_bytes"]
         full = full_rank_bytes(given, config, context.vocab_size, mesh.size("tp"))
         lines.append(
-            f"Gradient bytes a step and rank: {given / 1e6:.2f} MB recorded; full-rank training of this model: "
+            f"Gradient bytes per step and rank: {given / 1e6:.2f} MB recorded; full-rank training of this model: "
             f"{full / 1e6:.2f} MB (by its parameter count), so {describe_saving(given, full)}."
         )
-    apart = [record["merge_bytes"] for record in steps if "merge_bytes" in record]  # not those of a warm start
-    if apart:
-        lines.append(f"Between heads: no gradients; merges, {mean(apart) / 1e6:.3f} MB a step and rank in the mean.")
+    merges = [record["merge_bytes"] for record in steps if "merge_bytes" in record]  # full-rank steps have none
+    if merges:
+        lines.append(f"Between heads: no gradients; merges, {mean(merges) / 1e6:.3f} MB per step and rank on average.")
     lines += [
         f"Run folder: {run.path} (loss.png, metrics.jsonl, final/ for transformers).",
         f'Next: .venv/bin/python tools/generate.py {run.path} "def "',

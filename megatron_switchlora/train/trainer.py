@@ -1,9 +1,8 @@
-"""One run from configuration to final model.
+"""Train one run from configuration to final model.
 
-`Trainer` puts the parts together (mesh, data, model, method, engine, run folder), fills them from the
-checkpoint if the run continues, and `fit` runs the loop: step, record, evaluate, save, export. A batch is
-a pure function of the step, so the step is the whole data position. Every rank runs the same code; only
-rank 0 writes (but for its share of a checkpoint) and speaks.
+`Trainer` builds mesh, data, model, method, engine and run folder, and fills them from the checkpoint of a resumed run.
+`fit` runs the loop: step, record, evaluate, save, export. A batch is a pure function of the step, so the step is the
+whole position in the data. Every rank runs the same code. Only rank 0 prints and writes, except for checkpoints.
 """
 
 from __future__ import annotations
@@ -33,13 +32,7 @@ from megatron_switchlora.distributed.consensus import gather_texts, on_all_ranks
 from megatron_switchlora.distributed.mesh import AXES, Mesh
 from megatron_switchlora.methods import Method
 from megatron_switchlora.model.protocol import LanguageModel, build_model, initialize_weights
-from megatron_switchlora.run.folder import (
-    RunFolder,
-    create_folder,
-    default_folder,
-    in_folder,
-    lock_folder,
-)
+from megatron_switchlora.run.folder import RunFolder, create_folder, default_folder, in_folder, lock_folder
 from megatron_switchlora.run.machine import versions
 from megatron_switchlora.run.metrics_log import perplexity
 from megatron_switchlora.run.terminal import Terminal
@@ -55,8 +48,11 @@ from megatron_switchlora.train.summary import describe_start
 
 
 class Trainer:
-    """A run. `given_ds_config` is the user's DeepSpeed JSON, `start` says where it begins (`resume.find_start`; by
-    default anew), and `stop` hears the signals that end it."""
+    """A run.
+
+    `given_ds_config` is the user's DeepSpeed JSON. `start` comes from `resume.find_start`; by default the run is fresh.
+    `stop` receives the signals that end the run.
+    """
 
     engine: Engine
     phase: Phase
@@ -92,11 +88,11 @@ class Trainer:
         return self.engine.method
 
     def _start_engine(self) -> None:
-        """The engine of the phase in which the run begins or goes on, from the configured weights or the checkpoint."""
+        """Build the engine of the phase in which the run starts or resumes, from initial weights or the checkpoint."""
         train, checkpoint = self.config.train, self.start.checkpoint
         model = self._fresh_model()
         begins = checkpoint is None or 0 < self.phase.first == checkpoint.step
-        self.imported: dict[str, Any] = {}  # marks of the model that it all began from
+        self.imported: dict[str, Any] = {}  # marks of the imported model
         regrouped = False
         if checkpoint is None and train.init_from:
             initial = open_together(find_folder(Path(train.init_from)), self.device)
@@ -109,7 +105,7 @@ class Trainer:
             self._check_start(checkpoint)
             in_method = not begins and self.phase is self.phases[-1]
             regrouped = in_method and regroups(self.config, checkpoint.state())
-            if begins or regrouped:  # it holds the end of the phase before, or the model that new heads begin from
+            if begins or regrouped:  # from the end of the previous phase, or from the model for new heads
                 on_all_ranks(partial(load_initial, model, Weights(checkpoint)), self.device)
         self.engine = start_engine(self.phase, model, self.context.train_samples, self.device, begins or regrouped)
         if checkpoint is not None and not begins:
@@ -121,11 +117,11 @@ class Trainer:
         return model
 
     def _hand_over(self) -> None:
-        """The full-rank phase is over: the method begins from its weights."""
+        """Start the method from the weights of the finished full-rank phase."""
         self.saver.finish()
-        named = self.engine.model.named_parameters(remove_duplicate=False)  # a tied head has a name of its own
+        named = self.engine.model.named_parameters(remove_duplicate=False)  # include a tied output layer by its name
         weights = {name: param.detach().float().cpu() for name, param in named}
-        del self.engine, self.saver.engine  # DeepSpeed's hooks hold it in cycles
+        del self.engine, self.saver.engine  # DeepSpeed's hooks keep it in reference cycles
         gc.collect()
         self.phase = self.phases[-1]
         model = self._fresh_model()
@@ -135,17 +131,21 @@ class Trainer:
         self.print_line(f"after {self.phase.first} steps of full-rank training {self.config.method.name} begins")
 
     def _check_start(self, checkpoint: Checkpoint) -> None:
-        """Raises: UserError, if the run cannot go on from the checkpoint."""
+        """Require that the run can resume from the checkpoint.
+
+        Raises:
+            UserError: the data differs, or no step is left.
+        """
         compare_data(self.config, checkpoint.state(), self.context.identity)
         last = self.context.last_step
         require(
-            checkpoint.step < last + self.start.keeps_records,  # equal: killed before its export
-            f"{checkpoint.folder} has {checkpoint.step} steps behind it, so of {last} none is left to train: "
+            checkpoint.step < last + self.start.keeps_records,  # equal if the run was killed before its export
+            f"{checkpoint.folder} is of step {checkpoint.step}, so none of the {last} steps is left to train: "
             "raise train.steps, with --checkpoint.allow_changes '[\"train.steps\"]'.",
         )
 
     def _load_start(self, checkpoint: Checkpoint, regrouped: bool) -> None:
-        """Fill the fresh engine from the checkpoint, whose LTE heads may be others."""
+        """Fill the fresh engine from the checkpoint; with `regrouped` its LTE heads differ from the run's."""
         if regrouped:
             on_all_ranks(partial(load_regrouped, self.engine, checkpoint), self.device)
             self.method.regrouped()  # type: ignore[attr-defined]
@@ -157,12 +157,12 @@ class Trainer:
 
     def _build_phases(self, given_ds_config: dict[str, Any]) -> None:
         self.phases = build_phases(self.config, given_ds_config, self.context.train_samples, self.context.order)
-        over = self.start.checkpoint is not None and self.start.checkpoint.step >= self.phases[-1].first
-        self.phase = self.phases[-1 if over else 0]
-        self._validation_batches()  # refuses a validation set without a sample
+        in_method = self.start.checkpoint is not None and self.start.checkpoint.step >= self.phases[-1].first
+        self.phase = self.phases[-1 if in_method else 0]
+        self._validation_batches()  # raises if the validation set has no sample
 
     def _claim_folder(self) -> Path:
-        """Rank 0 chooses, creates and locks the folder, if it does not go on in one."""
+        """Choose, create and lock the folder on rank 0, or return that of the resumed run."""
 
         def create() -> str:
             given = self.config.output_dir
@@ -176,28 +176,28 @@ class Trainer:
         return Path(self.config.output_dir)
 
     def _open_folder(self, folder: Path) -> None:
-        """Keep the records that stay, write what does not change during the run.
+        """Open the folder with the records to keep, and write what does not change during the run.
 
         Raises:
-            UserError: a full or read-only disk.
+            UserError: the disk is full or read-only.
         """
         with in_folder(folder):
             keep = self.start.step if self.start.keeps_records else None
             self.run = RunFolder(folder, self.ranks.rank == 0, keep, self._heads_written())
-            self._write_head()
+            self._write_settings()
 
     def _heads_written(self) -> list[int]:
-        """The LTE heads whose records this rank writes."""
+        """Return the LTE heads whose records this rank writes."""
         mesh = self.phases[-1].mesh
         writes = self.config.heads > 1 and mesh.axis("head").rank == 0
         return list(mesh.heads(self.config.method.facts.heads_here)) if writes else []
 
-    def _write_head(self) -> None:
+    def _write_settings(self) -> None:
         config, counts, checkpoint = self.config, self.context.counts, self.start.checkpoint
         if checkpoint and checkpoint.folder.parent.resolve() != (self.run.path / "checkpoints").resolve():
             self.run.update_meta(branched_from=str(checkpoint.folder))
         self.run.write_config(config, self.phases[-1].ds_config)
-        self.beside: Optional[Companions] = None  # on the rank that writes
+        self.beside: Optional[Companions] = None  # set on the rank that writes
         if self.run.writes:
             source, folder = self.context.data.tokenizer_dir, self.run.path / "tokenizer"
             self.beside = write_tokenizer(source, folder, config.data.add_bos, self.imported)
@@ -224,7 +224,7 @@ class Trainer:
             self.print_line(line)
 
     def _validation_batches(self) -> Iterator[torch.Tensor]:
-        """This data rank's share of the validation samples."""
+        """Return this data rank's share of the validation samples."""
         size, limit = self.config.train.micro_batch_size, self.config.train.eval_samples
         readers = self.mesh.axis("data")
         return eval_batches(self.context.val_samples, size, readers.rank, readers.size, limit)
@@ -234,7 +234,7 @@ class Trainer:
         require(
             math.isfinite(loss),
             f"The validation loss after step {step} is {loss}: the last update has destroyed the model, and the run "
-            "stops. Lower optim.lr, lengthen train.warmup_steps or clip (optim.clip).",
+            "stops. Lower optim.lr, raise train.warmup_steps or set optim.clip.",
         )
         on_one_rank(self.run.writes, partial(self._require_folder, step), self.device)
         between_heads = {"eval_merge_bytes": sent} if self.mesh.size("lte") > 1 else {}
@@ -250,42 +250,48 @@ class Trainer:
         return ""
 
     def _stop_unhealthy(self, step: int, result: StepResult, batches: list[torch.Tensor]) -> None:
-        """Name the first layer that went bad, then stop every rank."""
+        """Report the first tensor that is not finite, and stop every rank.
+
+        Raises:
+            UserError: always.
+        """
         where = find_bad_layer(self.engine.model, batches, self.device) or ""
         places = [(rank, text) for rank, text in enumerate(gather_texts(where, self.device)) if text]
-        place = (
-            f"first bad on rank {places[0][0]}: {places[0][1]}" if places else "it did not show again in a second pass"
-        )
+        place = f"first bad on rank {places[0][0]}: {places[0][1]}" if places else "a second pass gave finite values"
         raise UserError(
             f"Step {step + 1} gave loss {result.loss}, gradient norm {result.grad_norm}: not finite, so the step was "
-            f"not applied and the run stops; {place}. Lower optim.lr, lengthen train.warmup_steps or check the data. "
+            f"not applied and the run stops; {place}. Lower optim.lr, raise train.warmup_steps or check the data. "
             f"The records up to here are in {self.run.path}."
         )
 
     def _check_replicas(self, step: int) -> None:
-        """Stop if what several ranks must hold alike has come apart: memory or network damage, or a bug."""
+        """Stop the run if tensors that must be equal on several ranks differ.
+
+        Raises:
+            UserError: they differ, because of memory or network damage, or a bug.
+        """
         differences = self.engine.differing_replicas()
         require(
             not differences,
-            f"After step {step + 1} ranks that must hold the same hold different values: {'; '.join(differences[:5])} "
+            f"After step {step + 1} tensors that must be equal on several ranks differ: {'; '.join(differences[:5])} "
             f"({len(differences)} such differences). A device, its memory or the network has failed, or library "
             f"versions differ. The records up to here are in {self.run.path}; train.check_interval sets how often they "
             "are compared.",
         )
 
     def fit(self) -> Optional[float]:
-        """Train, record, save, export; returns the final validation loss, or None if the run was asked to stop."""
+        """Train, record, save and export; return the final validation loss, or None if the run was asked to stop."""
         self.terminal.begin(self.context.last_step)
         if self.start.step == 0:
             self._evaluate_and_log(0)
         earlier = next((record["seconds"] for record in reversed(self.run.history) if "seconds" in record), 0.0)
         self.stop.training = True
-        start = time.perf_counter()
+        started_at = time.perf_counter()
         try:
             for step in range(self.start.step, self.context.last_step):
-                if self._one_step(step, start, earlier):
+                if self._one_step(step, started_at, earlier):
                     return None
-        except UserError:  # on every rank alike: what was saved before stays saved
+        except UserError:  # raised on every rank, so the save in progress can still be published
             self.saver.finish()
             raise
         self.terminal.end()
@@ -295,23 +301,26 @@ class Trainer:
         self._finish(val_loss)
         return val_loss
 
-    def _one_step(self, step: int, start: float, earlier: float) -> bool:
-        """Train, record, evaluate and save; returns whether the run stops here, as asked. This start has been training
-        since `start`, those before it for `earlier` seconds."""
+    def _one_step(self, step: int, started_at: float, earlier: float) -> bool:
+        """Train, record, evaluate and save; return whether the run was asked to stop here.
+
+        Training started at `started_at`; earlier starts of the run trained for `earlier` seconds.
+        """
         if step == self.phases[-1].first and self.phase is not self.phases[-1]:
             self._hand_over()
-        began = time.perf_counter()
+        step_started_at = time.perf_counter()
         batches = self.phase.loader.micro_batches(step)
-        votes = partial(self._votes, step, start)
+        votes = partial(self._votes, step, started_at)
         result = self.engine.train_step(step - self.phase.first, batches, votes)
         if not result.healthy:
             self._stop_unhealthy(step, result, batches)
         now = time.perf_counter()
-        record = step_record(self.context, self.mesh, step, result, now - began, earlier + now - start)
+        seconds, elapsed = now - step_started_at, earlier + now - started_at
+        record = step_record(self.context, self.mesh, step, result, seconds, elapsed)
         self.run.log(record)
-        of_heads = zip(self.run.heads.values(), result.head_losses, result.head_norms, strict=False)
-        for head, loss, norm in of_heads if self.phase is self.phases[-1] else ():
-            head.log({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": result.lr})
+        by_head = zip(self.run.heads.values(), result.head_losses, result.head_norms, strict=False)
+        for file, loss, norm in by_head if self.phase is self.phases[-1] else ():
+            file.log({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": result.lr})
         self.terminal.show(record, self.context.last_step)
         shown = {key: record[key] for key in ("loss", "lr", "grad_norm", "tokens_per_second")}
         self.terminal.monitor(self.engine.ds.monitor, record["step"], shown)
@@ -326,19 +335,21 @@ class Trainer:
             self._stop(step + 1)
         return stops
 
-    def _votes(self, step: int, start: float) -> tuple[bool, bool]:
-        """Whether this rank wants the run, which has been training since `start`, to end after this step; whether it
-        has written its share of the checkpoint on its way."""
+    def _votes(self, step: int, started_at: float) -> tuple[bool, bool]:
+        """Return whether this rank wants to stop after this step, and whether it has written its share of a save.
+
+        Training started at `started_at`.
+        """
         steps, limit = self.config.train.stop_after_steps, self.config.train.stop_after_seconds
         stops = (
             self.stop.asked is not None
             or (steps is not None and step + 1 - self.start.step >= steps)
-            or (limit is not None and time.perf_counter() - start >= limit)
+            or (limit is not None and time.perf_counter() - started_at >= limit)
         )
         return stops, self.saver.written
 
     def _save(self, steps: int, written: int, due: bool) -> None:
-        """Publish what all ranks have written; begin a checkpoint if one is due."""
+        """Publish a save that all ranks have written; start a checkpoint if one is due."""
         if written == dist.get_world_size():
             self.saver.finish()
         interval = self.config.checkpoint.interval
@@ -347,7 +358,7 @@ class Trainer:
             self.saver.save(steps, self._state_files(steps))
 
     def _state_files(self, steps: int) -> dict[str, bytes]:
-        """What a checkpoint holds beside tensors, on rank 0."""
+        """Return a checkpoint's other files beside tensors, on rank 0."""
         if self.beside is None:
             return {}
         mesh = {axis: self.mesh.size(axis) for axis in AXES}
@@ -357,15 +368,15 @@ class Trainer:
         return {"state.json": state_file(self.config, steps, self.context.identity | more), **self.beside.files}
 
     def _stop(self, steps: int) -> None:
-        """Asked to: leave a published checkpoint and say how to go on."""
+        """Publish the last checkpoint of a run that was asked to stop, and print how to resume."""
         self.saver.finish()
         on_all_ranks(self._close_records, self.device)
         if self.run.writes:
-            why = self.stop.asked or "another rank or train.stop_after_*"
+            reason = self.stop.asked or "another rank or train.stop_after_*"
             kept = [path.name for path in published(self.saver.folder)]
             self.print_line(
-                f"stopped after step {steps} as asked ({why}); with --output_dir {self.run.path} the same options go "
-                + (f"on from {kept[-1]}" if kept else "back to the beginning: no checkpoint could be written")
+                f"stopped after step {steps} as asked ({reason}); with --output_dir {self.run.path} the same options "
+                + (f"resume from {kept[-1]}" if kept else "start from step 0: no checkpoint could be written")
             )
         dist.barrier()
 

@@ -75,7 +75,7 @@ def test_corrupted_replicas_are_named(ranks: list) -> None:
 
 def test_unequal_ranks_are_refused_at_the_start(ranks: list) -> None:
     for rank in ranks:
-        assert rank["refused"].startswith("The ranks do not start equal: bank_A.2 differs"), rank["refused"]
+        assert rank["refused"].startswith("The ranks start with different values: bank_A.2 differs"), rank["refused"]
 
 
 def test_checkpointing_reaches_the_model(ranks: list) -> None:

@@ -123,8 +123,8 @@ def _one_run(
                 pair.processes[rank].kill()
         statuses, hung = pair.finish(90)
         said = pair.text(0)
-        if steps and "goes on after step" in said:
-            assert f"goes on after step {steps} " in said, (steps, said)
+        if steps and "resumes after step" in said:
+            assert f"resumes after step {steps} " in said, (steps, said)
             found["lost_steps"] = max(found["lost_steps"], reached - steps)
         if -9 in statuses:
             found["kills"] += 1

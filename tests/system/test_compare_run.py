@@ -53,4 +53,4 @@ def test_a_comparison_is_stopped_and_goes_on(tmp_path: Path) -> None:
     assert runs["wild"]["diverged"] and runs["switchlora"]["steps"] == 200
     assert [entry[0] for entry in runs["switchlora"]["curve"]] == list(range(0, 201, 40))
     (log,) = tmp_path.glob("runs/compare/short/switchlora*.log")
-    assert "goes on after step" in log.read_text()
+    assert "resumes after step" in log.read_text()

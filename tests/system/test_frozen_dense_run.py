@@ -49,7 +49,7 @@ def test_a_frozen_run(place: Place, case: str) -> None:
     status, output = place.run("2 ranks", [*stopped, "--train.stop_after_steps", "7"])
     assert status == 75, output
     status, output = place.run("2 ranks", stopped)
-    assert status == 0 and "goes on after step 7 " in output, output
+    assert status == 0 and "resumes after step 7 " in output, output
     assert comparable(place.records(case)) == comparable(place.records(f"{case}-stopped"))
     ours, theirs = (load_file(place.folder / run / "final" / "model.safetensors") for run in (case, f"{case}-stopped"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -33,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     assert output.count("warning: ") == 1 and unused in output, output
     merges = [record["merge_bytes"] for record in place.records("whole") if "merge_bytes" in record]
     assert len(merges) == 8 and sum(merges) > 8_000  # two merges in the eight steps of heads
-    assert f"Between heads: no gradients; merges, {sum(merges) / 8e6:.3f} MB a step" in output
+    assert f"Between heads: no gradients; merges, {sum(merges) / 8e6:.3f} MB per step" in output
     return place
 
 
@@ -79,7 +79,7 @@ def test_killed_between_merges_it_goes_on_to_the_bit(place: Place) -> None:
     finally:
         end([process])
     status, output = place.run("2 ranks", place.options("killed", *HEADS))
-    assert status == 0 and "goes on after step" in output, output
+    assert status == 0 and "resumes after step" in output, output
     assert comparable(place.records("killed")) == comparable(place.records("whole"))
     assert of_heads(place, "killed") == of_heads(place, "whole")
 

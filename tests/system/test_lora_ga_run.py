@@ -48,7 +48,7 @@ def test_a_resumed_run_is_the_same_to_the_bit_and_takes_no_gradient(tmp_path: Pa
         status, output = place.run("alone", place.options(run, *LORA_GA, *last))
         assert status == (75 if last else 0), output
     status, output = place.run("watched", place.options("stopped", *LORA_GA))
-    assert status == 0 and "goes on after step 5 " in output, output
+    assert status == 0 and "resumes after step 5 " in output, output
     assert comparable(place.records("stopped")) == comparable(place.records("whole"))
     files = [
         place.folder / run / "checkpoints" / "step-00000012" / "tensors-00000.safetensors"

@@ -58,9 +58,9 @@ def test_stop_after_steps_and_seconds(place: Place) -> None:
     status, output = place.run("alone", [*options, "--train.stop_after_steps", "7"])
     assert status == REQUEUE and "stopped after step 7 as asked" in output and steps_of(place, "stopped") == [7]
     status, output = place.run("alone", [*options, "--train.stop_after_seconds", "0.01"])
-    assert status == REQUEUE and "goes on after step 7 " in output and "stopped after step 8" in output
+    assert status == REQUEUE and "resumes after step 7 " in output and "stopped after step 8" in output
     status, output = place.run("alone", options)
-    assert status == 0 and "goes on after step 8 " in output
+    assert status == 0 and "resumes after step 8 " in output
     assert same_records(place, "stopped", "whole")
     ours, theirs = (load_file(place.folder / run / "final" / "model.safetensors") for run in ("stopped", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -125,7 +125,7 @@ def test_kill_9_and_the_same_command_again(place: Place, launcher: str, tp: str)
         end([process])
     left = steps_of(place, f"{name}-killed")
     status, output = place.run(launcher, line)
-    assert status == 0 and (not left or f"goes on after step {left[-1]} " in output), output
+    assert status == 0 and (not left or f"resumes after step {left[-1]} " in output), output
     assert same_records(place, f"{name}-killed", whole)
 
 
@@ -140,11 +140,11 @@ def test_damage_is_found_before_training_and_named(place: Place) -> None:
     before = (run / "metrics.jsonl").read_bytes()
     statuses, output = place.run_pair(place.options("damaged", *SAVING))
     assert statuses == [2, 2] and output.count("error: ") == 1, output
-    assert "tensors-00000.safetensors is damaged" in output and "move it away to go on from step-00000036" in output
+    assert "tensors-00000.safetensors is damaged" in output and "move it away to resume from step-00000036" in output
     assert (run / "metrics.jsonl").read_bytes() == before
     shutil.move(newest.parent, place.folder / "moved")
     statuses, output = place.run_pair(place.options("damaged", *SAVING))
-    assert statuses == [0, 0] and "goes on after step 36 " in output, output
+    assert statuses == [0, 0] and "resumes after step 36 " in output, output
     worst = 0.0  # two ranks went on where one had stopped
     for mine, theirs in zip(place.records("damaged"), place.records("whole"), strict=True):
         worst = max(worst, *(abs(mine[key] / theirs[key] - 1) for key in {"loss", "val_loss"} & set(theirs)))
@@ -185,12 +185,12 @@ def test_a_full_disk_keeps_the_run_and_the_last_checkpoint(place: Place, small_d
     finally:
         end([process])
     assert process.returncode == REQUEUE, output
-    assert "was not written (rank 0:" in output and "Training goes on." in output, output
+    assert "was not written (rank 0:" in output and "Training continues." in output, output
     kept = published(small_disk / "run" / "checkpoints")
     assert kept and not list((small_disk / "run" / "checkpoints").glob(".building*"))
     shutil.copytree(small_disk / "run", place.folder / "rescued")
     status, output = place.run("alone", place.options("rescued", *SAVING))
-    assert status == 0 and f"goes on after step {int(kept[-1].name[5:])} " in output, output
+    assert status == 0 and f"resumes after step {int(kept[-1].name[5:])} " in output, output
     assert same_records(place, "rescued", "whole")
 
 
@@ -240,9 +240,9 @@ def test_damaged_records_and_strays_cost_nothing_else(place: Place) -> None:
     (run / "metrics.jsonl").write_bytes(b"".join([*lines[:3], *bad, *lines[4:]]))
     (run / "checkpoints" / "step-00000099").mkdir()
     statuses, output = place.run_pair(place.options(run.name, *SAVING))
-    assert statuses == [0, 0] and "step-00000099 was passed over" in output, output
+    assert statuses == [0, 0] and "step-00000099 was ignored" in output, output
     assert output.count("metrics.jsonl: 2 damaged or repeated line(s) moved to metrics.dropped.jsonl\n") == 1
-    assert output.count("metrics.jsonl has no record of 1 of the 40 steps before\n") == 1
+    assert output.count("metrics.jsonl has no record of 1 of the 40 earlier steps\n") == 1
     assert (run / "metrics.jsonl").read_bytes().splitlines(True) == [*lines[:3], *lines[4:]]
     assert (run / "metrics.dropped.jsonl").read_bytes() == b"".join(bad)
     ours, theirs = (load_file(place.folder / name / "final" / "model.safetensors") for name in (run.name, "whole"))
@@ -254,7 +254,7 @@ def test_a_run_without_its_records_ends_by_its_own_evaluation(place: Place) -> N
     run = unfinished(place, "unrecorded")
     (run / "metrics.jsonl").unlink()
     status, output = place.run("alone", place.options("unrecorded", *SAVING))
-    assert status == 0 and "metrics.jsonl was not there: it begins anew after step 40" in output, output
+    assert status == 0 and "metrics.jsonl was missing: it starts again after step 40" in output, output
     assert "Trained a LLaMA" in output and "warning" not in output
     found, wanted = (json.loads((place.folder / name / "meta.json").read_text()) for name in (run.name, "whole"))
     assert (found["val_loss"], found["steps"]) == (wanted["val_loss"], wanted["steps"])
@@ -319,7 +319,7 @@ def test_an_export_of_a_checkpoint_is_the_final_model(place: Place) -> None:
     unfinished.mkdir()
     status, output = convert(place, "export", str(unfinished), "never")
     unfinished.rmdir()
-    assert status == 2 and "whose save has not ended" in output and not (place.folder / "never").exists()
+    assert status == 2 and "is an unfinished save" in output and not (place.folder / "never").exists()
 
 
 @pytest.mark.full

@@ -84,7 +84,7 @@ def test_a_warm_start_at_tp_2_is_that_of_one_process_and_resumes_at_its_border(p
     status, output = place.run("2 ranks", place.options("halves", *halves, "--train.stop_after_steps", "5"))
     assert status != 0 and "stopped after step 5" in output, output
     status, output = place.run("2 ranks", place.options("halves", *halves))
-    assert status == 0 and "goes on after step 5 " in output, output
+    assert status == 0 and "resumes after step 5 " in output, output
     assert comparable(place.records("halves")) == comparable(place.records("warm 2"))
     for mine, theirs in zip(place.records("warm 2"), place.records("warm 1"), strict=True):
         for key in {"loss", "val_loss", "grad_norm"} & set(theirs):

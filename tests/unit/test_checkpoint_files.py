@@ -165,11 +165,11 @@ def test_newer_formats_and_unfinished_saves_are_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr("megatron_switchlora.checkpoint.files.FORMAT", FORMAT + 1)
     path = make_checkpoint(tmp_path, 1)
     monkeypatch.undo()
-    with pytest.raises(UserError, match=rf"has format {FORMAT + 1}, this code reads formats up to {FORMAT}"):
+    with pytest.raises(UserError, match=rf"has format {FORMAT + 1}, but this code reads formats up to {FORMAT}"):
         open_checkpoint(path)
     unfinished = tmp_path / ".building-step-00000002"
     unfinished.mkdir()
-    with pytest.raises(UserError, match=r"whose save has not ended"):
+    with pytest.raises(UserError, match=r"is an unfinished save"):
         open_checkpoint(unfinished)
 
 
@@ -194,10 +194,10 @@ def test_a_file_that_another_host_cannot_see_is_not_published(tmp_path: Path) ->
 def test_a_manifest_that_reaches_outside_or_lies_about_its_step_is_refused(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, 8)
     moved = path.rename(tmp_path / "step-00000100")
-    with pytest.raises(UserError, match="is of step 8: give it back its name"):
+    with pytest.raises(UserError, match="is of step 8: restore its name"):
         open_checkpoint(moved)
     files = open_checkpoint(moved.rename(path)).files
-    for names, message in [({**files, "../x": files["state.json"]}, "names ../x"), ({}, "names no state.json")]:
+    for names, message in [({**files, "../x": files["state.json"]}, "lists ../x"), ({}, "lists no state.json")]:
         write_manifest(path, 8, names)
         with pytest.raises(UserError, match=message):
             open_checkpoint(path)
@@ -228,7 +228,7 @@ def test_a_manifest_of_other_types_with_the_right_digest_is_refused(tmp_path: Pa
 def test_a_manifest_that_reaches_outside_is_refused(tmp_path: Path, name: str) -> None:
     path = make_checkpoint(tmp_path, 8)
     write_manifest(path, 8, {**open_checkpoint(path).files, name: FILE})
-    with pytest.raises(UserError, match="its manifest names"):
+    with pytest.raises(UserError, match="its manifest lists"):
         open_checkpoint(path)
 
 
@@ -313,7 +313,7 @@ def test_what_is_only_named_like_a_checkpoint_is_passed_over(tmp_path: Path) -> 
     assert len(strays(tmp_path)) == 9
     (tmp_path / "step-00000011" / "tensors-00000.safetensors").touch()  # of one that has lost its manifest
     assert published(tmp_path)[-1].name == "step-00000011"
-    with pytest.raises(UserError, match=r"lost its manifest\.json.*move it away to go on from step-00000008"):
+    with pytest.raises(UserError, match=r"lost its manifest\.json.*move it away to resume from step-00000008"):
         open_checkpoint(published(tmp_path)[-1])
 
 

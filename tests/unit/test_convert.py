@@ -168,7 +168,7 @@ def test_peft_loads_an_adapter_of_twice_the_rank_over_the_original_base(tmp_path
 @pytest.mark.parametrize(("method", "changes"), [("lora", {}), ("switchlora", LORA_GA)])
 def test_without_the_first_factors_there_is_no_original_base(tmp_path: Path, method: str, changes: dict) -> None:
     checkpoint = save(trained(method, **changes), tmp_path / "step")
-    with pytest.raises(UserError, match=f"does not hold the factors that its run began with.*this is {method}, "):
+    with pytest.raises(UserError, match=f"does not hold the initial factors of its run.*this is {method}, "):
         export_peft(checkpoint, tmp_path / "out", original=True)
     assert not (tmp_path / "out").exists()
 

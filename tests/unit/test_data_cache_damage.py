@@ -159,7 +159,7 @@ def test_why_it_is_built_anew_is_told_where_that_fails(data: DataConfig, monkeyp
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (odd_token, "holds token 65535, but the vocabulary is 2"),
+        (odd_token, "holds token 65535, but the vocabulary has 2"),
         (lambda content: content[: len(content) // 2 * 2 - 40], "ends before token"),
     ],
 )
@@ -275,7 +275,7 @@ def test_what_a_killed_build_leaves_is_removed(data: DataConfig, tmp_path: Path)
         prepared = prepare(data)
         assert documents(prepared, prepared.train) == TRAIN
         assert set(place.iterdir()) == {prepared.folder, place / "mine", living, foreign}
-        assert "(2 in number)" in prepared.notes[0]
+        assert "of 2 killed build(s)" in prepared.notes[0]
     for path in (foreign, foreign / cache.ALIVE):
         os.utime(path, (1, 1))  # quiet for long
     data.vocab_size = 290

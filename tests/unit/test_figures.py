@@ -98,7 +98,7 @@ def test_a_monitor_that_fails_gets_no_more_values(capsys: pytest.CaptureFixture[
             raise OSError("No space left on device")
 
     monitor = SimpleNamespace(enabled=True, write_events=write_events)
-    terminal = Terminal(speaks=True)
+    terminal = Terminal(prints=True)
     for step in range(4):
         terminal.monitor(monitor, step, {"loss": 1.0})
     assert [events[0] for events in calls] == [("Train/loss", 1.0, 0), ("Train/loss", 1.0, 1)]

@@ -100,22 +100,22 @@ def test_the_head_of_a_base_model(tmp_path: Path) -> None:
     """LlamaModel is saved without a head, which is known only if it is the embedding."""
     save(tmp_path / "whole")
     transformers.LlamaModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "base")
-    refused(tmp_path / "base", r"base lacks lm_head.weight, which its config.json asks for")
+    refused(tmp_path / "base", r"base lacks lm_head.weight, which its config.json needs")
 
 
 def test_a_tied_head_that_is_another(tmp_path: Path) -> None:
     save(tmp_path, tie_word_embeddings=True)
     rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     rewrite(tmp_path, lambda t: t["lm_head.weight"][3, 5].add_(1e-3))
-    refused(tmp_path, r"lm_head.weight that is not its model.embed_tokens.weight.*tie_word_embeddings true")
+    refused(tmp_path, r"lm_head.weight that differs from its model.embed_tokens.weight.*tie_word_embeddings true")
     rewrite(tmp_path, lambda t: t.update({"lm_head.weight": torch.zeros(60, 64)}))
-    refused(tmp_path, r"lm_head.weight that is not its")
+    refused(tmp_path, r"lm_head.weight that differs from its")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(UP), rf"lacks {UP}, which its config.json asks for"),
+        (lambda t: t.pop(UP), rf"lacks {UP}, which its config.json needs"),
         (lambda t: [t.pop(name) for name in list(t) if "layers.1" in name], r"lacks .*, .*, .* and 6 more, which"),
         (lambda t: t.update({"model.layers.1.mlp.up_proj.bias": torch.ones(9)}), r"holds .*up_proj.bias, which"),
         (lambda t: t.update({UP: t[UP][:99]}), rf"tensors holds {UP} of shape \[99, 64\], but .* \[100, 64\]"),
@@ -177,8 +177,8 @@ def test_damaged_files_are_named(kind: str, shard: str, tmp_path: Path) -> None:
             lambda c: c["weight_map"].update({"x": "model-7.safetensors"}),
             r"model-7.safetensors cannot be read .*missing",
         ),
-        (lambda c: c["weight_map"].pop(NORM), rf"does not say what model-.* differ in {NORM}"),
-        (lambda c: c["weight_map"].update({"x": c["weight_map"][NORM]}), r"does not say what model-.* differ in x"),
+        (lambda c: c["weight_map"].pop(NORM), rf"does not match model-.* differ in {NORM}"),
+        (lambda c: c["weight_map"].update({"x": c["weight_map"][NORM]}), r"does not match model-.* differ in x"),
         (lambda c: c.update({"weight_map": {}}), r"must hold a weight_map"),
         (lambda c: c.update({"weight_map": {NORM: 3}}), r"must hold a weight_map"),
         (lambda c: c.clear(), r"must hold a weight_map"),

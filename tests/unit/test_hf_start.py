@@ -136,10 +136,10 @@ def test_tensors_that_are_not_a_plain_adapters(copy: Path, made: Path) -> None:
             import_model(copy, copy.parent / "out")
     path.unlink()
     with pytest.raises(
-        UserError, match=r"adapter_model.safetensors does not exist, and an adapter is read from no other"
+        UserError, match=r"adapter_model.safetensors does not exist, and adapters are read from no other"
     ):
         import_model(copy, copy.parent / "out")
-    with pytest.raises(UserError, match="base is no adapter, so that it has no base: leave --base out"):
+    with pytest.raises(UserError, match="base is not an adapter, so it has no base: leave --base out"):
         import_model(made.parent / "base", copy.parent / "out", base=made)
 
 
@@ -223,9 +223,9 @@ def test_what_only_its_owner_may_read_stays_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("config.json", {"eos_token_id": "2"}, "config.json must hold eos_token_id as the number of a token, not '2'"),
-        ("config.json", {"eos_token_id": []}, r"eos_token_id as the number of a token, not \[\]"),
-        ("config.json", {"bos_token_id": [1]}, r"bos_token_id as the number of a token, not \[1\]"),
+        ("config.json", {"eos_token_id": "2"}, "config.json must hold eos_token_id as a token id, not '2'"),
+        ("config.json", {"eos_token_id": []}, r"eos_token_id as a token id, not \[\]"),
+        ("config.json", {"bos_token_id": [1]}, r"bos_token_id as a token id, not \[1\]"),
         ("generation_config.json", {"pad_token_id": True}, "generation_config.json must hold pad_token_id .* not True"),
         ("generation_config.json", "[" * 10**5, "generation_config.json is not valid JSON"),
         ("generation_config.json", "[]", "must hold a JSON object, not list"),

@@ -119,7 +119,7 @@ def test_the_samples_depend_on_the_seed_alone() -> None:
     assert not torch.equal(drawn_batch(ga_config(train__seed=1)), tokens)
     own = BatchOrder(len(samples), 7, config.train.seed).indices(0)
     assert not torch.equal(samples.batch(own), tokens)  # not the first batches of training
-    with pytest.raises(UserError, match=r"method.ga.samples 7 must not be more than the training samples, 5"):
+    with pytest.raises(UserError, match=r"method.ga.samples 7 must not exceed the number of training samples, 5"):
         gradient_batches(config, lone_mesh(), make_samples(config, 5))
 
 
@@ -138,7 +138,7 @@ def test_a_gradient_without_directions_is_refused() -> None:
     model = dense_model(config)
     with torch.no_grad():
         model.lm_head.weight.zero_()  # then nothing reaches the decoder
-    with pytest.raises(UserError, match=r"gradient of model.layers.0.self_attn.q_proj has norm 0.0 over 7 samples"):
+    with pytest.raises(UserError, match=r"gradient of model.layers.0.self_attn.q_proj over 7 samples has norm 0.0"):
         find_factors(config, model, lone_mesh(), make_samples(config), CPU)
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
@@ -308,7 +308,7 @@ def test_rules() -> None:
     validate(ga_config())
     validate(ga_config("switchlora"))
     validate(ga_config(method__rank=12))  # 24 key/value columns
-    refused(r"2 \* method.rank .* here 24; they are 26: lower method.rank to 12", method__rank=13)
+    refused(r"2 \* method.rank .* here 24, but are 26: lower method.rank to 12", method__rank=13)
     refused(r"lora_ga initialises adapters, and method.name full has none", "full")
     refused(r"method.rslora is False: set it to true", method__rslora=False)
     refused(r"method.ga.gamma, method.ga.samples belong to .* but method.init is classic", method__init="classic",

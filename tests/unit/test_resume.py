@@ -71,7 +71,7 @@ def test_auto_takes_the_newest_of_its_folder(tmp_path: Path) -> None:
 def test_without_a_checkpoint_the_same_configuration_begins_anew(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [])
     found = choose(run)
-    assert found["keeps_records"] and not found["folder"] and "begins anew" in found["notes"][0]
+    assert found["keeps_records"] and not found["folder"] and "starts from step 0" in found["notes"][0]
     with pytest.raises(UserError, match=r"method.rank is 6 there and 7 here"):
         choose(run, "--method.rank", "7")
     (run / "final").mkdir()
@@ -113,7 +113,7 @@ def test_a_path_names_a_checkpoint_or_a_run(tmp_path: Path) -> None:
     assert choose(tmp_path / "new", "--resume", str(run)) == {**choose(None), "folder": ten}
     assert choose(tmp_path / "new", "--resume", five)["folder"] == five
     assert choose(run, "--resume", ten)["keeps_records"]
-    with pytest.raises(UserError, match=r"holds a newer checkpoint, step-00000010"):
+    with pytest.raises(UserError, match=r"holds step-00000010, which is newer than"):
         choose(run, "--resume", five)
     other = make_run(tmp_path / "other", [5])
     with pytest.raises(UserError, match=r"already holds a run"):
@@ -276,7 +276,7 @@ def test_a_damaged_state_is_called_damaged(tmp_path: Path) -> None:
 
 def test_weights_alone_are_no_run(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, 0)
-    with pytest.raises(UserError, match=r"holds weights alone.*--train.init_from"):
+    with pytest.raises(UserError, match=r"holds only weights.*--train.init_from"):
         choose(tmp_path / "new", "--resume", str(path))
 
 
@@ -302,14 +302,14 @@ def test_the_newest_checkpoint_is_never_passed_over_in_silence(tmp_path: Path) -
         (checkpoints / name).mkdir()
     (checkpoints / "step-00000020" / "manifest.json").write_text("{}")
     (checkpoints / "step-12").touch()
-    with pytest.raises(UserError, match=r"step-00000020 is damaged.*move it away to go on from step-00000010"):
+    with pytest.raises(UserError, match=r"step-00000020 is damaged.*move it away to resume from step-00000010"):
         choose(run)
     (checkpoints / "step-00000020").rename(tmp_path / "away")
     found = choose(run)
     assert found["folder"].endswith("step-00000010")
     assert [note.split("/")[-1].split(" was")[0] for note in found["notes"]] == ["step-00000015", "step-12"]
     (checkpoints / "step-00000010" / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"step-00000010.*lost its manifest.*move it away to go on from step-00000005"):
+    with pytest.raises(UserError, match=r"step-00000010.*lost its manifest.*move it away to resume from step-00000005"):
         choose(run)
     (checkpoints / "step-00000010").rename(tmp_path / "away too")
     assert choose(run)["folder"].endswith("step-00000005")

@@ -41,7 +41,7 @@ def test_a_line_that_is_no_record_costs_no_other(tmp_path: Path, odd: bytes) -> 
         f"metrics.jsonl: 3 record(s) after step 5 and {1 + bool(odd)} damaged or repeated line(s) moved to "
         "metrics.dropped.jsonl"
     )
-    assert missing == "metrics.jsonl has no record of 1 of the 5 steps before"
+    assert missing == "metrics.jsonl has no record of 1 of the 5 earlier steps"
 
 
 def test_records_stay_in_order_and_each_step_once(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_records_stay_in_order_and_each_step_once(tmp_path: Path) -> None:
 
 def test_deleted_records_are_told(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, writes=True, keep_steps=5)
-    assert folder.notes == ["metrics.jsonl was not there: it begins anew after step 5"]
+    assert folder.notes == ["metrics.jsonl was missing: it starts again after step 5"]
 
 
 def test_the_records_of_heads_are_kept_aside_too(tmp_path: Path) -> None:
@@ -125,11 +125,11 @@ def test_links_to_nowhere_are_named(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.symlink_to(tmp_path / "scratch")
     for folder in (run, run / "below"):
-        with pytest.raises(UserError, match=r"run is a link to .*scratch, which is not there\. Make that folder"):
+        with pytest.raises(UserError, match=r"run is a link to .*scratch, which does not exist\. Create that folder"):
             create_folder(folder)
     (tmp_path / "scratch").mkdir()
     (run / "checkpoints").symlink_to(tmp_path / "large")
-    with pytest.raises(UserError, match=r"checkpoints is a link to .*large, which is not there"):
+    with pytest.raises(UserError, match=r"checkpoints is a link to .*large, which does not exist"):
         refuse_folder(run)
     (tmp_path / "large").mkdir()
     assert not choose(run)["keeps_records"] and create_folder(run) == run  # a larger disk, made beforehand
@@ -170,7 +170,7 @@ def test_a_folder_that_is_gone_ends_the_run(tmp_path: Path) -> None:
         shutil.rmtree(path) if how == "removed" else path.rename(tmp_path / f"{how} away")
         if how == "replaced":
             path.mkdir()
-        with pytest.raises(UserError, match=rf"{how} has vanished, so that nothing can be saved and the run stops"):
+        with pytest.raises(UserError, match=rf"{how} has vanished, so nothing can be saved and the run stops"):
             run.require_there()
 
 
