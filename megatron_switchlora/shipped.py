@@ -22,4 +22,4 @@ def shipped_folder(name: str) -> Path:
 def given_or_shipped(path: Path, folder: str, suffix: str) -> Path:
     """Return `path`, or the shipped file that it names without folder and suffix, as `cpu_quickstart`."""
     named = shipped_folder(folder.split("/")[0]).joinpath(*folder.split("/")[1:], f"{path}{suffix}")
-    return named if not path.suffix and not path.exists() and named.is_file() else path
+    return named if named.is_file() and not path.exists() else path
