@@ -1,3 +1,3 @@
 """SwitchLoRA, LTE and LoRA-GA pre-training of LLaMA models on PyTorch and DeepSpeed."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -46,6 +46,7 @@ from megatron_switchlora.config.rules import validate
 from megatron_switchlora.config.run import RunConfig, run_config_class
 from megatron_switchlora.config.yaml_text import FORBIDDEN, dump_yaml, read_given_yaml, read_yaml
 from megatron_switchlora.disk import shown
+from megatron_switchlora.shipped import given_or_shipped
 
 
 @dataclass(frozen=True)
@@ -321,8 +322,8 @@ def read_options(path: str) -> dict[str, Any]:
     Raises:
         UserError: it does not hold sections with options, each with a value of its type.
     """
-    file = Path(expanded("--config", path))
-    content = read_given_yaml(file, f"--config {path}", "Give a file of launch/configs/.")
+    file = given_or_shipped(Path(expanded("--config", path)), "launch/configs", ".yaml")
+    content = read_given_yaml(file, f"--config {path}", "Give a file of launch/configs/, or its name.")
     _require_section(path, isinstance(content, dict), f"it holds {type(content).__name__}")
     types = option_types() | dict.fromkeys(("evaluate_only", "prepare_only", "dry_run"), bool)
     options: dict[str, Any] = {}

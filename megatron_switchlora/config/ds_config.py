@@ -20,6 +20,7 @@ from megatron_switchlora.config.ds_keys import checked
 from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.field_checks import expanded
 from megatron_switchlora.config.run import RunConfig, accumulation_steps
+from megatron_switchlora.shipped import given_or_shipped
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,13 @@ def read_ds_config(path: Optional[str]) -> dict[str, Any]:
     if path is None:
         return {"zero_optimization": {"stage": 1}}
     try:
-        text = Path(expanded("--ds_config", path)).read_text(encoding="utf-8")
+        file = given_or_shipped(Path(expanded("--ds_config", path)), "ds_configs", ".json")
+        text = file.read_text(encoding="utf-8")
         content = json.loads(text, object_pairs_hook=_no_key_twice)
     except OSError as error:
-        raise UserError(f"--ds_config {path} cannot be read: {error.strerror}. Give a file of ds_configs/.") from None
+        raise UserError(
+            f"--ds_config {path} cannot be read: {error.strerror}. Give a file of ds_configs/, or its name."
+        ) from None
     except UserError:
         raise
     except ValueError as error:

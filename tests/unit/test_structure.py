@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_switchlora"
 # A room may import those before it, and itself. TYPE_CHECKING imports count.
 ROOMS = (
-    "disk", "config", "distributed", "startup", "lowrank", "optim", "model", "data", "methods", "planning", "run",
-    "checkpoint", "hf", "train", "study",
+    "disk", "shipped", "config", "distributed", "startup", "lowrank", "optim", "model", "data", "methods", "planning",
+    "run", "checkpoint", "hf", "train", "study", "cli",
 )  # fmt: skip
 
 

@@ -1,0 +1,20 @@
+"""The command `switchlora bench`: the benchmarks of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_switchlora.cli.table import run
+
+BENCHMARKS = {
+    "step": ("megatron_switchlora.study.benchmarks.step", "Time a training step of each method."),
+    "switching": ("megatron_switchlora.study.benchmarks.switching", "Time what switching adds to a step."),
+    "checkpoint": ("megatron_switchlora.study.benchmarks.checkpoint", "Time a checkpoint and how it delays training."),
+    "export": ("megatron_switchlora.study.benchmarks.export", "Time the export of a large model and its memory."),
+    "coverage": ("megatron_switchlora.study.coverage", "Measure what LoRA-GA's first step covers of the gradient."),
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run one of them."""
+    run("switchlora bench", BENCHMARKS, argv)
