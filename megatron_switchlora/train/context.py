@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -38,14 +38,16 @@ class RunContext:
     counts: ParameterCounts
 
 
-def open_context(config: RunConfig, ranks: Ranks, device: torch.device) -> RunContext:
-    """Prepare the data and compute the facts that follow from it. Collective over the world.
+def open_context(
+    config: RunConfig, ranks: Ranks, device: torch.device, data: Optional[PreparedData] = None
+) -> RunContext:
+    """Prepare the data, unless it is given, and compute the facts that follow from it. Collective over the world.
 
     Raises:
         UserError: the data cannot be prepared, or does not fit the configuration.
     """
     train = config.train
-    data = prepare_data(config, ranks, device)
+    data = data or prepare_data(config, ranks, device)
     train_samples, val_samples = data.train.samples(train.seq_len), data.val.samples(train.seq_len)
     order = BatchOrder(len(train_samples), train.global_batch_size, train.seed)
     available = order.batches_in(train.epochs) if train.epochs else train.steps

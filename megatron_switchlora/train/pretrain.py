@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 
@@ -31,6 +31,9 @@ from megatron_switchlora.startup.launchers import is_first
 from megatron_switchlora.startup.monitors import check_monitors
 from megatron_switchlora.startup.preflight import meet
 from megatron_switchlora.startup.signals import REQUEUE, StopRequest
+
+if TYPE_CHECKING:
+    from megatron_switchlora.data.packing import PreparedData
 
 
 def check_early(arguments: Arguments, ranks: Ranks) -> None:
@@ -97,8 +100,8 @@ def meet_others(arguments: Arguments, ranks: Ranks, device: torch.device) -> tor
     return meet(os.environ, ranks, same, arguments.config.parallel.start_timeout)
 
 
-def run(arguments: Arguments, ranks: Ranks, stop: StopRequest, door: Door) -> int:
-    """Train or evaluate, and return the exit status."""
+def run(arguments: Arguments, ranks: Ranks, stop: StopRequest, door: Door, data: Optional[PreparedData] = None) -> int:
+    """Train, on the given data instead of the configured, or evaluate, and return the exit status."""
     allow_open_files()
     timeout = arguments.config.parallel.timeout
     device = choose_device(arguments.config.train.device, ranks, arguments.config.train.threads)
@@ -113,12 +116,14 @@ def run(arguments: Arguments, ranks: Ranks, stop: StopRequest, door: Door) -> in
 
         evaluate_run(arguments.config, ranks, device)
     else:
-        status = train(arguments, ranks, device, stop)
+        status = train(arguments, ranks, device, stop, data)
     door.close()
     return status
 
 
-def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRequest) -> int:
+def train(
+    arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRequest, data: Optional[PreparedData] = None
+) -> int:
     """Train the run, or its remaining steps, and return the exit status."""
     from megatron_switchlora.checkpoint.resume import find_start
     from megatron_switchlora.run.figures import decorating, outlive_terminal
@@ -136,7 +141,7 @@ def train(arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRe
         return 0
     if ranks.rank == 0:
         warn(unused_warning(arguments.config.method), precision_warning(device, arguments.config.train.precision))
-    trainer = Trainer(arguments.config, given, ranks, device, start, stop)
+    trainer = Trainer(arguments.config, given, ranks, device, start, stop, data)
     val_loss = trainer.fit()
     if val_loss is not None:
         with decorating("the summary"):

@@ -28,6 +28,7 @@ from megatron_switchlora.checkpoint.weights import Weights, find_folder, load_in
 from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.data.loader import eval_batches
+from megatron_switchlora.data.packing import PreparedData
 from megatron_switchlora.distributed.consensus import gather_texts, on_all_ranks, on_one_rank
 from megatron_switchlora.distributed.mesh import AXES, Mesh
 from megatron_switchlora.methods import Method
@@ -36,6 +37,7 @@ from megatron_switchlora.run.folder import RunFolder, create_folder, default_fol
 from megatron_switchlora.run.machine import versions
 from megatron_switchlora.run.metrics_log import perplexity
 from megatron_switchlora.run.terminal import Terminal
+from megatron_switchlora.startup.device import gpu_identity
 from megatron_switchlora.startup.environment import Ranks
 from megatron_switchlora.startup.signals import StopRequest
 from megatron_switchlora.train.context import open_context
@@ -51,7 +53,7 @@ class Trainer:
     """A run.
 
     `given_ds_config` is the user's DeepSpeed JSON. `start` comes from `resume.find_start`; by default the run is fresh.
-    `stop` receives the signals that end the run.
+    `stop` receives the signals that end the run. `data` is what it reads; by default the prepared `config.data`.
     """
 
     engine: Engine
@@ -65,13 +67,14 @@ class Trainer:
         device: torch.device,
         start: Optional[Start] = None,
         stop: Optional[StopRequest] = None,
+        data: Optional[PreparedData] = None,
     ) -> None:
         self.config, self.ranks, self.device = config, ranks, device
         self.start, self.stop = start or Start(), stop or StopRequest()
         self.terminal = Terminal(ranks.rank == 0)
         self.print_line = self.terminal.print_line
         on_all_ranks(config.method.facts.require_packages, device)
-        self.context = open_context(config, ranks, device)
+        self.context = open_context(config, ranks, device, data)
         self._build_phases(given_ds_config)
         self._start_engine()
         folder = self._claim_folder()
@@ -202,7 +205,7 @@ class Trainer:
             source, folder = self.context.data.tokenizer_dir, self.run.path / "tokenizer"
             self.beside = write_tokenizer(source, folder, config.data.add_bos, self.imported)
         self.run.update_meta(
-            versions=versions(),
+            versions=versions() | gpu_identity(self.device),
             mesh={axis: self.mesh.size(axis) for axis in AXES},
             device=str(self.device.type),
             resumed_at=[*self.run.meta.get("resumed_at", []), self.start.step] if checkpoint else [],

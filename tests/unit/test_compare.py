@@ -20,8 +20,9 @@ import yaml
 from megatron_switchlora.config.data import DataConfig
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.run import RunConfig
-from megatron_switchlora.study.comparison import command, runs
-from megatron_switchlora.study.comparison.runs import read_run, text_of
+from megatron_switchlora.study.comparison import command
+from megatron_switchlora.study.comparison.runner import DIVERGED, read_run
+from megatron_switchlora.study.comparison.runs import text_of
 from tests.dist.launch import REPOSITORY
 
 # The least loss is at lr 0.02, dense_lr 0.04; lr 0.16 diverges; a run writes its command to calls.txt.
@@ -179,8 +180,8 @@ def test_a_run_of_a_killed_comparison_ends_first_and_can_be_left(
     with (folder / ".lock").open("a") as orphan, ThreadPoolExecutor() as pool:
         fcntl.flock(orphan, fcntl.LOCK_EX)
         for ends in (False, True):
-            runner = tool.Runner(setting, tool.Results(tmp_path / "out.json"), tmp_path / "work", tmp_path)
-            waiting = pool.submit(runner.train, "full", options, folder)
+            runner = tool.CommandRunner(setting, tool.Results(tmp_path / "out.json"), tmp_path / "work", tmp_path)
+            waiting = pool.submit(runner.execute, "full", options, folder)
             while "one still runs, from an earlier comparison" not in capsys.readouterr().out:
                 assert not waiting.done()
                 time.sleep(0.05)
@@ -348,7 +349,7 @@ def test_a_loss_without_a_perplexity_has_its_row(tool: ModuleType, tmp_path: Pat
 
 def test_divergence_is_told_in_the_trainers_words(tool: ModuleType) -> None:
     trainer = (REPOSITORY / "megatron_switchlora" / "train" / "trainer.py").read_text().replace('"\n            f"', "")
-    assert all(words in trainer for words in runs.DIVERGED)
+    assert all(words in trainer for words in DIVERGED)
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "tools" / "settings").glob("*.yaml")), ids=lambda path: path.stem)

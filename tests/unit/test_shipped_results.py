@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_switchlora.study.comparison.command import compare
 from megatron_switchlora.study.comparison.report import of_method
 from megatron_switchlora.study.comparison.results import Results
-from megatron_switchlora.study.comparison.runs import Runner
+from megatron_switchlora.study.comparison.runner import Runner
 from megatron_switchlora.study.comparison.settings import Point, read_setting, run_key
+from megatron_switchlora.study.comparison.sweeps import compare
 from tests.dist.launch import REPOSITORY
 
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -36,6 +37,15 @@ class Asking(Runner):
 
     asked: set[str]
 
+    def train(self, key: str, method: str, options: dict[str, Any]) -> dict[str, Any]:
+        raise AssertionError(key)
+
+    def stop(self) -> None:
+        pass
+
+    def clean(self, key: str) -> None:
+        raise AssertionError(key)
+
     def loss(self, method: str, point: Point, seed: int, sweep: bool) -> float:
         key = run_key(method, point, seed, self.setting.run_options(method, point, seed, sweep))
         if key in self.results.content["runs"]:
@@ -57,7 +67,8 @@ def test_shipped_results_are_found_again(name: str, tmp_path: Path) -> None:
     unseen = {run["method"] for run in results.content["runs"].values()} - set(setting.methods)
     left = [run for run in results.content["runs"].values() if run["method"] in unseen]
     assert unseen == UNSEEN.get(name, set()) and found + len(left) == len(results.content["runs"]) > 0
-    runner = Asking(setting, results, tmp_path / "work", data=Path("/data"))
+    assert results.device == "cpu"
+    runner = Asking(setting, results, jobs=1)
     runner.asked = set()
     compare(setting, runner)
     assert runner.asked == NEVER_RUN.get(name, set())

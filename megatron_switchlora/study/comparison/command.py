@@ -13,23 +13,31 @@ JSON, and the same command goes on, a run under way from its own checkpoint. An 
 told before anything trains. `--set` gives an option another value in every run. `--timing` measures step times apart,
 runs in turn and one at a time: what is read off runs that shared the machine is no comparison. `--report` writes table
 and plot of what is there; the table follows each run.
+
+    python tools/compare.py books_5m --data BOOKS --methods full,switchlora --pack inputs
+    python tools/compare.py inputs/books_5m.yaml --inputs inputs --methods full,switchlora --batch found.json
+    python tools/compare.py books_5m --merge found.json --out benchmarks/compare_books_5m_gpu.json
+
+`--batch` trains many runs in one call of at most --minutes, in few processes on one device, each of which imports torch
+once (study/comparison/batch.py). The folder of --pack, at most 64 MiB, is all that the machine needs beside the code.
+Results remember their device, and a table has those of one.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from statistics import mean
 from typing import Any, Optional
 
 from megatron_switchlora.config.command_line import require_utf8
 from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.field_checks import field_types, fit_word, number_from, takes_text
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.config.yaml_text import load_yaml
 from megatron_switchlora.disk import shown, user_path
 from megatron_switchlora.run.figures import outlive_terminal
@@ -37,61 +45,14 @@ from megatron_switchlora.startup.door import settle
 from megatron_switchlora.startup.signals import REQUEUE
 from megatron_switchlora.study.comparison.report import of_method, write_report
 from megatron_switchlora.study.comparison.results import Results
-from megatron_switchlora.study.comparison.runs import Runner, Stopped, text_of
-from megatron_switchlora.study.comparison.settings import Point, Setting, read_setting, validate_points
+from megatron_switchlora.study.comparison.runner import Stopped
+from megatron_switchlora.study.comparison.runs import CommandRunner, certain_device, text_of
+from megatron_switchlora.study.comparison.settings import Setting, read_setting, setting_file, validate_points
+from megatron_switchlora.study.comparison.sweeps import compare
 from megatron_switchlora.study.comparison.timing import time_methods
 from megatron_switchlora.study.places import ROOT
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-def sweep(setting: Setting, method: str, runner: Runner) -> Point:
-    """The best rates of a method at seed 0; of a coordinate sweep, the point whose neighbours are all no better."""
-    starts = setting.methods[method].starts()
-    if setting.sweep == "none":
-        return starts[0]
-    if setting.sweep == "grid":
-        return min(zip(starts, runner.losses(method, starts), strict=True), key=lambda pair: pair[1])[0]
-    best = starts[0]
-    while True:
-        points = [best, *best.neighbours()]
-        losses = runner.losses(method, points)
-        winner = points[losses.index(min(losses))]  # the first of equals: where all diverge the search ends
-        if winner == best:
-            return best
-        best = winner
-
-
-def compare(setting: Setting, runner: Runner) -> None:
-    """Sweep, then seeds, then more seeds of the best methods; methods advance side by side as far as jobs allow."""
-
-    def settle(method: str) -> tuple[Point, float]:
-        runner.results.choose(method, None)
-        point = sweep(setting, method, runner)
-        runner.results.choose(method, point)
-        return point, mean(runner.seeds(method, point, range(setting.seeds)))
-
-    with ThreadPoolExecutor(len(setting.selected)) as pool:
-        settled = finish(runner, {method: pool.submit(settle, method) for method in setting.selected})
-        ranked = sorted(settled, key=lambda method: settled[method][1])
-        finish(runner, {
-            method: pool.submit(runner.seeds, method, settled[method][0], range(setting.best.seeds))
-            for method in ranked[: setting.best.methods] if math.isfinite(settled[method][1])
-        })  # fmt: skip
-
-
-def finish(runner: Runner, futures: dict[str, Future[Any]]) -> dict[str, Any]:
-    """All results; when one fails, or a signal asks to stop, the runs under way are stopped first."""
-    try:
-        waiting = set(futures.values())
-        while waiting:  # in short spells: of two signals at once the second can leave an endless one asleep
-            done, waiting = wait(futures.values(), timeout=0.5, return_when="FIRST_EXCEPTION")
-            for future in done:
-                future.result()  # raises what a method's thread has raised
-        return {name: future.result() for name, future in futures.items()}
-    except BaseException:
-        runner.stop()
-        raise
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -112,6 +73,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--timing", action="store_true", help="measure step times, nothing else")
     parser.add_argument("--report", action="store_true", help="write table and plot of what is there, and stop")
     parser.add_argument("--dry_run", action="store_true", help="check every method, print its first command and stop")
+    batch = parser.add_argument_group("a batch: many runs in one call, in few processes on one device")
+    batch.add_argument("--batch", type=user_path, metavar="OUT.json", help="run what --out lacks; write results here")
+    batch.add_argument("--minutes", type=number_from(0, float), default=8.0, help="the call's limit (default: 8)")
+    batch.add_argument("--processes", type=number_from(1), help="runs at once (default: 1 on the CPU, 4 on a GPU)")
+    batch.add_argument("--pack", type=user_path, metavar="DIR", help="write what a batch elsewhere needs, and stop")
+    batch.add_argument("--inputs", type=user_path, metavar="DIR", help="what --pack has written, instead of --data")
+    batch.add_argument("--merge", type=user_path, metavar="OUT.json", help="add a batch's runs to --out, and report")
     return parser
 
 
@@ -131,17 +99,42 @@ def _changed(name: str, text: str) -> tuple[str, Any]:
         raise UserError(f"--set {name}={text} is not valid YAML: {error}.") from None
 
 
-def act(arguments: argparse.Namespace) -> None:
+def act(arguments: argparse.Namespace) -> int:
+    """Do what is asked for; returns the exit status."""
     overrides = {key: getattr(arguments, key) for key in ("launcher", "world") if getattr(arguments, key) is not None}
     names: Optional[list[str]] = arguments.methods.split(",") if arguments.methods else None
     setting = read_setting(arguments.setting, names, overrides, read_changes(arguments.changes))
-    configs = validate_points(setting, arguments.data or (Path("data") if arguments.report else None))
+    reads_nothing = arguments.report or arguments.merge
+    data = arguments.data or arguments.inputs or (Path("data") if reads_nothing else None)
+    configs = validate_points(setting, data)
     out = arguments.out or ROOT / "benchmarks" / f"compare_{setting.name}.json"
-    results, text = Results(out), None
-    if not (arguments.report or arguments.dry_run or arguments.timing):
-        text = text_of(configs[setting.selected[0]])  # all methods read one text
+    if arguments.pack:
+        pack_inputs(setting, configs, arguments)
+        return 0
+    results = Results(out)
+    if arguments.batch:
+        return start_batch(setting, configs, results, arguments)
+    if arguments.merge:
+        require(arguments.merge.is_file(), f"{arguments.merge} is not there: give the file that --batch has written.")
+        added = results.merge(Results(arguments.merge))
+        print(f"{added} runs of {arguments.merge} are added to {out}.")
+    if not reads_nothing and not run_commands(setting, configs, results, arguments):
+        return 0
+    print(write_report(setting, configs, results))
+    return 0
+
+
+def run_commands(
+    setting: Setting, configs: dict[str, RunConfig], results: Results, arguments: argparse.Namespace
+) -> bool:
+    """Run what is missing, or time the methods; returns whether that was asked for."""
+    text, first = None, configs[setting.selected[0]]
+    if not (arguments.dry_run or arguments.timing):
+        text = text_of(first)  # all methods read one text
         results.require_text(text, str(arguments.data or "The data"))
-    runner = Runner(
+    if not arguments.dry_run:
+        results.require_device(certain_device(setting, first), "What runs here")
+    runner = CommandRunner(
         setting, results, arguments.work or Path("runs") / "compare" / setting.name,
         data=arguments.data and arguments.data.absolute(), jobs=arguments.jobs, keep=arguments.keep, text=text,
     )  # fmt: skip
@@ -150,15 +143,50 @@ def act(arguments: argparse.Namespace) -> None:
             point = setting.methods[method].starts()[0]
             command = " ".join(runner.command(method, point, 0))
             print(f"{method}: {configs[method].train.steps:,} steps, {point}\n  {command}")
-        return
-    if not arguments.report:
-        there = sum(len(of_method(setting, runner.results, method)) for method in setting.selected)
-        if there and not arguments.timing:
-            print(f"{out} has {there} runs of these methods, which are not repeated: --out begins anew.", flush=True)
-        runner.results.report = lambda: write_report(setting, configs, runner.results, plot=False)
-        with runner:
-            (time_methods if arguments.timing else compare)(setting, runner)
-    print(write_report(setting, configs, runner.results))
+        return False
+    there = sum(len(of_method(setting, results, method)) for method in setting.selected)
+    if there and not arguments.timing:
+        print(
+            f"{results.path} has {there} runs of these methods, which are not repeated: --out starts afresh.",
+            flush=True,
+        )
+    results.report = lambda: write_report(setting, configs, results, plot=False)
+    with runner:
+        (time_methods if arguments.timing else compare)(setting, runner)
+    return True
+
+
+def pack_inputs(setting: Setting, configs: dict[str, RunConfig], arguments: argparse.Namespace) -> None:
+    """Write the folder that a batch elsewhere needs, and print what to carry and to type there."""
+    from megatron_switchlora.study.comparison.batch import require_batch
+    from megatron_switchlora.study.comparison.inputs import pack
+
+    require_batch(setting, configs)
+    folder: Path = arguments.pack
+    size = pack(setting, setting_file(arguments.setting), configs[setting.selected[0]], folder)
+    words = ["tools/compare.py", f"{folder}/{setting.name}.yaml", "--inputs", str(folder), "--batch", "OUT.json"]
+    words += ["--methods", arguments.methods] if arguments.methods else []
+    words += [word for change in arguments.changes for word in ("--set", change)]
+    print(f"{folder} has {size / 2**20:.1f} MiB. Carry it and this code, and run there:\n  python {shlex.join(words)}")
+
+
+def start_batch(setting: Setting, configs: dict[str, RunConfig], known: Results, arguments: argparse.Namespace) -> int:
+    """Run what is missing in few processes, within the minutes; returns the exit status."""
+    from megatron_switchlora.study.comparison import batch
+    from megatron_switchlora.study.comparison.inputs import open_inputs, prepare_inputs
+
+    batch.require_batch(setting, configs)
+    config = configs[setting.selected[0]]
+    inputs = open_inputs(arguments.inputs, setting, config) if arguments.inputs else prepare_inputs(config)
+    results = Results(arguments.batch)
+    results.require_text(inputs.text, str(arguments.inputs or arguments.data or "The data"))
+    runner = batch.BatchRunner(
+        setting, results, (arguments.work or Path("runs") / "compare" / setting.name) / "batch", inputs,
+        data=(arguments.data or arguments.inputs or Path()).absolute(), requested=config.train.device,
+        processes=arguments.processes or batch.default_processes(config.train.device),
+        deadline=time.monotonic() - batch.age() + 60 * arguments.minutes - batch.RESERVE,
+    )  # fmt: skip
+    return batch.run_batch(runner, known)
 
 
 def leave(number: int, frame: object) -> None:
@@ -177,7 +205,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         require_utf8(argv)
         settle(first=True)
-        act(arguments)
+        sys.exit(act(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -105,9 +105,9 @@ def _row(
     cells = [
         method, rank, share, rates, str(len(runs)), _spread(losses, 3), _spread(perplexities, 2),
         _gradients(setting, method, config, known, notes), _time(setting, results, method, notes),
-        f"{several}{memory / 1e6:,.0f} MB",
+        f"{several}{memory / 1e6:,.0f} MB" if memory else "",
     ]  # fmt: skip
-    if known and known["device"] == "cpu":
+    if known and known["device"] == "cpu" and memory:
         notes.add("Peak memory is that of the whole process on the CPU, libraries included.")
     return f"| {' | '.join(cells)} |"
 
@@ -168,11 +168,12 @@ def _facts(setting: Setting, results: Results) -> list[str]:
     revisions = sorted({str(run["revision"])[:12] for run in runs})
     places = [run["machine"] for run in runs] + [timing["machine"] for timing in results.content["timing"].values()]
     machines = sorted({f"{m['cpus']} CPUs ({m['processor']}), {m['system']}" for m in places})
+    device = f" on {results.device}" if results.device not in (None, "cpu") else ""
     data = " --data DATA" if "{data}" in str(setting.options) else ""
     changes = "".join(f" --set {name}={value}" for name, value in setting.changes.items())
     return [
         f"Made by `tools/compare.py {setting.name}{data}{changes}`, step times with `--timing`.",
-        f"{len(runs)} runs, of which {sum(run['diverged'] for run in runs)} diverged; revisions "
+        f"{len(runs)} runs{device}, of which {sum(run['diverged'] for run in runs)} diverged; revisions "
         f"{', '.join(revisions) or 'none'}; {'; '.join(machines)}.",
     ]
 

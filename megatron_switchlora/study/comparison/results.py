@@ -1,7 +1,7 @@
 """The results of a comparison: finished runs by key, chosen rates and step times, in one JSON file.
 
 It is written by atomic renames after every run. What is read of it is checked, since people and older tools write such
-files too.
+files too. All that is in a file was computed on one device: the CPU, or one kind of GPU.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from megatron_switchlora.study.comparison.settings import Point
 
 NUMBER = (int, float)
 MAYBE = (int, float, type(None))
+MAYBE_TEXT = (str, type(None))
 OF_A_RUN: dict[str, Any] = {  # what the table and the plot read of a run
     "method": str, "lr": NUMBER, "dense_lr": MAYBE, "seed": int, "sweep": bool, "val_loss": MAYBE, "diverged": bool,
-    "curve": list, "peak_memory_bytes": MAYBE, "dp_bytes": MAYBE, "device": (str, type(None)), "trainable": MAYBE,
-    "full_rank": MAYBE, "vocab_size": MAYBE, "revision": (str, type(None)), "machine": dict,
+    "curve": list, "peak_memory_bytes": MAYBE, "dp_bytes": MAYBE, "device": MAYBE_TEXT, "trainable": MAYBE,
+    "full_rank": MAYBE, "vocab_size": MAYBE, "revision": MAYBE_TEXT, "machine": dict,
 }  # fmt: skip
 OF_A_TIMING: dict[str, Any] = {"ratio": NUMBER, "lowest": NUMBER, "highest": NUMBER, "machine": dict}
 
@@ -43,14 +44,34 @@ class Results:
                 are_results(found), f"{path} does not hold results of this tool: move it away, or give another --out."
             )
             self.content |= found
+            require(
+                len(self._devices()) <= 1,
+                f"{path} holds results on {' and '.join(self._devices())}, but a table compares those of one device: "
+                "move those of the other to a file of their own.",
+            )
+
+    def _devices(self) -> list[str]:
+        """Return what the results were computed on; a step time without a device is an older one of a CPU."""
+        runs, timing = self.content["runs"].values(), self.content["timing"].values()
+        devices = {run["device"] for run in runs} | {entry.get("device", "cpu") for entry in timing}
+        return sorted(devices - {None})
+
+    @property
+    def device(self) -> Optional[str]:
+        """What all results were computed on; None where there are none."""
+        return next(iter(self._devices()), None)
 
     def change(self, section: str, key: str, value: Any) -> None:
-        """Set an entry and write the file, so that a kill leaves the old or the new one."""
+        """Set an entry and write the file."""
         with self._lock:
             self.content[section][key] = value
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(self.path, json.dumps(self.content, indent=1) + "\n")
+            self.write()
             self.report()
+
+    def write(self) -> None:
+        """Write the file, so that a kill leaves the old or the new one."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
     def choose(self, method: str, point: Optional[Point]) -> None:
         """The rates that a sweep has found; None while it is under way."""
@@ -70,12 +91,43 @@ class Results:
             "another --out.",
         )
 
+    def require_device(self, device: Optional[str], what: str) -> None:
+        """Raises: UserError, if results on this device may not stand beside those that are there."""
+        require(
+            device is None or self.device in (None, device),
+            f"{what} was computed on {device}, the results in {self.path} on {self.device}, and a table compares those "
+            "of one device: give another --out.",
+        )
+
     def add(self, key: str, run: dict[str, Any]) -> None:
-        """Raises: UserError, if the run read other tokens than those before it."""
+        """Raises: UserError, if the run read other tokens than those before it, or ran on another device."""
         data = run.pop("data")
         self.require_text(data, key)
+        self.require_device(run["device"], key)
         self.content["data"] = self.content["data"] or data
         self.change("runs", key, run)
+
+    def add_timing(self, method: str, entry: dict[str, Any]) -> None:
+        """Raises: UserError, if step times are of another device than the results."""
+        self.require_device(entry["device"], f"The step time of {method}")
+        self.change("timing", method, entry)
+
+    def merge(self, other: Results) -> int:
+        """Add the runs of another file that are not in this one; returns their number.
+
+        Raises:
+            UserError: they read other tokens, or ran on another device.
+        """
+        new = {key: run for key, run in other.content["runs"].items() if key not in self.content["runs"]}
+        self.require_text(other.content["data"], str(other.path))
+        self.require_device(other.device, str(other.path))
+        if new:
+            chosen = {method: rates for method, rates in other.content["chosen"].items() if rates is not None}
+            self.content["data"] = self.content["data"] or other.content["data"]
+            self.content["runs"] |= new
+            self.content["chosen"] |= chosen
+            self.write()
+        return len(new)
 
 
 def are_results(content: Any) -> bool:
@@ -88,7 +140,7 @@ def are_results(content: Any) -> bool:
     chosen, timing, runs = (list(section.values()) for section in sections)
     return (
         all(point is None or (isinstance(point, list) and len(point) == 2 and _are(MAYBE, point)) for point in chosen)
-        and all(_has(OF_A_TIMING, entry) for entry in timing)
+        and all(_has(OF_A_TIMING, entry) and isinstance(entry.get("device"), MAYBE_TEXT) for entry in timing)
         and all(_has(OF_A_RUN, run) and all(map(_is_point, run["curve"])) for run in runs)
     )
 

@@ -9,7 +9,6 @@ after every run; a finished run's checkpoints and final model are then deleted (
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 import shlex
@@ -20,33 +19,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, median
 from types import TracebackType
 from typing import Any, Optional
 
 from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.disk import open_no_follow, take_lock
-from megatron_switchlora.run.folder import lock_folder, read_meta
-from megatron_switchlora.run.machine import machine
-from megatron_switchlora.run.metrics_log import read_records
+from megatron_switchlora.run.folder import lock_folder
 from megatron_switchlora.startup.signals import REQUEUE
 from megatron_switchlora.study.comparison.results import Results
-from megatron_switchlora.study.comparison.settings import Point, Setting, run_key
+from megatron_switchlora.study.comparison.runner import DIVERGED, Runner, Stopped, read_run
+from megatron_switchlora.study.comparison.settings import Point, Setting
 from megatron_switchlora.study.places import ROOT
 
 SCRIPT = ROOT / "launch" / "pretrain.py"
-DIVERGED = ("not finite, so the step was", "the last update has destroyed the model")  # what launch/pretrain.py says
 
 
-class Stopped(Exception):
-    """A run was asked to stop, and has left a checkpoint."""
-
-
-class Runner:
+class CommandRunner(Runner):
     """Starts runs, at most `jobs` at once. As a context it holds the work folder and ends what it has started."""
 
     def __init__(
@@ -60,14 +50,13 @@ class Runner:
         text: Optional[str] = None,
     ) -> None:
         require(jobs >= 1, f"--jobs must be at least 1, not {jobs}.")
-        self.setting, self.results, self.work = setting, results, work.absolute()
-        self.data, self.keep, self.text = data, keep, text
-        self._turns = threading.Semaphore(jobs)
+        super().__init__(setting, results, jobs)
+        self.work, self.data, self.keep, self.text = work.absolute(), data, keep, text
         self._starting = threading.Lock()
         self._stopping = False
         self._started: set[subprocess.Popen[bytes]] = set()
 
-    def __enter__(self) -> Runner:
+    def __enter__(self) -> CommandRunner:
         self.work.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(self.work)
         return self
@@ -88,37 +77,21 @@ class Runner:
         for process in list(self._started):
             process.wait()
 
-    def losses(self, method: str, points: Iterable[Point]) -> list[float]:
-        """Validation losses at seed 0, in the sweep's length."""
-        return self._all([(method, point, 0, bool(self.setting.sweep_options)) for point in points])
+    def train(self, key: str, method: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Start the run, or continue it in its folder."""
+        folder = self.folder(key)
+        return read_run(folder, self.execute(method, options, folder))
 
-    def seeds(self, method: str, point: Point, seeds: Iterable[int]) -> list[float]:
-        """Validation losses at full length."""
-        return self._all([(method, point, seed, False) for seed in seeds])
+    def folder(self, key: str) -> Path:
+        """Return where a run of this text lies."""
+        name = f"{key} text {self.text[:8]}" if self.text else key
+        return self.work / re.sub(r"[^\w.+-]+", "_", name)
 
-    def _all(self, runs: list[tuple[str, Point, int, bool]]) -> list[float]:
-        with ThreadPoolExecutor(len(runs)) as pool:
-            return list(pool.map(lambda run: self.loss(*run), runs))
-
-    def loss(self, method: str, point: Point, seed: int, sweep: bool) -> float:
-        """Validation loss at the end of a run, from the results or by running it; infinite if it diverged."""
-        options = self.setting.run_options(method, point, seed, sweep)
-        key = run_key(method, point, seed, options)
-        if key not in self.results.content["runs"]:
-            with self._turns:
-                name = f"{key} text {self.text[:8]}" if self.text else key
-                folder = self.work / re.sub(r"[^\w.+-]+", "_", name)
-                diverged = self.train(method, options, folder)
-                run = read_run(folder, diverged) | {
-                    "method": method, "lr": point.lr, "dense_lr": point.dense_lr, "seed": seed, "sweep": sweep
-                }  # fmt: skip
-                self.results.add(key, run)
-                print(f"{key}: {'diverged' if diverged else format(run['val_loss'], '.4f')}", flush=True)
-                if not self.keep:
-                    for name in ("checkpoints", "final"):
-                        shutil.rmtree(folder / name, ignore_errors=True)
-        value = self.results.content["runs"][key]["val_loss"]
-        return math.inf if value is None else float(value)
+    def clean(self, key: str) -> None:
+        """Remove checkpoints and the final model, unless they are to be kept."""
+        if not self.keep:
+            for name in ("checkpoints", "final"):
+                shutil.rmtree(self.folder(key) / name, ignore_errors=True)
 
     def command(self, method: str, point: Point, seed: int) -> list[str]:
         """The line that starts a run, but for its folder."""
@@ -151,7 +124,7 @@ class Runner:
                 announced = True
                 time.sleep(0.2)
 
-    def train(self, method: str, options: dict[str, Any], folder: Path, may_stop: bool = False) -> bool:
+    def execute(self, method: str, options: dict[str, Any], folder: Path, may_stop: bool = False) -> bool:
         """Start or continue a run and wait for its end; returns whether it diverged.
 
         Raises:
@@ -183,6 +156,15 @@ class Runner:
         return False
 
 
+def certain_device(setting: Setting, config: RunConfig) -> Optional[str]:
+    """Return "cpu" where the setting's runs can only compute on the CPU, else None."""
+    from megatron_switchlora.startup.device import torch  # seconds, for which --help need not wait
+
+    started_here = setting.launcher == Setting.launcher
+    alone = started_here and not torch.cuda.device_count()
+    return "cpu" if config.train.device == "cpu" or alone else None
+
+
 def text_of(config: RunConfig) -> Optional[str]:
     """Fingerprint of the tokens that a run would read, prepared if they are not yet; None for the hub, whose dataset is
     among a run's options."""
@@ -195,40 +177,3 @@ def text_of(config: RunConfig) -> Optional[str]:
     for note in data.notes:
         print(f"warning: {note}", flush=True)
     return str(data_identity(data, data.vocab_size)["data"])
-
-
-def read_run(folder: Path, diverged: bool) -> dict[str, Any]:
-    """What the table and the plot need of a run: outcome, curve, counts, memory."""
-    records, meta = read_records(folder / "metrics.jsonl"), read_meta(folder)
-    steps = [record for record in records if "loss" in record]
-    needed = {"tokens", "seconds", "tokens_per_second", "peak_memory_bytes", "dp_bytes"}
-    require(
-        (diverged or "val_loss" in meta) and all(needed <= set(record) for record in steps),
-        f"meta.json or metrics.jsonl in {folder} is damaged, so the run's numbers are lost: move the folder away, and "
-        "the same command runs it again.",
-    )
-    tokens = steps[0]["tokens"] // steps[0]["step"] if steps else 0
-    return {
-        "val_loss": None if diverged else meta["val_loss"],
-        "diverged": diverged,
-        "steps": len(steps),
-        "curve": [[r["step"], r["step"] * tokens, r["val_loss"]] for r in records if "val_loss" in r],
-        "seconds": max((record["seconds"] for record in steps), default=0.0),
-        "step_seconds": median(step_seconds(steps)) if steps else None,
-        "peak_memory_bytes": max((record["peak_memory_bytes"] for record in steps), default=None),
-        "dp_bytes": steps[-1]["dp_bytes"] if steps else None,
-        "merge_bytes": mean(record.get("merge_bytes", 0) for record in steps) if steps else None,
-        "device": meta.get("device"),
-        "trainable": meta.get("parameters", {}).get("trainable"),
-        "full_rank": meta.get("parameters", {}).get("full_rank"),
-        "vocab_size": meta.get("vocab_size"),
-        "revision": meta.get("versions", {}).get("git_revision"),
-        "torch": meta.get("versions", {}).get("torch"),
-        "data": meta.get("data"),
-        "machine": machine(),
-    }
-
-
-def step_seconds(steps: list[dict[str, Any]]) -> list[float]:
-    """Seconds of each step, from its speed."""
-    return [record["tokens"] / record["step"] / record["tokens_per_second"] for record in steps]

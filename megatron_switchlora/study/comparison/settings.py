@@ -158,10 +158,20 @@ class Setting:
 
 def run_key(method: str, point: Point, seed: int, options: dict[str, Any]) -> str:
     """A run's name among the results: another option that changes its numbers makes another name."""
-    neutral = {"ds_config", *names_where(run_config_class()(), lambda facts: not facts["results"])}
-    counted = {name: value for name, value in options.items() if name not in neutral}
-    mark = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:8]
+    mark = hashlib.sha256(json.dumps(counted_options(options), sort_keys=True).encode()).hexdigest()[:8]
     return f"{method} {point} seed {seed} {mark}"
+
+
+def counted_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that a run's numbers depend on."""
+    neutral = {"ds_config", *names_where(run_config_class()(), lambda facts: not facts["results"])}
+    return {name: value for name, value in options.items() if name not in neutral}
+
+
+def setting_file(path: Path) -> Path:
+    """Return the file of a setting that is given as a file, or by the name of a shipped one."""
+    shipped = ROOT / "tools" / "settings" / f"{path}.yaml"
+    return shipped if not path.exists() and shipped.is_file() else path
 
 
 def read_setting(
@@ -172,8 +182,7 @@ def read_setting(
     Raises:
         UserError: no such file, or a field, type or method that it does not know.
     """
-    if not path.exists() and (ROOT / "tools" / "settings" / f"{path}.yaml").is_file():
-        path = ROOT / "tools" / "settings" / f"{path}.yaml"
+    path = setting_file(path)
     content = _read_section(path) | overrides
     given: dict[str, Any] = content.get("methods") or {}
     named = isinstance(given, dict) and bool(given) and all(isinstance(name, str) for name in given)

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import shutil
 from statistics import median
-from typing import Any
+from typing import Any, Optional
 
 from megatron_switchlora.config.errors import require
+from megatron_switchlora.run.folder import read_meta
 from megatron_switchlora.run.machine import machine
 from megatron_switchlora.run.metrics_log import read_records
-from megatron_switchlora.study.comparison.runs import Runner, step_seconds
+from megatron_switchlora.study.comparison.runner import device_of, step_seconds
+from megatron_switchlora.study.comparison.runs import CommandRunner
 from megatron_switchlora.study.comparison.settings import Setting
 
 
-def time_methods(setting: Setting, runner: Runner) -> None:
+def time_methods(setting: Setting, runner: CommandRunner) -> None:
     """Measure all methods and put seconds and ratios by round into the results.
 
     Raises:
@@ -31,24 +33,28 @@ def time_methods(setting: Setting, runner: Runner) -> None:
         f"Step times are ratios to {setting.reference!r}: put it among the methods, or change the setting's reference.",
     )
     seconds: dict[str, list[float]] = {method: [] for method in setting.selected}
+    devices: dict[str, Optional[str]] = {}
     for number in range(setting.timing.rounds):
         for method in setting.selected:
-            seconds[method].append(_one(setting, runner, method))
-            print(f"round {number + 1}, {method}: {seconds[method][-1]:.4f} s a step", flush=True)
+            spent, devices[method] = _measure(setting, runner, method)
+            seconds[method].append(spent)
+            print(f"round {number + 1}, {method}: {spent:.4f} s per step", flush=True)
         for method, values in seconds.items():  # what a stop leaves are whole rounds
-            ratios = [mine / theirs for mine, theirs in zip(values, seconds[setting.reference], strict=True)]
-            found = {
+            pairs = zip(values, seconds[setting.reference], strict=True)
+            ratios = [of_method / of_reference for of_method, of_reference in pairs]
+            entry = {
                 "step_seconds": list(values),
                 "ratio": median(ratios),
                 "lowest": min(ratios),
                 "highest": max(ratios),
                 "machine": machine(),
+                "device": devices[method],
             }
-            runner.results.change("timing", method, found)
+            runner.results.add_timing(method, entry)
 
 
-def _one(setting: Setting, runner: Runner, method: str) -> float:
-    """Median seconds of a step in one short run."""
+def _measure(setting: Setting, runner: CommandRunner, method: str) -> tuple[float, Optional[str]]:
+    """Return the median seconds of a step in one short run, and its device."""
     timing = setting.timing
     options: dict[str, Any] = setting.run_options(method, setting.methods[method].starts()[0], 0, False)
     steps, micro = options.get("train.steps", 600), options.get("train.micro_batch_size", 8)
@@ -61,11 +67,12 @@ def _one(setting: Setting, runner: Runner, method: str) -> float:
     }  # fmt: skip
     folder = runner.work / f"timing_{method}"
     shutil.rmtree(folder, ignore_errors=True)
-    diverged = runner.train(method, options, folder, may_stop=True)
+    diverged = runner.execute(method, options, folder, may_stop=True)
     records = [record for record in read_records(folder / "metrics.jsonl") if "loss" in record]
     require(
         not diverged and len(records) == timing.steps,
         f"{folder} has {len(records)} steps instead of {timing.steps}: see {folder}.log.",
     )
+    device = device_of(read_meta(folder))
     shutil.rmtree(folder)
-    return median(step_seconds(records[timing.skip :]))
+    return median(step_seconds(records[timing.skip :])), device
