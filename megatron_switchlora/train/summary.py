@@ -19,7 +19,7 @@ from megatron_switchlora.train.context import RunContext
 
 
 def describe_start(context: RunContext, mesh: Mesh, start: Start) -> list[str]:
-    """Return lines that say what is trained, on which mesh and data, and from which checkpoint."""
+    """Return lines that report what is trained, on which mesh and data, and from which checkpoint."""
     config, counts = context.config, context.counts
     sizes = " x ".join(f"{axis} {mesh.size(axis)}" for axis in AXES)
     _, source = cpu_threads(config.train.threads, context.ranks.local_size, os.environ)
@@ -47,8 +47,8 @@ def describe_start(context: RunContext, mesh: Mesh, start: Start) -> list[str]:
 def describe_end(context: RunContext, mesh: Mesh, run: RunFolder, val_loss: float, seconds: float) -> str:
     """Return the summary of a finished run.
 
-    It says what was trained, how well and how fast, what the method saved, where the results are, and what to try next.
-    Lines without records are left out.
+    It reports what was trained, how well and how fast, what the method saved, where the results are, and what to try
+    next. Lines without records are left out.
     """
     config, counts = context.config, context.counts
     steps = [record for record in run.history if "loss" in record]
