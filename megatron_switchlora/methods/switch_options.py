@@ -22,15 +22,15 @@ class SwitchOptions:
     total_steps: Optional[int] = option(None, resume="ask")
     """Length T of the switching schedule in steps; by default train.steps."""
     freeze_steps: int = option(5, resume="ask")
-    """Steps N for which the counterpart of a switched vector is frozen (0 masks the stale gradient once, as 1)."""
+    """Steps N for which the counterpart of a switched vector is frozen (0 and 1 both mask the stale gradient once)."""
     selection: Literal["ring", "random", "independent"] = option("ring")
     """ring: positions and candidates in order; random: candidates drawn at random; independent: positions too,
     with separate counts for A and B (Algorithm 2 of the paper)."""
     bank_device: Literal["device", "host"] = option("device", resume="free", results=False)
     """Where the candidate vectors live; host memory is pinned when there is a GPU."""
     bank_spread: Literal["tp", "dp"] = option("tp", resume="free", results=False)
-    """tp: no candidate is held twice over the tensor-parallel ranks, data-parallel ranks hold copies; dp: candidates
-    are spread over the data-parallel ranks too."""
+    """tp: tensor-parallel ranks share the candidates, and data-parallel ranks hold copies; dp: data-parallel ranks
+    share them too."""
 
 
 def check_switching(config: RunConfig) -> None:
