@@ -46,9 +46,8 @@ def check_switching(config: RunConfig) -> None:
     largest = max(min(p.out_features, p.in_features) for p in family_of(config.model).projections(config.model))
     require(
         method.rank < largest,
-        f"A bank has min(m, n) candidates per matrix, of which method.rank are in use, so method.rank {method.rank} "
-        f"leaves nothing to switch in any matrix (min(m, n) is {largest} at most): lower the rank, or use method.name "
-        "lora.",
+        f"A bank has min(m, n) candidates per matrix, so method.rank {method.rank} leaves nothing to switch in any "
+        f"matrix (min(m, n) is {largest} at most): lower the rank, or use method.name lora.",
     )
     require(switch.freeze_steps >= 0, f"method.switch.freeze_steps must be at least 0, not {switch.freeze_steps}.")
     require(switch.interval0 > 0, f"method.switch.interval0 must be positive, not {switch.interval0}.")

@@ -167,8 +167,8 @@ def _check_merges(config: RunConfig) -> None:
     wrong = [f"{name} {size}" for name, size in lengths.items() if lte.base == "nf4" and size % (64 * tp)]
     require(
         tp == 1 or not wrong,
-        f"method.lte.base nf4 with parallel.tp {tp} needs sizes that are multiples of 64 x {tp}, so that each rank's "
-        f"columns are whole blocks of 64, but {', '.join(wrong)} is not: change the size or parallel.tp.",
+        f"method.lte.base nf4 with parallel.tp {tp} needs sizes that are multiples of 64 x {tp} (whole blocks of 64 "
+        f"columns per rank), but {', '.join(wrong)} is not: change the size or parallel.tp.",
     )
 
 
