@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: pretrain test test-full test-long checks clean
+.PHONY: pretrain test test-full test-long checks dist clean
 
 # Two ranks, or one where there is exactly one GPU; without any the two compute on the CPU. The batch is the same.
 RANKS = import torch; print(min(2, torch.cuda.device_count()) or 2)
@@ -35,6 +35,13 @@ checks: $(STAMP)
 	$(BIN)/codespell *.md *.toml *.txt Makefile benchmarks docs ds_configs launch megatron_switchlora tests tools
 	$(BIN)/python -m tests.english
 	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run launch/mpi/pretrain.sh launch/slurm/pretrain.sbatch
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+dist: $(STAMP)
+	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
+	$(BIN)/python -m pip wheel -q --no-deps -w dist dist/*.tar.gz
 
 # An interrupted installation leaves no stamp and is done again.
 $(STAMP): requirements.txt requirements-dev.txt constraints.txt pyproject.toml setup.py
@@ -44,4 +51,4 @@ $(STAMP): requirements.txt requirements-dev.txt constraints.txt pyproject.toml s
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
