@@ -35,7 +35,7 @@ checks: $(STAMP)
 	$(BIN)/codespell *.md *.toml *.txt Makefile benchmarks docs ds_configs launch megatron_switchlora tests tools
 	$(BIN)/python -m tests.english
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run launch/mpi/pretrain.sh launch/slurm/pretrain.sbatch
+	$(BIN)/shellcheck .ci/run examples/*.sh launch/mpi/pretrain.sh launch/slurm/pretrain.sbatch
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
