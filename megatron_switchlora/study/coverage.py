@@ -1,8 +1,9 @@
-"""How much of the gradient rank r covers: the share of its squared singular values, by kind of layer (LoRA-GA, fig. 5).
+"""Measure how much of the gradient rank r covers, by kind of layer (LoRA-GA, fig. 5).
 
-Takes the options of a run and computes, in one process, every adapted matrix's gradient as LoRA-GA does at its start:
-at the initial weights or those of --train.init_from, over method.ga.samples samples. Curves are means over the layers;
-LoRA-GA's first step keeps what rank 2r covers. Writes OUT.json and OUT.png.
+The cover is the share of the gradient's squared singular values. The options are those of a run. One process computes
+every adapted matrix's gradient as LoRA-GA does at its start: at the initial weights or those of --train.init_from, over
+method.ga.samples samples. Curves are means over the layers; LoRA-GA's first step keeps what rank 2r covers. Writes
+OUT.json and OUT.png.
 
     python tools/lora_ga_coverage.py --out coverage --config launch/configs/cpu_quickstart.yaml
 """
@@ -38,13 +39,13 @@ from megatron_switchlora.train.dataset import vocabulary_size
 
 
 def covered(gradient: Tensor) -> Tensor:
-    """Share of the squared singular values that the first 1, 2, ... cover, float64 [min(m, n)]."""
+    """Return the share of the squared singular values that the first 1, 2, ... cover, float64 [min(m, n)]."""
     squares = torch.linalg.svdvals(gradient).double().square()
     return squares.cumsum(0) / squares.sum()
 
 
 def measure(config: RunConfig, device: torch.device) -> dict[str, Any]:
-    """The mean curve of each kind of layer, and what the run's rank and twice of it cover."""
+    """Return the mean curve of each kind of layer, and what the run's rank and twice of it cover."""
     require(config.parallel.tp == 1, f"This tool is one process, and parallel.tp is {config.parallel.tp}: set it to 1.")
     data = prepare(config.data)
     for note in data.notes:
@@ -54,27 +55,27 @@ def measure(config: RunConfig, device: torch.device) -> dict[str, Any]:
     if config.train.init_from:
         load_initial(model, Weights(verified(find_folder(Path(config.train.init_from)))))
     samples = data.train.samples(config.train.seq_len)
-    curves: dict[str, list[Tensor]] = {}
+    gradients: dict[str, list[Tensor]] = {}
     for name, gradient in mean_gradients(config, model, lone_mesh(), samples, device).items():
-        curves.setdefault(name.split(".")[-1], []).append(covered(gradient.to(device)).cpu())
+        gradients.setdefault(name.split(".")[-1], []).append(covered(gradient.to(device)).cpu())
     rank, kinds = config.method.rank, {}
-    for kind, layers in curves.items():
+    for kind, layers in gradients.items():
         mean = torch.stack(layers).mean(0)
         at = {f"rank_{r}": round(float(mean[min(r, len(mean)) - 1]), 6) for r in (rank, 2 * rank)}
         kinds[kind] = {**at, "layers": len(layers), "covered": [round(x, 6) for x in mean.tolist()]}
     return {"samples": config.method.ga.samples, "seq_len": config.train.seq_len, "rank": rank, "kinds": kinds}
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Covered share against rank, a line for each kind of layer."""
+def plot(curves: dict[str, Any], path: Path) -> None:
+    """Draw the covered share against rank, a line for each kind of layer."""
     figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
-    for kind, entry in found["kinds"].items():
+    for kind, entry in curves["kinds"].items():
         axes.plot(range(1, len(entry["covered"]) + 1), entry["covered"], label=kind, linewidth=1)
     for times in (1, 2):
-        axes.axvline(times * found["rank"], color="grey", linestyle=":", linewidth=1)
+        axes.axvline(times * curves["rank"], color="grey", linestyle=":", linewidth=1)
     axes.set(xlabel="rank", ylabel="share of squared singular values", xscale="log", ylim=(0, 1.02))
-    axes.set_title(f"gradient of {found['samples']} samples, mean over layers; dotted: r and 2r", fontsize=10)
+    axes.set_title(f"gradient of {curves['samples']} samples, mean over layers; dotted: r and 2r", fontsize=10)
     axes.grid(alpha=0.3)
     save_figure(figure, path)
 
@@ -86,14 +87,14 @@ def main(argv: Sequence[str]) -> None:
     with ends_on_mistake():
         settle(first=True)
         config = parse_arguments(options).config
-        found = measure(config, choose_device(config.train.device, discover_ranks(os.environ), config.train.threads))
+        curves = measure(config, choose_device(config.train.device, discover_ranks(os.environ), config.train.threads))
         try:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(Path(f"{arguments.out}.json"), json.dumps(found) + "\n")
+            replace_text(Path(f"{arguments.out}.json"), json.dumps(curves) + "\n")
         except OSError as error:
             raise UserError(f"{arguments.out}.json cannot be written ({error}): give another --out.") from None
     with decorating(f"drawing {arguments.out}.png"):
-        plot(found, Path(f"{arguments.out}.png"))
-    for kind, entry in found["kinds"].items():
-        shares = ", ".join(f"rank {r}: {entry[f'rank_{r}']:.1%}" for r in (found["rank"], 2 * found["rank"]))
+        plot(curves, Path(f"{arguments.out}.png"))
+    for kind, entry in curves["kinds"].items():
+        shares = ", ".join(f"rank {r}: {entry[f'rank_{r}']:.1%}" for r in (curves["rank"], 2 * curves["rank"]))
         print(f"{kind:<10} {shares} of {entry['layers']} layers' squared singular values")

@@ -1,4 +1,4 @@
-"""Is the package right on a GPU, and how fast: stages in that order, each a process with a time limit.
+"""Check that the package is right on a GPU, then how fast it is: stages, each a process with a time limit.
 
     machine    versions; whether fp32 products are fp32; rates of a large product and a copy
     tests      the comparisons of tests/gpu, where that folder is and a GPU
@@ -195,18 +195,20 @@ class Stages:
         return {"right": done.returncode == 0, "end": done.stdout[-2000:]}
 
     def reference(self) -> dict[str, Any]:
-        device, found = self.device(), {}
+        device, methods = self.device(), {}
         for name, bar in METHODS.items():
             config = small_config(small_method(name))
-            mine, goal = (plain_losses(config, each, 3 if self.tiny else 10) for each in (device, torch.device("cpu")))
-            found[name] = {"difference": largest_difference(mine, goal), "bar": bar}
-        return {"methods": found, "right": all(each["difference"] < each["bar"] for each in found.values())}
+            losses, expected = (
+                plain_losses(config, each, 3 if self.tiny else 10) for each in (device, torch.device("cpu"))
+            )
+            methods[name] = {"difference": largest_difference(losses, expected), "bar": bar}
+        return {"methods": methods, "right": all(each["difference"] < each["bar"] for each in methods.values())}
 
     def engines(self) -> dict[str, Any]:
-        """Losses, norms and switches of a few steps, for the caller to compare."""
+        """Return losses, norms and switches of a few steps, for the caller to compare."""
         device = self.device()
         begin(device)
-        found = {}
+        cases = {}
         kinds = {kind: CLASSES[kind] for kind in ("zero1", "zero1_fp32_accum")} if self.tiny else CLASSES
         for name in ("switchlora",) if self.tiny else ("full", "switchlora"):
             for precision in TOLERANCES:
@@ -216,13 +218,13 @@ class Stages:
                     engine = build_engine(small_config(small_method(name), precision), ds_config, device)
                     steps = batches(engine.config, 2 if self.tiny else 8, VOCAB)
                     done = [engine.train_step(step, pieces) for step, pieces in enumerate(steps)]
-                    found[f"{name} {kind} {precision}"] = {
+                    cases[f"{name} {kind} {precision}"] = {
                         "losses": [each.loss for each in done],
                         "norms": [each.grad_norm for each in done],
                         "switched": [each.switched for each in done],
                         "healthy": all(each.healthy for each in done),
                     }
-        return found
+        return cases
 
     def speed(self) -> dict[str, Any]:
         device = self.device()
@@ -234,14 +236,14 @@ class Stages:
         if self.tiny:
             model, rank = ModelConfig(vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=2), 8
             train.seq_len, train.micro_batch_size, train.global_batch_size = 16, 2, 4
-        found = {}
+        measured = {}
         for method in (make_method("full"), make_method("switchlora", rank=rank)):
             config = RunConfig(model, method, OptimConfig(lr=1e-4), train, parallel=ParallelConfig())
-            found[method.name] = self.steps(config, device)
-        return found
+            measured[method.name] = self.steps(config, device)
+        return measured
 
     def steps(self, config: RunConfig, device: torch.device) -> dict[str, Any]:
-        """Time and memory of a step at ZeRO 1."""
+        """Return time and memory per step at ZeRO 1."""
         gc.collect()
         if self.kind == "cuda":
             torch.cuda.empty_cache()
@@ -267,26 +269,26 @@ class Stages:
         }
 
 
-def largest_difference(mine: list[float], goal: list[float]) -> float:
+def largest_difference(values: list[float], expected: list[float]) -> float:
     """Return the largest relative difference of two lists of one length; infinite where one is not a number."""
-    pairs = zip(mine, goal, strict=True)
+    pairs = zip(values, expected, strict=True)
     differences = [abs(a - b) / max(abs(b), 1e-30) for a, b in pairs]
     return max(each if each == each else float("inf") for each in differences)
 
 
 def compare_engines(here: dict[str, Any], cpu: dict[str, Any]) -> dict[str, Any]:
     """Return for each case the largest differences, and whether all keep within their precision's tolerance."""
-    found: dict[str, Any] = {}
+    cases: dict[str, Any] = {}
     right = here.keys() == cpu.keys()
     for name in here.keys() & cpu.keys():
-        mine, goal, bar = here[name], cpu[name], TOLERANCES[name.split()[-1]]
-        found[name] = {
-            **{key: largest_difference(mine[key], goal[key]) for key in ("losses", "norms")},
-            "switched alike": mine["switched"] == goal["switched"] and mine["healthy"] and goal["healthy"],
+        values, expected, bar = here[name], cpu[name], TOLERANCES[name.split()[-1]]
+        cases[name] = {
+            **{key: largest_difference(values[key], expected[key]) for key in ("losses", "norms")},
+            "switched alike": values["switched"] == expected["switched"] and values["healthy"] and expected["healthy"],
             "bar": bar,
         }
-        right &= found[name]["switched alike"] and found[name]["losses"] < bar
-    return {"cases": dict(sorted(found.items())), "right": right}
+        right &= cases[name]["switched alike"] and cases[name]["losses"] < bar
+    return {"cases": dict(sorted(cases.items())), "right": right}
 
 
 def _child(act: Callable[[], dict[str, Any]], path: str) -> None:
@@ -342,14 +344,14 @@ def check(device: str, tiny: bool, root: Path, report: Callable[[dict[str, Any]]
 
 def verdict(result: dict[str, Any]) -> list[str]:
     """Return a sentence for each stage that failed or is not right."""
-    found = []
+    sentences = []
     for name in LIMITS:
         stage = result.get(name, {})
         if "failed" in stage:
-            found.append(f"{name}: {stage['failed'].strip().splitlines()[-1]}")
+            sentences.append(f"{name}: {stage['failed'].strip().splitlines()[-1]}")
         elif not stage.get("right", True):
-            found.append(f"{name}: a difference is above its bar, see the JSON")
-    return found
+            sentences.append(f"{name}: a difference is above its bar, see the JSON")
+    return sentences
 
 
 def main(argv: Sequence[str]) -> None:

@@ -44,7 +44,7 @@ def test_a_comparison_is_stopped_and_goes_on(tmp_path: Path) -> None:
         output = process.communicate(timeout=60)[0].decode()
     finally:
         end([process])
-    assert process.returncode == 75 and "the same command goes on" in output, output
+    assert process.returncode == 75 and "the same command continues" in output, output
     done = subprocess.run(
         command, env=place.env, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
     )

@@ -288,7 +288,7 @@ def test_another_text_and_missing_data_are_refused(tool: ModuleType, tmp_path: P
     with pytest.raises(UserError, match=r"has tokens of fingerprint cache, the runs in .* read other"):
         start(tool, tmp_path, sweep="none")
     assert (tmp_path / "calls.txt").read_text() == calls
-    with pytest.raises(UserError, match="say with --data"):
+    with pytest.raises(UserError, match="give with --data"):
         tool.act(tool.make_parser().parse_args([str(tmp_path / "short.yaml"), "--dry_run"]))
 
 

@@ -3,15 +3,15 @@
     python tools/analyze.py RUN [--out FOLDER] [--base first] [--layers 0,11] [--device cuda]
 
 Reads every published checkpoint of RUN and its metrics.jsonl; writes analysis.json and plots into RUN/analysis.
-    spectra_weights.png, spectra_updates.png   singular values by kind of matrix, mean over layers, a line a checkpoint
-                                               (SwitchLoRA's Figures 10 and 11)
+    spectra_weights.png, spectra_updates.png   singular values by kind of matrix, mean over layers, one line
+                                               per checkpoint (SwitchLoRA's Figures 10 and 11)
     effective_rank.png                         of weights and of updates over training (LTE's Figure 14)
     heads.png                                  LTE: cosine of updates and Grassmann distance over heads (Figures 5, 11)
     switching.png                              vectors switched against the schedule's expectation, slots seen in use
 An update is W_eff(t) - W_eff(base), W_eff being W + sBA, or the mean of the heads' W + s B_n A_n. The base is step 0:
 its weights follow from the seed, or are those of train.init_from; `--base first` takes the first checkpoint instead.
 Give the run --checkpoint.keep_every, or only its last checkpoints are there. Slots are seen at checkpoints only, so
-those counted are fewer than those used. Full SVDs of large models take minutes a checkpoint: --layers takes some.
+those counted are fewer than those used. Full SVDs of large models take minutes per checkpoint: --layers selects layers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megatron_switchlora.study.analysis.plots import plot_all
 
 
 def describe(result: dict[str, Any], out: Path) -> str:
-    """A few lines for the terminal."""
+    """Return a few lines for the terminal."""
     checkpoints, switched = result["checkpoints"], result["switching"]
     last = checkpoints[-1]
     lines = [f"{result['run']} ({result['method']}): {len(checkpoints)} checkpoints, updates since {result['base']}"]

@@ -1,4 +1,4 @@
-"""What a run's checkpoints and records tell of its weights: spectra, ranks, alignment of heads, switching."""
+"""Measures of a run's weights, from its checkpoints and records: spectra, ranks, alignment of heads, switching."""
 
 from __future__ import annotations
 
@@ -27,41 +27,41 @@ Base = Callable[[str], Tensor]
 
 
 def open_run(run: Path) -> list[Weights]:
-    """The weights of every published checkpoint, oldest first.
+    """Open the weights of every published checkpoint, oldest first.
 
     Raises:
         UserError: not a run folder, no checkpoint, or a damaged one.
     """
     require((run / "config.yaml").is_file(), f"{run} is not a run folder: it has no config.yaml. Give one of runs/.")
-    found = published(run / "checkpoints")
+    folders = published(run / "checkpoints")
     require(
-        bool(found),
+        bool(folders),
         f"The run {run} has no published checkpoint to analyse: let it reach one, and keep them with "
         "--checkpoint.keep_every.",
     )
-    return [Weights(verified(folder)) for folder in found]
+    return [Weights(verified(folder)) for folder in folders]
 
 
 def matrices(weights: Weights, layers: Optional[set[int]]) -> dict[str, str]:
-    """Names of the decoder's matrices, each once whatever heads there are, and their kinds (q_proj, ...)."""
+    """Return the names of the decoder's matrices, each once whatever heads there are, and their kinds (q_proj, ...)."""
     model = build_on_meta(weights.model, weights.vocab_size)
     linears = [(each.name, each.attribute) for each in model.decoder_linears()]
     return {f"{name}.weight": kind for name, kind in linears if layers is None or _layer(name) in layers}
 
 
 def _layer(name: str) -> int:
-    """The number of a linear's layer: the first in its name."""
+    """Return the number of a linear's layer: the first in its name."""
     return next(int(word) for word in name.split(".") if word.isdecimal())
 
 
 def heads_of(weights: Weights, name: str) -> list[str]:
-    """The names under which LTE's heads hold the factors of a matrix."""
+    """Return the names under which LTE's heads hold the factors of a matrix."""
     stem = name.removesuffix("weight")
     return [of_head(head, name) for head in weights.heads if of_head(head, f"{stem}lora_A") in weights.archive]
 
 
 def make_base(weights: list[Weights], choice: str) -> tuple[Base, str]:
-    """What updates are measured from, and words for it."""
+    """Return the weights that updates are measured from, and their description."""
     first, train = weights[0], _train_section(weights[0])
     start = train["init_from"]
     if choice == "first" or first.state["step"] == 0:
@@ -84,7 +84,7 @@ def _train_section(weights: Weights) -> dict[str, Any]:
 
 
 def describe(values: list[Tensor]) -> dict[str, Any]:
-    """The spectra of one kind's layers: their mean, and ranks by layer."""
+    """Summarise the spectra of one kind's layers: their mean, and ranks by layer."""
     ranks = [effective_rank(value) for value in values]
     return {
         "spectrum": torch.stack(values).mean(0).tolist(),
@@ -95,29 +95,29 @@ def describe(values: list[Tensor]) -> dict[str, Any]:
 
 
 def spectra(weights: list[Weights], base: Base, kinds: dict[str, str], device: str) -> list[dict[str, Any]]:
-    """For each checkpoint and kind of matrix, the spectra of weights and of updates."""
-    found: list[dict[str, dict[str, list[Tensor]]]] = [{} for _ in weights]
+    """Return the spectra of weights and of updates, for each checkpoint and kind of matrix."""
+    entries: list[dict[str, dict[str, list[Tensor]]]] = [{} for _ in weights]
     for name, kind in tqdm(kinds.items(), desc="Singular values", unit=" matrices", disable=None):
         start = base(name).to(device)
-        for checkpoint, entry in zip(weights, found, strict=True):
+        for checkpoint, entry in zip(weights, entries, strict=True):
             now = checkpoint.read(name).to(device)
             lists = entry.setdefault(kind, {"weight": [], "update": []})
             lists["weight"].append(spectrum(now).cpu())
             lists["update"].append(spectrum(now - start).cpu())
     return [
-        {kind: {what: describe(v) for what, v in lists.items()} for kind, lists in entry.items()} for entry in found
+        {kind: {what: describe(v) for what, v in lists.items()} for kind, lists in entry.items()} for entry in entries
     ]
 
 
 def alignment(weights: Weights, kinds: dict[str, str]) -> dict[str, Any]:
-    """By kind, the mean over layers of the heads' cosine and Grassmann distance; empty for a run without heads."""
-    found: dict[str, list[dict[str, Optional[float]]]] = {}
+    """Return the mean over layers of the heads' cosine and Grassmann distance by kind; nothing without heads."""
+    alignments: dict[str, list[dict[str, Optional[float]]]] = {}
     for name, kind in kinds.items():
         heads = [weights.factors(head) for head in heads_of(weights, name)]
         if heads:
-            found.setdefault(kind, []).append(head_alignment(heads))
+            alignments.setdefault(kind, []).append(head_alignment(heads))
     return {kind: {key: _mean([entry[key] for entry in entries]) for key in ("cosine", "grassmann")}
-            for kind, entries in found.items()}  # fmt: skip
+            for kind, entries in alignments.items()}  # fmt: skip
 
 
 def _mean(values: list[Optional[float]]) -> Optional[float]:
@@ -126,8 +126,10 @@ def _mean(values: list[Optional[float]]) -> Optional[float]:
 
 
 def switching(run: Path, weights: list[Weights]) -> dict[str, Any]:
-    """Vectors switched by each step, beside the schedule's expectation before its caps, and slots seen in use; of
-    several heads those of head 0, whose records these are."""
+    """Return the vectors switched by each step, the schedule's expectation before its caps, and slots seen in use.
+
+    Of several heads these are those of head 0, whose records these are.
+    """
     last = weights[-1]
     method, train = last.method, _train_section(last)
     if not method.facts.switches:
@@ -167,15 +169,15 @@ def switching(run: Path, weights: list[Weights]) -> dict[str, Any]:
 
 
 def analyze(run: Path, base: str, layers: Optional[set[int]], device: str) -> dict[str, Any]:
-    """Everything, as it goes into analysis.json."""
+    """Return all measures, as they go into analysis.json."""
     weights = open_run(run)
     kinds = matrices(weights[-1], layers)
     require(bool(kinds), f"{run} has no layer among --layers {sorted(layers or ())}: they count from 0.")
-    start, words = make_base(weights, base)
-    found = spectra(weights, start, kinds, device)
+    start, description = make_base(weights, base)
+    by_checkpoint = spectra(weights, start, kinds, device)
     checkpoints = [
         {"step": checkpoint.state["step"], "kinds": entry, "heads": alignment(checkpoint, kinds)}
-        for checkpoint, entry in zip(weights, found, strict=True)
+        for checkpoint, entry in zip(weights, by_checkpoint, strict=True)
     ]
-    return {"run": run.name, "method": weights[-1].method.name, "base": words, "checkpoints": checkpoints,
+    return {"run": run.name, "method": weights[-1].method.name, "base": description, "checkpoints": checkpoints,
             "switching": switching(run, weights)}  # fmt: skip

@@ -15,7 +15,7 @@ WINDOWS = 60  # points of the switching curve
 
 
 def plot_all(result: dict[str, Any], out: Path) -> None:
-    """Every plot for which there is something."""
+    """Draw every plot for which there are results."""
     checkpoints = result["checkpoints"]
     _spectra(checkpoints, "weight", result["run"], out / "spectra_weights.png")
     _spectra(checkpoints, "update", f"{result['run']}: updates since {result['base']}", out / "spectra_updates.png")
@@ -35,7 +35,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _spectra(checkpoints: list[dict[str, Any]], what: str, title: str, path: Path) -> None:
-    """A panel for each kind of matrix: singular values, largest first, early checkpoints dark."""
+    """Draw a panel for each kind of matrix: singular values, largest first, early checkpoints dark."""
     kinds = list(checkpoints[-1]["kinds"])
     figure = new_figure(13, 6)
     from matplotlib import colormaps  # after the first figure, which sees that it can be imported
@@ -79,20 +79,20 @@ def _heads(checkpoints: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def _switching(found: dict[str, Any], path: Path) -> None:
-    """Means over windows of steps: single steps scatter by their draw."""
+def _switching(curves: dict[str, Any], path: Path) -> None:
+    """Draw means over windows of steps: single steps scatter by their draw."""
     figure = new_figure(11, 4.5)
     left, right = figure.subplots(1, 2)
-    width = max(1, len(found["steps"]) // WINDOWS)
+    width = max(1, len(curves["steps"]) // WINDOWS)
     for key, style in (("switched", "-"), ("expected", "--")):
-        starts = range(0, len(found["steps"]) - width + 1, width)
-        means = [sum(found[key][start : start + width]) / width for start in starts]
-        left.plot([found["steps"][start] for start in starts], means, style, label=key)
-    left.set(xlabel="step", ylabel="vectors a step, all layers and both sides", title="switching")
+        starts = range(0, len(curves["steps"]) - width + 1, width)
+        means = [sum(curves[key][start : start + width]) / width for start in starts]
+        left.plot([curves["steps"][start] for start in starts], means, style, label=key)
+    left.set(xlabel="step", ylabel="vectors per step, all layers and both sides", title="switching")
     for side in "AB":
-        values = [entry[side] for entry in found["slots_seen"]]
+        values = [entry[side] for entry in curves["slots_seen"]]
         right.plot(
-            [entry["step"] for entry in found["slots_seen"]], values, "o-", markersize=3, label=f"slots of {side}"
+            [entry["step"] for entry in curves["slots_seen"]], values, "o-", markersize=3, label=f"slots of {side}"
         )
     right.set(xlabel="step", ylabel="share of the bank seen live at checkpoints", title="slots", ylim=(0, 1.05))
     _save(figure, path)

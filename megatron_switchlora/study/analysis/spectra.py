@@ -1,4 +1,4 @@
-"""What a matrix's spectrum, and the adapters of several heads, say about training: small pure functions.
+"""Pure functions of a matrix's spectrum and of the adapters of several heads.
 
 Spectra of weights and of their updates since the start are Figures 10 and 11 of SwitchLoRA (arXiv 2406.06564): a
 low-rank method whose updates reach many directions trains like full rank. The effective rank puts a spectrum into one
@@ -21,14 +21,14 @@ Factors = tuple[Tensor, Tensor]  # A [r, in], B [r, out]
 
 
 def spectrum(matrix: Tensor) -> Tensor:
-    """Singular values of [m, n], largest first: [min(m, n)], float64."""
+    """Return the singular values of [m, n], largest first: [min(m, n)], float64."""
     return torch.linalg.svdvals(matrix.double())
 
 
 def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of the normalised singular values: 1 for one direction, k for k equal ones, 0 for none.
+    """Return exp of the entropy of the normalised singular values.
 
-    Roy and Vetterli, 2007; LTE's Figure 14.
+    It is 1 for one direction, k for k equal ones, 0 for none. Roy and Vetterli, 2007; LTE's Figure 14.
     """
     total = float(values.sum())
     if total == 0:
@@ -39,30 +39,30 @@ def effective_rank(values: Tensor) -> float:
 
 
 def numerical_rank(values: Tensor, share: float = 1e-3) -> int:
-    """Singular values above a share of the largest."""
+    """Count singular values above a share of the largest."""
     return int((values > share * values.max()).sum())
 
 
-def update_cosine(one: Factors, other: Factors) -> Optional[float]:
-    """Cosine between vec(B^T A) of two heads; None where either update is zero."""
-    norms = _inner(one, one) * _inner(other, other)
-    return _inner(one, other) / norms**0.5 if norms > 0 else None
+def update_cosine(first: Factors, second: Factors) -> Optional[float]:
+    """Return the cosine between vec(B^T A) of two heads; None where either update is zero."""
+    norms = _inner(first, first) * _inner(second, second)
+    return _inner(first, second) / norms**0.5 if norms > 0 else None
 
 
-def _inner(one: Factors, other: Factors) -> float:
-    """<B1^T A1, B2^T A2> = sum of (A1 A2^T) * (B1 B2^T)."""
-    (A1, B1), (A2, B2) = one, other
+def _inner(first: Factors, second: Factors) -> float:
+    """Return <B1^T A1, B2^T A2> = sum of (A1 A2^T) * (B1 B2^T)."""
+    (A1, B1), (A2, B2) = first, second
     return float(((A1.double() @ A2.double().t()) * (B1.double() @ B2.double().t())).sum())
 
 
-def grassmann_distance(one: Tensor, other: Tensor) -> float:
-    """Distance of the row spaces of [r, n] and [r, n], both of rank r: the root of the sum of the squared principal
-    angles, between 0 and sqrt(r) pi / 2.
+def grassmann_distance(first: Tensor, second: Tensor) -> float:
+    """Return the distance of the row spaces of [r, n] and [r, n], both of rank r.
 
+    It is the root of the sum of the squared principal angles, between 0 and sqrt(r) pi / 2.
     The angles come from the sines below 45 degrees and from the cosines above: arccos alone loses half of the digits
     of a small angle.
     """
-    p, q = (torch.linalg.qr(matrix.double().t()).Q for matrix in (one, other))
+    p, q = (torch.linalg.qr(matrix.double().t()).Q for matrix in (first, second))
     cosines = torch.linalg.svdvals(p.t() @ q).clamp(0, 1)  # descending
     sines = torch.linalg.svdvals(q - p @ (p.t() @ q)).clamp(0, 1).flip(0)  # ascending, so of the same angles
     angles = torch.where(sines < cosines, sines.arcsin(), cosines.arccos())
@@ -70,11 +70,14 @@ def grassmann_distance(one: Tensor, other: Tensor) -> float:
 
 
 def head_alignment(heads: Sequence[Factors]) -> dict[str, Optional[float]]:
-    """Means over all pairs of heads: `cosine` of the updates (None if all but one are zero) and `grassmann` distance of
-    the row spaces of A (None for a single head)."""
+    """Return means over all pairs of heads.
+
+    They are the `cosine` of the updates (None if all but one are zero) and the `grassmann` distance of the row spaces
+    of A (None for a single head).
+    """
     pairs = list(combinations(heads, 2))
-    cosines = [value for one, other in pairs if (value := update_cosine(one, other)) is not None]
-    distances = [grassmann_distance(one[0], other[0]) for one, other in pairs]
+    cosines = [value for first, second in pairs if (value := update_cosine(first, second)) is not None]
+    distances = [grassmann_distance(first[0], second[0]) for first, second in pairs]
     return {
         "cosine": sum(cosines) / len(cosines) if cosines else None,
         "grassmann": sum(distances) / len(distances) if distances else None,

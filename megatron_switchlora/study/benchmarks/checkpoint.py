@@ -1,7 +1,8 @@
-"""How long a checkpoint keeps training waiting: written in the background against written at once.
+"""Measure how long a checkpoint keeps training waiting: written in the background against written at once.
 
 One process trains a SwitchLoRA model and saves it in turn in either way. The stall is the time that training stands
-still; while the background writes, steps go on, and their time over that of undisturbed steps is given too. Medians.
+still. While the background writes, training continues; the time of these steps over that of undisturbed ones is given
+too. All are medians.
 
     python tools/measure_checkpoint.py --folder /some/disk --out benchmarks/checkpoint_cpu.json
 """

@@ -1,4 +1,4 @@
-"""What the benchmarks share: engines, clocks around methods, the machine, and where a result goes."""
+"""Engines, clocks around methods, facts of the machine and output, for all benchmarks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def join_ranks(kind: str, threads: int = 0) -> tuple[Ranks, torch.device]:
 def make_engine(
     config: RunConfig, vocab_size: Optional[int], device: torch.device, ds_config: Optional[dict[str, Any]] = None
 ) -> Engine:
-    """A fresh engine, by default at ZeRO stage 1; without a vocabulary size, the configuration's."""
+    """Return a fresh engine, by default at ZeRO stage 1 and with the configuration's vocabulary size."""
     from megatron_switchlora.train.engine import Engine
 
     mesh = build_mesh(config.parallel)

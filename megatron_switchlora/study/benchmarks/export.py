@@ -1,8 +1,8 @@
-"""The memory that an export takes: a synthetic checkpoint of a configuration, converted in a process of its own.
+"""Measure the memory that an export takes: a synthetic checkpoint, converted in a process of its own.
 
-The checkpoint has everything that a run of one rank would leave (random weights and factors; moments and bank of
-zeros, which an export verifies and does not read), in a file a layer. The peak is the converter's largest resident
-set, as the kernel counts it.
+The checkpoint of a configuration has everything that a run of one rank would leave, in a file per layer: random weights
+and factors, and moments and bank of zeros, which an export verifies and does not read. The peak is the converter's
+largest resident set, as the kernel counts it.
 
     python tools/measure_export.py launch/configs/llama_1.3b.yaml --rank 512 --out benchmarks/export_1.3b.json
 """
@@ -47,7 +47,7 @@ def state_of(name: str, shape: tuple[int, ...], rows: int) -> Iterator[TensorSli
 
 
 def write_checkpoint(folder: Path, config: RunConfig, vocab_size: int) -> None:
-    """One file for each adapted matrix, one for all dense tensors."""
+    """Write one file for each adapted matrix, one for all dense tensors."""
     model = build_on_meta(config.model, vocab_size)
     linears = {name: linear.weight.shape for name, _, _, linear in model.decoder_linears()}
     r = config.method.rank

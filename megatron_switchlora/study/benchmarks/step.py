@@ -1,4 +1,4 @@
-"""What a step costs: full-rank against SwitchLoRA merged and split, the cache policies, switching and the bank.
+"""Measure what a step costs: full-rank against SwitchLoRA merged and split, the cache policies, switching and the bank.
 
 Engines of one model under DeepSpeed in one process step in turn on the same random tokens; each round's times are
 divided by the full-rank step of that round, and medians over rounds are reported. "linears" are the seven projections
@@ -68,7 +68,7 @@ def make_config(options: argparse.Namespace, method: MethodConfig, precision: st
 
 
 def flop_ratio(config: RunConfig, head: bool = True) -> float:
-    """FLOPs of a rank's linears in a step, with or without the head, over full-rank's."""
+    """Return the FLOPs of a rank's linears in a step, with or without the head, over full-rank's."""
     model, tp = config.model, config.parallel.tp
     rest = 6 * model.hidden_size * (model.vocab_size or 0) * head / tp
 
@@ -80,7 +80,7 @@ def flop_ratio(config: RunConfig, head: bool = True) -> float:
 
 
 def held_bytes(engine: Engine, tokens: torch.Tensor) -> int:
-    """Bytes of the distinct storages that one forward pass keeps for backward, without parameters and buffers."""
+    """Return the bytes of the storages that a forward pass keeps for backward, without parameters and buffers."""
     known = {t.untyped_storage().data_ptr() for t in [*engine.model.parameters(), *engine.model.buffers()]}
     seen: dict[int, int] = {}
 
@@ -116,7 +116,7 @@ def batches(config: RunConfig, step: int) -> list[torch.Tensor]:
 def compare(
     engines: dict[str, Engine], rounds: int, spent: dict[str, dict[str, list[float]]]
 ) -> dict[str, list[float]]:
-    """Seconds of every engine's steps, interleaved; the first round warms up and is dropped."""
+    """Return the seconds of every engine's steps, interleaved; the first round warms up and is dropped."""
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for step in range(rounds + 1):
         for name, engine in engines.items():
@@ -134,7 +134,7 @@ def ratio(values: list[float], base: list[float]) -> float:
 
 
 def forms(options: argparse.Namespace, precision: str, device: torch.device) -> dict[str, Any]:
-    """Full-rank against both forms at each rank."""
+    """Compare full-rank training with both forms at each rank."""
     engines: dict[str, Engine] = {}
     configs: dict[str, RunConfig] = {}
     spent: dict[str, dict[str, list[float]]] = {}
@@ -149,11 +149,11 @@ def forms(options: argparse.Namespace, precision: str, device: torch.device) -> 
             spent[name] = {}
             watch_switching(engines[name], spent[name])
     seconds = compare(engines, options.rounds, spent)
-    found: dict[str, Any] = {"full": {"seconds": median(seconds["full"])}}
+    results: dict[str, Any] = {"full": {"seconds": median(seconds["full"])}}
     for name, config in configs.items():
         shares = {key: round(median(v / t for v, t in zip(values[1:], seconds[name], strict=True)), 5)
                   for key, values in spent[name].items()}  # fmt: skip
-        found[name] = {
+        results[name] = {
             "step_ratio": ratio(seconds[name], seconds["full"]),
             "flop_ratio": round(flop_ratio(config), 4),
             "share_of_step": shares,
@@ -161,17 +161,17 @@ def forms(options: argparse.Namespace, precision: str, device: torch.device) -> 
         if options.tp > 1:
             recorder = engines[name].recorder  # of the last step
             bank = recorder.total("switch", engines[name].mesh.group("tp"))
-            found[name]["tp_bytes"] = {
+            results[name]["tp_bytes"] = {
                 "bank": bank,
                 "other": recorder.total(None, engines[name].mesh.group("tp")) - bank,
             }
-        print(precision, name, found[name], flush=True)
-    return found
+        print(precision, name, results[name], flush=True)
+    return results
 
 
 def make_layers(config: RunConfig, dtype: torch.dtype, device: torch.device) -> list[torch.nn.Module]:
-    """The seven projections of a layer, plain or adapted, with random weights."""
-    made: list[torch.nn.Module] = []
+    """Return the seven projections of a layer, plain or adapted, with random weights."""
+    layers: list[torch.nn.Module] = []
     for out_features, in_features in decoder_shapes(config.model):
         base = ColumnParallelLinear(in_features, out_features, Axis()).to(device)
         torch.nn.init.normal_(base.weight, std=0.02)
@@ -181,12 +181,12 @@ def make_layers(config: RunConfig, dtype: torch.dtype, device: torch.device) -> 
         for param in layer.parameters():
             torch.nn.init.normal_(param, std=0.02)
             param.data = param.data.to(device, dtype)
-        made.append(layer)
-    return made
+        layers.append(layer)
+    return layers
 
 
 def linears(options: argparse.Namespace, precision: str, device: torch.device) -> dict[str, Any]:
-    """The seven projections alone: plain, merged and split at each rank."""
+    """Time the seven projections alone: plain, merged and split at each rank."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     configs = {"full": make_config(options, make_method("full"), precision, 1)}
     for divisor in options.divisors:
@@ -198,15 +198,15 @@ def linears(options: argparse.Namespace, precision: str, device: torch.device) -
     inputs = {n: torch.randn(options.tokens, n, device=device, dtype=dtype, requires_grad=True) for n in widths}
     seconds: dict[str, list[float]] = {name: [] for name in layers}
     for _ in range(options.rounds + 1):
-        for name, made in layers.items():
+        for name, modules in layers.items():
             began = time.perf_counter()
-            for width, layer in zip(widths, made, strict=True):
+            for width, layer in zip(widths, modules, strict=True):
                 y = layer(inputs[width])
                 y.backward(y.detach())
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - began)
-    found = {
+    results = {
         name: {
             "ratio": ratio(seconds[name][1:], seconds["full"][1:]),
             "flop_ratio": round(flop_ratio(config, False), 4),
@@ -214,12 +214,12 @@ def linears(options: argparse.Namespace, precision: str, device: torch.device) -
         for name, config in configs.items()
         if name != "full"
     }
-    print(precision, "linears", found, flush=True)
-    return found
+    print(precision, "linears", results, flush=True)
+    return results
 
 
 def policies(options: argparse.Namespace, precision: str, device: torch.device) -> dict[str, Any]:
-    """The cache policies over four micro-batches, against the split form."""
+    """Compare the cache policies over four micro-batches with the split form."""
     engines = {}
     for name in ("split", "micro_batch", "accumulation", "recompute"):
         method = make_method(rank=options.hidden_size // 4, compute="split" if name == "split" else "merged")
@@ -228,12 +228,12 @@ def policies(options: argparse.Namespace, precision: str, device: torch.device) 
         engines[name] = make_engine(make_config(options, method, precision, 4), None, device)
     held = {name: held_bytes(engine, batches(engine.config, 0)[0]) for name, engine in engines.items()}
     seconds = compare(engines, options.rounds, {})
-    found = {
+    results = {
         name: {"step_ratio_to_split": ratio(seconds[name], seconds["split"]), "held_bytes": held[name]}
         for name in engines
     }
-    print(precision, found, flush=True)
-    return found
+    print(precision, results, flush=True)
+    return results
 
 
 def run(options: argparse.Namespace, door: Door) -> None:
@@ -262,7 +262,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--intermediate_size", type=number_from(1), default=2736)
     parser.add_argument("--num_layers", type=number_from(1), default=1)
     parser.add_argument("--vocab_size", type=number_from(1), default=1024)
-    parser.add_argument("--tokens", type=number_from(1), default=4096, help="tokens of a step")
+    parser.add_argument("--tokens", type=number_from(1), default=4096, help="tokens per step")
     parser.add_argument("--rounds", type=number_from(1), default=5)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--tp", type=number_from(1), default=1)

@@ -1,4 +1,4 @@
-"""What switching costs: its share of a step, the step against plain LoRA, and bytes of optimizer state.
+"""Measure what switching costs: its share of a step, the step against plain LoRA, and bytes of optimizer state.
 
 Two engines in one process, LoRA and SwitchLoRA with the quick start's model and batch, step in turn on the same
 random tokens; the schedule is so long that the switching rate stays at its start (the most it ever is). Inside
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def state_bytes_per_lora_parameter(engine: Engine) -> float:
-    """Bytes of optimizer state of the adapters' group over their parameters (one process owns all of them)."""
+    """Return the bytes of optimizer state per adapter parameter (one process owns all of them)."""
     group = next(g for g in engine.optimizer.param_groups if g["name"] == "matrices")
     held = sum(
         tensor.numel() * tensor.element_size()

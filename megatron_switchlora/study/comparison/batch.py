@@ -74,7 +74,11 @@ def environment_of(env: Mapping[str, str], processes: int) -> dict[str, str]:
 
 
 def require_batch(setting: Setting, configs: dict[str, RunConfig]) -> None:
-    """Raises: UserError, if a selected method's runs are not one process each, on one device and text."""
+    """Check that each run is one process, and that all have one device and text.
+
+    Raises:
+        UserError: naming the method of others.
+    """
     for name in setting.selected:
         ranks = setting.launch(name)[1]
         require(
@@ -230,7 +234,7 @@ def take_known(results: Results, known: Results, device: str) -> None:
 
 
 def run_batch(runner: BatchRunner, known: Results) -> int:
-    """Run what is missing, as far as the time allows, and print what was done; returns the exit status."""
+    """Run what is missing, as far as the time allows, report it, and return the exit status."""
     with runner:
         device = attempt(runner.device)
         if device is None:

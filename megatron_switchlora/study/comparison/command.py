@@ -9,9 +9,9 @@ command of launch/pretrain.py in the work folder. `optim.lr` and `optim.dense_lr
 `sweep: coordinate` the best point's neighbours at half and double of either rate are tried until none is better, with
 `sweep: grid` all listed pairs; the best point then runs at the other seeds, those of the best methods at more. A run
 that diverges is a result: its loss is infinite. Stop or kill the command at any time: finished runs are kept in one
-JSON, and the same command goes on, a run under way from its own checkpoint. An option that some run would refuse is
-told before anything trains. `--set` gives an option another value in every run. `--timing` measures step times apart,
-runs in turn and one at a time: what is read off runs that shared the machine is no comparison. `--report` writes table
+JSON, and the same command continues, a run under way from its own checkpoint. An option that some run would refuse is
+reported before anything trains. `--set` gives an option another value in every run. `--timing` measures step times
+apart, runs in turn and one at a time: times of runs that shared the machine are no comparison. `--report` writes table
 and plot of what is there; the table follows each run.
 
     python tools/compare.py books_5m --data BOOKS --methods full,switchlora --pack inputs
@@ -84,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def read_changes(given: list[str]) -> dict[str, Any]:
-    """Options of --set, their values read as YAML; a text as it was typed."""
+    """Read the options of --set, their values as YAML, a text as it was typed."""
     for entry in given:
         require("=" in entry, f"--set {entry}: give an option and its value, as --set train.steps=4800.")
     return dict(_changed(*entry.split("=", 1)) for entry in given)
@@ -100,7 +100,7 @@ def _changed(name: str, text: str) -> tuple[str, Any]:
 
 
 def act(arguments: argparse.Namespace) -> int:
-    """Do what is asked for; returns the exit status."""
+    """Do what is asked for, and return the exit status."""
     overrides = {key: getattr(arguments, key) for key in ("launcher", "world") if getattr(arguments, key) is not None}
     names: Optional[list[str]] = arguments.methods.split(",") if arguments.methods else None
     setting = read_setting(arguments.setting, names, overrides, read_changes(arguments.changes))
@@ -127,7 +127,7 @@ def act(arguments: argparse.Namespace) -> int:
 def run_commands(
     setting: Setting, configs: dict[str, RunConfig], results: Results, arguments: argparse.Namespace
 ) -> bool:
-    """Run what is missing, or time the methods; returns whether that was asked for."""
+    """Run what is missing, or time the methods; return whether that was asked for."""
     text, first = None, configs[setting.selected[0]]
     if not (arguments.dry_run or arguments.timing):
         text = text_of(first)  # all methods read one text
@@ -144,10 +144,10 @@ def run_commands(
             command = " ".join(runner.command(method, point, 0))
             print(f"{method}: {configs[method].train.steps:,} steps, {point}\n  {command}")
         return False
-    there = sum(len(of_method(setting, results, method)) for method in setting.selected)
-    if there and not arguments.timing:
+    known = sum(len(of_method(setting, results, method)) for method in setting.selected)
+    if known and not arguments.timing:
         print(
-            f"{results.path} has {there} runs of these methods, which are not repeated: --out starts afresh.",
+            f"{results.path} has {known} runs of these methods, which are not repeated: --out starts afresh.",
             flush=True,
         )
     results.report = lambda: write_report(setting, configs, results, plot=False)
@@ -171,7 +171,7 @@ def pack_inputs(setting: Setting, configs: dict[str, RunConfig], arguments: argp
 
 
 def start_batch(setting: Setting, configs: dict[str, RunConfig], known: Results, arguments: argparse.Namespace) -> int:
-    """Run what is missing in few processes, within the minutes; returns the exit status."""
+    """Run what is missing in few processes, within the minutes, and return the exit status."""
     from megatron_switchlora.study.comparison import batch
     from megatron_switchlora.study.comparison.inputs import open_inputs, prepare_inputs
 
@@ -190,7 +190,7 @@ def start_batch(setting: Setting, configs: dict[str, RunConfig], known: Results,
 
 
 def leave(number: int, frame: object) -> None:
-    """Once: a second signal would strike amid the stopping of runs."""
+    """Raise KeyboardInterrupt once: a second signal would strike amid the stopping of runs."""
     for each in STOPS:
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt(signal.Signals(number).name)
@@ -212,9 +212,9 @@ def main(argv: Sequence[str]) -> None:
     except OSError as error:  # of the results, the work folder or a log
         where = shown(error.filename or "a file")
         print(
-            f"error: {where} cannot be read or written ({error.strerror}): the same command goes on.", file=sys.stderr
+            f"error: {where} cannot be read or written ({error.strerror}): the same command continues.", file=sys.stderr
         )
         sys.exit(2)
     except (KeyboardInterrupt, Stopped) as stop:
-        print(f"stopped ({stop}): the same command goes on", file=sys.stderr)
+        print(f"stopped ({stop}): the same command continues", file=sys.stderr)
         sys.exit(REQUEUE)

@@ -31,8 +31,10 @@ LARGEST = 64 << 20  # bytes of a folder of inputs
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tokens that all runs of a batch read: their cache folder and fingerprint, and the code's revision where only
-    the inputs know it."""
+    """The tokens that all runs of a batch read: their cache folder and fingerprint.
+
+    `revision` is the code's, where only the inputs know it.
+    """
 
     cache: Path
     text: str

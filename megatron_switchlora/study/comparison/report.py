@@ -1,8 +1,8 @@
 """Table and plot of tools/compare.py's results, written beside the JSON as .md and .png.
 
-A method's row is its best point: that of its finished sweep, else the best so far, marked. Losses are in nats a token;
-a deviation is the sample's over seeds. Perplexity is exp(loss), seed by seed. Gradient bytes are those that a rank
-handed to data-parallel collectives in a step; where a single data rank communicates nothing they are the formula's
+A method's row is its best point: that of its finished sweep, else the best so far, marked. Losses are in nats per
+token; a deviation is the sample's over seeds. Perplexity is exp(loss), seed by seed. Gradient bytes are those that a
+rank handed to data-parallel collectives per step; where a single data rank communicates nothing they are the formula's
 (`planning/memory.py`) for two data ranks. The plot has all runs pale and the best points' bold, over steps and tokens.
 """
 
@@ -35,7 +35,7 @@ HEAD = (
 
 
 def write_report(setting: Setting, configs: dict[str, RunConfig], results: Results, plot: bool = True) -> str:
-    """Write the table, which is returned, and the plot."""
+    """Write the table and the plot, and return the table."""
     rows: list[str] = []
     notes: set[str] = set()
     for method, config in configs.items():
@@ -53,26 +53,26 @@ def write_report(setting: Setting, configs: dict[str, RunConfig], results: Resul
 
 
 def best_runs(setting: Setting, results: Results, method: str) -> tuple[Optional[Point], list[Run]]:
-    """The rates that count for a method and its runs at full length there, by seed."""
-    mine = [run for run in of_method(setting, results, method) if not run["sweep"]]
+    """Return the rates that count for a method and its runs at full length there, by seed."""
+    complete = [run for run in of_method(setting, results, method) if not run["sweep"]]
     point = results.chosen(method)
-    if point is None and mine:
-        best = min(mine, key=_loss)
+    if point is None and complete:
+        best = min(complete, key=_loss)
         point = Point(best["lr"], best["dense_lr"])
-    found = [run for run in mine if point and (run["lr"], run["dense_lr"]) == (point.lr, point.dense_lr)]
-    return point, sorted(found, key=lambda run: run["seed"])
+    at_point = [run for run in complete if point and (run["lr"], run["dense_lr"]) == (point.lr, point.dense_lr)]
+    return point, sorted(at_point, key=lambda run: run["seed"])
 
 
 def of_method(setting: Setting, results: Results, method: str) -> list[Run]:
-    """A method's runs under the setting as it is now; those of earlier options stay in the file unseen."""
-    found = []
+    """Return a method's runs under the setting as it is now; those of earlier options stay in the file unseen."""
+    runs = []
     for key, run in results.content["runs"].items():
         if run["method"] == method:
             point = Point(run["lr"], run["dense_lr"])
             options = setting.run_options(method, point, run["seed"], run["sweep"])
             if key == run_key(method, point, run["seed"], options):
-                found.append(run)
-    return found
+                runs.append(run)
+    return runs
 
 
 def _loss(run: Run) -> float:
@@ -113,7 +113,7 @@ def _row(
 
 
 def _spread(values: list[float], digits: int) -> str:
-    """Mean and deviation over seeds; infinite where one has diverged."""
+    """Return mean and deviation over seeds; infinite where one has diverged."""
     if not all(map(math.isfinite, values)):
         return f"inf ({sum(not math.isfinite(value) for value in values)} of {len(values)} diverged)"
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
@@ -133,7 +133,7 @@ def _gradients(setting: Setting, method: str, config: RunConfig, run: Optional[R
     if run is None:
         return ""
     if config.parallel.lte_heads > 1:
-        notes.add("Merges: bytes that a rank gives to other LTE heads, in the mean of a step.")
+        notes.add("Merges: bytes that a rank gives to other LTE heads, mean per step.")
         return f"{run['dp_bytes'] / 1e6:,.2f} MB, merges {run['merge_bytes'] / 1e6:,.2f} MB"
     if run["dp_bytes"]:
         return f"{run['dp_bytes'] / 1e6:,.2f} MB"
@@ -179,7 +179,7 @@ def _facts(setting: Setting, results: Results) -> list[str]:
 
 
 def _plot(setting: Setting, results: Results, path: Path) -> None:
-    """Validation loss over steps and over tokens; a diverged run's curve ends where it did."""
+    """Draw the validation loss over steps and over tokens; a diverged run's curve ends where it did."""
     figure = new_figure(13, 5)
     left, right = figure.subplots(1, 2, sharey=True)
     top = 0.0  # the best runs from their second evaluation on are in sight: the fall from the start hides all else
@@ -195,7 +195,7 @@ def _plot(setting: Setting, results: Results, path: Path) -> None:
             for axes, column in ((left, 0), (right, 1)):
                 axes.plot([entry[column] for entry in run["curve"]], [entry[2] for entry in run["curve"]], **style)
     left.set(xlabel="step", ylabel="validation loss (nats a token)", title=setting.name)
-    right.set(xlabel="tokens", title="bold: best rates, a line a seed; pale: other rates")
+    right.set(xlabel="tokens", title="bold: best rates, one line per seed; pale: other rates")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.set_ylim(top=1.02 * top if top else None)

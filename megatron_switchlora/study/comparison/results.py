@@ -37,13 +37,13 @@ class Results:
         self.content: dict[str, Any] = {"data": None, "chosen": {}, "timing": {}, "runs": {}}
         if path.exists():
             try:
-                found = read_json(path)
+                content = read_json(path)
             except (OSError, ValueError) as error:
                 raise UserError(f"The results {path} cannot be read ({error}): move the file away.") from None
             require(
-                are_results(found), f"{path} does not hold results of this tool: move it away, or give another --out."
+                are_results(content), f"{path} does not hold results of this tool: move it away, or give another --out."
             )
-            self.content |= found
+            self.content |= content
             require(
                 len(self._devices()) <= 1,
                 f"{path} holds results on {' and '.join(self._devices())}, but a table compares those of one device: "
@@ -74,16 +74,20 @@ class Results:
         replace_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
     def choose(self, method: str, point: Optional[Point]) -> None:
-        """The rates that a sweep has found; None while it is under way."""
+        """Set the rates that a sweep has chosen; None while it is under way."""
         self.change("chosen", method, point and [point.lr, point.dense_lr])
 
     def chosen(self, method: str) -> Optional[Point]:
-        """The rates that a finished sweep has found."""
-        found = self.content["chosen"].get(method)
-        return found and Point(*found)
+        """Return the rates that a finished sweep has chosen."""
+        rates = self.content["chosen"].get(method)
+        return rates and Point(*rates)
 
     def require_text(self, data: Optional[str], what: str) -> None:
-        """Raises: UserError, if tokens of this fingerprint are not those of the runs that are there."""
+        """Check that a text is that of the runs that are there.
+
+        Raises:
+            UserError: its tokens have another fingerprint.
+        """
         before = self.content["data"]
         require(
             data is None or before in (None, data),
@@ -92,7 +96,11 @@ class Results:
         )
 
     def require_device(self, device: Optional[str], what: str) -> None:
-        """Raises: UserError, if results on this device may not stand beside those that are there."""
+        """Check that results on a device may stand beside those that are there.
+
+        Raises:
+            UserError: those are of another device.
+        """
         require(
             device is None or self.device in (None, device),
             f"{what} was computed on {device}, the results in {self.path} on {self.device}, and a table compares those "
@@ -100,7 +108,11 @@ class Results:
         )
 
     def add(self, key: str, run: dict[str, Any]) -> None:
-        """Raises: UserError, if the run read other tokens than those before it, or ran on another device."""
+        """Add a run and write the file.
+
+        Raises:
+            UserError: it read other tokens than those before it, or ran on another device.
+        """
         data = run.pop("data")
         self.require_text(data, key)
         self.require_device(run["device"], key)
@@ -108,12 +120,16 @@ class Results:
         self.change("runs", key, run)
 
     def add_timing(self, method: str, entry: dict[str, Any]) -> None:
-        """Raises: UserError, if step times are of another device than the results."""
+        """Set the step times of a method and write the file.
+
+        Raises:
+            UserError: they are of another device than the results.
+        """
         self.require_device(entry["device"], f"The step time of {method}")
         self.change("timing", method, entry)
 
     def merge(self, other: Results) -> int:
-        """Add the runs of another file that are not in this one; returns their number.
+        """Add the runs of another file that are not in this one, and return their number.
 
         Raises:
             UserError: they read other tokens, or ran on another device.
@@ -131,7 +147,7 @@ class Results:
 
 
 def are_results(content: Any) -> bool:
-    """Whether a JSON has the shape of `Results.content`."""
+    """Return whether a JSON has the shape of `Results.content`."""
     if not isinstance(content, dict):
         return False
     sections = [content.get(name, {}) for name in ("chosen", "timing", "runs")]
@@ -146,7 +162,7 @@ def are_results(content: Any) -> bool:
 
 
 def _has(kinds: dict[str, Any], entry: Any) -> bool:
-    """Whether a JSON has these fields, and a machine its own."""
+    """Return whether a JSON has these fields, and a machine its own."""
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key, ...), kind) for key, kind in kinds.items()):
         return False
     return {"cpus", "processor", "system"} <= set(entry["machine"])
@@ -157,5 +173,5 @@ def _are(kinds: Any, values: list[Any]) -> bool:
 
 
 def _is_point(entry: Any) -> bool:
-    """Whether it is a step, tokens and a loss."""
+    """Return whether it is a step, tokens and a loss."""
     return isinstance(entry, list) and len(entry) == 3 and _are(NUMBER, entry)

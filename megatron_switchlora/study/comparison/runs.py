@@ -1,7 +1,7 @@
-"""The runs of tools/compare.py: what is finished, in one JSON file, and starting what is missing.
+"""The runs of tools/compare.py as commands of launch/pretrain.py.
 
-A run is a command of launch/pretrain.py with its own folder, so that a second start of the same command goes on from
-its newest checkpoint, or finds it finished. Its numbers come from its metrics.jsonl and meta.json. A folder's name ends
+A run has a folder of its own, so that a second start of the same command resumes its newest checkpoint, or finds it
+finished. Its numbers come from its metrics.jsonl and meta.json. A folder's name ends
 with the text's fingerprint, so that a run of another text is never taken for it. `Results` is written by atomic renames
 after every run; a finished run's checkpoints and final model are then deleted (--keep keeps them).
 """
@@ -94,7 +94,7 @@ class CommandRunner(Runner):
                 shutil.rmtree(self.folder(key) / name, ignore_errors=True)
 
     def command(self, method: str, point: Point, seed: int) -> list[str]:
-        """The line that starts a run, but for its folder."""
+        """Return the line that starts a run, but for its folder."""
         return self._line(method, self.setting.run_options(method, point, seed, False))
 
     def _line(self, method: str, options: dict[str, Any]) -> list[str]:
@@ -111,7 +111,7 @@ class CommandRunner(Runner):
         return start + self.setting.command_line(options, self.data)
 
     def _wait_for(self, folder: Path) -> None:
-        """A run that outlived a killed compare.py ends first, or this comparison: it holds the lock of its folder."""
+        """Wait for the end of a run that outlived a killed compare.py, or of this comparison: it locks its folder."""
         if not (folder / ".lock").exists():
             return
         with open_no_follow(folder / ".lock", os.O_RDWR) as file:
@@ -125,11 +125,11 @@ class CommandRunner(Runner):
                 time.sleep(0.2)
 
     def execute(self, method: str, options: dict[str, Any], folder: Path, may_stop: bool = False) -> bool:
-        """Start or continue a run and wait for its end; returns whether it diverged.
+        """Start or continue a run, wait for its end, and return whether it diverged.
 
         Raises:
             Stopped: it was asked to stop (unless it may).
-            UserError: it failed, with the end of what it said.
+            UserError: it failed, with the end of its output.
         """
         self._wait_for(folder)
         log = folder.with_name(f"{folder.name}.log")
@@ -145,14 +145,14 @@ class CommandRunner(Runner):
                 self._started.add(process)
             status = process.wait()
             self._started.discard(process)
-        said = log.read_bytes()[begin:].decode(errors="replace")
-        if any(words in said for words in DIVERGED):
+        output = log.read_bytes()[begin:].decode(errors="replace")
+        if any(sentence in output for sentence in DIVERGED):
             return True
-        if status == REQUEUE or "stopped after step" in said or self._stopping:
+        if status == REQUEUE or "stopped after step" in output or self._stopping:
             if may_stop and not self._stopping:
                 return False
             raise Stopped(f"{folder.name} has left a checkpoint")
-        require(status == 0, f"A run failed with status {status}; the end of {log}:\n{said[-2000:]}")
+        require(status == 0, f"A run failed with status {status}; the end of {log}:\n{output[-2000:]}")
         return False
 
 
@@ -160,14 +160,16 @@ def certain_device(setting: Setting, config: RunConfig) -> Optional[str]:
     """Return "cpu" where the setting's runs can only compute on the CPU, else None."""
     from megatron_switchlora.startup.device import torch  # seconds, for which --help need not wait
 
-    started_here = setting.launcher == Setting.launcher
-    alone = started_here and not torch.cuda.device_count()
-    return "cpu" if config.train.device == "cpu" or alone else None
+    started_here = all(setting.launch(name)[0] == Setting.launcher for name in setting.selected)
+    no_gpu = started_here and not torch.cuda.device_count()
+    return "cpu" if config.train.device == "cpu" or no_gpu else None
 
 
 def text_of(config: RunConfig) -> Optional[str]:
-    """Fingerprint of the tokens that a run would read, prepared if they are not yet; None for the hub, whose dataset is
-    among a run's options."""
+    """Return the fingerprint of the tokens that a run would read, prepared if they are not yet.
+
+    It is None for the hub, whose dataset is among a run's options.
+    """
     if config.data.source == "hf":
         return None
     from megatron_switchlora.data.packing import prepare  # seconds, for which --help and --report need not wait

@@ -5,8 +5,8 @@ its own, and options overrule files; `ds_config`, the DeepSpeed JSON, may be amo
 `lr` and `dense_lr`: where its sweep starts, or with `sweep: grid` the lists of which every pair is tried; without
 `dense_lr` it is the method's default: mostly `lr`, as published. `{data}` in an option is the path given with --data.
 A method may have `launcher` and `world` of its own; --launcher overrules both. Every word that could be wrong is tried
-out before anything trains: a point becomes the words of a command line of launch/pretrain.py, and these are parsed and
-validated as that command would.
+out before anything trains: a point becomes a command line of launch/pretrain.py, which is parsed and validated as that
+command would.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Point:
         return f"lr {self.lr:g}" + ("" if self.dense_lr is None else f" dense_lr {self.dense_lr:g}")
 
     def neighbours(self) -> list[Point]:
-        """Either rate halved and doubled."""
+        """Return points with either rate halved and doubled."""
         lr, dense = self.lr, self.dense_lr
-        found = [Point(lr / 2, dense), Point(lr * 2, dense)]
-        return found if dense is None else [*found, Point(lr, dense / 2), Point(lr, dense * 2)]
+        beside = [Point(lr / 2, dense), Point(lr * 2, dense)]
+        return beside if dense is None else [*beside, Point(lr, dense / 2), Point(lr, dense * 2)]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Contender:
     world: Optional[int] = None
 
     def starts(self) -> list[Point]:
-        """Every pair of the given rates."""
+        """Return every pair of the given rates."""
         return [Point(lr, dense) for lr, dense in itertools.product(_listed(self.lr), _listed(self.dense_lr))]
 
 
@@ -88,7 +88,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a YAML of tools/settings says."""
+    """The content of a YAML of tools/settings."""
 
     name: str
     methods: dict[str, Contender]
@@ -108,12 +108,12 @@ class Setting:
     selected: tuple[str, ...] = ()  # the methods that --methods names: those run, the report has all
 
     def launch(self, method: str) -> tuple[str, int]:
-        """The command that starts a method's runs, and its ranks."""
+        """Return the command that starts a method's runs, and its ranks."""
         own = self.methods[method]
         return own.launcher or self.launcher, own.world or self.world
 
     def run_options(self, method: str, point: Point, seed: int, sweep: bool) -> dict[str, Any]:
-        """Everything that is given for a run but for its place, as dotted options; files first, so overruled."""
+        """Return a run's options but for its folder, as dotted names; files first, so overruled."""
         chosen = self.methods[method]
         given: dict[str, Any] = {}
         for path in [*self.configs, *chosen.configs]:
@@ -138,14 +138,14 @@ class Setting:
             text = value if isinstance(value, str) else json.dumps(value)
             if "{data}" in text:
                 require(
-                    data is not None, f"The setting {self.name} reads {name} {text}: say with --data what {{data}} is."
+                    data is not None, f"The setting {self.name} reads {name} {text}: give with --data what {{data}} is."
                 )
                 text = text.replace("{data}", str(data))
             line.append(f"--{name}={text}")
         return line
 
     def config(self, options: dict[str, Any], data: Optional[Path], world: int) -> RunConfig:
-        """The configuration that a run would have.
+        """Return the configuration that a run would have.
 
         Raises:
             UserError: what launch/pretrain.py would refuse of it.
@@ -157,7 +157,7 @@ class Setting:
 
 
 def run_key(method: str, point: Point, seed: int, options: dict[str, Any]) -> str:
-    """A run's name among the results: another option that changes its numbers makes another name."""
+    """Return a run's name among the results; another option that changes its numbers makes another name."""
     mark = hashlib.sha256(json.dumps(counted_options(options), sort_keys=True).encode()).hexdigest()[:8]
     return f"{method} {point} seed {seed} {mark}"
 
@@ -177,7 +177,7 @@ def setting_file(path: Path) -> Path:
 def read_setting(
     path: Path, methods: Optional[list[str]], overrides: dict[str, Any], options: Optional[dict[str, Any]] = None
 ) -> Setting:
-    """The setting in a file, or of that name among the shipped ones, with changed fields and options of all methods.
+    """Read the setting in a file, or of that name among the shipped ones; change fields, and options of all methods.
 
     Raises:
         UserError: no such file, or a field, type or method that it does not know.
@@ -197,8 +197,8 @@ def read_setting(
         short = content.get("sweep_options", {})
         if isinstance(short, dict):  # else refused below
             content["sweep_options"] = {name: value for name, value in short.items() if name not in options}
-    for ours in ("selected", "changes"):
-        require(ours not in content, f"{path}: unknown field {ours}.")
+    for own in ("selected", "changes"):
+        require(own not in content, f"{path}: unknown field {own}.")
     content |= {"methods": chosen, "name": path.stem, "selected": tuple(methods or given), "changes": options or {}}
     for key, kind in (("best", Best), ("timing", Timing)):
         if key in content:
@@ -216,11 +216,11 @@ def _check(setting: Setting, path: Path) -> None:
     given = {**setting.options, **setting.sweep_options}
     swept = names_where(run_config_class()(), lambda facts: facts["swept"])
     for name, method in setting.methods.items():
-        ours = sorted({*given, *method.options} & set(swept))
+        reserved = sorted({*given, *method.options} & set(swept))
         require(
-            not ours,
-            f"{path}, method {name}: {', '.join(ours)} cannot be among the options or in --set, since the comparison "
-            "gives them to each run: rates are a method's lr and dense_lr, seeds are counted by 'seeds'.",
+            not reserved,
+            f"{path}, method {name}: {', '.join(reserved)} cannot be among the options or in --set, since the "
+            "comparison gives them to each run: rates are a method's lr and dense_lr, seeds are counted by 'seeds'.",
         )
         require(bool(method.starts()), f"{path}, method {name}: a list of rates is empty.")
         for point in method.starts():
@@ -285,17 +285,17 @@ def _read_section(path: Path) -> dict[str, Any]:
 
 
 def _make(kind: type[Any], content: Any, where: str) -> Any:
-    """A dataclass from a mapping, with an error that names what does not fit."""
+    """Make a dataclass from a mapping, with an error that names what does not fit."""
     require(isinstance(content, dict), f"{where}: must be a section with fields, not {content!r}.")
     known = {entry.name for entry in fields(kind)}
     strange = sorted(set(content) - known)
     require(not strange, f"{where}: unknown field {', '.join(strange)}; it may have {', '.join(sorted(known))}.")
     for entry in fields(kind):
-        words, allowed = KINDS.get(str(entry.type), ("", (object,)))
+        kind_name, allowed = KINDS.get(str(entry.type), ("", (object,)))
         value = content.get(entry.name)
         items = value if allowed == (list,) and isinstance(value, list) else [""]
         fits = isinstance(value, allowed) and not isinstance(value, bool) and all(isinstance(i, str) for i in items)
-        require(entry.name not in content or fits, f"{where}: {entry.name} must be {words}, not {value!r}.")
+        require(entry.name not in content or fits, f"{where}: {entry.name} must be {kind_name}, not {value!r}.")
     try:
         return kind(**content)
     except TypeError as error:

@@ -3,8 +3,8 @@
 In each round every method runs a few steps in turn, one at a time, in a fresh folder: the real run's options, ended by
 train.stop_after_steps, so that schedules stand where the run begins. A method's step time in a round is the median of
 its steps after the first `skip`; it is divided by the reference's of the same round, and the median over rounds is
-reported. Rates do not matter to it, so each method's starting point serves. What happens in few steps, as LTE's merges,
-ReLoRA's restarts and GaLore's decompositions do, is not in a median of steps; the table says so.
+reported. Rates do not matter to it, so each method's starting point serves. What happens in few steps is not in a
+median: LTE's merges, ReLoRA's restarts and GaLore's decompositions. The table has a note of it.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ def perform(words: Sequence[str], cache: Path, folder: Path) -> dict[str, Any]:
 
 def packages(folder: Path) -> dict[str, str]:
     """Return what a run was computed with, by name; its revision and the machine stand beside it."""
-    found = read_meta(folder).get("versions", {})
-    return {name: value for name, value in found.items() if value and name not in ("git_revision", "platform")}
+    versions = read_meta(folder).get("versions", {})
+    return {name: value for name, value in versions.items() if value and name not in ("git_revision", "platform")}
 
 
 def clean_up() -> None:

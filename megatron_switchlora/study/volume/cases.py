@@ -1,4 +1,4 @@
-"""What the volume of collectives is asked of: methods under DeepSpeed JSONs, and the prediction for each."""
+"""Cases whose volume of collectives is predicted: methods under DeepSpeed JSONs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ class Case:
 
 
 def make_cases(arguments: argparse.Namespace, options: list[str], world: int) -> list[Case]:
-    """Raises: UserError, for what a run of one of them would refuse."""
+    """Return the cases that the command line gives.
+
+    Raises:
+        UserError: a run of one of them would refuse it.
+    """
     cases: list[Case] = []
     for method in arguments.method or [""]:
         path, *more = split_options(method)
@@ -44,7 +48,7 @@ def make_cases(arguments: argparse.Namespace, options: list[str], world: int) ->
 
 
 def sized_cases(arguments: argparse.Namespace, name: str, config: RunConfig, world: int) -> Iterator[Case]:
-    """One configuration under every DeepSpeed JSON and accumulation."""
+    """Yield one configuration under every DeepSpeed JSON and accumulation."""
     dp = mesh_sizes(config.parallel, world)["dp"]
     per_pass = config.train.micro_batch_size * dp * config.parallel.lte_heads
     for given in arguments.ds_config or [None]:
@@ -57,7 +61,7 @@ def sized_cases(arguments: argparse.Namespace, name: str, config: RunConfig, wor
 
 
 def split_options(method: str) -> list[str]:
-    """The file of a --method and the options behind it."""
+    """Split a --method into its file and the options behind it."""
     try:
         words = shlex.split(method) or [""]
     except ValueError as error:
@@ -67,11 +71,11 @@ def split_options(method: str) -> list[str]:
 
 
 def predicted(case: Case, world: int) -> dict[str, Any]:
-    """The prediction of one case, and the same of full-rank training on the same ranks."""
+    """Return the prediction of one case, and that of full-rank training on the same ranks."""
     mesh = mesh_sizes(case.config.parallel, world)
     zero = zero_settings(resolve_ds_config(case.ds_config, case.config, mesh["dp"]))
     vocab_size, _ = planned_vocabulary(case.config)
-    found = flows(case.config, vocab_size, mesh, zero)
+    case_flows = flows(case.config, vocab_size, mesh, zero)
     full = full_rank_config(case.config)
     full_dp = mesh_sizes(full.parallel, world)["dp"]
     full_mesh = {"lte": 1, "dp": full_dp, "tp": mesh["tp"]}
@@ -81,8 +85,8 @@ def predicted(case: Case, world: int) -> dict[str, Any]:
         "zero": zero.stage,
         "micro_batches": case.micro_batches,
         "mesh": mesh,
-        "predicted": [asdict(flow) for flow in found],
-        "wire_predicted": sum(on_the_wire(f.op, f.bytes, axis_size(mesh, f.axis)) for f in found),
+        "predicted": [asdict(flow) for flow in case_flows],
+        "wire_predicted": sum(on_the_wire(f.op, f.bytes, axis_size(mesh, f.axis)) for f in case_flows),
         "full_rank_gradients": sum(flow.bytes for flow in reference if flow.kind == "gradients"),
         "full_rank_wire": sum(on_the_wire(f.op, f.bytes, axis_size(full_mesh, f.axis)) for f in reference),
     }

@@ -7,10 +7,10 @@
 With --world it predicts, from configurations alone, for so many ranks. With --measure every rank of a launcher runs it:
 steps of the real engine on random tokens are recorded at the process groups, DeepSpeed's own communication log and,
 with --interface, the bytes that rank 0's host sends are read beside them, and prediction and record stand in one table.
---method is a YAML over --config, once a method, and may have options behind it in the same quotes, as "lte_r64.yaml
---parallel.lte_heads 16"; --ds_config may be repeated, --accumulation lists micro-batches of a step. Other options are
-those of launch/pretrain.py, for all methods. Bytes are a rank's in a step, of tensors of which it holds a part those
-of its part; gradients are what low-rank training saves, all else is listed beside them: ZeRO's all-gather of updated
+--method is a YAML over --config, once per method, and may have options behind it in the same quotes, as "lte_r64.yaml
+--parallel.lte_heads 16"; --ds_config may be repeated, --accumulation lists micro-batches per step. Other options are
+those of launch/pretrain.py, for all methods. Bytes are a rank's per step; of a tensor of which it holds a slice, those
+of the slice. Gradients are what low-rank training saves. All else is listed beside them: ZeRO's all-gather of updated
 parameters, the candidate bank, tensor parallelism, LTE's merges, scalars ("control").
 """
 
@@ -33,7 +33,11 @@ from megatron_switchlora.study.volume.report import chart, table
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises: UserError, for what needs no configuration to be wrong."""
+    """Check what needs no configuration.
+
+    Raises:
+        UserError: an option is wrong.
+    """
     require(arguments.steps is None or arguments.steps >= 1, f"--steps must be at least 1, not {arguments.steps}.")
     for count in arguments.accumulation or []:
         require(count >= 1, f"--accumulation must be at least 1, not {count}.")
@@ -53,9 +57,11 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", action="append", default=[], help="YAML of a run; several, the last one wins")
-    parser.add_argument("--method", action="append", help="YAML over it, one a method, with options; repeat it")
+    parser.add_argument("--method", action="append", help="YAML over it, one per method, with options; repeat it")
     parser.add_argument("--ds_config", action="append", help="DeepSpeed JSON, by default ZeRO stage 1; repeat it")
-    parser.add_argument("--accumulation", type=int, nargs="+", help="micro-batches a step, instead of the global batch")
+    parser.add_argument(
+        "--accumulation", type=int, nargs="+", help="micro-batches per step, instead of the global batch"
+    )
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--world", type=int, help="predict for so many ranks")
     mode.add_argument("--measure", action="store_true", help="run steps on the ranks of the launcher and record them")
@@ -78,7 +84,7 @@ def report(results: list[dict[str, Any]], out: Optional[Path]) -> None:
 
 
 def measure_cases(arguments: argparse.Namespace, options: list[str]) -> None:
-    """On every rank of the launcher; rank 0 keeps what is measured so far after each case, and reports at the end.
+    """Measure on every rank of the launcher; rank 0 writes the results so far after each case, and reports at the end.
 
     Raises:
         UserError: on every rank, what one of them may not do; before anything is measured, if it can be known then.

@@ -37,12 +37,16 @@ IP_HEADERS, ETHERNET = 20 + 32, 14  # of IPv4 and TCP with time stamps; in each 
 
 
 def merges(case: Case) -> int:
-    """The steps from merge to merge, 0 without any."""
+    """Return the steps from merge to merge, 0 without any."""
     return case.config.method.facts.merge_interval or 0
 
 
 def check_steps(case: Case, steps: int) -> None:
-    """Raises: UserError, if the steps do not hold whole merges."""
+    """Check that the steps hold whole merges.
+
+    Raises:
+        UserError: they do not.
+    """
     require(
         not merges(case) or steps % merges(case) == 0,
         f"--steps {steps} must be a multiple of method.lte.merge_interval {merges(case)} of {case.name}: it then holds "
@@ -51,7 +55,7 @@ def check_steps(case: Case, steps: int) -> None:
 
 
 def measure(case: Case, device: torch.device, steps: int, interface: Optional[str]) -> dict[str, Any]:
-    """Bytes of this rank in a step, in the mean over `steps` after a warm-up, and of its host on the wire."""
+    """Return the bytes of this rank per step, in the mean over `steps` after a warm-up, and of its host on the wire."""
     from megatron_switchlora.train.engine import communication_log
 
     vocab_size, _ = planned_vocabulary(case.config)
@@ -83,7 +87,7 @@ def measure(case: Case, device: torch.device, steps: int, interface: Optional[st
 
 
 def by_flow(recorded: Counter[Record], mesh: Mesh, steps: int) -> list[dict[str, Any]]:
-    """The records with what they were for, largest first; bytes a step."""
+    """Return the records with what they were for, largest first; bytes per step."""
     names: dict[str, str] = {str(mesh.group(axis).group_name): axis for axis in ("world", "data", "head", *AXES)}
     return [
         {
@@ -98,7 +102,7 @@ def by_flow(recorded: Counter[Record], mesh: Mesh, steps: int) -> list[dict[str,
 
 
 def wire_of(given: list[dict[str, Any]], mesh: Mesh, edges: dict[str, int]) -> float:
-    """Bytes that this host would send in a step, in rings of the ranks in their order."""
+    """Return the bytes that this host would send per step, in rings of the ranks in their order."""
     return sum(on_the_wire(flow["op"], flow["bytes"], axis_size(mesh.sizes, flow["axis"])) * edges[flow["axis"]]
                for flow in given)  # fmt: skip
 
@@ -110,7 +114,7 @@ def random_tokens(case: Case, vocab_size: int) -> list[torch.Tensor]:
 
 
 def kind_of(record: Record, axis: str) -> str:
-    """What a recorded collective was for, by the phase of the step and the line of the mesh it went over."""
+    """Return what a recorded collective was for, by the phase of the step and the axis of the mesh."""
     if record.phase == "switch":
         return "bank"
     if record.phase == "merge":
@@ -125,24 +129,24 @@ def kind_of(record: Record, axis: str) -> str:
 
 
 def marked_step(engine: Engine, tokens: list[torch.Tensor], step: int, micro_batches: int) -> dict[str, float]:
-    """Bytes of gradients given to the data-parallel group by group of parameters; "padding" is ZeRO's."""
-    found: Counter[str] = Counter()
+    """Return the bytes of gradients given to the data-parallel group by group of parameters; "padding" is ZeRO's."""
+    counts: Counter[str] = Counter()
     dp_group = engine.mesh.group("dp").group_name
 
     def look(record: Record, tensor: torch.Tensor) -> None:
         if record.phase != "gradient" or record.group != dp_group:
             return
         size, values = tensor.element_size(), tensor.detach().double().abs()
-        found["padding"] += size * int((values == 0).sum())
+        counts["padding"] += size * int((values == 0).sum())
         exponents = torch.log2(values[values > 0])
         for part in PARTS:
             below = math.log2(mark(part)) + 1 - exponents  # 1 where nothing was averaged
-            found[part] += size * int(((below > 0) & (below <= MARK_BITS)).sum())
+            counts[part] += size * int(((below > 0) & (below <= MARK_BITS)).sum())
 
     require(
         micro_batches * engine.mesh.size("dp") < 2 ** (MARK_BITS - 2),
-        f"{micro_batches} micro-batches on {engine.mesh.size('dp')} data-parallel ranks are too many to tell groups "
-        "of parameters apart: measure fewer.",
+        f"{micro_batches} micro-batches on {engine.mesh.size('dp')} data-parallel ranks are too many to distinguish "
+        "groups of parameters: measure fewer.",
     )
     hooks = [
         param.register_hook(partial(torch.full_like, fill_value=mark(part) / micro_batches))
@@ -153,7 +157,7 @@ def marked_step(engine: Engine, tokens: list[torch.Tensor], step: int, micro_bat
     engine.recorder.watch = None
     for hook in hooks:
         hook.remove()
-    return {part: float(count) for part, count in found.items() if count}
+    return {part: float(count) for part, count in counts.items() if count}
 
 
 def mark(part: str) -> float:
@@ -161,22 +165,23 @@ def mark(part: str) -> float:
 
 
 def part_of(engine: Engine) -> dict[torch.nn.Parameter, str]:
-    """The group of each trainable parameter."""
+    """Return the group of each trainable parameter."""
     matrices = set(engine.method.matrices())
-    found = {}
+    parts = {}
     for name, param in engine.model.named_parameters():
         if param in matrices:
-            found[param] = "adapters" if "lora_" in name else "matrices"
+            parts[param] = "adapters" if "lora_" in name else "matrices"
         elif "lm_head" in name:
-            found[param] = "head"
+            parts[param] = "head"
         else:
-            found[param] = "embedding" if param.dim() > 1 else "norms"
-    return found
+            parts[param] = "embedding" if param.dim() > 1 else "norms"
+    return parts
 
 
 def sent(interface: Optional[str], device: torch.device) -> dict[str, int]:
-    """What rank 0's host has sent, once all ranks are here: bytes and packets, as its interface counts them, and TCP's
-    segments that were sent again.
+    """Return what rank 0's host has sent, once all ranks are here.
+
+    These are bytes and packets, as its interface counts them, and TCP's segments that were sent again.
 
     Raises:
         UserError: no such interface.
@@ -190,36 +195,42 @@ def sent(interface: Optional[str], device: torch.device) -> dict[str, int]:
             names, values = (
                 line.split() for line in Path("/proc/net/snmp").read_text().splitlines() if line[:4] == "Tcp:"
             )
-            found = {name: int((folder / "statistics" / f"tx_{name}").read_text()) for name in ("bytes", "packets")}
-            return found | {
+            counters = {name: int((folder / "statistics" / f"tx_{name}").read_text()) for name in ("bytes", "packets")}
+            return counters | {
                 "repeated": int(values[names.index("RetransSegs")]), "mtu": int((folder / "mtu").read_text())
             }  # fmt: skip
         except OSError as error:
-            there = ", ".join(sorted(os.listdir("/sys/class/net")))
+            interfaces = ", ".join(sorted(os.listdir("/sys/class/net")))
             raise UserError(
-                f"--interface {interface}: {error.strerror} on {own_host(os.environ)}; there are {there}."
+                f"--interface {interface}: {error.strerror} on {own_host(os.environ)}; there are {interfaces}."
             ) from None
 
     return on_all_ranks(read, device)
 
 
 def on_interface(before: dict[str, int], after: dict[str, int], steps: int) -> dict[str, float]:
-    """Bytes sent in a step, and how much of them was new payload: headers, whose number is the kernel's affair (it
-    merges packets, and acknowledges in packets of headers alone), and what a busy host sent twice are neither."""
+    """Return the bytes sent per step, and how much of them was new payload.
+
+    Headers are no payload: their number depends on the kernel, which merges packets and acknowledges in packets of
+    headers alone. Nor is what a busy host sent twice.
+    """
     count, packets, repeated = ((after[name] - before[name]) / steps for name in ("bytes", "packets", "repeated"))
     headers, again = packets * (ETHERNET + IP_HEADERS), repeated * (after["mtu"] - IP_HEADERS)
     return {"wire": count, "wire_headers": headers, "wire_repeated": again, "wire_payload": count - headers - again}
 
 
 def outgoing(mesh: Mesh, device: torch.device) -> dict[str, int]:
-    """Rings along each axis, each through its ranks in order, that leave this host: 1 where a host has one rank."""
+    """Count the rings along each axis that leave this host: 1 where a host has one rank.
+
+    A ring goes through its ranks in order.
+    """
     lines = {axis: dist.get_process_group_ranks(group) for axis, group in mesh.groups.items()}
-    mine = {"host": own_host(os.environ), "lines": lines | {"world": list(range(dist.get_world_size()))}}
-    everyone = [json.loads(text) for text in gather_texts(json.dumps(mine), device)]
+    own = {"host": own_host(os.environ), "lines": lines | {"world": list(range(dist.get_world_size()))}}
+    everyone = [json.loads(text) for text in gather_texts(json.dumps(own), device)]
     hosts = [entry["host"] for entry in everyone]
-    found = {}
-    for axis in mine["lines"]:
+    counts = {}
+    for axis in own["lines"]:
         rings = {tuple(entry["lines"][axis]) for entry in everyone}
         steps = [(a, b) for ring in rings for a, b in zip(ring, ring[1:] + ring[:1], strict=True)]
-        found[axis] = sum(hosts[a] == mine["host"] != hosts[b] for a, b in steps)
-    return found
+        counts[axis] = sum(hosts[a] == own["host"] != hosts[b] for a, b in steps)
+    return counts

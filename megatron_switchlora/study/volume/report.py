@@ -15,7 +15,7 @@ HEAD = ["method", "ZeRO", "micro-batches", "mesh", "", *PARTS, "gradients", "aga
 
 
 def table(results: list[Result]) -> str:
-    """Markdown. MB are 10^6 bytes that a rank gives to its collectives in a step; "on the wire" is what it sends."""
+    """Return Markdown. MB are 10^6 bytes that a rank gives to collectives per step; "on the wire" is what it sends."""
     rows, notes = [], []
     for result in results:
         rows.append(_row(result, "predicted"))
@@ -27,19 +27,19 @@ def table(results: list[Result]) -> str:
     used = [column for column in range(len(HEAD)) if any(row[column] not in ("-", "") for row in rows)]
     shown = [[row[column] for column in used] for row in (HEAD, ["---"] * len(HEAD), *rows)]
     lines = [f"| {' | '.join(cells)} |" for cells in shown]
-    return "\n".join([*lines, "", "MB a rank and step (1 MB = 1,000,000 bytes).", *notes])
+    return "\n".join([*lines, "", "MB per rank and step (1 MB = 1,000,000 bytes).", *notes])
 
 
 def by_kind(result: Result, what: str) -> dict[str, float]:
-    """Bytes of each kind, as predicted or recorded."""
-    found: dict[str, float] = {}
+    """Return the bytes of each kind, as predicted or recorded."""
+    counts: dict[str, float] = {}
     for flow in result[what]:
-        found[flow["kind"]] = found.get(flow["kind"], 0.0) + flow["bytes"]
-    return found
+        counts[flow["kind"]] = counts.get(flow["kind"], 0.0) + flow["bytes"]
+    return counts
 
 
 def by_part(result: Result, what: str) -> dict[str, float]:
-    """Bytes of gradients of each group of parameters."""
+    """Return the bytes of gradients of each group of parameters."""
     if what == "recorded":
         return result["parts"]
     return {flow["part"]: flow["bytes"] for flow in result[what] if flow["kind"] == "gradients"}
@@ -61,14 +61,14 @@ def _row(result: Result, what: str) -> list[str]:
 
 
 def _logged(result: Result) -> str:
-    """DeepSpeed's own log, which sees what DeepSpeed itself communicates: gradients, parameters, norms."""
+    """Return DeepSpeed's own log, which sees what DeepSpeed itself communicates: gradients, parameters, norms."""
     log = result["deepspeed_log"]
-    words = ", ".join(f"{name} {_mb(count)}" for name, count in sorted(log.items()))
-    return f"- DeepSpeed's log of {result['name']}, ZeRO {result['zero']}: {words or 'nothing'}"
+    counts = ", ".join(f"{name} {_mb(count)}" for name, count in sorted(log.items()))
+    return f"- DeepSpeed's log of {result['name']}, ZeRO {result['zero']}: {counts or 'nothing'}"
 
 
 def _sent(result: Result) -> str:
-    """What rank 0's host has sent: what is comparable with the prediction, and the rest."""
+    """Describe what rank 0's host has sent: what is comparable with the prediction, and the rest."""
     payload, headers, again = (_mb(result[f"wire_{name}"]) for name in ("payload", "headers", "repeated"))
     return (
         f"- Sent for {result['name']}, ZeRO {result['zero']}: {payload} of new payload, {headers} of headers, {again} "
@@ -82,7 +82,7 @@ def _mb(count: float) -> str:
 
 
 def chart(results: list[Result], path: Path) -> None:
-    """A bar a case: gradients by group, and above them everything else; predicted, and recorded beside it."""
+    """Draw a bar per case: gradients by group, then everything else; predicted, and recorded beside it."""
     measured = any("recorded" in result for result in results)
     figure = new_figure(10, 1.2 + 0.45 * len(results) * (1 + measured))
     axes, seen = figure.subplots(), set()
@@ -106,7 +106,7 @@ def chart(results: list[Result], path: Path) -> None:
         r["name"] + (f"\nZeRO {r['zero']}, {r['micro_batches']} micro-batches" if many else "") for r in results
     ], fontsize=8, parse_math=False)  # fmt: skip
     axes.invert_yaxis()
-    axes.set_xlabel("MB that a rank gives to collectives in a step")
+    axes.set_xlabel("MB that a rank gives to collectives per step")
     axes.set_title("predicted" + (" (plain) and recorded (hatched)" if measured else ""))
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, path, dpi=110)
