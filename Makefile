@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: pretrain test test-full test-long checks clean
+.PHONY: pretrain test test-full test-long checks docs clean
 
 # Two ranks, or one where there is exactly one GPU; without any the two compute on the CPU. The batch is the same.
 RANKS = import torch; print(min(2, torch.cuda.device_count()) or 2)
@@ -35,6 +35,12 @@ checks: $(STAMP)
 	$(BIN)/codespell *.md *.toml *.txt Makefile benchmarks docs ds_configs launch megatron_switchlora tests tools
 	$(BIN)/python -m tests.english
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory docs
+
+# The pages as a site in build/site. A link that leads nowhere is an error.
+docs: $(STAMP)
+	$(BIN)/python -m docs.build
+	$(BIN)/zensical build --clean --strict
 
 # An interrupted installation leaves no stamp and is done again.
 $(STAMP): requirements.txt requirements-dev.txt constraints.txt pyproject.toml setup.py
@@ -44,4 +50,4 @@ $(STAMP): requirements.txt requirements-dev.txt constraints.txt pyproject.toml s
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache
