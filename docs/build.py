@@ -17,9 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "build" / "docs"
 # Code comes first, so that what looks like a link in it is none.
-TOKENS = re.compile(
-    r"(?P<code>^(?P<fence>```+|~~~+).*?^(?P=fence)[ ]*$|`[^`\n]+`)|(?P<start>\]\()(?P<link>[^()\s]+)\)", re.M | re.S
-)
+CODE = r"(?P<code>^[ ]*(?P<fence>```+|~~~+).*?^[ ]*(?P=fence)[ ]*$|`[^`\n]+`)"
+TOKENS = re.compile(CODE + r"|\]\((?P<link>[^()\s]+)\)", re.MULTILINE | re.DOTALL)
 
 
 def rewrite_links(text: str, change: Callable[[str], str]) -> str:
