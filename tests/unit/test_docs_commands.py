@@ -20,6 +20,7 @@ from megatron_switchlora.config.command_line import parse_arguments
 from tests.pages import MARKERS, ROOT, Command, blocks, commands, pages
 
 PRETRAIN = ("launch/pretrain.py", "launch/slurm/pretrain.sbatch", "launch/mpi/pretrain.sh")
+LAUNCHERS = {"deepspeed", "mpirun", "python", "sbatch", "srun", "torchrun"}
 # Programs of others, whose words are not looked at.
 OTHERS = {"cd", "docker", "export", "git", "mkdir", "pip", "pre-commit", "scancel", "scontrol", "sh", "squeue"}
 
@@ -67,7 +68,7 @@ def test_commands_parse(command: Command, monkeypatch: pytest.MonkeyPatch) -> No
     words = [word for word in command.words if word != "..."]
     script = next((word for word in words if re.fullmatch(r"(?:launch|tools)/[\w/]+\.\w+", word)), None)
     if script is not None:
-        assert Path(script).is_file()
+        assert Path(script).is_file() and words[0] in {*LAUNCHERS, script}
         check_script(script, words[words.index(script) + 1 :])
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2]) is not None

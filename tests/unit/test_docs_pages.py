@@ -27,6 +27,24 @@ def test_the_readme_is_a_page() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 180
 
 
+def rows(text: str) -> dict[str, list[str]]:
+    """Return the rows of a page's tables by their first cell."""
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return {cells[0]: cells[1:] for cells in found}
+
+
+def test_the_readme_has_the_measured_results() -> None:
+    """Trainable share, seeds, loss, gradient bytes and step time are those of the comparison."""
+    measured = rows((ROOT / "benchmarks" / "compare_tiny_shakespeare.md").read_text(encoding="utf-8"))
+    (results,) = re.findall(r"^## Results$(.*?)^## ", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    shown = {name: cells for name, cells in rows(results).items() if name in METHODS}
+    assert len(shown) == len(METHODS)
+    for name, (trainable, seeds, loss, gradients, time) in shown.items():
+        _, share, _, runs, mean, _, sent, ratio, _ = measured[name]
+        assert (trainable.replace(" %", "%"), seeds, loss) == (share, runs, mean)
+        assert (gradients, time) == (sent.removesuffix(" (formula)"), ratio.partition(" ")[0])
+
+
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.stem)
 def test_links_lead_somewhere(page: Path) -> None:
     links = [link for link in find_links(page.read_text(encoding="utf-8")) if not is_external(link)]
