@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from megatron_switchlora.cli.main import COMMANDS
 from megatron_switchlora.config.command_line import parse_arguments
 from tests.pages import MARKERS, ROOT, Command, blocks, commands, pages
 
@@ -65,11 +67,14 @@ def only_parse() -> Iterator[None]:
 @pytest.mark.parametrize("command", all_commands(), ids=str)
 def test_commands_parse(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", sys.argv)  # which `switchlora` changes
     words = [word for word in command.words if word != "..."]
     script = next((word for word in words if re.fullmatch(r"(?:launch|tools)/[\w/]+\.\w+", word)), None)
     if script is not None:
         assert Path(script).is_file() and words[0] in {*LAUNCHERS, script}
         check_script(script, words[words.index(script) + 1 :])
+    elif words[0] == "switchlora":
+        check_subcommand(words[1:])
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2]) is not None
     elif words[0] == "make":
@@ -83,7 +88,18 @@ def check_script(script: str, words: list[str]) -> None:
         check_run(words)
         return
     module = re.findall(r"from (megatron_switchlora[\w.]+) import main", Path(script).read_text(encoding="utf-8"))
-    main = importlib.import_module(module[0]).main
+    check_main(importlib.import_module(module[0]).main, words)
+
+
+def check_subcommand(words: list[str]) -> None:
+    assert words[0] in COMMANDS or words[0].startswith("--")
+    if words[0] == "pretrain":
+        check_run(words[1:])
+    elif words[0] in COMMANDS:
+        check_main(importlib.import_module(COMMANDS[words[0]][0]).main, words[1:])
+
+
+def check_main(main: Callable[[list[str]], object], words: list[str]) -> None:
     with pytest.raises(ParsedError) as parsed, only_parse():
         main(words)
     check_options(parsed.value.rest)
@@ -101,15 +117,14 @@ def check_run(words: list[str]) -> None:
 
 
 def check_options(words: list[str]) -> None:
-    """Read options as a run does, with its rules. A configuration of the reader's own is left out."""
+    """Read options as a run does, with its rules. A YAML of the reader's own is left out."""
     kept: list[str] = []
     rest = iter(words)
     for word in rest:
         if word == "--config":
             path = next(rest, None)
-            if path is None or not re.match(r"(?:launch|tools|docs|examples)/", path):
-                continue
-            kept += [word, path]
+            if path is not None and (not path.endswith(".yaml") or re.match(r"(?:launch|tools|docs|examples)/", path)):
+                kept += [word, path]
         else:
             kept.append(word)
     parse_arguments(kept)
