@@ -130,6 +130,13 @@ def check_options(words: list[str]) -> None:
     parse_arguments(kept)
 
 
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.stem)
+def test_commands_are_fenced_as_such(page: Path) -> None:
+    """No command hides from these tests in a block of another kind."""
+    texts = [block.text.split() for kind in ("", "text", "sh", "shell", "console") for block in blocks(page, kind)]
+    assert not [words for words in texts if {"$", *LAUNCHERS, "switchlora", "make", "pip"} & set(words[:1])]
+
+
 def test_blocks_of_commands_are_marked_or_run() -> None:
     """A block that no marker keeps from it runs: most do not need one."""
     found = [block for page in pages() for block in blocks(page, "bash")]
