@@ -84,6 +84,11 @@ def code_words(page: Path) -> Iterator[str]:
         yield from code.split()
 
 
+def prose(page: Path) -> str:
+    """Return a page without its code."""
+    return re.sub(r"`[^`\n]+`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
+
+
 def anchors(page: Path) -> set[str]:
     """Return the anchors that GitHub gives a page's headings."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))

@@ -16,7 +16,8 @@ from docs.option_reference import PAGE, write_reference
 from megatron_switchlora.config.facts import flatten
 from megatron_switchlora.config.field_checks import field_types, fit, sections
 from megatron_switchlora.config.method import METHODS
-from tests.pages import MARKERS, README, ROOT, anchors, blocks, code_words, pages
+from tests.english import PATTERNS
+from tests.pages import MARKERS, README, ROOT, anchors, blocks, code_words, pages, prose
 
 TOP = "megatron_switchlora|launch|tools|tests|docs|benchmarks|ds_configs|examples"
 LOG = ROOT / "docs" / "log.md"  # its options and files have the names of their time
@@ -102,6 +103,14 @@ def test_files_exist(page: Path) -> None:
 def test_markers_are_known(page: Path) -> None:
     markers = {block.marker for kind in ("bash", "yaml") for block in blocks(page, kind)}
     assert markers <= {"", *MARKERS}
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if page != PAGE], ids=lambda page: page.stem)
+def test_pages_are_plain_english(page: Path) -> None:
+    """The phrases that `make checks` finds in the code's prose; those of the option reference are the code's."""
+    text = " ".join(prose(page).split())
+    found = {match.group(): instead for phrase, instead in PATTERNS.items() for match in phrase.finditer(text)}
+    assert not found
 
 
 def nav_entries(nav: Any) -> list[str]:
