@@ -36,13 +36,9 @@ HEAD = (
 
 def write_report(setting: Setting, configs: dict[str, RunConfig], results: Results, plot: bool = True) -> str:
     """Write the table, which is returned, and the plot."""
-    rows: list[str] = []
-    notes: set[str] = set()
-    for method, config in configs.items():
-        point, runs = best_runs(setting, results, method)
-        rows.append(_row(setting, results, method, config, point, runs, notes))
+    rows, notes = comparison_rows(setting, configs, results)
     text = "\n".join([
-        f"# {setting.name}", "", setting.about.strip(), "", HEAD, *rows, "", *sorted(notes), *_facts(setting, results)
+        f"# {setting.name}", "", setting.about.strip(), "", *rows, "", *notes, *_facts(setting, results)
     ])  # fmt: skip
     replace_text(results.path.with_suffix(".md"), text + "\n")
     if plot:
@@ -50,6 +46,15 @@ def write_report(setting: Setting, configs: dict[str, RunConfig], results: Resul
         with decorating(f"drawing {path.name}"):
             _plot(setting, results, path)
     return text
+
+
+def comparison_rows(setting: Setting, configs: dict[str, RunConfig], results: Results) -> tuple[list[str], list[str]]:
+    """Return the lines of the table and the notes below it."""
+    rows, notes = [HEAD], set[str]()
+    for method, config in configs.items():
+        point, runs = best_runs(setting, results, method)
+        rows.append(_row(setting, results, method, config, point, runs, notes))
+    return rows, sorted(notes)
 
 
 def best_runs(setting: Setting, results: Results, method: str) -> tuple[Optional[Point], list[Run]]:
