@@ -2,16 +2,16 @@
 
     python -m megatron_switchlora.study.documents.command
 
-Tables come from benchmarks/*.json (`tables.py`), the figure of a training step from its list of modules
-(`step_figure.py`). Only what has changed is written.
+Tables come from benchmarks/*.json (`tables.py`), output from commands (`outputs.py`), the figure of a training step
+from its list of modules (`step_figure.py`). Only pages that change are written.
 """
 
 from __future__ import annotations
 
 import megatron_switchlora.methods  # noqa: F401  # registers them
 from megatron_switchlora.disk import replace_text
+from megatron_switchlora.study.documents.pages import fill, names_in
 from megatron_switchlora.study.documents.step_figure import draw
-from megatron_switchlora.study.documents.tables import fill, names_in
 from megatron_switchlora.study.places import ROOT
 
 

@@ -1,12 +1,7 @@
-"""Tables of the documentation, each made from the JSON files in benchmarks/.
-
-A page holds a table between two comments, `<!-- table NAME -->` and `<!-- end of table -->`; `fill` replaces what
-stands between them. `python -m megatron_switchlora.study.documents.command` does so on every page, and a test compares.
-"""
+"""Tables of the documentation, each made from a JSON file in benchmarks/."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,23 +15,6 @@ from megatron_switchlora.study.comparison.results import Results
 from megatron_switchlora.study.comparison.settings import read_setting, validate_points
 from megatron_switchlora.study.places import ROOT
 from megatron_switchlora.study.volume.report import by_kind, by_part
-
-BLOCK = re.compile(r"(<!-- table ([a-z0-9-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-
-
-def fill(text: str) -> str:
-    """Return a page with its tables made anew.
-
-    Raises:
-        KeyError: the page names a table that does not exist.
-    """
-    return BLOCK.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}", text)
-
-
-def names_in(text: str) -> list[str]:
-    """Return the names of the tables on a page."""
-    return [found[1] for found in BLOCK.findall(text)]
-
 
 def read(name: str) -> Any:
     """Return the content of a file of results."""
