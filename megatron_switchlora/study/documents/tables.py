@@ -16,6 +16,7 @@ from megatron_switchlora.study.comparison.settings import read_setting, validate
 from megatron_switchlora.study.places import ROOT
 from megatron_switchlora.study.volume.report import by_kind, by_part
 
+
 def read(name: str) -> Any:
     """Return the content of a file of results."""
     return read_json(ROOT / "benchmarks" / f"{name}.json")
