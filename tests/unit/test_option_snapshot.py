@@ -1,6 +1,6 @@
 """Options are public: their names, types and defaults are those of options.txt (docs/stability.md).
 
-After a change on purpose, `python -m tests.unit.test_option_snapshot` writes the file anew.
+After a change on purpose, `python -m tests.unit.test_option_snapshot` writes the file again.
 """
 
 from __future__ import annotations

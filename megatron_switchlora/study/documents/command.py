@@ -1,4 +1,4 @@
-"""Make the generated parts of the documentation anew.
+"""Write the generated parts of the documentation.
 
     python -m megatron_switchlora.study.documents.command
 

@@ -15,7 +15,7 @@ GENERATED = TABLES | OUTPUTS
 
 
 def fill(text: str) -> str:
-    """Return a page with its generated parts made anew.
+    """Return a page with its generated parts as they are today.
 
     Raises:
         KeyError: the page names a part that does not exist.
