@@ -85,8 +85,8 @@ def code_words(page: Path) -> Iterator[str]:
 
 
 def prose(page: Path) -> str:
-    """Return a page without its code."""
-    return re.sub(r"`[^`\n]+`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
+    """Return a page without code and tables: programs write most of these."""
+    return re.sub(r"`[^`\n]+`|^\|.*$", "", FENCE.sub("", page.read_text(encoding="utf-8")), flags=re.MULTILINE)
 
 
 def anchors(page: Path) -> set[str]:
