@@ -29,7 +29,7 @@ from megatron_switchlora.study.places import ROOT
 
 Run = dict[str, Any]
 HEAD = (
-    "| method | rank | trainable | lr, dense_lr | seeds | validation loss | perplexity | gradient bytes a step | "
+    "| method | rank | trainable | lr, dense_lr | seeds | validation loss | perplexity | gradient bytes per step | "
     "step time | peak memory |\n|---|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -138,7 +138,7 @@ def _gradients(setting: Setting, method: str, config: RunConfig, run: Optional[R
     if run is None:
         return ""
     if config.parallel.lte_heads > 1:
-        notes.add("Merges: bytes that a rank gives to other LTE heads, in the mean of a step.")
+        notes.add("Merges: bytes that a rank gives to other LTE heads, on average per step.")
         return f"{run['dp_bytes'] / 1e6:,.2f} MB, merges {run['merge_bytes'] / 1e6:,.2f} MB"
     if run["dp_bytes"]:
         return f"{run['dp_bytes'] / 1e6:,.2f} MB"
