@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: pretrain test test-full test-long checks docs clean
+.PHONY: pretrain test test-full test-long checks docs dist clean
 
 # Two ranks, or one where there is exactly one GPU; without any the two compute on the CPU. The batch is the same.
 RANKS = import torch; print(min(2, torch.cuda.device_count()) or 2)
@@ -35,12 +35,19 @@ checks: $(STAMP)
 	$(BIN)/codespell *.md *.toml *.txt Makefile benchmarks docs ds_configs launch megatron_switchlora tests tools
 	$(BIN)/python -m tests.english
 	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run examples/*.sh launch/mpi/pretrain.sh launch/slurm/pretrain.sbatch
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(MAKE) --no-print-directory docs
 
 # The pages as a site in build/site. A link that leads nowhere is an error.
 docs: $(STAMP)
 	$(BIN)/python -m docs.build
 	$(BIN)/zensical build --clean --strict
+
+dist: $(STAMP)
+	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
+	$(BIN)/python -m pip wheel -q --no-deps -w dist dist/*.tar.gz
 
 # An interrupted installation leaves no stamp and is done again.
 $(STAMP): requirements.txt requirements-dev.txt constraints.txt pyproject.toml setup.py
@@ -50,4 +57,4 @@ $(STAMP): requirements.txt requirements-dev.txt constraints.txt pyproject.toml s
 	touch $@
 
 clean:
-	rm -rf $(VENV) build .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,7 @@
 """Find phrases in the package's prose that read as if translated: `python -m tests.english`, in `make checks`.
 
-Prose is comments and texts, so docstrings, messages and help too. codespell checks single words; this checks phrases.
+Prose is comments and texts, so docstrings, messages and help too; of scripts and YAML it is comments alone. codespell
+checks single words; this checks phrases.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ import io
 import re
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OPEN = {"checkpoint", "hf", "model", "planning", "run", "study", "train"}  # rooms not rewritten yet
+OPEN = {"model", "planning", "study"}  # rooms not rewritten yet
 
 COUNTED = (
     "bytes?|numbers?|floats?|tokens?|samples?|steps?|draws?|vectors?|rows?|times|once|twice|[MG]B|FLOPs|seconds?|one"
@@ -45,6 +46,9 @@ PHRASES = {
 PATTERNS = {re.compile(rf"\b(?:{phrase})\b", re.IGNORECASE): instead for phrase, instead in PHRASES.items()}
 
 
+Reader = Callable[[str], Iterator[tuple[int, str]]]
+
+
 def prose(source: str) -> Iterator[tuple[int, str]]:
     """Yield the line and the text of every comment and text, with those that follow one another joined."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
@@ -56,11 +60,23 @@ def prose(source: str) -> Iterator[tuple[int, str]]:
             yield parts[0].start[0], " ".join(" ".join(texts).split())
 
 
-def translated(source: str) -> list[tuple[int, str, str]]:
+def comments(source: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and the text of every run of lines that are comments, in a script or YAML."""
+    lines = enumerate(source.splitlines(), 1)
+    for is_comment, run in groupby(lines, lambda entry: entry[1].lstrip().startswith("#")):
+        if is_comment:
+            entries = list(run)
+            yield entries[0][0], " ".join(" ".join(line.lstrip(" #") for _, line in entries).split())
+
+
+READERS: dict[str, Reader] = {".py": prose, ".sh": comments, ".sbatch": comments, ".yaml": comments}
+
+
+def translated(source: str, read: Reader = prose) -> list[tuple[int, str, str]]:
     """Return (line, phrase, what to write instead) of every phrase to replace."""
     return [
         (line, match.group(), instead)
-        for line, text in prose(source)
+        for line, text in read(source)
         for pattern, instead in PATTERNS.items()
         for match in pattern.finditer(text)
     ]
@@ -69,12 +85,11 @@ def translated(source: str) -> list[tuple[int, str, str]]:
 def main() -> int:
     """Print every phrase to replace; return how many there are."""
     count = 0
-    for path in sorted(
-        path for folder in ("megatron_switchlora", "launch", "tools") for path in ROOT.glob(f"{folder}/**/*.py")
-    ):
-        place = path.relative_to(ROOT)
-        if place.parts[1] not in OPEN:
-            for line, phrase, instead in translated(path.read_text(encoding="utf-8")):
+    paths = sorted(path for folder in ("megatron_switchlora", "launch", "tools") for path in (ROOT / folder).rglob("*"))
+    for path in paths:
+        place, read = path.relative_to(ROOT), READERS.get(path.suffix)
+        if read and place.parts[1] not in OPEN:
+            for line, phrase, instead in translated(path.read_text(encoding="utf-8"), read):
                 print(f"{place}:{line}: {phrase!r}: write {instead}")
                 count += 1
     return count

@@ -2,16 +2,18 @@
 # Pre-train under mpirun, MPICH's, Intel's or Open MPI's, on one host or many:
 #
 #   launch/mpi/pretrain.sh n1,n2,n3,n4 8 --config launch/configs/llama_1.3b.yaml ...
-#   launch/mpi/pretrain.sh hosts.txt 8 --config ...      # a name a line; what follows (slots=8, :8) is ignored
+#   launch/mpi/pretrain.sh hosts.txt 8 --config ...      # one name per line; what follows (slots=8, :8) is ignored
 #
-# Names and IPv4 addresses as they are: no user@ (that belongs into ssh's configuration), no n[1-4], no IPv6. The hosts, the ranks on each, then the options of launch/pretrain.py. mpirun must reach the hosts (mostly by ssh),
-# and the repository must lie at the same place on all of them. Without Slurm nobody warns of a time limit: give
-# --train.stop_after_seconds; the run then ends with status 75, and the same line goes on. Taken from the environment:
+# The arguments are the hosts, the ranks on each host, then options of launch/pretrain.py. Hosts are plain names or IPv4
+# addresses: no user@ (that belongs in ssh's configuration), no n[1-4], no IPv6. mpirun must reach the hosts, mostly by
+# ssh, and the repository must be at the same place on all of them. Without Slurm nothing warns of a time limit: give
+# --train.stop_after_seconds. The run then ends with status 75, and the same line resumes it. The script reads these
+# variables:
 #   MPIRUN        else mpirun
 #   MPI_OPTIONS   more options of mpirun, as the cluster needs them
 #   MASTER_PORT   a free port of the first host; else one drawn here
 #   PYTHON        else the repository's .venv/bin/python
-# NCCL and gloo find the network by themselves. Where hosts have several and they choose wrongly, export
+# NCCL and gloo find the network by themselves. If hosts have several networks and the wrong one is chosen, export
 # NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME (Open MPI: and add -x NCCL_SOCKET_IFNAME to MPI_OPTIONS).
 set -u
 
@@ -21,7 +23,7 @@ if [ $# -lt 2 ] || ! [ "$2" -gt 0 ] 2>/dev/null; then
 fi
 hosts=$1 each=$2
 shift 2
-if [ -f "$hosts" ]; then  # a scheduler's file may name a host once a slot
+if [ -f "$hosts" ]; then  # a scheduler's file may name a host once per slot
   hosts="$(sed -E 's/[#\r].*//; s/^([^:]+):[0-9]+([[:space:]].*)?$/\1/' "$hosts" | awk 'NF && !seen[$1]++ { printf "%s%s", comma, $1; comma = "," }')"
 fi
 [ -n "$hosts" ] || { echo "error: no hosts are named." >&2; exit 2; }
@@ -44,7 +46,8 @@ mpirun="${MPIRUN:-mpirun}" python="${PYTHON:-$root/.venv/bin/python}"
 for program in "$mpirun" "$python"; do
   command -v "$program" >/dev/null || { echo "error: there is no $program: set MPIRUN or PYTHON." >&2; exit 2; }
 done
-# Only rank 0's host can choose a free port, and all ranks must know it: below 32768 the kernel gives none out itself.
+# Only rank 0's host could look for a free port, but all ranks must know it: draw one below 32768, where the kernel
+# assigns none by itself.
 export MASTER_ADDR="${names[0]}" MASTER_PORT="${MASTER_PORT:-$((20000 + RANDOM % 12000))}" LAUNCH_HOSTS="$hosts"
 count=$((${#names[@]} * each))
 

@@ -51,7 +51,7 @@ def state_slices(engine: Engine) -> Iterator[TensorSlice]:
 def _same_here(split: bool, partitioned: bool) -> Optional[str]:
     """Return the group of ranks that hold the same values of a master, or None if no other rank does.
 
-    `split` says whether tp splits the parameter, `partitioned` whether ZeRO partitions the master.
+    `split` is true if tp splits the parameter, `partitioned` if ZeRO partitions the master.
     """
     if split:
         return None if partitioned else "dp"

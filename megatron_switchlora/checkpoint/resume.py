@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_switchlora.checkpoint.files import Checkpoint, damaged, open_checkpoint, published, strays
 from megatron_switchlora.checkpoint.resume_rules import compare
-from megatron_switchlora.checkpoint.weights import find_folder, odd_fields, stored_config
+from megatron_switchlora.checkpoint.weights import find_folder, stored_config, wrong_fields
 from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.config.yaml_text import read_yaml
@@ -29,8 +29,8 @@ from megatron_switchlora.run.folder import holds_run, lock_folder, read_meta, re
 
 
 @dataclass
-class Start:
-    """How a run starts."""
+class ResumePoint:
+    """Where a run starts: at step 0, or after a checkpoint."""
 
     checkpoint: Optional[Checkpoint] = None
     """What it resumes from; None for a fresh run."""
@@ -47,7 +47,7 @@ class Start:
         return self.checkpoint.step if self.checkpoint else 0
 
 
-def find_start(config: RunConfig, device: torch.device) -> Start:
+def find_resume_point(config: RunConfig, device: torch.device) -> ResumePoint:
     """Decide on rank 0 how the run starts, and verify the checkpoint on all ranks. Collective over the world.
 
     Raises:
@@ -57,7 +57,7 @@ def find_start(config: RunConfig, device: torch.device) -> Start:
     choice = json.loads(on_one_rank(dist.get_rank() == 0, lambda: json.dumps(choose(config, locks)), device))
     folder = choice.pop("folder")
     checkpoint = open_together(Path(folder), device) if folder else None
-    return Start(checkpoint, **choice, lock=locks[0] if locks else None)
+    return ResumePoint(checkpoint, **choice, lock=locks[0] if locks else None)
 
 
 def open_together(folder: Path, device: torch.device) -> Checkpoint:
@@ -79,7 +79,7 @@ def open_together(folder: Path, device: torch.device) -> Checkpoint:
 
 
 def choose(config: RunConfig, locks: list[BinaryIO]) -> dict[str, Any]:
-    """Return rank 0's decision: the checkpoint's folder or "", and `Start`'s other fields.
+    """Return rank 0's decision: the checkpoint's folder or "", and `ResumePoint`'s other fields.
 
     If the run resumes in its own folder, that folder's lock is added to `locks`.
     """
@@ -159,7 +159,7 @@ def _read_config(path: Path) -> Optional[dict[str, Any]]:
         stored = None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give access, or repair its disk.") from None
-    valid = isinstance(stored, dict) and "train" in stored and not odd_fields(RunConfig, stored)
+    valid = isinstance(stored, dict) and "train" in stored and not wrong_fields(RunConfig, stored)
     require(valid, f"{path} is damaged, and there is no checkpoint: move the folder away, or use another --output_dir.")
     return stored
 

@@ -42,7 +42,7 @@ class Writing:
     slices: list[TensorSlice]
     extra: dict[str, bytes]
     stall: float = 0.0
-    began: float = field(default_factory=time.perf_counter)
+    started_at: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     error: str = ""
@@ -70,7 +70,7 @@ class Saver:
 
     def save(self, step: int, extra: dict[str, bytes]) -> None:
         """Save the state after `step` steps, with rank 0's `extra` files."""
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         self.finish()
         building = self.folder / f".building-{step_name(step)}"
         problem = on_one_rank(self.rank == 0, lambda: self._prepare(building), self.device)
@@ -84,7 +84,7 @@ class Saver:
             writing.thread.start()
         else:
             self._write(writing)
-        writing.stall = time.perf_counter() - began
+        writing.stall = time.perf_counter() - started_at
 
     def _prepare(self, building: Path) -> str:
         """Create an empty folder for a save, on rank 0; return why that fails, or "".
@@ -129,10 +129,10 @@ class Saver:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
                 make_durable(path)
-            writing.files = {each: describe(writing.building / each) for each in (name, *writing.extra)}
-        except Exception as error:  # told to all ranks by `finish`
+            writing.files = {file: describe(writing.building / file) for file in (name, *writing.extra)}
+        except Exception as error:  # `finish` reports it on all ranks
             writing.error = f"rank {self.rank}: {error}"
-        writing.seconds = time.perf_counter() - writing.began
+        writing.seconds = time.perf_counter() - writing.started_at
 
     def finish(self) -> None:
         """Wait on all ranks for the save in progress, if any, and publish it."""
@@ -144,7 +144,7 @@ class Saver:
         await_all()  # a disk may take longer than a collective waits
         report = {"files": writing.files, "error": writing.error, "seconds": writing.seconds}
         reports = [json.loads(text) for text in gather_texts(json.dumps(report), self.device)]
-        errors = [each["error"] for each in reports if each["error"]]
+        errors = [report["error"] for report in reports if report["error"]]
         if self.rank == 0:
             self._publish(writing, reports, errors)
         await_all()

@@ -149,13 +149,13 @@ def stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
         UserError: there is no configuration, or its fields have other types than in this version.
     """
     stored = checkpoint.state().get("config")
-    wrong = odd_fields(RunConfig, stored)
+    wrong = wrong_fields(RunConfig, stored)
     if wrong or not isinstance(stored, dict):
         damaged(checkpoint.folder, f"state.json has no valid configuration ({', '.join(wrong[:3]) or 'none'})")
     return stored
 
 
-def odd_fields(kind: Any, stored: Any, name: str = "config") -> list[str]:
+def wrong_fields(kind: Any, stored: Any, name: str = "config") -> list[str]:
     """Return the fields of a stored configuration whose values do not have the types of dataclass `kind`.
 
     Fields that this version does not know are ignored.
@@ -164,11 +164,11 @@ def odd_fields(kind: Any, stored: Any, name: str = "config") -> list[str]:
         return [name]
     hints = get_type_hints(kind)
     return [
-        odd
+        field_name
         for key, value in stored.items()
         if key in hints
-        for odd in (
-            odd_fields(hints[key], value, f"{name}.{key}")
+        for field_name in (
+            wrong_fields(hints[key], value, f"{name}.{key}")
             if is_dataclass(hints[key])
             else [f"{name}.{key}"] * (not _fits(value, hints[key]))
         )

@@ -1,10 +1,10 @@
-"""Write launch scripts and configurations to a folder of yours:
+"""Write launch scripts and configurations to a folder of your own.
 
     switchlora init-scripts my_project
 
-The folder then holds launch/ and ds_configs/ as a checkout does, so every command of the documentation works there:
+The folder then holds launch/ and ds_configs/, as a checkout does. Every command of the documentation works there:
 `deepspeed launch/pretrain.py --ds_config ds_configs/zero1.json`, `sbatch launch/slurm/pretrain.sbatch`. The scripts
-for Slurm and MPI start the Python that has written them, unless PYTHON names another.
+for Slurm and MPI start the Python that wrote them, unless PYTHON names another.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def write_scripts(target: Path) -> list[Path]:
     """Copy the shipped folders to `target` and return the new files.
 
     Raises:
-        UserError: one of the files is there already, and nothing is written then; or the folder takes none.
+        UserError: one of the files exists already, so nothing is written; or the folder cannot be written.
     """
     copies: dict[Path, tuple[bytes, int]] = {}
     for folder in FOLDERS:

@@ -1,4 +1,4 @@
-"""The command `switchlora`. What stands in its table are the same commands as launch/pretrain.py and tools/*.py."""
+"""The command `switchlora`; its subcommands are those of launch/pretrain.py and tools/*.py."""
 
 from __future__ import annotations
 

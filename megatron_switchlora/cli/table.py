@@ -1,4 +1,4 @@
-"""A table of subcommands: each is the `main(argv)` of a module, which is imported when it is asked for."""
+"""A table of subcommands: each is the `main(argv)` of a module that is imported on demand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Table = dict[str, tuple[str, str]]  # name -> (module, what it does)
 def run(command: str, table: Table, argv: Sequence[str]) -> None:
     """Run the subcommand that `argv` begins with; without one, or with --help, print the table.
 
-    Exits with status 2 if there is no such subcommand.
+    Exit with status 2 if there is no such subcommand.
     """
     name, rest = (argv[0], list(argv[1:])) if argv else ("--help", [])
     if name in ("--help", "-h"):

@@ -52,8 +52,8 @@ def corpus_identity(data: DataConfig) -> dict[str, object]:
     This is file names, sizes, modification times (ns) and options.
 
     Raises:
-        UserError: a file is missing, is a directory, or has a name that means another format; a pattern matches no
-            file; there is no standard library; or the commit of a hub dataset cannot be looked up.
+        UserError: a file is missing, is a directory, or has a name that means another format. A pattern matches no
+            file. There is no standard library. The commit of a hub dataset cannot be looked up.
     """
     if data.source == "stdlib":
         names_and_sizes = [[name, size] for name, size in _stdlib_files(data.max_bytes)]
@@ -67,9 +67,8 @@ def load_corpus(data: DataConfig, scratch: Path, *, progress: bool = False) -> C
     A stream raises these errors while it is read.
 
     Raises:
-        UserError: as `corpus_identity`. Also: a file is unreadable, damaged, cut off, not UTF-8, of another format than
-            its name says, or without the text field; there is no text at all, or none to hold out; or a connection
-            breaks.
+        UserError: as `corpus_identity`. A file is unreadable, damaged, cut off, not UTF-8, of another format than its
+            name says, or without the text field. There is no text at all, or none to hold out. A connection breaks.
     """
     identity = corpus_identity(data)
     findings = Findings(skip=data.on_bad_document == "skip")

@@ -154,8 +154,8 @@ def documents(source: Source, text_field: str, findings: Findings | None = None)
     `findings` collects documents left out and unusual files.
 
     Raises:
-        UserError: the file is unreadable, damaged, cut off or of another format than its name says; a document is too
-            large; or a document is not UTF-8 or lacks the field and must not be left out.
+        UserError: the file is unreadable, damaged, cut off or of another format than its name says. A document is too
+            large. A document is not UTF-8 or lacks the field, and must not be left out.
     """
     findings = findings or Findings()
     with _reading(source) as stream:

@@ -69,8 +69,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """Load a tokenizer by folder or hub name; never run code from its folder, and never ask to.
 
     Raises:
-        UserError: the tokenizer does not load, needs code of its own, or is not a fast one; or a file is a link out of
-            the folder.
+        UserError: the tokenizer does not load, needs code of its own, or is not a fast one. A file is a link out of the
+            folder.
     """
     if Path(name).is_dir():
         require_own(Path(name), tokenizer_files(Path(name)))

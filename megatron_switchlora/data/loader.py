@@ -167,8 +167,8 @@ class TrainLoader:
     """The micro-batches of one rank.
 
     Raises:
-        UserError: the global batch is not a multiple of the micro-batch times the ranks that read different samples, or
-            the micro-batch is not a multiple of the heads in a process.
+        UserError: the global batch is not a multiple of the micro-batch times the ranks that read different samples.
+            The micro-batch is not a multiple of the heads in a process.
     """
 
     def __init__(self, store: Samples, order: BatchOrder, micro_batch_size: int, reader: Reader) -> None:
@@ -176,8 +176,8 @@ class TrainLoader:
         require(
             order.global_batch_size % (micro_batch_size * ranks) == 0 and micro_batch_size % reader.local == 0,
             f"train.global_batch_size {order.global_batch_size} must be a multiple of train.micro_batch_size "
-            f"{micro_batch_size} x {ranks} ranks that read different samples, and train.micro_batch_size must be a "
-            f"multiple of the {reader.local} heads in a process: change one of them.",
+            f"{micro_batch_size} x {ranks} ranks that read different samples. train.micro_batch_size must be a "
+            f"multiple of the {reader.local} heads in a process. Change one of them.",
         )
         self._store, self._order, self._micro, self._reader = store, order, micro_batch_size, reader
 

@@ -2,8 +2,8 @@
 
 `export_dense` folds the adapters and writes sharded safetensors that `AutoModelForCausalLM` loads. `export_peft` writes
 the frozen base in the same format, and the adapters beside it as a LoRA that `PeftModel` loads. The adapter gives the
-absolute path of its base. Its lora_B is [out, r], the transpose of ours. Folders are built elsewhere and renamed, so
-they are either complete or absent.
+absolute path of its base. Its lora_B is [out, r], the transpose of the package's own. Folders are built elsewhere and
+renamed, so they are either complete or absent.
 """
 
 from __future__ import annotations

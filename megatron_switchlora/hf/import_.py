@@ -106,9 +106,9 @@ def hf_tensors(folder: Path, config: ModelConfig, vocab_size: int) -> Iterator[t
     A tied output layer is left out. float64 weights are rounded.
 
     Raises:
-        UserError: at the call, if there are no safetensors, a file is damaged, the index does not match its files,
-            tensors are missing, surplus, of another shape or not floats, or a tied output layer differs from the
-            embedding; while reading, if a file has changed meanwhile or a value is not finite.
+        UserError: at the call, if there are no safetensors, a file is damaged, or the index does not match its files.
+            At the call, if tensors are missing, surplus, of another shape or not floats. At the call, if a tied output
+            layer differs from the embedding. While reading, if a file has changed or a value is not finite.
     """
     family, model = family_of(config), build_on_meta(config, vocab_size)
     stored = _stored_tensors(folder, family)
@@ -172,8 +172,8 @@ def _nothing_to_read(folder: Path) -> str:
     return (
         f"{folder} holds {first_names(pickles)}, but no safetensors. Such files are pickles, which can run code when "
         "they are loaded, so they are not read here. If you trust them, load the folder with "
-        "AutoModelForCausalLM.from_pretrained of transformers, write it with save_pretrained(new_folder, "
-        "safe_serialization=True) (version 5 always writes safetensors), and give the new folder."
+        "AutoModelForCausalLM.from_pretrained of transformers. Then write it with save_pretrained(new_folder, "
+        "safe_serialization=True) and give the new folder (version 5 always writes safetensors)."
     )
 
 

@@ -218,7 +218,7 @@ class MhLoraOptions:
     """Multi-head LoRA, LTE's baseline (arXiv 2402.16828, section 3.1), with method.name mhlora."""
 
     heads: int = option(1)
-    """Heads whose sum is one model."""
+    """LoRA heads whose sum is the adapter of one model."""
 
 
 @register

@@ -36,13 +36,13 @@ class ReloraOptions:
     """Adapters that are folded into W and re-initialised (ReLoRA, arXiv 2307.05695), with method.name relora."""
 
     interval: int = option(5000)
-    """Steps K between restarts: fold sBA into W, re-initialise A, B zero."""
+    """Steps K between restarts, which fold sBA into W, re-initialise A and zero B."""
     warmup: int = option(100)
     """Steps in which the learning rates climb back to their schedule after a restart."""
     moments: Literal["zero", "prune"] = option("zero")
-    """What a restart leaves of the adapters' Adam moments: nothing, or the entries of largest magnitude."""
+    """What a restart keeps of the adapters' Adam moments: nothing, or the entries of largest magnitude."""
     keep: float = option(0.001)
-    """Share of a moment's entries that moments prune leaves (the paper prunes 99.9 %)."""
+    """Share of a moment's entries that method.relora.moments prune keeps (the paper prunes 99.9 %)."""
 
 
 @register

@@ -22,15 +22,15 @@ class SwitchOptions:
     total_steps: Optional[int] = option(None, resume="ask")
     """Length T of the switching schedule in steps; by default train.steps."""
     freeze_steps: int = option(5, resume="ask")
-    """Steps N for which the counterpart of a switched vector is frozen (0 masks the stale gradient once, as 1)."""
+    """Steps N for which the counterpart of a switched vector is frozen (0 and 1 both mask the stale gradient once)."""
     selection: Literal["ring", "random", "independent"] = option("ring")
     """ring: positions and candidates in order; random: candidates drawn at random; independent: positions too,
     with separate counts for A and B (Algorithm 2 of the paper)."""
     bank_device: Literal["device", "host"] = option("device", resume="free", results=False)
     """Where the candidate vectors live; host memory is pinned when there is a GPU."""
     bank_spread: Literal["tp", "dp"] = option("tp", resume="free", results=False)
-    """tp: no candidate is held twice over the tensor-parallel ranks, data-parallel ranks hold copies; dp: candidates
-    are spread over the data-parallel ranks too."""
+    """tp: tensor-parallel ranks share the candidates, and data-parallel ranks hold copies; dp: data-parallel ranks
+    share them too."""
 
 
 def check_switching(config: RunConfig) -> None:
@@ -46,9 +46,8 @@ def check_switching(config: RunConfig) -> None:
     largest = max(min(p.out_features, p.in_features) for p in family_of(config.model).projections(config.model))
     require(
         method.rank < largest,
-        f"A bank has min(m, n) candidates per matrix, of which method.rank are in use, so method.rank {method.rank} "
-        f"leaves nothing to switch in any matrix (min(m, n) is {largest} at most): lower the rank, or use method.name "
-        "lora.",
+        f"A bank has min(m, n) candidates per matrix, so method.rank {method.rank} leaves nothing to switch in any "
+        f"matrix (min(m, n) is {largest} at most): lower the rank, or use method.name lora.",
     )
     require(switch.freeze_steps >= 0, f"method.switch.freeze_steps must be at least 0, not {switch.freeze_steps}.")
     require(switch.interval0 > 0, f"method.switch.interval0 must be positive, not {switch.interval0}.")

@@ -236,7 +236,7 @@ class RunFolder:
         """Require that the run's folder is still in place; rewrite a metrics.jsonl that was deleted or replaced.
 
         Raises:
-            UserError: the folder has vanished or was replaced; `what` says what fails because of it.
+            UserError: the folder has vanished or was replaced; `what` is what fails because of it.
         """
         status = self.path.stat() if self.path.is_dir() else None
         if status is None or (status.st_dev, status.st_ino) != self._identity:

@@ -50,7 +50,7 @@ def build_phases(
     return phases
 
 
-def start_engine(
+def build_engine(
     phase: Phase, model: LanguageModel, samples: Samples, device: torch.device, begins: bool = True
 ) -> Engine:
     """Return the phase's engine around an initialised model.

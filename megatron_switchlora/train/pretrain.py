@@ -125,7 +125,7 @@ def train(
     arguments: Arguments, ranks: Ranks, device: torch.device, stop: StopRequest, data: Optional[PreparedData] = None
 ) -> int:
     """Train the run, or its remaining steps, and return the exit status."""
-    from megatron_switchlora.checkpoint.resume import find_start
+    from megatron_switchlora.checkpoint.resume import find_resume_point
     from megatron_switchlora.run.figures import decorating, outlive_terminal
     from megatron_switchlora.train.summary import describe_end
     from megatron_switchlora.train.trainer import Trainer
@@ -134,14 +134,14 @@ def train(
     outlive_terminal()
     given = read_ds_config(arguments.ds_config)
     on_one_rank(ranks.rank == 0, partial(check_monitors, given), device)
-    start = find_start(arguments.config, device)
-    if start.finished:
+    resume_point = find_resume_point(arguments.config, device)
+    if resume_point.finished:
         if ranks.rank == 0:
             print(f"The run in {arguments.config.output_dir} is finished: give another --output_dir for a new one.")
         return 0
     if ranks.rank == 0:
         warn(unused_warning(arguments.config.method), precision_warning(device, arguments.config.train.precision))
-    trainer = Trainer(arguments.config, given, ranks, device, start, stop, data)
+    trainer = Trainer(arguments.config, given, ranks, device, resume_point, stop, data)
     val_loss = trainer.fit()
     if val_loss is not None:
         with decorating("the summary"):

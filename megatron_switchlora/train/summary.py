@@ -7,7 +7,7 @@ from statistics import mean, median
 
 import torch
 
-from megatron_switchlora.checkpoint.resume import Start
+from megatron_switchlora.checkpoint.resume import ResumePoint
 from megatron_switchlora.distributed.mesh import AXES, Mesh
 from megatron_switchlora.lowrank.nf4 import bitsandbytes_works
 from megatron_switchlora.model.protocol import family_of
@@ -18,8 +18,8 @@ from megatron_switchlora.startup.environment import cpu_threads
 from megatron_switchlora.train.context import RunContext
 
 
-def describe_start(context: RunContext, mesh: Mesh, start: Start) -> list[str]:
-    """Return lines that say what is trained, on which mesh and data, and from which checkpoint."""
+def describe_start(context: RunContext, mesh: Mesh, resume_point: ResumePoint) -> list[str]:
+    """Return lines that report what is trained, on which mesh and data, and from which checkpoint."""
     config, counts = context.config, context.counts
     sizes = " x ".join(f"{axis} {mesh.size(axis)}" for axis in AXES)
     _, source = cpu_threads(config.train.threads, context.ranks.local_size, os.environ)
@@ -34,8 +34,8 @@ def describe_start(context: RunContext, mesh: Mesh, start: Start) -> list[str]:
     if config.method.facts.quantised:
         by = "bitsandbytes" if bitsandbytes_works(context.device) else "plain torch, much slower than bitsandbytes"
         lines.append(f"the base is in 4 bits, dequantised by {by}")
-    if start.checkpoint:
-        lines.append(f"resumes after step {start.step} from {start.checkpoint.folder}")
+    if resume_point.checkpoint:
+        lines.append(f"resumes after step {resume_point.step} from {resume_point.checkpoint.folder}")
     if context.last_step < config.train.steps:
         lines.append(
             f"the data ends after {context.last_step} of {config.train.steps} steps "
@@ -47,8 +47,8 @@ def describe_start(context: RunContext, mesh: Mesh, start: Start) -> list[str]:
 def describe_end(context: RunContext, mesh: Mesh, run: RunFolder, val_loss: float, seconds: float) -> str:
     """Return the summary of a finished run.
 
-    It says what was trained, how well and how fast, what the method saved, where the results are, and what to try next.
-    Lines without records are left out.
+    It reports what was trained, how well and how fast, what the method saved, where the results are, and what to try
+    next. Lines without records are left out.
     """
     config, counts = context.config, context.counts
     steps = [record for record in run.history if "loss" in record]

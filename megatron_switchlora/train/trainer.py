@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_switchlora.checkpoint.engine_state import load_state, state_file
 from megatron_switchlora.checkpoint.files import Checkpoint, published
 from megatron_switchlora.checkpoint.lte_regroup import load_regrouped, regroups
-from megatron_switchlora.checkpoint.resume import Start, open_together
+from megatron_switchlora.checkpoint.resume import ResumePoint, open_together
 from megatron_switchlora.checkpoint.resume_rules import compare_data
 from megatron_switchlora.checkpoint.saver import Saver
 from megatron_switchlora.checkpoint.weights import Weights, find_folder, load_initial
@@ -44,7 +44,7 @@ from megatron_switchlora.train.context import open_context
 from megatron_switchlora.train.dataset import require_tokenizer
 from megatron_switchlora.train.diagnose import find_bad_layer
 from megatron_switchlora.train.engine import Engine, StepResult
-from megatron_switchlora.train.phases import Phase, build_phases, start_engine
+from megatron_switchlora.train.phases import Phase, build_engine, build_phases
 from megatron_switchlora.train.results import Companions, step_record, write_results, write_tokenizer
 from megatron_switchlora.train.summary import describe_start
 
@@ -52,8 +52,9 @@ from megatron_switchlora.train.summary import describe_start
 class Trainer:
     """A run.
 
-    `given_ds_config` is the user's DeepSpeed JSON. `start` comes from `resume.find_start`; by default the run is fresh.
-    `stop` receives the signals that end the run. `data` is what it reads; by default the prepared `config.data`.
+    `given_ds_config` is the user's DeepSpeed JSON. `resume_point` comes from `resume.find_resume_point`; by default the
+    run starts at step 0. `stop` receives the signals that end the run. `data` is what it reads; by default the prepared
+    `config.data`.
     """
 
     engine: Engine
@@ -65,18 +66,18 @@ class Trainer:
         given_ds_config: dict[str, Any],
         ranks: Ranks,
         device: torch.device,
-        start: Optional[Start] = None,
+        resume_point: Optional[ResumePoint] = None,
         stop: Optional[StopRequest] = None,
         data: Optional[PreparedData] = None,
     ) -> None:
         self.config, self.ranks, self.device = config, ranks, device
-        self.start, self.stop = start or Start(), stop or StopRequest()
+        self.resume_point, self.stop = resume_point or ResumePoint(), stop or StopRequest()
         self.terminal = Terminal(ranks.rank == 0)
         self.print_line = self.terminal.print_line
         on_all_ranks(config.method.facts.require_packages, device)
         self.context = open_context(config, ranks, device, data)
         self._build_phases(given_ds_config)
-        self._start_engine()
+        self._build_engine()
         folder = self._claim_folder()
         on_all_ranks(partial(self._open_folder, folder), device)
         self.saver = Saver(folder / "checkpoints", self.engine, config.checkpoint, self.print_line)
@@ -90,9 +91,9 @@ class Trainer:
     def method(self) -> Method:
         return self.engine.method
 
-    def _start_engine(self) -> None:
+    def _build_engine(self) -> None:
         """Build the engine of the phase in which the run starts or resumes, from initial weights or the checkpoint."""
-        train, checkpoint = self.config.train, self.start.checkpoint
+        train, checkpoint = self.config.train, self.resume_point.checkpoint
         model = self._fresh_model()
         begins = checkpoint is None or 0 < self.phase.first == checkpoint.step
         self.imported: dict[str, Any] = {}  # marks of the imported model
@@ -105,14 +106,14 @@ class Trainer:
             on_all_ranks(partial(load_initial, model, weights), self.device)
         elif checkpoint is not None:
             self.imported = checkpoint.state().get("imported") or {}
-            self._check_start(checkpoint)
+            self._check_checkpoint(checkpoint)
             in_method = not begins and self.phase is self.phases[-1]
             regrouped = in_method and regroups(self.config, checkpoint.state())
             if begins or regrouped:  # from the end of the previous phase, or from the model for new heads
                 on_all_ranks(partial(load_initial, model, Weights(checkpoint)), self.device)
-        self.engine = start_engine(self.phase, model, self.context.train_samples, self.device, begins or regrouped)
+        self.engine = build_engine(self.phase, model, self.context.train_samples, self.device, begins or regrouped)
         if checkpoint is not None and not begins:
-            self._load_start(checkpoint, regrouped)
+            self._load_checkpoint(checkpoint, regrouped)
 
     def _fresh_model(self) -> LanguageModel:
         model = build_model(self.config.model, self.context.vocab_size, self.mesh.axis("tp"))
@@ -129,11 +130,11 @@ class Trainer:
         self.phase = self.phases[-1]
         model = self._fresh_model()
         model.load_state_dict(weights)
-        self.engine = start_engine(self.phase, model, self.context.train_samples, self.device)
+        self.engine = build_engine(self.phase, model, self.context.train_samples, self.device)
         self.saver = Saver(self.saver.folder, self.engine, self.config.checkpoint, self.print_line)
         self.print_line(f"after {self.phase.first} steps of full-rank training {self.config.method.name} begins")
 
-    def _check_start(self, checkpoint: Checkpoint) -> None:
+    def _check_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Require that the run can resume from the checkpoint.
 
         Raises:
@@ -142,12 +143,12 @@ class Trainer:
         compare_data(self.config, checkpoint.state(), self.context.identity)
         last = self.context.last_step
         require(
-            checkpoint.step < last + self.start.keeps_records,  # equal if the run was killed before its export
+            checkpoint.step < last + self.resume_point.keeps_records,  # equal if the run was killed before its export
             f"{checkpoint.folder} is of step {checkpoint.step}, so none of the {last} steps is left to train: "
             "raise train.steps, with --checkpoint.allow_changes '[\"train.steps\"]'.",
         )
 
-    def _load_start(self, checkpoint: Checkpoint, regrouped: bool) -> None:
+    def _load_checkpoint(self, checkpoint: Checkpoint, regrouped: bool) -> None:
         """Fill the fresh engine from the checkpoint; with `regrouped` its LTE heads differ from the run's."""
         if regrouped:
             on_all_ranks(partial(load_regrouped, self.engine, checkpoint), self.device)
@@ -160,8 +161,9 @@ class Trainer:
 
     def _build_phases(self, given_ds_config: dict[str, Any]) -> None:
         self.phases = build_phases(self.config, given_ds_config, self.context.train_samples, self.context.order)
-        in_method = self.start.checkpoint is not None and self.start.checkpoint.step >= self.phases[-1].first
-        self.phase = self.phases[-1 if in_method else 0]
+        checkpoint, method_phase = self.resume_point.checkpoint, self.phases[-1]
+        in_method = checkpoint is not None and checkpoint.step >= method_phase.first
+        self.phase = method_phase if in_method else self.phases[0]
         self._validation_batches()  # raises if the validation set has no sample
 
     def _claim_folder(self) -> Path:
@@ -169,10 +171,10 @@ class Trainer:
 
         def create() -> str:
             given = self.config.output_dir
-            if self.start.keeps_records:
+            if self.resume_point.keeps_records:
                 return str(given)
             folder = create_folder(Path(given)) if given else default_folder(self.config.method.name)
-            self.start.lock = lock_folder(folder)
+            self.resume_point.lock = lock_folder(folder)
             return str(folder)
 
         self.config.output_dir = on_one_rank(self.ranks.rank == 0, create, self.device)
@@ -185,7 +187,7 @@ class Trainer:
             UserError: the disk is full or read-only.
         """
         with in_folder(folder):
-            keep = self.start.step if self.start.keeps_records else None
+            keep = self.resume_point.step if self.resume_point.keeps_records else None
             self.run = RunFolder(folder, self.ranks.rank == 0, keep, self._heads_written())
             self._write_settings()
 
@@ -196,7 +198,7 @@ class Trainer:
         return list(mesh.heads(self.config.method.facts.heads_here)) if writes else []
 
     def _write_settings(self) -> None:
-        config, counts, checkpoint = self.config, self.context.counts, self.start.checkpoint
+        config, counts, checkpoint = self.config, self.context.counts, self.resume_point.checkpoint
         if checkpoint and checkpoint.folder.parent.resolve() != (self.run.path / "checkpoints").resolve():
             self.run.update_meta(branched_from=str(checkpoint.folder))
         self.run.write_config(config, self.phases[-1].ds_config)
@@ -208,7 +210,7 @@ class Trainer:
             versions=versions() | gpu_identity(self.device),
             mesh={axis: self.mesh.size(axis) for axis in AXES},
             device=str(self.device.type),
-            resumed_at=[*self.run.meta.get("resumed_at", []), self.start.step] if checkpoint else [],
+            resumed_at=[*self.run.meta.get("resumed_at", []), self.resume_point.step] if checkpoint else [],
             finished=False,
             data=self.context.identity["data"],
             vocab_size=self.context.vocab_size,
@@ -221,9 +223,8 @@ class Trainer:
     def _log_start(self) -> None:
         kept = "\n".join(gather_texts("\n".join(self.run.notes), self.device)).split("\n")  # each rank's own files
         cleaned = self.saver.clean() if self.run.writes else []
-        for line in filter(
-            None, [*describe_start(self.context, self.mesh, self.start), *self.start.notes, *kept, *cleaned]
-        ):
+        facts = describe_start(self.context, self.mesh, self.resume_point)
+        for line in filter(None, [*facts, *self.resume_point.notes, *kept, *cleaned]):
             self.print_line(line)
 
     def _validation_batches(self) -> Iterator[torch.Tensor]:
@@ -285,13 +286,13 @@ class Trainer:
     def fit(self) -> Optional[float]:
         """Train, record, save and export; return the final validation loss, or None if the run was asked to stop."""
         self.terminal.begin(self.context.last_step)
-        if self.start.step == 0:
+        if self.resume_point.step == 0:
             self._evaluate_and_log(0)
         earlier = next((record["seconds"] for record in reversed(self.run.history) if "seconds" in record), 0.0)
         self.stop.training = True
         started_at = time.perf_counter()
         try:
-            for step in range(self.start.step, self.context.last_step):
+            for step in range(self.resume_point.step, self.context.last_step):
                 if self._one_step(step, started_at, earlier):
                     return None
         except UserError:  # raised on every rank, so the save in progress can still be published
@@ -346,7 +347,7 @@ class Trainer:
         steps, limit = self.config.train.stop_after_steps, self.config.train.stop_after_seconds
         stops = (
             self.stop.asked is not None
-            or (steps is not None and step + 1 - self.start.step >= steps)
+            or (steps is not None and step + 1 - self.resume_point.step >= steps)
             or (limit is not None and time.perf_counter() - started_at >= limit)
         )
         return stops, self.saver.written

@@ -65,6 +65,16 @@ def test_a_start_that_is_asked_to_stop_goes_back_into_the_queue(stand_ins: Path)
     assert "launch/pretrain.py --output_dir runs/pretrain-7 --train.steps 9" in (calls / "srun").read_text()
 
 
+def test_it_trains_in_a_container(stand_ins: Path) -> None:
+    """Under pyxis, with the container's Python, which the submitting host need not have."""
+    image = {"CONTAINER_IMAGE": "docker://registry#switchlora:1", "CONTAINER_MOUNTS": "/data:/data", "PYTHON": ""}
+    status, output, calls = start(stand_ins, SRUN_ENDS="0", **image)
+    assert status == 0, output
+    words = (calls / "srun").read_text()
+    assert f"--container-image=docker://registry#switchlora:1 --container-workdir={REPOSITORY} " in words
+    assert f"--container-mounts={REPOSITORY}:{REPOSITORY},/data:/data python3 -u launch/pretrain.py" in words
+
+
 @pytest.mark.parametrize(("left", "goes_on"), [("+300 seconds", False), ("+9 hours", True), ("N/A", True)])
 def test_only_a_limit_that_is_all_notice_ends_a_job_that_is_stopped_at_once(
     stand_ins: Path, left: str, goes_on: bool

@@ -47,8 +47,8 @@ def test_help_version_and_what_is_no_command(capsys: pytest.CaptureFixture[str])
     run("switchlora", COMMANDS, ["--version"])
     assert capsys.readouterr().out == f"{__version__}\n"
     with pytest.raises(SystemExit, match="2"):
-        run("switchlora", COMMANDS, ["trian"])
-    assert "no command 'trian': give one of pretrain," in capsys.readouterr().err
+        run("switchlora", COMMANDS, ["trainn"])
+    assert "no command 'trainn': give one of pretrain," in capsys.readouterr().err
 
 
 def test_shipped_files_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.english import translated
+from tests.english import comments, translated
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,11 @@ def test_translated_phrases_are_found(source: str, phrase: str) -> None:
 )
 def test_plain_english_passes(source: str) -> None:
     assert translated(source) == []
+
+
+def test_comments_of_scripts_and_yaml_are_read() -> None:
+    source = "# The same line\n# goes on from there.\nabout: drawn anew\n  # Take two samples a step.\n"
+    assert [(line, phrase) for line, phrase, _ in translated(source, comments)] == [
+        (1, "goes on from"),
+        (4, "samples a step"),
+    ]

@@ -142,7 +142,7 @@ def test_a_gradient_without_directions_is_refused() -> None:
         find_factors(config, model, lone_mesh(), make_samples(config), CPU)
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"has norm nan over 7 samples"):
+    with pytest.raises(UserError, match=r"over 7 samples has norm nan"):
         find_factors(config, model, lone_mesh(), make_samples(config), CPU)
 
 

@@ -85,7 +85,8 @@ def test_only_methods_ask_for_a_methods_name() -> None:
 
 
 def scripts() -> list[Path]:
-    return [path for folder in ("launch", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
+    every = (path for folder in ("launch", "tools") for path in sorted((ROOT / folder).rglob("*.py")))
+    return [path for path in every if path.name != "__init__.py"]
 
 
 def test_scripts_only_call_a_main_of_the_package() -> None:

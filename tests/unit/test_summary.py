@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_switchlora.checkpoint.resume import Start
+from megatron_switchlora.checkpoint.resume import ResumePoint
 from megatron_switchlora.config.command_line import parse_arguments
 from megatron_switchlora.distributed.mesh import lone_mesh
 from megatron_switchlora.train import summary
@@ -27,7 +27,7 @@ def test_who_dequantises_is_told(monkeypatch: pytest.MonkeyPatch, works: bool, s
             train_samples=[0], val_samples=[0], data=SimpleNamespace(unigram_val_ppl=2.0),
             last_step=config.train.steps, ranks=SimpleNamespace(local_size=1),
         )  # fmt: skip
-        lines = summary.describe_start(context, lone_mesh(), Start())
+        lines = summary.describe_start(context, lone_mesh(), ResumePoint())
         assert any(f"dequantised by {said}" in line for line in lines) == (base == "nf4")
 
 

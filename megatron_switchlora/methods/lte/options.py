@@ -15,22 +15,22 @@ from megatron_switchlora.methods.switch_options import SwitchOptions, check_swit
 
 @dataclass
 class LteOptions:
-    """Heads that train separately and are merged (LTE, arXiv 2402.16828), with method.name lte."""
+    """Heads that train independently and are merged (LTE, arXiv 2402.16828), with method.name lte."""
 
     local_heads: int = option(1)
-    """LTE heads in one process, which share one W; parallel.lte_heads times as many train."""
+    """LTE heads in one process, which share one W; parallel.lte_heads times as many train in all."""
     merge_interval: Union[int, Literal["never"]] = option(10)
     """Steps T between merges of the heads."""
     merge_form: Literal["reset", "resetless"] = option("resetless")
     """resetless: factors stay and W is corrected; reset: B starts again at zero (LTE, Algorithm 1)."""
     merge_traffic: Literal["auto", "factors", "delta"] = option("auto")
-    """What crosses heads in a merge: factors (all-gathered), their mean product (all-reduced); auto: the smaller."""
+    """What a merge exchanges. factors: all-gathered; delta: their mean product, all-reduced; auto: the smaller."""
     redraw_A: bool = option(False)
     """Re-initialise A at every merge (with merge_form reset)."""
     inner: Literal["lora", "switchlora"] = option("lora")
-    """What a head trains with; switchlora reads method.switch."""
+    """The method inside each head; switchlora reads method.switch."""
     base: Literal["fp32", "nf4"] = option("fp32")
-    """How heads hold the frozen W: in fp32, or quantised to 4 bits, with what merges need in host memory."""
+    """How heads hold the frozen W: in fp32, or quantised to 4 bits, with the merges' origin in host memory."""
 
 
 @register
@@ -167,8 +167,8 @@ def _check_merges(config: RunConfig) -> None:
     wrong = [f"{name} {size}" for name, size in lengths.items() if lte.base == "nf4" and size % (64 * tp)]
     require(
         tp == 1 or not wrong,
-        f"method.lte.base nf4 with parallel.tp {tp} needs sizes that are multiples of 64 x {tp}, so that each rank's "
-        f"columns are whole blocks of 64, but {', '.join(wrong)} is not: change the size or parallel.tp.",
+        f"method.lte.base nf4 with parallel.tp {tp} needs sizes that are multiples of 64 x {tp} (whole blocks of 64 "
+        f"columns per rank), but {', '.join(wrong)} is not: change the size or parallel.tp.",
     )
 
 
