@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: pretrain test test-full test-long checks dist clean
+.PHONY: pretrain test test-full test-long checks docs dist clean
 
 # Two ranks, or one where there is exactly one GPU; without any the two compute on the CPU. The batch is the same.
 RANKS = import torch; print(min(2, torch.cuda.device_count()) or 2)
@@ -38,6 +38,12 @@ checks: $(STAMP)
 	$(BIN)/shellcheck .ci/run examples/*.sh launch/mpi/pretrain.sh launch/slurm/pretrain.sbatch
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(MAKE) --no-print-directory docs
+
+# The pages as a site in build/site. A link that leads nowhere is an error.
+docs: $(STAMP)
+	$(BIN)/python -m docs.build
+	$(BIN)/zensical build --clean --strict
 
 dist: $(STAMP)
 	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
@@ -51,4 +57,4 @@ $(STAMP): requirements.txt requirements-dev.txt constraints.txt pyproject.toml s
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -40,6 +40,7 @@ RATES = {
     "galore": 0.01,
     "lte": 0.00005,
     "lte_switchlora": 0.02,
+    "mhlora": 0.00005,
 }
 TABLE_4 = {
     ("250m", "full"): 247.5, ("250m", "switchlora_r128"): 98.9, ("250m", "switchlora_r256"): 148.4,
@@ -98,7 +99,7 @@ def test_every_shipped_combination(model: str) -> None:
         assert config.method.name == name.removesuffix("_switchlora" * heads)
         assert not rank or config.method.rank == int(rank)
         assert config.optim.lr == RATES[name]
-        assert heads or config.optim.dense_lr == RATES[name]
+        assert heads or config.optim.dense_lr == (0.001 if name == "mhlora" else RATES[name])
         given = read_ds_config(str(ROOT / "ds_configs" / "zero0.json") if name == "galore" else None)
         for world in MODELS[model]:
             config.parallel.lte_heads = world if heads else 1

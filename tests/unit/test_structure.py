@@ -19,7 +19,8 @@ ROOMS = (
 
 
 def sources() -> list[Path]:
-    return [path for folder in (PACKAGE, "launch", "tools", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
+    folders = (PACKAGE, "launch", "tools", "docs", "tests")
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def imported(path: Path) -> set[str]:

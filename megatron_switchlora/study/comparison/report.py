@@ -29,20 +29,16 @@ from megatron_switchlora.study.places import ROOT
 
 Run = dict[str, Any]
 HEAD = (
-    "| method | rank | trainable | lr, dense_lr | seeds | validation loss | perplexity | gradient bytes a step | "
+    "| method | rank | trainable | lr, dense_lr | seeds | validation loss | perplexity | gradient bytes per step | "
     "step time | peak memory |\n|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def write_report(setting: Setting, configs: dict[str, RunConfig], results: Results, plot: bool = True) -> str:
     """Write the table and the plot, and return the table."""
-    rows: list[str] = []
-    notes: set[str] = set()
-    for method, config in configs.items():
-        point, runs = best_runs(setting, results, method)
-        rows.append(_row(setting, results, method, config, point, runs, notes))
+    rows, notes = comparison_rows(setting, configs, results)
     text = "\n".join([
-        f"# {setting.name}", "", setting.about.strip(), "", HEAD, *rows, "", *sorted(notes), *_facts(setting, results)
+        f"# {setting.name}", "", setting.about.strip(), "", *rows, "", *notes, *_facts(setting, results)
     ])  # fmt: skip
     replace_text(results.path.with_suffix(".md"), text + "\n")
     if plot:
@@ -50,6 +46,15 @@ def write_report(setting: Setting, configs: dict[str, RunConfig], results: Resul
         with decorating(f"drawing {path.name}"):
             _plot(setting, results, path)
     return text
+
+
+def comparison_rows(setting: Setting, configs: dict[str, RunConfig], results: Results) -> tuple[list[str], list[str]]:
+    """Return the lines of the table and the notes below it."""
+    rows, notes = [HEAD], set[str]()
+    for method, config in configs.items():
+        point, runs = best_runs(setting, results, method)
+        rows.append(_row(setting, results, method, config, point, runs, notes))
+    return rows, sorted(notes)
 
 
 def best_runs(setting: Setting, results: Results, method: str) -> tuple[Optional[Point], list[Run]]:
@@ -133,7 +138,7 @@ def _gradients(setting: Setting, method: str, config: RunConfig, run: Optional[R
     if run is None:
         return ""
     if config.parallel.lte_heads > 1:
-        notes.add("Merges: bytes that a rank gives to other LTE heads, mean per step.")
+        notes.add("Merges: bytes that a rank gives to other LTE heads, on average per step.")
         return f"{run['dp_bytes'] / 1e6:,.2f} MB, merges {run['merge_bytes'] / 1e6:,.2f} MB"
     if run["dp_bytes"]:
         return f"{run['dp_bytes'] / 1e6:,.2f} MB"
