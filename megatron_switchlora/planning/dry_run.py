@@ -84,15 +84,12 @@ def _setting(config: RunConfig, mesh: dict[str, int], zero: Zero, vocabulary: st
 
 def _parameters(config: RunConfig, vocab_size: int, tp: int) -> list[str]:
     """Totals count every parameter once, unpadded; the last column is what a rank holds, padding included."""
-    whole, mine = count_run(config, vocab_size), count_run(config, vocab_size, tp)
-    full, trains = whole.full_rank, not whole.dense_frozen
-    dense = [(name, getattr(whole, name), getattr(mine, name)) for name in ("embedding", "head", "norms")]
+    whole, here = count_run(config, vocab_size), count_run(config, vocab_size, tp)
+    parts = {"decoder matrices": "matrices", **{part: part for part in ("adapters", "embedding", "head", "norms")}}
     rows = [
-        ("decoder matrices", whole.matrices if full else 0, whole.frozen, mine.matrices),
-        ("adapters", whole.adapters, 0, mine.adapters),
-        *((name, count * trains, count * (not trains), local) for name, count, local in dense),
-        ("total", whole.trainable, whole.frozen + whole.frozen_dense, mine.trainable + mine.frozen + mine.frozen_dense),
-        ("full-rank training", whole.full_total, 0, mine.full_total),
+        *((name, whole.trained[part], whole.fixed[part], here[part]) for name, part in parts.items()),
+        ("total", whole.trainable, whole.fixed.total(), here.trainable + here.fixed.total()),
+        ("full-rank training", whole.full_total, 0, here.full_total),
     ]
     lines = [f"{'parameters':<20}{'trainable':>27}{'frozen':>27}{'on a rank':>18}"]
     for name, trainable, frozen, local in rows:

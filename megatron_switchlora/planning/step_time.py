@@ -16,14 +16,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes
 from megatron_switchlora.distributed.mesh import AXES, COMPOSITE_GROUPS
-from megatron_switchlora.model.protocol import family_of
-from megatron_switchlora.planning.counts import Projection, count_here, projections
-from megatron_switchlora.planning.memory import is_merged, nf4_bytes
-from megatron_switchlora.planning.traffic import Flow, axis_size, flows, on_the_wire
+from megatron_switchlora.lowrank.nf4 import Nf4Matrix
+from megatron_switchlora.methods.base import Flow
+from megatron_switchlora.model.protocol import Projection, family_of, projections
+from megatron_switchlora.planning.counts import rank_tensors
+from megatron_switchlora.planning.memory import is_merged
+from megatron_switchlora.planning.traffic import axis_size, flows, on_the_wire
 from megatron_switchlora.startup.device import BF16_PEAK
 
 
@@ -130,7 +133,7 @@ def memory_traffic(config: RunConfig, vocab_size: int, mesh: dict[str, int], zer
     each micro-batch, and the optimizer's state: gradient, master and two moments read, three of them written."""
     method = config.method
     share = 1 if zero.stage == 0 else mesh["dp"]
-    state = 28 * count_here(config, vocab_size, mesh["tp"]).trainable / share
+    state = 28 * rank_tensors(config, vocab_size, mesh["tp"], mesh["dp"]).trained.total() / share
     if not method.facts.adapts:
         return state
     micro_batches = accumulation_steps(config, mesh["dp"])
@@ -141,7 +144,8 @@ def memory_traffic(config: RunConfig, vocab_size: int, mesh: dict[str, int], zer
         if is_merged(config, p, mesh["tp"], micro_batches):
             total += _times_formed(config, micro_batches) * m * n * (4 + compute_bytes(config))
         elif method.facts.quantised:
-            total += (2 + again) * (nf4_bytes(m, n) + m * n * compute_bytes(config))
+            in_4_bits = Nf4Matrix(torch.empty(m, n, device="meta"), kernels=False).nbytes
+            total += (2 + again) * (in_4_bits + m * n * compute_bytes(config))
         elif compute_bytes(config) != 4:  # W in bf16
             total += (1 + again) * m * n * (4 + compute_bytes(config))
     return state + micro_batches * config.model.num_layers * total

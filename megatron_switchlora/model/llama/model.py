@@ -13,6 +13,7 @@ stand in `rope.py`. Not supported: biases, attention masks other than causal, ca
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Optional
 
 import torch
@@ -112,12 +113,18 @@ class LlamaModel(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(vocab_size, config.hidden_size, tp)
         self.layers = nn.ModuleList(DecoderLayer(config, tp) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        # no buffer, which would be rounded when the model is cast to bf16
-        self.scaled_rotary = None if config.rope_scaling is None else scaled_frequencies(config)
+
+    @cached_property
+    def scaled_rotary(self) -> tuple[Tensor, float]:
+        """Frequencies and attention factor, not known before they are needed: transformers is slow to import.
+
+        They are no buffer, which would be rounded when the model is cast to bf16.
+        """
+        return scaled_frequencies(self.config)
 
     def rotary(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [S, head_dim] for these activations."""
-        if self.scaled_rotary is not None:
+        if self.config.rope_scaling is not None:
             return scaled_tables(x_BSD.size(1), *self.scaled_rotary, x_BSD)
         return rotary_tables(x_BSD.size(1), self.config.head_dim, self.config.rope_theta, x_BSD)
 
