@@ -36,7 +36,7 @@ class Item:
 
 
 def peak_bytes(items: list[Item]) -> int:
-    """The most a rank's device holds at once."""
+    """Return the most that a rank's device holds at once."""
     return phase_bytes(items, "always") + max(phase_bytes(items, "backward"), phase_bytes(items, "step"))
 
 
@@ -45,7 +45,7 @@ def phase_bytes(items: list[Item], phase: Phase) -> int:
 
 
 def memory_items(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero) -> list[Item]:
-    """Everything a rank holds, largest first within a phase; kinds that a run does not have are left out."""
+    """List everything that a rank holds, largest first within a phase; kinds without bytes are left out."""
     tensors = rank_tensors(config, vocab_size, tp, dp)
     items = [
         *_weights(config, tensors),
@@ -82,7 +82,7 @@ def _weights(config: RunConfig, tensors: RankTensors) -> list[Item]:
 
 
 def is_merged(config: RunConfig, projection: Projection, tp: int, micro_batches: int) -> bool:
-    """Whether a layer computes with W + sBA on a rank's shard."""
+    """Return whether a layer computes with W + sBA on a rank's shard."""
     if config.method.facts.shares_base:
         return False
     tokens = config.train.micro_batch_size * config.train.seq_len
@@ -91,9 +91,9 @@ def is_merged(config: RunConfig, projection: Projection, tp: int, micro_batches:
 
 
 def _compute_copies(config: RunConfig, tp: int, micro_batches: int) -> list[Item]:
-    """W + sBA of merged layers, and W in bf16 for split ones (in fp32 they use W itself; from 4 bits it is formed again
-    for backward): kept for backward.
+    """List what is kept for backward: W + sBA of merged layers, and W in bf16 for split ones.
 
+    In fp32 split layers use W itself; from 4 bits they form it again for backward.
     Checkpointing keeps one decoder layer's at a time, unless the cache lasts over the micro-batches.
     """
     if not config.method.facts.adapts:
@@ -118,7 +118,7 @@ def _compute_copies(config: RunConfig, tp: int, micro_batches: int) -> list[Item
 
 
 def _stacked_factors(config: RunConfig, tp: int) -> int:
-    """Bytes of a decoder layer's factors of several heads in one tensor each, with those of the last merge."""
+    """Return bytes of a layer's factors, those of all heads side by side, with those of the last merge."""
     method = config.method
     if not method.facts.shares_base or (method.facts.heads_here == 1 and not method.facts.resetless):
         return 0
@@ -138,7 +138,7 @@ def _optimizer(config: RunConfig, tensors: RankTensors, dp: int, zero: Zero) -> 
 
 
 def _gradients(config: RunConfig, tensors: RankTensors, dp: int, zero: Zero) -> list[Item]:
-    """Gradients, the buckets they are reduced in, and their fp32 form for the optimizer's step."""
+    """List gradients, the buckets they are reduced in, and their fp32 form for the optimizer's step."""
     count, size, precision = tensors.trained.total(), compute_bytes(config), config.train.precision
     name, in_step = f"gradients, {precision}", "fp32 gradients of the step"
     if zero.fp32_accumulation:
@@ -170,7 +170,7 @@ def _gradients(config: RunConfig, tensors: RankTensors, dp: int, zero: Zero) -> 
 
 
 def layer_activation_bytes(config: RunConfig, tp: int, micro_batches: int = 1) -> int:
-    """What autograd keeps of one decoder layer for the backward pass, a token."""
+    """Return the bytes per token that autograd keeps of one decoder layer for the backward pass."""
     model, size = config.model, compute_bytes(config)
     lowrank = 0
     if config.method.facts.adapts:
@@ -181,8 +181,11 @@ def layer_activation_bytes(config: RunConfig, tp: int, micro_batches: int = 1) -
 
 
 def _activations(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[Item]:
-    """Estimates for one micro-batch. Of the logits, three fp32 tensors live at once as the backward pass begins: the
-    log-probabilities and the gradient before and after them."""
+    """Estimate what a micro-batch keeps.
+
+    Of the logits, three fp32 tensors live at once as the backward pass begins: the log-probabilities and the gradient
+    before and after them.
+    """
     model, train, size = config.model, config.train, compute_bytes(config)
     tokens = train.micro_batch_size * train.seq_len
     logits = 3 * FP32 * tokens * shard_size(vocab_size, tp)

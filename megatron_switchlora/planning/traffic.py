@@ -1,10 +1,10 @@
 """What a rank hands to collectives in a step, by kind, from the configuration alone; and what of it a wire carries.
 
-    gradients        of each group of parameters over dp, once a step (at ZeRO 2 at every micro-batch)
+    gradients        of each group of parameters over dp, once per step (with ZeRO 2 once per micro-batch)
     parameters       ZeRO's all-gather of what the ranks have updated
-    bank             rows of the candidates on their way to the ranks that switch them in, in the mean over a run
+    bank             rows of the candidates on their way to the ranks that switch them in, on average over a run
     tensor parallel  activations and gradients of activations over tp, with those of the replicated factors
-    merges           of LTE heads, in the mean of a step: factors or products, and dense tensors
+    merges           of LTE heads, on average per step: factors or products, and dense tensors
 A `Flow` counts what a rank gives to its collectives, as `distributed/recorder.py` records it. A ring sends of an
 all-reduce 2 (N - 1) / N of what a rank gave, of an all-gather N - 1 times: `on_the_wire`. Left out are scalars
 (losses, norms, votes), ZeRO's padding to equal parts, and evaluations.
@@ -24,12 +24,12 @@ from megatron_switchlora.planning.counts import FP32, PARTS, RankTensors, rank_t
 
 
 def on_the_wire(op: str, given: float, ranks: int) -> float:
-    """Bytes that a rank sends in a ring of so many, where it gave `given` bytes."""
+    """Return the bytes that a rank sends in a ring of this many ranks for `given` bytes."""
     return given * {"all_reduce": 2 * (ranks - 1) / ranks, "all_gather": ranks - 1}[op]
 
 
 def flows(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Zero) -> list[Flow]:
-    """What a rank of the mesh {"lte", "dp", "tp"} gives in a step of this run."""
+    """List what a rank of the mesh {"lte", "dp", "tp"} gives per step of this run."""
     tensors = rank_tensors(config, vocab_size, mesh["tp"], mesh["dp"])
     given = [
         *_gradients(config, tensors, mesh, zero),
@@ -41,7 +41,7 @@ def flows(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Zero) 
 
 
 def _gradients(config: RunConfig, tensors: RankTensors, mesh: dict[str, int], zero: Zero) -> list[Flow]:
-    """Stage 2 reduces at every micro-batch, all others once a step; fp32 sums are cast to bf16 on their way."""
+    """List gradients: stage 2 reduces each micro-batch, others once per step; fp32 sums travel as bf16."""
     if mesh["dp"] == 1:
         return []
     each = compute_bytes(config) * (accumulation_steps(config, mesh["dp"]) if zero.stage == 2 else 1)
@@ -57,7 +57,7 @@ def _parameters(config: RunConfig, tensors: RankTensors, mesh: dict[str, int], z
 
 
 def _by_method(tensors: RankTensors, mesh: dict[str, int], zero: Zero) -> list[Flow]:
-    """What the method itself gives, in the mean of a step."""
+    """List what the method itself gives, on average per step."""
     partitioned = zero.stage > 0 or zero.fp32_accumulation
     return [
         replace(flow, bytes=count / every)
@@ -67,7 +67,7 @@ def _by_method(tensors: RankTensors, mesh: dict[str, int], zero: Zero) -> list[F
 
 
 def axis_size(mesh: dict[str, int], axis: str) -> int:
-    """Ranks of an axis of the mesh, or of a composite group."""
+    """Return the number of ranks of an axis of the mesh, or of a composite group."""
     return math.prod(mesh[name] for name in COMPOSITE_GROUPS.get(axis, (axis,)))
 
 
@@ -90,14 +90,14 @@ def _tensor_parallel(config: RunConfig, tensors: RankTensors, mesh: dict[str, in
 
 
 def gradient_bytes(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero) -> tuple[int, int]:
-    """Bytes of gradients that a rank gives in a step: with this method, and with full-rank training."""
+    """Return the bytes of gradients that a rank gives per step: with this method, and with full-rank training."""
     mesh = {"lte": config.parallel.lte_heads, "dp": dp, "tp": tp}
     given = round(sum(flow.bytes for flow in _gradients(config, rank_tensors(config, vocab_size, tp), mesh, zero)))
     return given, round(full_rank_bytes(given, config, vocab_size, tp))
 
 
 def merge_bytes(config: RunConfig, vocab_size: int, tp: int) -> int:
-    """Bytes that a rank gives to collectives across LTE heads in one merge."""
+    """Return the bytes that a rank gives to collectives across LTE heads in one merge."""
     if config.parallel.lte_heads == 1:
         return 0
     counts = rank_tensors(config, vocab_size, tp).flow_bytes.items()
@@ -105,12 +105,14 @@ def merge_bytes(config: RunConfig, vocab_size: int, tp: int) -> int:
 
 
 def full_rank_bytes(given: float, config: RunConfig, vocab_size: int, tp: int) -> float:
-    """Gradient bytes of full-rank training where this method's are `given`: it reduces the same way, over a rank's
-    part of all parameters."""
+    """Return the gradient bytes of full-rank training where this method's are `given`.
+
+    It reduces the same way, over a rank's part of all parameters.
+    """
     tensors = rank_tensors(config, vocab_size, tp)
     return given * tensors.totals["model"] / tensors.trained.total()
 
 
 def describe_saving(given: float, full: float) -> str:
-    """How `given` compares with full-rank training's bytes."""
+    """Describe how `given` compares with full-rank training's bytes."""
     return f"{1 - given / full:.1%} saved" if given <= full else f"{given / full - 1:.1%} more"

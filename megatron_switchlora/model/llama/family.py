@@ -34,7 +34,7 @@ class Llama(Family):
         return LlamaForCausalLM(config, vocab_size, tp)
 
     def mixing_flops(self, config: ModelConfig, seq_len: int) -> int:
-        """Of causal attention: scores and their sum of values, over half of the sequence in the mean."""
+        """Count causal attention: scores and sums of values, over half of the sequence on average."""
         return 2 * config.num_heads * config.head_dim * seq_len
 
     def kept_bytes(self, config: ModelConfig, tp: int, size: int, norms_train: bool) -> int:
