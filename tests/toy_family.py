@@ -25,7 +25,7 @@ from megatron_switchlora.distributed.shard import Axis, declare
 from megatron_switchlora.model.entries import read_flag, read_number, read_whole
 from megatron_switchlora.model.heads import copies
 from megatron_switchlora.model.norm import RMSNorm
-from megatron_switchlora.model.protocol import Family, LanguageModel, Projection
+from megatron_switchlora.model.protocol import Family, LanguageModel
 
 
 class Positions(nn.Module):
@@ -113,11 +113,6 @@ class Toy(Family):
 
     def build(self, config: ModelConfig, vocab_size: Optional[int], tp: Optional[Axis]) -> ToyModel:
         return ToyModel(config, vocab_size, tp)
-
-    def projections(self, config: ModelConfig) -> list[Projection]:
-        """up, down."""
-        h, f = config.hidden_size, config.intermediate_size
-        return [Projection(f, h, False), Projection(h, f, True)]
 
     def kept_bytes(self, config: ModelConfig, tp: int, size: int, norms_train: bool) -> int:
         """The norm's input and 1 / rms in fp32, what it gives, the input of up, that of down."""

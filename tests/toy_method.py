@@ -3,12 +3,16 @@ run option `plugins`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+import torch
 
 from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.facts import option
 from megatron_switchlora.config.method import register
 from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.distributed.slices import TensorSlice, parameter_slice, replica_group
 from megatron_switchlora.methods.adapter_options import AdapterFacts
 from megatron_switchlora.methods.base import Method
 from megatron_switchlora.methods.lora import Lora
@@ -42,10 +46,23 @@ class ToyFacts(AdapterFacts):
 
 
 class Toy(Lora):
-    """Shrinks each lora_B, in parameter and master."""
+    """Shrinks each lora_B, in parameter and master, and sums up what it takes away: `removed` [rank, out], fp32."""
+
+    def allocate(self) -> None:
+        super().allocate()
+        factors = {name: linear.lora_B for name, linear in self.linears.items()}
+        self.removed = {name: B.new_zeros(B.shape, dtype=torch.float32) for name, B in factors.items()}
+
+    def slices(self) -> Iterator[TensorSlice]:
+        yield from super().slices()
+        for name, removed in self.removed.items():
+            B = self.linears[name].lora_B
+            yield parameter_slice(f"{name}.removed", B, replica_group(B), removed)
 
     def after_step(self, step: int) -> None:
-        for linear in self.linears.values():
-            linear.lora_B.data.mul_(1 - self.config.method.toy.shrink)
+        shrink = self.config.method.toy.shrink
+        for name, linear in self.linears.items():
+            self.removed[name].add_(linear.lora_B.data, alpha=shrink)
+            linear.lora_B.data.mul_(1 - shrink)
             self.optimizer.rows_rewritten(linear.lora_B)
         super().after_step(step)

@@ -202,11 +202,6 @@ class MethodFacts:
         return False
 
     @property
-    def projected_rank(self) -> int:
-        """The rank in which the moments of matrices are kept; 0: in full."""
-        return 0
-
-    @property
     def keeps_initial(self) -> bool:
         """Whether a run keeps A and B of its start: they make an adapter over the base it began from."""
         return False

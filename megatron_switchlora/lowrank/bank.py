@@ -38,6 +38,8 @@ class HeldRows:
 
     rows: Tensor
     split: Split
+    group: Optional[str]
+    """The mesh group of ranks that hold the other candidates."""
 
     def locate(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Return the positions, among `slots`, of those held here, and their row numbers."""
@@ -72,24 +74,25 @@ class CandidateBank:
         """The mesh group of ranks that hold the same candidates; None with spread "dp", which holds none twice."""
         return "dp" if self.spread == "tp" else None
 
-    def _sharing_axis(self, factor_split: Optional[Split]) -> Axis:
-        """Return the ranks over which the candidates of a factor are spread."""
+    def _sharing_group(self, factor_split: Optional[Split]) -> Optional[str]:
+        """Return the mesh group over which the candidates of a factor are spread."""
         whole = factor_split is None  # replicated: every tensor-parallel rank would hold a copy
         if self.spread == "dp":
-            return self.mesh.axis("head" if whole else "dp")
-        return self.mesh.axis("tp") if whole else Axis()
+            return "head" if whole else "dp"
+        return "tp" if whole else None
 
     def add(self, side: str, layer: int, vectors: Tensor, factor_split: Optional[Split]) -> None:
         """Store this rank's share of a layer's candidates [C, full length]."""
-        split = Split(0, len(vectors), self._sharing_axis(factor_split))
+        group = self._sharing_group(factor_split)
+        split = Split(0, len(vectors), self.mesh.axis(group) if group else Axis())
         local = vectors if factor_split is None else factor_split.take(vectors)
-        self.held[side, layer] = HeldRows(split.take(local).clone(), split)
+        self.held[side, layer] = HeldRows(split.take(local).clone(memory_format=torch.contiguous_format), split, group)
 
     def place(self, dtype: torch.dtype, device: torch.device) -> None:
         """Cast to the factors' precision and move to the bank's location; fetched rows go to `device`."""
         self.device = device
         for held in self.held.values():
-            if self.location == "device":
+            if self.location == "device" or device.type == "meta":
                 held.rows = held.rows.to(device, dtype)
             else:
                 host = held.rows.to("cpu", dtype)

@@ -88,6 +88,12 @@ class HeadsLinear(nn.Module):
             return self.split
         return Split(1, tensor.size(1) * self.tp.size, self.tp)
 
+    def place(self) -> None:
+        """Cast the factors of the last merge to the final precision of the heads' factors."""
+        if self.resetless:
+            dtype = self.lora_A[0].dtype
+            self.merged_A, self.merged_B = self.merged_A.to(dtype), self.merged_B.to(dtype)
+
     def quantise(self, kernels: bool) -> None:
         """Hold the shared matrix in 4 bits from here on."""
         self.quantised = Nf4Matrix(self.weight, kernels)

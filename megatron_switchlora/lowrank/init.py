@@ -44,8 +44,8 @@ def factor_std(side: Side, kind: str, out_features: int, in_features: int, rank:
 
 def draw_vectors(count: int, length: int, std: float, generator: torch.Generator) -> Tensor:
     """Draw `count` vectors [count, length], uniform with deviation `std`, in fp32 on the CPU."""
-    bound = math.sqrt(3) * std
-    return torch.empty(count, length).uniform_(-bound, bound, generator=generator)
+    bound, rows = math.sqrt(3) * std, torch.empty(count, length)
+    return rows if rows.is_meta else rows.uniform_(-bound, bound, generator=generator)
 
 
 def draw_orthogonal(rank: int, length: int, scale: str, generator: torch.Generator) -> Tensor:
@@ -56,7 +56,7 @@ def draw_orthogonal(rank: int, length: int, scale: str, generator: torch.Generat
     """
     ratio = length / rank if scale == "sqrt_n_r" else rank / length
     rows = torch.empty(rank, length)
-    return torch.nn.init.orthogonal_(rows, gain=math.sqrt(ratio), generator=generator)
+    return rows if rows.is_meta else torch.nn.init.orthogonal_(rows, gain=math.sqrt(ratio), generator=generator)
 
 
 def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:

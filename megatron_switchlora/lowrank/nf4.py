@@ -55,7 +55,15 @@ class Nf4Matrix:
 
     def __init__(self, matrix: Tensor, kernels: bool) -> None:
         self.columns, self.kernels = matrix.size(1), kernels
-        self.codes, self.scales = quantise(matrix)
+        rows, blocks = matrix.size(0), -(-self.columns // BLOCK)
+        self.codes = matrix.new_empty(rows, blocks * BLOCK // 2, dtype=torch.uint8)
+        self.scales = matrix.new_empty(rows, blocks, dtype=torch.float32)
+        if not matrix.is_meta:
+            self.store(matrix)
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
 
     @torch.no_grad()
     def store(self, matrix: Tensor) -> None:

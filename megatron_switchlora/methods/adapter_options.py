@@ -8,7 +8,7 @@ from dataclasses import fields
 from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.method import LoraGaConfig, MethodFacts
 from megatron_switchlora.config.run import RunConfig
-from megatron_switchlora.model.protocol import family_of
+from megatron_switchlora.model.protocol import projections
 
 
 class AdapterFacts(MethodFacts):
@@ -33,7 +33,7 @@ class AdapterFacts(MethodFacts):
 
 def smallest_dimension(config: RunConfig) -> int:
     """Return the smallest min(m, n) of the decoder's matrices."""
-    return min(min(p.out_features, p.in_features) for p in family_of(config.model).projections(config.model))
+    return min(min(p.out_features, p.in_features) for p in projections(config.model))
 
 
 def check_rank(config: RunConfig) -> None:

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
+import torch
 from torch import Tensor, nn
 
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.mesh import Mesh
+from megatron_switchlora.distributed.shard import has_rows
 from megatron_switchlora.distributed.slices import TensorSlice, replica_group, shard_slice
 from megatron_switchlora.model.protocol import LanguageModel
-from megatron_switchlora.optim.row_adamw import RowAdamW
+from megatron_switchlora.optim.row_adamw import RowAdamW, new_state
 from megatron_switchlora.optim.schedules import lr_factor
 
 
@@ -34,6 +36,28 @@ class Replica:
     name: str
     tensor: Tensor
     group: str
+
+
+FlowKind = Literal["gradients", "parameters", "bank", "tensor parallel", "merges"]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Bytes that a rank gives to one kind of collective.
+
+    `part` is a group of parameters, or empty. `axis` is an axis of the mesh, or several of them together.
+    """
+
+    kind: FlowKind
+    part: str
+    axis: str
+    op: str
+    bytes: float
+
+
+def host_copy(tensor: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
+    """Return a copy in host memory; of a tensor on the meta device, one there."""
+    return tensor.detach().to("meta" if tensor.is_meta else "cpu", dtype or tensor.dtype, copy=True)
 
 
 class Method:
@@ -82,6 +106,13 @@ class Method:
     def start(self, optimizer: RowAdamW) -> None:
         """Finish initialisation once parameters have their final precision and are equal on all data ranks."""
         self.optimizer = optimizer
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Create the tensors of `slices`, now that parameters have their final precision.
+
+        A plan calls it on the meta device, where tensors have shapes alone: no collectives, no arithmetic.
+        """
 
     def lr_factor(self, step: int) -> float:
         """Return the factor by which `step` (from 0) multiplies every group's `base_lr`."""
@@ -114,6 +145,26 @@ class Method:
         for name, module in self.model.named_modules():
             for short, buffer in module.named_buffers(recurse=False):
                 yield shard_slice(f"{name}.{short}", buffer, filter(None, [getattr(module, "split", None)]), "dp")
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Return what a plan calls the tensors of `slices` and optimizer state, by the last word of their names.
+
+        A word without an entry is its own kind. Kinds in host memory end in these words.
+        """
+        moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), "Adam moments, fp32")
+        return {"weight": "frozen W, fp32", **moments, "row_step": "Adam step counters"}
+
+    def optimizer_state(self, param: nn.Parameter) -> dict[str, Tensor]:
+        """Return the state that the optimizer keeps of a parameter, shaped as without ZeRO."""
+        return new_state(param, param.size(0) if has_rows(param) else 1)
+
+    def flows(self, partitioned: bool) -> Iterator[tuple[Flow, float]]:
+        """Yield what the method itself gives to collectives, and the mean number of steps between two times.
+
+        `partitioned` tells whether ZeRO partitions the masters.
+        """
+        yield from ()
 
     def loaded(self) -> None:
         """Act after a checkpoint has filled parameters, optimizer state and the method's own state. Collective."""

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Optional
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.facts import option
@@ -22,7 +22,7 @@ from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.methods.adapter_options import check_rank
 from megatron_switchlora.methods.base import Method
 from megatron_switchlora.methods.full import Full
-from megatron_switchlora.optim.galore import GaloreAdamW, load_projector
+from megatron_switchlora.optim.galore import GaloreAdamW, load_projector, projected_state
 from megatron_switchlora.optim.row_adamw import RowAdamW
 
 
@@ -54,10 +54,6 @@ class GaloreFacts(MethodFacts):
     def default_lr(self) -> float:
         """The paper's rate (arXiv 2403.03507), for updates that are scaled by method.galore.scale."""
         return 0.01
-
-    @property
-    def projected_rank(self) -> int:
-        return self.method.rank
 
     def require_packages(self) -> None:
         load_projector()
@@ -93,7 +89,17 @@ class Galore(Full):
     """Full-rank training in which each matrix has a projector."""
 
     def adapt(self, factors: Optional[dict[str, tuple[Tensor, Tensor]]]) -> None:
-        self.projector_class = load_projector()  # fails before any work if the package is missing
+        if not next(self.model.parameters()).is_meta:  # a plan does without
+            self.projector_class = load_projector()  # fails before any work if the package is missing
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        return {**super().kinds, "projector": "GaLore projectors, fp32"}
+
+    def optimizer_state(self, param: nn.Parameter) -> dict[str, Tensor]:
+        if any(param is matrix for matrix in self.matrices()):
+            return projected_state(param, self.config.method.rank)
+        return super().optimizer_state(param)
 
     def build_optimizer(self) -> RowAdamW:
         method, optim = self.config.method, self.config.optim

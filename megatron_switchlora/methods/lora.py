@@ -34,7 +34,7 @@ from megatron_switchlora.lowrank.init import Side, draw_orthogonal, draw_vectors
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.lowrank.merged import Form
 from megatron_switchlora.methods.adapter_options import AdapterFacts
-from megatron_switchlora.methods.base import Method, Replica
+from megatron_switchlora.methods.base import Method, Replica, host_copy
 from megatron_switchlora.optim.row_adamw import RowAdamW
 
 
@@ -155,13 +155,16 @@ class Lora(Method):
             self._take_principal_factors()
         for linear in self.linears.values():
             linear.add_product(-1.0)
+
+    def allocate(self) -> None:
+        super().allocate()
         if self.config.method.facts.keeps_initial:
-            dtypes = {
-                factor: linear.weight.dtype
-                for linear in self.linears.values()
-                for factor in (linear.lora_A, linear.lora_B)
-            }
-            self.initial = {factor: factor.detach().to("cpu", dtype, copy=True) for factor, dtype in dtypes.items()}
+            pairs = ((x.weight.dtype, factor) for x in self.linears.values() for factor in (x.lora_A, x.lora_B))
+            self.initial = {factor: host_copy(factor, dtype) for dtype, factor in pairs}
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        return {**super().kinds, **dict.fromkeys(("lora_A_0", "lora_B_0"), "LoRA-GA's A_0 and B_0, in host memory")}
 
     def _kept(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         """Yield (name, factor, initial value) of the initial factors that are kept."""
@@ -267,4 +270,8 @@ class MhLora(Lora):
         linear = self.linears[name]
         shape = (linear.out_features, linear.in_features)
         heads = range(self.config.method.mhlora.heads)
-        return torch.cat([draw_factor(self.config, side, name, shape, count, head) for head in heads])
+        drawn = [draw_factor(self.config, side, name, shape, count, head) for head in heads]
+        joined = drawn[0].new_empty(len(drawn), *drawn[0].shape)  # torch.cat is slow on the meta device
+        for place, vectors in zip(joined, drawn, strict=True):
+            place.copy_(vectors)
+        return joined.flatten(0, 1)

@@ -8,7 +8,7 @@ from typing import Literal, Optional
 from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.facts import option
 from megatron_switchlora.config.run import RunConfig
-from megatron_switchlora.model.protocol import family_of
+from megatron_switchlora.model.protocol import projections
 
 
 @dataclass
@@ -43,7 +43,7 @@ def check_switching(config: RunConfig) -> None:
     require(
         method.rank >= 2, "method.rank 1 cannot switch, since A and B switch different positions: use rank 2 or more."
     )
-    largest = max(min(p.out_features, p.in_features) for p in family_of(config.model).projections(config.model))
+    largest = max(min(p.out_features, p.in_features) for p in projections(config.model))
     require(
         method.rank < largest,
         f"A bank has min(m, n) candidates per matrix, so method.rank {method.rank} leaves nothing to switch in any "

@@ -12,6 +12,7 @@ fetch that step's rows from the bank, after its own rows are written back, while
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Optional
@@ -31,14 +32,14 @@ from megatron_switchlora.lowrank.schedule import (
     SwitchState,
     end_step,
     initial_state,
+    mean_switch_rate,
     plan_step,
 )
 from megatron_switchlora.lowrank.switch import fold, switch_rows
 from megatron_switchlora.methods.adapter_options import AdapterFacts
-from megatron_switchlora.methods.base import Method, Replica
+from megatron_switchlora.methods.base import Flow, Method, Replica
 from megatron_switchlora.methods.lora import Lora, head_seed
 from megatron_switchlora.methods.switch_options import SwitchOptions, check_switching
-from megatron_switchlora.optim.row_adamw import RowAdamW
 
 
 @register
@@ -104,16 +105,32 @@ class SwitchLora(Lora):
             for side, factor in (("A", linear.lora_A), ("B", linear.lora_B)):
                 vectors = self._draw_vectors(side, name, self.schedule.candidates[layer])  # type: ignore[arg-type]
                 self.bank.add(side, layer, vectors, factor.shard)  # type: ignore[attr-defined]
-                self._fill_factor(factor, vectors[torch.from_numpy(self.state.slots[side][layer])])
+                self._fill_factor(factor, vectors.index_select(0, torch.from_numpy(self.state.slots[side][layer])))
         for name, linear in self.linears.items():
             if name not in spare:
                 self._fill_factor(linear.lora_A, self._draw_vectors("A", name, linear.rank))
                 self._fill_factor(linear.lora_B, self._draw_vectors("B", name, linear.rank))
 
-    def start(self, optimizer: RowAdamW) -> None:
+    def allocate(self) -> None:
+        super().allocate()
         factor = next(iter(self.linears.values())).lora_A
         self.bank.place(factor.dtype, factor.device)
-        super().start(optimizer)
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        place = "in host memory" if self.bank.location == "host" else self.config.train.precision
+        return {**super().kinds, **dict.fromkeys(("bank_A", "bank_B"), f"candidate bank, {place}")}
+
+    def flows(self, partitioned: bool) -> Iterator[tuple[Flow, float]]:
+        """Yield also the rows that other ranks hold of the candidates to switch in."""
+        yield from super().flows(partitioned)
+        schedule = self.schedule
+        rate = mean_switch_rate(self.config.train.steps, schedule.ratio, schedule.total_steps)
+        every = schedule.interval0 / rate if rate else math.inf
+        for held in self.bank.held.values():
+            if held.group:
+                values = schedule.rank * held.rows.size(1)
+                yield Flow("bank", "", held.group, "all_reduce", values * held.rows.element_size()), every
 
     def before_step(self, step: int) -> int:
         ahead = self._planned

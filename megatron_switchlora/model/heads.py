@@ -20,7 +20,7 @@ from megatron_switchlora.model.protocol import LanguageModel
 
 
 def copies(param: nn.Parameter, heads: int) -> nn.ParameterList:
-    """A head's copy of a parameter for each head."""
+    """Return a copy of a parameter for each head."""
     shard = param.shard  # type: ignore[attr-defined]
     each = (nn.Parameter(param.detach().clone()) for _ in range(heads))
     return nn.ParameterList(declare(copy, shard=shard, head=head) for head, copy in enumerate(each))

@@ -3,7 +3,7 @@
 A family is a folder (or a plugin's file) that registers a `Family`. Its models consist of
 
     lm_head          a ColumnParallelLinear over the vocabulary, whose weight the embedding may share
-    decoder linears  parallel linears (`distributed/linear.py`) of `num_layers` equal layers, `projections` in each
+    decoder linears  parallel linears (`distributed/linear.py`) of `num_layers` equal layers
     dense tensors    everything else: matrices, as the embedding, and vectors, as the norms'
 
 Every parameter is the `weight` of its module and declares how it is split. Methods replace decoder linears; engine,
@@ -13,8 +13,10 @@ checkpoint, planning and conversion know nothing else of a model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Optional
+from typing import Any, ClassVar, Generic, NamedTuple, Optional, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,8 @@ from megatron_switchlora.distributed.collectives import gather_columns
 from megatron_switchlora.distributed.cross_entropy import token_cross_entropy
 from megatron_switchlora.distributed.linear import ColumnParallelLinear, ParallelLinear, enter_block
 from megatron_switchlora.distributed.shard import Axis, Split, full_shape, named_generator, shard_of
+
+T = TypeVar("T")
 
 
 class Projection(NamedTuple):
@@ -126,10 +130,6 @@ class Family(FamilyRules):
             return torch.ones(tuple(shape))
         return torch.empty(tuple(shape)).normal_(0.0, config.initializer_range, generator=named_generator(seed, name))
 
-    def projections(self, config: ModelConfig) -> list[Projection]:
-        """Return the linears of one layer, in the order of `LanguageModel.decoder_linears`."""
-        raise TypeError("a family lists its linears")
-
     def mixing_flops(self, config: ModelConfig, seq_len: int) -> int:
         """Return the FLOPs of a token's forward pass through a layer beside its projections, if they are many."""
         return 0
@@ -184,6 +184,30 @@ def build_on_meta(config: ModelConfig, vocab_size: int, tp: Optional[Axis] = Non
     """Return a model whose tensors have shapes and no memory."""
     with torch.device("meta"):
         return build_model(config, vocab_size, tp)
+
+
+class ByText(Generic[T]):
+    """A value that is compared by its text: the key of a cache where it has no hash."""
+
+    def __init__(self, value: T) -> None:
+        self.value, self.text = value, repr(value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ByText) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+
+def projections(config: ModelConfig) -> tuple[Projection, ...]:
+    """Return the linears of one layer, in the order of `LanguageModel.decoder_linears`."""
+    return _projections(ByText(config))
+
+
+@lru_cache(maxsize=256)
+def _projections(config: ByText[ModelConfig]) -> tuple[Projection, ...]:
+    linears = [each.linear for each in build_on_meta(replace(config.value, num_layers=1), 1).decoder_linears()]
+    return tuple(Projection(each.out_features, each.in_features, each.split_dim == 1) for each in linears)
 
 
 def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.distributed.slices import TensorSlice, shard_slice
-from megatron_switchlora.optim.row_adamw import RowAdamW
+from megatron_switchlora.optim.row_adamw import RowAdamW, new_state
 
 SAVED = ("exp_avg", "exp_avg_sq", "projector", "row_step")
 
@@ -59,6 +59,18 @@ def projected_shapes(shape: torch.Size, rank: int) -> tuple[tuple[int, int], tup
     return ((m, rank), (rank, n)) if m >= n else ((rank, n), (m, rank))
 
 
+def projected_state(master: Tensor, rank: int) -> dict[str, Tensor]:
+    """Return the state of a projected matrix before the first step."""
+    low, projector = projected_shapes(master.shape, rank)
+    # the counter stays on the host: it is read at every step
+    return {
+        "exp_avg": master.new_zeros(low),
+        "exp_avg_sq": master.new_zeros(low),
+        "projector": master.new_zeros(projector),
+        "row_step": torch.zeros(1),
+    }
+
+
 class GaloreAdamW(RowAdamW):
     """Row-step AdamW, with rank `rank` GaLore for the matrices in `projectors`."""
 
@@ -70,16 +82,7 @@ class GaloreAdamW(RowAdamW):
         self.projectors, self.rank = projectors, rank
 
     def _new_state(self, master: Tensor, rows: int) -> dict[str, Tensor]:
-        if master not in self.projectors:
-            return super()._new_state(master, rows)
-        low, projector = projected_shapes(master.shape, self.rank)
-        # the counter stays on the host, since it is read at every step
-        return {
-            "exp_avg": master.new_zeros(low),
-            "exp_avg_sq": master.new_zeros(low),
-            "projector": master.new_zeros(projector),
-            "row_step": torch.zeros(1),
-        }
+        return projected_state(master, self.rank) if master in self.projectors else new_state(master, rows)
 
     def _update(self, master: Tensor, group: dict[str, Any]) -> None:
         projector = self.projectors.get(master)  # type: ignore[call-overload]

@@ -53,6 +53,15 @@ def adamw_(
     param.addcdiv_(exp_avg * step_size[:, None], denominator)
 
 
+def new_state(master: Tensor, rows: int) -> dict[str, Tensor]:
+    """Return the state that a master with this many rows has before the first step."""
+    return {
+        "exp_avg": master.new_zeros(master.shape),
+        "exp_avg_sq": master.new_zeros(master.shape),
+        "row_step": torch.zeros(rows, dtype=torch.float32, device=master.device),
+    }
+
+
 class RowAdamW(torch.optim.Optimizer):
     """AdamW over a `RowLayout`; groups carry `lr`, `weight_decay` and a `name`.
 
@@ -77,11 +86,7 @@ class RowAdamW(torch.optim.Optimizer):
             self.state[master] = self._new_state(master, count)
 
     def _new_state(self, master: Tensor, rows: int) -> dict[str, Tensor]:
-        return {
-            "exp_avg": torch.zeros_like(master, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
-            "row_step": torch.zeros(rows, dtype=torch.float32, device=master.device),
-        }
+        return new_state(master, rows)
 
     def set_frozen(self, frozen: dict[nn.Parameter, Tensor]) -> None:
         """Set the rows (CPU index tensors) that must not move in the next step."""

@@ -5,7 +5,7 @@
 
 Tensor-parallel sizes 1, 2, 4, ... up to --max_tp, ZeRO stages 0 to 2, micro-batches that divide the batch, activation
 checkpointing and the bank's spread are tried; the fastest that fits is shown in full, the next in a line each. The
-formulas are those of --dry_run (`planning/memory.py`, `planning/traffic.py`) and `planning/step_time.py`, which says
+formulas are those of --dry_run (`planning/memory.py`, `planning/traffic.py`) and `planning/step_time.py`, which lists
 what is left out; no GPU is needed. --link is one adapter's, of which a node has --adapters. --efficiency, the share of
 the peak that products reach, is an assumption: take it from a run's MFU where you have one. Options of
 launch/pretrain.py may follow; of those that are tried, parallel.tp and train.micro_batch_size stay as they are where
@@ -31,15 +31,19 @@ from megatron_switchlora.planning.step_time import GPUS, Machine
 
 
 def rate(text: str) -> float:
-    """Bytes a second of a number with Gb, Mb, GB or MB."""
-    found = re.fullmatch(r"(\d+\.?\d*)\s*([MG])(b|B)(?:/s|it/s|ps)?", text)
-    if found is None:
+    """Return the bytes per second that a number with Gb, Mb, GB or MB means."""
+    match = re.fullmatch(r"(\d+\.?\d*)\s*([MG])(b|B)(?:/s|it/s|ps)?", text)
+    if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no rate: give for example 400Gb (bits) or 2GB (bytes) a second")
-    return float(found[1]) * {"M": 1e6, "G": 1e9}[found[2]] / (8 if found[3] == "b" else 1)
+    return float(match[1]) * {"M": 1e6, "G": 1e9}[match[2]] / (8 if match[3] == "b" else 1)
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises: UserError, for numbers that make no plan."""
+    """Check the arguments.
+
+    Raises:
+        UserError: numbers that make no plan.
+    """
     for name in ("nodes", "gpus", "adapters", "max_tp"):
         value = getattr(arguments, name)
         require(value is None or value >= 1, f"--{name} must be at least 1, not {value}.")
@@ -55,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", action="append", default=[], help="YAML of a run; several, the last one wins")
-    parser.add_argument("--ds_config", help="DeepSpeed JSON; its stage is tried anew unless --as_configured")
+    parser.add_argument("--ds_config", help="DeepSpeed JSON; other stages are tried too unless --as_configured")
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--gpus", type=int, default=8, help="a node (default: 8)")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100")
@@ -83,14 +87,14 @@ def act(arguments: argparse.Namespace, options: list[str]) -> None:
     else:
         kept = [option.split("=")[0].removeprefix("--") for option in options if option.startswith("--")]
         plans = search(config, ds_config, machine, arguments.max_tp or arguments.gpus, vocab_size, kept)
-    found = facts(plans[0], vocab_size, machine, arguments.disk)
+    numbers = facts(plans[0], vocab_size, machine, arguments.disk)
     label: str = arguments.name or config.method.name
-    print(brief(label, found) if arguments.brief else show(plans[0], found))
+    print(brief(label, numbers) if arguments.brief else show(plans[0], numbers))
     if not arguments.brief:
         for plan in plans[1:6]:
             print(f"next: {plan.time.seconds:.3f} s, {plan.peak / 1e9:.1f} GB: {plan.describe()}")
     if arguments.out is not None:
-        content = found | {"items": [asdict(item) for item in plans[0].items], "name": label}
+        content = numbers | {"items": [asdict(item) for item in plans[0].items], "name": label}
         replace_text(arguments.out, json.dumps(content, indent=1) + "\n")
     needed, there = plans[0].peak / 1e9, machine.gpu.memory / 1e9
     require(

@@ -1,139 +1,168 @@
-"""Counts of a configuration: parameters and FLOPs.
+"""Read what a rank holds and gives off the modules: the model and its method, built on the meta device.
 
-A total counts every parameter once and no padding (`count_parameters`). What one tensor-parallel rank
-holds is its shard of each split tensor, padded to ceil(size / tp), and all of each replicated one
-(`count_shard`). Split are: q, k, v, gate, up on the output, o and down on the input, embedding and head
-on the vocabulary; of an adapter the factor on the split side; norms and the other factor are replicated.
+Layers are equal, so that models of one and two layers show what any number of them hold. A total counts every
+parameter once and no padding. What one tensor-parallel rank holds is its shard of each split tensor, padded to
+ceil(size / tp), and all of each replicated one.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
-from megatron_switchlora.config.method import MethodConfig
+import torch
+from torch import nn
+
 from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.config.run import RunConfig
-from megatron_switchlora.distributed.shard import Axis
-from megatron_switchlora.model.protocol import Projection, build_on_meta, family_of
+from megatron_switchlora.distributed.mesh import AXES, Mesh
+from megatron_switchlora.methods import build_method
+from megatron_switchlora.methods.base import Flow, Method
+from megatron_switchlora.model.protocol import ByText, build_model, family_of, projections
+
+FP32 = 4
+PARTS = ("adapters", "matrices", "embedding", "head", "norms")
+
+
+class RankTensors(NamedTuple):
+    """What a rank holds and gives, in elements where bytes are not named. All LTE heads of its process count."""
+
+    trained: Counter[str]
+    """Parameters that train, by part of the model."""
+    of_one_head: Counter[str]
+    """Those of them that belong to one head."""
+    fixed: Counter[str]
+    """Frozen parameters, and the matrices beside adapters."""
+    groups: Counter[str]
+    """Parameters by group of the optimizer."""
+    state: Counter[tuple[str, str]]
+    """The optimizer's state, by kind and name of its tensors."""
+    kept_bytes: Counter[str]
+    """What the method keeps beside parameters and optimizer state, by kind."""
+    flow_bytes: Counter[tuple[bool, Flow, float]]
+    """What the method itself gives to collectives; with and without partitioned masters, see `Method.flows`."""
+    totals: Counter[str]
+    """model: parameters of the model itself. partial: those of whose gradient each tensor-parallel rank computes a
+    part. checkpoint: bytes of a checkpoint, all heads included, if this rank holds whole tensors."""
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters by group: of the model, unpadded, or those that a rank holds."""
+    """Parameters of one LTE head, by part of the model."""
 
-    embedding: int
-    head: int
-    norms: int
-    matrices: int
-    adapters: int
-    full_rank: bool
-    dense_frozen: bool = False
+    trained: Counter[str]
+    fixed: Counter[str]
+    full_total: int
+    """Parameters of the model itself, which full-rank training trains and communicates."""
 
-    @property
-    def dense(self) -> int:
-        """Embedding, head and norms."""
-        return self.embedding + self.head + self.norms
+    def __getitem__(self, part: str) -> int:
+        return self.trained[part] + self.fixed[part]
 
     @property
     def trainable(self) -> int:
-        return self.dense * (not self.dense_frozen) + (self.matrices if self.full_rank else self.adapters)
-
-    @property
-    def frozen(self) -> int:
-        """Matrices beside adapters."""
-        return 0 if self.full_rank else self.matrices
-
-    @property
-    def frozen_dense(self) -> int:
-        return self.dense if self.dense_frozen else 0
-
-    @property
-    def full_total(self) -> int:
-        """Parameters of the model itself, which full-rank training trains and communicates."""
-        return self.dense + self.matrices
-
-
-def projections(config: ModelConfig) -> list[Projection]:
-    """Return the linears of one decoder layer, in the model's order."""
-    return family_of(config).projections(config)
-
-
-def decoder_shapes(config: ModelConfig) -> list[tuple[int, int]]:
-    """(out, in) of the seven projections of one layer: q, k, v, o, gate, up, down."""
-    return [(p.out_features, p.in_features) for p in projections(config)]
-
-
-@dataclass(frozen=True)
-class DenseTensors:
-    """Elements of the dense tensors by group, and how many tensors they are."""
-
-    embedding: int
-    head: int
-    norms: int
-    tensors: int
-
-
-def dense_tensors(config: ModelConfig, vocab_size: int, tp: int) -> DenseTensors:
-    """Count what a rank holds beside the decoder's linears."""
-    return _dense_tensors(json.dumps(asdict(config), sort_keys=True), vocab_size, tp)
-
-
-@cache
-def _dense_tensors(model: str, vocab_size: int, tp: int) -> DenseTensors:
-    """Count in models of one and two layers, built on meta: every further layer adds as much."""
-    config = ModelConfig(**json.loads(model))
-    one, two = (_dense_of(replace(config, num_layers=layers), vocab_size, tp) for layers in (1, 2))
-    return DenseTensors(*(a + (config.num_layers - 1) * (b - a) for a, b in zip(one, two, strict=True)))
-
-
-def _dense_of(config: ModelConfig, vocab_size: int, tp: int) -> tuple[int, int, int, int]:
-    model = build_on_meta(config, vocab_size, Axis(tp))
-    linears = {id(each.linear.weight) for each in model.decoder_linears()}
-    dense = [param for param in model.parameters() if id(param) not in linears]
-    head = 0 if model.tied_names() else model.lm_head.weight.numel()
-    matrices, vectors = (sum(p.numel() for p in dense if (p.dim() > 1) == wanted) for wanted in (True, False))
-    return matrices - head, head, vectors, len(dense)
-
-
-def count_shard(config: ModelConfig, method: MethodConfig, vocab_size: int, tp: int) -> ParameterCounts:
-    """Elements that one of `tp` tensor-parallel ranks holds, padding included."""
-    shapes, layers = [p.shard(tp) for p in projections(config)], config.num_layers
-    dense = dense_tensors(config, vocab_size, tp)
-    return ParameterCounts(
-        embedding=dense.embedding,
-        head=dense.head,
-        norms=dense.norms,
-        matrices=layers * sum(m * n for m, n in shapes),
-        adapters=layers * method.adapter_rank * sum(m + n for m, n in shapes) if method.facts.adapts else 0,
-        full_rank=not method.facts.adapts,
-    )
-
-
-def count_parameters(config: ModelConfig, method: MethodConfig, vocab_size: int) -> ParameterCounts:
-    """Counts of a model under a method, unpadded, whatever the mesh."""
-    return count_shard(config, method, vocab_size, tp=1)
+        return self.trained.total()
 
 
 def count_run(config: RunConfig, vocab_size: int, tp: int = 1) -> ParameterCounts:
-    """Return the counts of a run's model: of one head, what a rank holds at this tp; in all, unpadded, without."""
-    counts = count_shard(config.model, config.method, vocab_size, tp)
-    return replace(counts, dense_frozen=config.freezes_dense)
+    """Return the parameters that a rank holds at this tp; without it those of the whole model, unpadded."""
+    tensors = rank_tensors(config, vocab_size, tp)
+    return ParameterCounts(tensors.of_one_head, tensors.fixed, tensors.totals["model"])
 
 
-def count_here(config: RunConfig, vocab_size: int, tp: int) -> ParameterCounts:
-    """What a rank holds; what trains as often as it has LTE heads."""
-    counts, heads = count_run(config, vocab_size, tp), config.method.facts.heads_here
-    names = ("adapters",) if counts.dense_frozen else ("embedding", "head", "norms", "adapters")
-    return replace(counts, **{name: heads * getattr(counts, name) for name in names})
+def rank_tensors(config: RunConfig, vocab_size: int, tp: int = 1, dp: int = 1) -> RankTensors:
+    """Return what the first rank of a mesh has; the others hold no more."""
+    batch = config.parallel.lte_heads * dp  # of one micro-batch: no tensor depends on it
+    train = replace(config.train, micro_batch_size=1, global_batch_size=batch, activation_checkpointing=False)
+    plain = replace(config, train=train, parallel=replace(config.parallel, tp=tp))
+    return _rank_tensors(ByText(plain), vocab_size, dp)
+
+
+@lru_cache(maxsize=256)
+def _rank_tensors(run: ByText[RunConfig], vocab_size: int, dp: int) -> RankTensors:
+    config, more = run.value, run.value.model.num_layers - 1
+    one, two = (_read(replace(config, model=replace(config.model, num_layers=n)), vocab_size, dp) for n in (1, 2))
+    counts: list[tuple[Counter, Counter]] = list(zip(one, two, strict=True))
+    return RankTensors(*(Counter({key: a[key] + more * (b[key] - a[key]) for key in b}) for a, b in counts))
+
+
+def _read(config: RunConfig, vocab_size: int, dp: int) -> RankTensors:
+    mesh = Mesh({"lte": 1, "dp": dp, "tp": config.parallel.tp}, dict.fromkeys(AXES, 0), {})
+    tensors = RankTensors(*(Counter() for _ in RankTensors._fields))
+    with torch.device("meta"):
+        model = build_model(config.model, vocab_size, mesh.axis("tp"))
+        tensors.totals["model"] = sum(param.numel() for param in model.parameters())
+        matrices = [each.linear.weight for each in model.decoder_linears()]
+        method = build_method(config, model, mesh)
+        _read_parameters(tensors, method, matrices)
+        if config.train.precision == "bf16":
+            for param in model.parameters():
+                param.data = param.data.bfloat16()
+        method.allocate()
+        _read_kept(tensors, method)
+    return tensors
+
+
+def _read_parameters(tensors: RankTensors, method: Method, matrices: list[nn.Parameter]) -> None:
+    """Count parameters and optimizer state; parameters are fp32 yet, as masters are. `matrices` are the model's own."""
+    kinds, model, totals = method.kinds, method.model, tensors.totals
+    trained = {id(param) for param in model.parameters() if param.requires_grad}
+    for part, param in by_part(method, matrices):
+        if id(param) not in trained:
+            tensors.fixed[part] += param.numel()
+            continue
+        tensors.trained[part] += param.numel()
+        tensors.of_one_head[part] += param.numel() * (param.head == 0)  # type: ignore[attr-defined]
+        state = method.optimizer_state(param)
+        for name, tensor in state.items():
+            tensors.state[kinds.get(name, name), name] += tensor.numel()
+        stored = FP32 * param.numel() + sum(tensor.nbytes for tensor in state.values())
+        totals["checkpoint"] += method.config.parallel.lte_heads * stored
+    for group in method.param_groups():
+        tensors.groups[group["name"]] += sum(param.numel() for param in group["params"])
+    for module in model.modules():
+        if hasattr(module, "partial_parameters"):
+            totals["partial"] += sum(param.numel() for param in module.partial_parameters())  # type: ignore[operator]
+
+
+def by_part(method: Method, matrices: list[nn.Parameter]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield every parameter, and every matrix beside adapters, with the part of the model that it belongs to."""
+    parts = {id(param): "adapters" for param in method.matrices()} | {id(param): "matrices" for param in matrices}
+    if not method.model.tied_names():
+        parts |= {id(param): "head" for param in method.model.lm_head.parameters()}
+    for param in {id(param): param for param in (*matrices, *method.model.parameters())}.values():
+        yield parts.get(id(param), "embedding" if param.dim() > 1 else "norms"), param
+
+
+def _read_kept(tensors: RankTensors, method: Method) -> None:
+    """Count what the method keeps and gives, and what a checkpoint stores of it and of frozen parameters."""
+    kinds = method.kinds
+
+    def store(size: int, group: str | None) -> None:
+        once = group in ("lte", "data", "world")  # for all heads
+        tensors.totals["checkpoint"] += size if once else size * method.config.parallel.lte_heads
+
+    for param in method.model.parameters():
+        if not param.requires_grad:
+            store(param.nbytes, method.frozen_group(param))
+    for piece in method.slices():
+        store(piece.tensor.nbytes, piece.group)
+        name = piece.name.rsplit(".", 1)[-1]
+        if piece.tensor.is_meta:  # else a few integers, which plans pass over
+            tensors.kept_bytes[kinds.get(name, name)] += piece.tensor.nbytes
+    for partitioned in (False, True):
+        for flow, every in method.flows(partitioned):
+            tensors.flow_bytes[partitioned, replace(flow, bytes=0), every] += int(flow.bytes)
 
 
 def model_flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> float:
-    """FLOPs of full-rank training per token, forward and backward: 6 a matrix weight and causal attention.
+    """Return the FLOPs of full-rank training per token, forward and backward.
 
-    MFU is reported against this number for every method, so that runs of different methods compare.
+    They are 6 per matrix weight, and causal attention. MFU is reported against this number for every method, so that
+    runs of different methods compare.
     """
-    weights = sum(m * n for m, n in decoder_shapes(config)) * config.num_layers + vocab_size * config.hidden_size
+    weights = sum(p.out_features * p.in_features for p in projections(config)) * config.num_layers
     attention = 3 * config.num_layers * family_of(config).mixing_flops(config, seq_len)
-    return 6.0 * weights + attention
+    return 6.0 * (weights + vocab_size * config.hidden_size) + attention

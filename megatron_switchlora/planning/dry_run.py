@@ -2,7 +2,7 @@
 
 Prints mesh and batch, parameters by group, a rank's memory by kind and the gradient bytes of a step,
 for any number of ranks. Reads no data, no tokenizer and no network, and needs neither GPU nor process
-group; what a run refuses of its configuration is refused here with the same words (not a used output
+group; what a run refuses of its configuration is refused here with the same message (not a used output
 folder or a missing GPU: the plan may be for another machine).
 """
 
@@ -23,7 +23,7 @@ PHASES = {"always": "throughout", "backward": "forward and backward", "step": "o
 
 
 def plan(config: RunConfig, given_ds_config: dict[str, Any], world_size: int) -> str:
-    """The report. `given_ds_config` is the user's DeepSpeed JSON.
+    """Return the report. `given_ds_config` is the user's DeepSpeed JSON.
 
     Raises:
         UserError: what the run would refuse, or a vocabulary that only the tokenizer knows.
@@ -51,7 +51,7 @@ def _full_rank_phase(config: RunConfig, vocab_size: int, world_size: int, zero: 
 
 
 def planned_vocabulary(config: RunConfig) -> tuple[int, str]:
-    """Size of the vocabulary and where it is written, without a tokenizer."""
+    """Return the size of the vocabulary and where it is written, without a tokenizer."""
     model, data = config.model, config.data
     if model.vocab_size is not None:
         size, source = model.vocab_size, "model.vocab_size"
@@ -83,16 +83,13 @@ def _setting(config: RunConfig, mesh: dict[str, int], zero: Zero, vocabulary: st
 
 
 def _parameters(config: RunConfig, vocab_size: int, tp: int) -> list[str]:
-    """Totals count every parameter once, unpadded; the last column is what a rank holds, padding included."""
-    whole, mine = count_run(config, vocab_size), count_run(config, vocab_size, tp)
-    full, trains = whole.full_rank, not whole.dense_frozen
-    dense = [(name, getattr(whole, name), getattr(mine, name)) for name in ("embedding", "head", "norms")]
+    """List parameters: totals count each once, unpadded; the last column is what a rank holds, padded."""
+    whole, here = count_run(config, vocab_size), count_run(config, vocab_size, tp)
+    parts = {"decoder matrices": "matrices", **{part: part for part in ("adapters", "embedding", "head", "norms")}}
     rows = [
-        ("decoder matrices", whole.matrices if full else 0, whole.frozen, mine.matrices),
-        ("adapters", whole.adapters, 0, mine.adapters),
-        *((name, count * trains, count * (not trains), local) for name, count, local in dense),
-        ("total", whole.trainable, whole.frozen + whole.frozen_dense, mine.trainable + mine.frozen + mine.frozen_dense),
-        ("full-rank training", whole.full_total, 0, mine.full_total),
+        *((name, whole.trained[part], whole.fixed[part], here[part]) for name, part in parts.items()),
+        ("total", whole.trainable, whole.fixed.total(), here.trainable + here.fixed.total()),
+        ("full-rank training", whole.full_total, 0, here.full_total),
     ]
     lines = [f"{'parameters':<20}{'trainable':>27}{'frozen':>27}{'on a rank':>18}"]
     for name, trainable, frozen, local in rows:
@@ -106,14 +103,14 @@ def _millions(count: int) -> str:
 
 
 def memory_lines(items: list[Item]) -> list[str]:
-    """A rank's memory by phase and kind."""
+    """Return a rank's memory by phase and kind."""
     peak = peak_bytes(items)
     unit, scale = ("GB", 1e9) if peak >= 1e9 else ("MB", 1e6)
     lines = [f"{'memory of a rank':<52}{unit:>9}"]
     for phase, title in PHASES.items():
-        mine = [item for item in items if item.phase == phase]
+        in_phase = [item for item in items if item.phase == phase]
         lines.append(f"  {title:<50}{phase_bytes(items, phase) / scale:>9.3f}")  # type: ignore[arg-type]
-        lines += [f"    {item.kind:<48}{item.bytes / scale:>9.3f}" for item in mine]
+        lines += [f"    {item.kind:<48}{item.bytes / scale:>9.3f}" for item in in_phase]
     lines.append(f"  {'peak: throughout + the larger phase (estimate)':<50}{peak / scale:>9.3f}")
     lines += [f"  {item.kind:<50}{item.bytes / scale:>9.3f}" for item in items if item.phase == "host"]
     return lines
@@ -125,17 +122,17 @@ def _gradients(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Z
     every = config.method.facts.merge_interval
     across = [
         f"Merge of {config.heads} LTE heads: a rank hands {merges / 1e6:,.2f} MB to the others, "
-        + ("never" if every is None else f"every {every} steps ({merges / every / 1e6:,.2f} MB a step)")
-        + "; nothing else crosses heads but 32 bytes a step."
+        + ("never" if every is None else f"every {every} steps ({merges / every / 1e6:,.2f} MB per step)")
+        + "; nothing else crosses heads but 32 bytes per step."
     ]
     return _gradient_lines(given, full, zero) + (across if mesh["lte"] > 1 else [])
 
 
 def _gradient_lines(given: int, full: int, zero: Zero) -> list[str]:
     if not given:
-        return ["Gradient bytes a step and rank: 0, with one data-parallel rank."]
-    often = "at every micro-batch" if zero.stage == 2 else "once a step"
+        return ["Gradient bytes per step and rank: 0, with one data-parallel rank."]
+    often = "once per micro-batch" if zero.stage == 2 else "once per step"
     return [
-        f"Gradient bytes a step and rank: {given / 1e6:,.2f} MB, reduced {often}; full-rank training in this setting: "
-        f"{full / 1e6:,.2f} MB, so {describe_saving(given, full)}."
+        f"Gradient bytes per step and rank: {given / 1e6:,.2f} MB, reduced {often}; full-rank training in this "
+        f"setting: {full / 1e6:,.2f} MB, so {describe_saving(given, full)}."
     ]

@@ -12,7 +12,7 @@ from megatron_switchlora.planning.step_time import Machine, flops_per_token
 
 
 def facts(plan: Plan, vocab_size: int, machine: Machine, disk: float) -> dict[str, Any]:
-    """The numbers of a plan."""
+    """Return the numbers of a plan."""
     train, time = plan.config.train, plan.time
     tokens = train.global_batch_size * train.seq_len
     useful = model_flops_per_token(plan.config.model, vocab_size, train.seq_len) * tokens
@@ -36,37 +36,39 @@ def facts(plan: Plan, vocab_size: int, machine: Machine, disk: float) -> dict[st
 
 
 def links(by_link: dict[str, float]) -> str:
-    found = [f"{count / 1e6:,.1f} MB {'of a GPU' if link == 'within nodes' else 'of a node'} {link}"
+    texts = [f"{count / 1e6:,.1f} MB {'of a GPU' if link == 'within nodes' else 'of a node'} {link}"
              for link, count in by_link.items() if count]  # fmt: skip
-    return ", ".join(found) or "nothing"
+    return ", ".join(texts) or "nothing"
 
 
-def show(plan: Plan, found: dict[str, Any]) -> str:
-    exposed = ", ".join(f"{kind} {seconds:.3f} s" for kind, seconds in found["exposed"].items()) or "none"
+def show(plan: Plan, numbers: dict[str, Any]) -> str:
+    exposed = ", ".join(f"{kind} {seconds:.3f} s" for kind, seconds in numbers["exposed"].items()) or "none"
     steps, first = plan.config.train.steps, []
     if plan.before:
-        before, count = found["full_rank"], plan.before.config.train.steps
+        before, count = numbers["full_rank"], plan.before.config.train.steps
         first = [f"before it            {count:,} full-rank steps of {before['seconds']:.3f} s in "
                  f"{before['memory'] / 1e9:.1f} GB, sending {links(before['by_link'])}"]  # fmt: skip
         steps += count
     return "\n".join([
-        f"{found['plan']}.", "",
+        f"{numbers['plan']}.", "",
         *memory_lines(plan.items),
         f"  {'workspace: CUDA, NCCL (assumed)':<50}{WORKSPACE / 1e9:>9.3f}", "",
         *first,
-        f"FLOPs a token        {found['flops_per_token'] / 1e9:,.3f} G",
-        f"sent a step          {links(found['by_link'])}",
-        f"step                 {found['seconds']:.3f} s: compute {found['compute']:.3f} s; not hidden: {exposed}",
-        f"throughput           {found['tokens_per_second']:,.0f} tokens/s, MFU {found['mfu']:.1%}; {steps:,} steps "
-        f"take {found['days']:,.2f} days",
-        f"checkpoint           {found['checkpoint'] / 1e9:,.2f} GB, written in {found['checkpoint_seconds']:,.1f} s",
+        f"FLOPs per token      {numbers['flops_per_token'] / 1e9:,.3f} G",
+        f"sent per step        {links(numbers['by_link'])}",
+        f"step                 {numbers['seconds']:.3f} s: compute {numbers['compute']:.3f} s; not hidden: {exposed}",
+        f"throughput           {numbers['tokens_per_second']:,.0f} tokens/s, MFU {numbers['mfu']:.1%}; {steps:,} steps "
+        f"take {numbers['days']:,.2f} days",
+        f"checkpoint           {numbers['checkpoint'] / 1e9:,.2f} GB, written in "
+        f"{numbers['checkpoint_seconds']:,.1f} s",
     ])  # fmt: skip
 
 
-def brief(name: str, found: dict[str, Any]) -> str:
-    """A row of Markdown."""
-    communication = sum(found["exposed"].values())
-    cells = [name, found["plan"], f"{found['memory'] / 1e9:.1f} GB", f"{found['compute']:.3f} s",
-             f"{communication:.3f} s", f"{found['seconds']:.3f} s", f"{found['tokens_per_second']:,.0f}",
-             f"{found['by_link']['between nodes'] / 1e9:,.2f} GB", f"{found['checkpoint'] / 1e9:,.0f} GB"]  # fmt: skip
+def brief(name: str, numbers: dict[str, Any]) -> str:
+    """Return a row of a Markdown table."""
+    communication = sum(numbers["exposed"].values())
+    cells = [name, numbers["plan"], f"{numbers['memory'] / 1e9:.1f} GB", f"{numbers['compute']:.3f} s",
+             f"{communication:.3f} s", f"{numbers['seconds']:.3f} s", f"{numbers['tokens_per_second']:,.0f}",
+             f"{numbers['by_link']['between nodes'] / 1e9:,.2f} GB",
+             f"{numbers['checkpoint'] / 1e9:,.0f} GB"]  # fmt: skip
     return f"| {' | '.join(cells)} |"

@@ -38,7 +38,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of all steps."""
+        """Return the seconds of all steps."""
         return self.config.train.steps * self.time.seconds + (self.before.seconds if self.before else 0.0)
 
     def describe(self) -> str:
@@ -53,15 +53,19 @@ class Plan:
 
 
 def make_plan(config: RunConfig, ds_config: dict[str, Any], machine: Machine, vocab_size: int) -> Plan:
-    """Raises: UserError, for what the run would refuse."""
+    """Plan a run, with the full-rank steps before it.
+
+    Raises:
+        UserError: what the run would refuse.
+    """
     validate(config)
     border = config.method.full_rank_steps
-    found = _plan_phase(method_config(config), ds_config, machine, vocab_size)
+    plan = _plan_phase(method_config(config), ds_config, machine, vocab_size)
     if not border:
-        return found
+        return plan
     first = full_rank_config(config)
     first = replace(first, train=replace(first.train, steps=border))
-    return replace(found, before=_plan_phase(first, ds_config, machine, vocab_size))
+    return replace(plan, before=_plan_phase(first, ds_config, machine, vocab_size))
 
 
 def _plan_phase(config: RunConfig, ds_config: dict[str, Any], machine: Machine, vocab_size: int) -> Plan:
@@ -77,7 +81,7 @@ def _plan_phase(config: RunConfig, ds_config: dict[str, Any], machine: Machine, 
 
 
 def variants(config: RunConfig, ds_config: dict[str, Any], max_tp: int, kept: Sequence[str]) -> Iterator[tuple]:
-    """(configuration, DeepSpeed JSON) of everything that may be tried; options that are `kept` are not."""
+    """Yield each configuration and DeepSpeed JSON to try; options that are `kept` stay as they are."""
     sizes = [2**power for power in range(20) if 2**power <= max_tp]
     if "parallel.tp" in kept:
         sizes = [config.parallel.tp]
@@ -105,8 +109,9 @@ def search(
     vocab_size: int,
     kept: Sequence[str],
 ) -> list[Plan]:
-    """All that fit, in classes of a per cent of time, fastest first; within one by fewest micro-batches, whose larger
-    products run best, then by memory.
+    """Return the plans that fit, fastest first.
+
+    Plans within a per cent of time are sorted by fewest micro-batches, whose larger products run best, then by memory.
 
     Raises:
         UserError: nothing runs on these ranks, or nothing fits, with what comes nearest.

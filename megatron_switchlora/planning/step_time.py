@@ -8,7 +8,7 @@ Ranks lie lte x dp x tp, tp innermost, nodes one after the other. DeepSpeed's st
 unless `overlap_comm` is set; then stage 1 hides as much as the last micro-batch's backward pass lasts, stage 2 as all
 last. The bank's rows travel while the next step computes. Not modelled: latency, stragglers, what kernels lose at small
 sizes, what goes to host memory and back (bank, LTE's origins), decompositions, quantising, data, evaluation. The
-efficiency is an assumption; what a run reports as MFU says what it is on a machine.
+efficiency is an assumption; the MFU that a run reports shows what it is on a machine.
 """
 
 from __future__ import annotations
@@ -16,21 +16,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes
 from megatron_switchlora.distributed.mesh import AXES, COMPOSITE_GROUPS
-from megatron_switchlora.model.protocol import family_of
-from megatron_switchlora.planning.counts import Projection, count_here, projections
-from megatron_switchlora.planning.memory import is_merged, nf4_bytes
-from megatron_switchlora.planning.traffic import Flow, axis_size, flows, on_the_wire
+from megatron_switchlora.lowrank.nf4 import Nf4Matrix
+from megatron_switchlora.methods.base import Flow
+from megatron_switchlora.model.protocol import Projection, family_of, projections
+from megatron_switchlora.planning.counts import rank_tensors
+from megatron_switchlora.planning.memory import is_merged
+from megatron_switchlora.planning.traffic import axis_size, flows, on_the_wire
 from megatron_switchlora.startup.device import BF16_PEAK
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense FLOPs a second in bf16 and in fp32 (no TF32), bytes of memory, its bytes a second, and those of its links
-    to the GPUs of its node, one way."""
+    """A GPU's dense FLOPs per second in bf16 and fp32 (no TF32), memory and rates.
+
+    `bandwidth` is that of its memory, `peers` that of its links to the GPUs of its node, one way, in bytes per second.
+    """
 
     bf16: float
     fp32: float
@@ -56,8 +61,11 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """`link` is what a node sends to others a second, one way, over all its adapters; `efficiency` the share of the
-    peak that matrix products reach."""
+    """GPUs in nodes.
+
+    `link` is what a node sends to others per second, one way, over all its adapters. `efficiency` is the share of the
+    peak that matrix products reach.
+    """
 
     gpu: Gpu
     nodes: int
@@ -72,8 +80,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step. `exposed` by kind of traffic is what communication adds, `hidden` what goes on meanwhile;
-    `by_link` are the bytes of a step on a GPU's links within the node, and of a node on what joins nodes."""
+    """Seconds of a step.
+
+    `exposed` is what communication adds, by kind of traffic, and `hidden` what computation covers. `by_link` are the
+    bytes per step on a GPU's links within the node, and of a node on what joins nodes.
+    """
 
     compute: float
     exposed: dict[str, float]
@@ -86,9 +97,12 @@ class StepTime:
 
 
 def flops_per_token(config: RunConfig, vocab_size: int, tp: int, micro_batches: int) -> float:
-    """FLOPs of all ranks for a token, forward and backward, as the method computes: of a matrix [m, n] 6 m n in
-    full-rank training; 4 m n + 4 r (m + n) and its share of forming W + sBA, or 4 m n + 6 r (m + n) in the split form
-    (12 with the factors of the last merge); attention and head; a forward pass more with checkpointing."""
+    """Return the FLOPs of all ranks per token, forward and backward, as the method computes.
+
+    A matrix [m, n] takes 6 m n in full-rank training; 4 m n + 4 r (m + n) and its share of forming W + sBA in the
+    merged form; 4 m n + 6 r (m + n) in the split form (12 with the factors of the last merge). Attention and the output
+    layer come on top, and with checkpointing another forward pass.
+    """
     model, train = config.model, config.train
     again = train.activation_checkpointing
     layer = projections(model)
@@ -104,7 +118,7 @@ def flops_per_token(config: RunConfig, vocab_size: int, tp: int, micro_batches: 
 def matrix_flops(
     config: RunConfig, projection: Projection, tp: int, micro_batches: int, again: bool, last: bool
 ) -> float:
-    """Of one linear of a layer, on a rank. A layer that is computed `again` stops before its last product."""
+    """Return those of one linear on a rank. A layer that is computed `again` stops before its last product."""
     method, tokens = config.method, config.train.micro_batch_size * config.train.seq_len
     m, n = projection.shard(tp)
     rank = method.adapter_rank
@@ -120,17 +134,20 @@ def matrix_flops(
 
 
 def _times_formed(config: RunConfig, micro_batches: int) -> float:
-    """How often a micro-batch forms the W + sBA of a merged layer."""
+    """Return how often a micro-batch forms the W + sBA of a merged layer."""
     again = config.train.activation_checkpointing
     return {"accumulation": 1 / micro_batches, "recompute": 2 + again}.get(config.method.merged_cache, 1 + again)
 
 
 def memory_traffic(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Zero) -> float:
-    """Bytes that pass through a rank's memory in a step beside matrix products: the fp32 W read and W + sBA written of
-    each micro-batch, and the optimizer's state: gradient, master and two moments read, three of them written."""
+    """Return the bytes that pass through a rank's memory per step beside matrix products.
+
+    They are the fp32 W read and W + sBA written per micro-batch, and the optimizer's state: gradient, master and two
+    moments read, three of them written.
+    """
     method = config.method
     share = 1 if zero.stage == 0 else mesh["dp"]
-    state = 28 * count_here(config, vocab_size, mesh["tp"]).trainable / share
+    state = 28 * rank_tensors(config, vocab_size, mesh["tp"], mesh["dp"]).trained.total() / share
     if not method.facts.adapts:
         return state
     micro_batches = accumulation_steps(config, mesh["dp"])
@@ -141,7 +158,8 @@ def memory_traffic(config: RunConfig, vocab_size: int, mesh: dict[str, int], zer
         if is_merged(config, p, mesh["tp"], micro_batches):
             total += _times_formed(config, micro_batches) * m * n * (4 + compute_bytes(config))
         elif method.facts.quantised:
-            total += (2 + again) * (nf4_bytes(m, n) + m * n * compute_bytes(config))
+            in_4_bits = Nf4Matrix(torch.empty(m, n, device="meta"), kernels=False).nbytes
+            total += (2 + again) * (in_4_bits + m * n * compute_bytes(config))
         elif compute_bytes(config) != 4:  # W in bf16
             total += (1 + again) * m * n * (4 + compute_bytes(config))
     return state + micro_batches * config.model.num_layers * total
@@ -150,8 +168,10 @@ def memory_traffic(config: RunConfig, vocab_size: int, mesh: dict[str, int], zer
 def step_time(
     config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Zero, machine: Machine, overlap: bool
 ) -> StepTime:
-    """The time of a step of this run on a machine whose ranks the mesh fills. `overlap`: gradients are reduced while
-    the backward pass goes on."""
+    """Return the time of a step on a machine whose ranks the mesh fills.
+
+    With `overlap`, gradients are reduced during the backward pass.
+    """
     train = config.train
     flops = flops_per_token(config, vocab_size, mesh["tp"], accumulation_steps(config, mesh["dp"]))
     products = flops * train.global_batch_size * train.seq_len / machine.world
@@ -175,8 +195,10 @@ def step_time(
 
 
 def flow_time(flow: Flow, mesh: dict[str, int], machine: Machine) -> tuple[dict[str, float], float]:
-    """(bytes by link, seconds) of one flow: on a GPU's links in its node, and on a node's to others. A ring that goes
-    over both is as fast as the slower."""
+    """Return the bytes by link and the seconds of one flow.
+
+    The links are a GPU's in its node, and a node's to others. A ring over both is as fast as the slower one.
+    """
     sent = on_the_wire(flow.op, flow.bytes, axis_size(mesh, flow.axis))
     stays, leaves = rings_of_a_node(flow.axis, mesh, machine.gpus)
     links = {"within nodes": sent if stays else 0.0, "between nodes": leaves * sent}
@@ -184,8 +206,10 @@ def flow_time(flow: Flow, mesh: dict[str, int], machine: Machine) -> tuple[dict[
 
 
 def rings_of_a_node(axis: str, mesh: dict[str, int], gpus: int) -> tuple[bool, int]:
-    """Of the rings along an axis or composite group, each through its ranks in order: whether any goes from one GPU to
-    another of its node, and how many leave the node which most do."""
+    """Return whether any ring goes from GPU to GPU of a node, and how many leave the node that most leave.
+
+    The rings run along an axis or composite group, each through its ranks in order.
+    """
     grid = np.arange(mesh["lte"] * mesh["dp"] * mesh["tp"]).reshape([mesh[name] for name in AXES])
     along = [AXES.index(name) for name in COMPOSITE_GROUPS.get(axis, (axis,))]
     rings = np.moveaxis(grid, along, range(-len(along), 0)).reshape(-1, axis_size(mesh, axis))

@@ -10,7 +10,7 @@ from megatron_switchlora.distributed.mesh import Mesh
 from megatron_switchlora.distributed.shard import Axis
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.llama.model import LlamaForCausalLM
-from megatron_switchlora.planning.counts import count_shard
+from megatron_switchlora.planning.counts import count_run
 from tests.dist.launch import REPOSITORY, run_ranks
 
 CONFIGS = REPOSITORY / "launch" / "configs"
@@ -23,7 +23,7 @@ def test_the_whole_model_has_the_parameters_that_are_counted(tp: int, rank: int)
     config = parse_arguments([f"--config={CONFIGS}/{name}.yaml" for name in files]).config
     with torch.device("meta"):
         model = LlamaForCausalLM(config.model, 32100, Axis(tp, rank % tp, None))
-    counts = count_shard(config.model, config.method, 32100, tp)
+    counts = count_run(config, 32100, tp)
     found = sum(param.numel() for param in model.parameters())
     assert found == counts.trainable
     if tp == 1:
@@ -41,9 +41,9 @@ def test_the_adapted_model_has_the_parameters_that_are_counted(tp: int, method: 
     with torch.device("meta"):
         model = LlamaForCausalLM(config.model, 32100, mesh.axis("tp"))
         method_ = build_method(config, model, mesh)
-    counts = count_shard(config.model, config.method, 32100, tp)
+    counts = count_run(config, 32100, tp)
     assert sum(param.numel() for param in model.parameters()) == counts.trainable
-    assert sum(buffer.numel() for buffer in model.buffers()) == counts.frozen
+    assert sum(buffer.numel() for buffer in model.buffers()) == counts.fixed.total()
     if tp == 1 and method.startswith("switchlora"):
         assert counts.trainable == {"switchlora_r512": 609_720_320, "switchlora_r256": 370_651_136}[method]
     assert len(method_.matrices()) == 2 * 7 * 24

@@ -35,6 +35,7 @@ METHODS = {
     "parallel: {tp: 2}, "
     "train: {activation_checkpointing: true}}",
     "tp_lte": "{method: {name: lte, rank: 24, lte: {merge_interval: 2}}, parallel: {lte_heads: 2, tp: 2}}",
+    "tp_frozen": "{method: {name: lora, rank: 24}, optim: {dense_lr: 0}, parallel: {tp: 2}}",
     "bf16": "{method: {name: switchlora, rank: 24}, train: {precision: bf16}}",
 }
 
@@ -125,7 +126,7 @@ def test_on_the_wire(
 @pytest.mark.full
 @pytest.mark.timeout(300)
 def test_tensor_parallel_bank_and_merges(tmp_path: Path) -> None:
-    methods = ["tp_full", "tp_switchlora", "tp_spread", "tp_lte", "heads_2x2", "reset", "bf16"]
+    methods = ["tp_full", "tp_switchlora", "tp_spread", "tp_lte", "heads_2x2", "reset", "tp_frozen", "bf16"]
     words = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "4", "--master_port", str(free_port())]
     words += tool_words(tmp_path, methods, ["1", "1_fp32_accum"], [2])
     done = subprocess.run(

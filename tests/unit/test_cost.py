@@ -11,11 +11,11 @@ from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.mesh import lone_mesh
 from megatron_switchlora.methods import build_method
+from megatron_switchlora.methods.base import Flow
 from megatron_switchlora.model.llama.model import LlamaForCausalLM
 from megatron_switchlora.model.protocol import initialize_weights
 from megatron_switchlora.planning.counts import model_flops_per_token
 from megatron_switchlora.planning.step_time import GPUS, Machine, flops_per_token, flow_time, rings_of_a_node, step_time
-from megatron_switchlora.planning.traffic import Flow
 from tests.plain import VOCAB, make_batches, small_config
 
 CASES = {

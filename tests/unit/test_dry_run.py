@@ -22,7 +22,7 @@ from megatron_switchlora.distributed.mesh import Mesh
 from megatron_switchlora.methods import SwitchLora, build_method
 from megatron_switchlora.model.llama.model import LlamaForCausalLM
 from megatron_switchlora.model.protocol import initialize_weights
-from megatron_switchlora.planning.counts import count_parameters, count_shard
+from megatron_switchlora.planning.counts import count_run
 from megatron_switchlora.planning.dry_run import plan
 from megatron_switchlora.planning.memory import memory_items, peak_bytes
 from megatron_switchlora.planning.traffic import full_rank_bytes, gradient_bytes
@@ -83,8 +83,8 @@ def test_table_4_whatever_the_mesh(tp: int) -> None:
         assert f"dp {8 // tp} x tp {tp};" in text
         assert row(text, "total")[0] == millions, (model, overlay)
         assert row(text, "full-rank training")[0] == TABLE_4[model, "full"], (model, overlay)
-        held = count_shard(config.model, config.method, 32100, tp)
-        assert row(text, "total")[-1] == held.trainable + held.frozen
+        held = count_run(config, 32100, tp)
+        assert row(text, "total")[-1] == held.trainable + held.fixed.total()
     exact = 2 * 32100 * 2048 + 49 * 2048 + 24 * 512 * (4 * 2 * 2048 + 3 * (2048 + 5461))
     assert row(plan(shipped("1.3b", "switchlora_r512", tp=tp), {}, 8), "total")[1] == exact == 609_720_320
 
@@ -162,16 +162,16 @@ def test_gradient_bytes() -> None:
 
 def test_shards_are_padded_and_totals_are_not() -> None:
     config = shipped("1.3b", "switchlora_r512")
-    whole = count_parameters(config.model, config.method, 32100)
-    mine = count_shard(config.model, config.method, 32100, 8)
-    assert mine.embedding == mine.head == 4013 * 2048 and 4013 * 8 - 32100 == 4
-    assert mine.matrices == 24 * (4 * 2048 * 256 + 3 * 2048 * 683) and 683 * 8 - 5461 == 3
-    assert mine.adapters == 24 * 512 * (4 * (2048 + 256) + 3 * (2048 + 683))
-    assert mine.norms == whole.norms
-    assert 8 * mine.matrices - whole.matrices == 24 * 3 * 3 * 2048
+    whole = count_run(config, 32100)
+    mine = count_run(config, 32100, 8)
+    assert mine["embedding"] == mine["head"] == 4013 * 2048 and 4013 * 8 - 32100 == 4
+    assert mine["matrices"] == 24 * (4 * 2048 * 256 + 3 * 2048 * 683) and 683 * 8 - 5461 == 3
+    assert mine["adapters"] == 24 * 512 * (4 * (2048 + 256) + 3 * (2048 + 683))
+    assert mine["norms"] == whole["norms"]
+    assert 8 * mine["matrices"] - whole["matrices"] == 24 * 3 * 3 * 2048
     even = small_config()
-    local, total = (count_shard(even.model, even.method, VOCAB - 1, tp) for tp in (2, 1))
-    assert (2 * local.matrices, 2 * local.embedding) == (total.matrices, total.embedding)
+    local, total = (count_run(even, VOCAB - 1, tp) for tp in (2, 1))
+    assert (2 * local["matrices"], 2 * local["embedding"]) == (total["matrices"], total["embedding"])
 
 
 def test_bank_sizes() -> None:

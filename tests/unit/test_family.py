@@ -26,8 +26,9 @@ from megatron_switchlora.model.protocol import (
     family_of,
     initial_value,
     initialize_weights,
+    projections,
 )
-from megatron_switchlora.planning.counts import count_shard, projections
+from megatron_switchlora.planning.counts import count_run
 
 ROOT = Path(__file__).resolve().parents[2]
 load_plugins(["tests.toy_family"])
@@ -50,10 +51,10 @@ def test_counts_are_those_of_the_model(family: str, tied: bool, tp: int) -> None
     model = build_on_meta(config, VOCAB, Axis(tp))
     shapes = [tuple(each.linear.weight.shape) for each in model.decoder_linears()]
     assert shapes == [projection.shard(tp) for projection in projections(config)] * config.num_layers
-    counts = count_shard(config, make_method("full"), VOCAB, tp)
+    counts = count_run(RunConfig(model=config, method=make_method("full")), VOCAB, tp)
     assert counts.full_total == sum(param.numel() for param in model.parameters())
-    assert counts.matrices == sum(m * n for m, n in shapes)
-    assert counts.head == (0 if tied else model.lm_head.weight.numel())
+    assert counts["matrices"] == sum(m * n for m, n in shapes)
+    assert counts["head"] == (0 if tied else model.lm_head.weight.numel())
     assert model.tied_names().keys() == ({"lm_head.weight"} if tied else set())
 
 

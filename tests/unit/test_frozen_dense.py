@@ -10,8 +10,8 @@ from megatron_switchlora.config.command_line import parse_arguments
 from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.run import RunConfig, full_rank_config
-from megatron_switchlora.planning.counts import count_here, count_run
-from megatron_switchlora.planning.memory import checkpoint_bytes, memory_items, peak_bytes, step_counters
+from megatron_switchlora.planning.counts import rank_tensors
+from megatron_switchlora.planning.memory import checkpoint_bytes, memory_items, peak_bytes
 from megatron_switchlora.planning.traffic import gradient_bytes
 from tests.plain import VOCAB, PlainRun, make_batches, peak_of, small_config
 
@@ -46,16 +46,16 @@ def test_only_matrices_or_adapters_train(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_counts_and_plans_leave_them_out(name: str) -> None:
     config = frozen(name)
-    run, counts = PlainRun(config), count_here(config, VOCAB, 1)
-    assert counts.trainable == sum(p.numel() for p in run.params)
-    assert counts.trainable + counts.frozen_dense == sum(p.numel() for p in run.model.parameters())
+    run, tensors = PlainRun(config), rank_tensors(config, VOCAB)
+    trainable, dense = tensors.trained.total(), tensors.fixed.total() - tensors.fixed["matrices"]
+    assert trainable == sum(p.numel() for p in run.params)
+    assert trainable + dense == sum(p.numel() for p in run.model.parameters())
     state = [t for held in run.optimizer.state.values() for key, t in held.items() if key == "row_step"]
-    assert step_counters(config) == sum(t.numel() for t in state)
-    assert gradient_bytes(config, VOCAB, 1, 2, Zero(0))[0] == 4 * counts.trainable
+    assert tensors.state["Adam step counters", "row_step"] == sum(t.numel() for t in state)
+    assert gradient_bytes(config, VOCAB, 1, 2, Zero(0))[0] == 4 * trainable
     trained = frozen(name, optim__dense_lr=0.01)
     saved = checkpoint_bytes(trained, VOCAB) - checkpoint_bytes(config, VOCAB)
-    tensors, dense = 3 + 2 * config.model.num_layers, count_run(config, VOCAB).frozen_dense
-    assert saved == 4 * (config.heads * (3 * dense + tensors) - dense)
+    assert saved == 4 * (config.heads * (3 * dense + 3 + 2 * config.model.num_layers) - dense)
 
 
 def test_the_loss_of_a_head_that_shares_them_is_that_of_one_that_owns_them() -> None:

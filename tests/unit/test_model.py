@@ -18,7 +18,7 @@ from megatron_switchlora.model.llama.model import LlamaForCausalLM
 from megatron_switchlora.model.protocol import initialize_weights
 from megatron_switchlora.optim.layout import plain_layout
 from megatron_switchlora.optim.row_adamw import RowAdamW
-from megatron_switchlora.planning.counts import count_parameters, model_flops_per_token
+from megatron_switchlora.planning.counts import count_run, model_flops_per_token
 from tests.plain import VOCAB, PlainRun, make_batches, small_config
 
 SHAPES = {
@@ -130,7 +130,7 @@ def test_counts_are_those_of_the_model() -> None:
             optimizer = RowAdamW(method.param_groups(), beta1=0.9, beta2=0.999, eps=1e-8)
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             assert len(trained) == len({id(p) for p in trained}) == len(plain_layout(trained).by_param)
-            counts = count_parameters(config.model, config.method, VOCAB)
+            counts = count_run(config, VOCAB)
             assert counts.trainable == sum(p.numel() for p in trained)
             assert counts.full_total == total
 
@@ -147,7 +147,7 @@ def test_paper_counts() -> None:
         hidden, ffn, layers, heads = shapes[size]
         config = small_config(method, method__rank=rank)
         config.model = ModelConfig(hidden_size=hidden, intermediate_size=ffn, num_layers=layers, num_heads=heads)
-        assert round(count_parameters(config.model, config.method, 32100).trainable / 1e6, 1) == millions
+        assert round(count_run(config, 32100).trainable / 1e6, 1) == millions
 
 
 def test_flops_are_those_counted_by_torch() -> None:

@@ -121,15 +121,16 @@ def test_a_meta_model_has_real_frequencies() -> None:
     assert torch.equal(frequencies, make_model(LLAMA3).model.scaled_rotary[0])
 
 
-def test_transformers_is_imported_for_a_scaling_only() -> None:
+def test_transformers_is_imported_where_a_scaling_is_computed() -> None:
     script = (
-        "import sys; from megatron_switchlora.config.model import ModelConfig; "
+        "import sys; import torch; from megatron_switchlora.config.model import ModelConfig; "
         "from megatron_switchlora.model.llama.model import LlamaForCausalLM\n"
         "for scaling in (None, {'rope_type': 'linear', 'factor': 2.0}):\n"
-        "    LlamaForCausalLM(ModelConfig(rope_scaling=scaling), 7); print('transformers' in sys.modules)"
+        "    model = LlamaForCausalLM(ModelConfig(rope_scaling=scaling), 7); print('transformers' in sys.modules)\n"
+        "    model.model.rotary(torch.zeros(1, 3, 144)); print('transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.split() == ["False", "True"]
+    assert done.stdout.split() == ["False", "False", "False", "True"]
 
 
 def test_scaling_survives_options_and_yaml(tmp_path: Path) -> None:

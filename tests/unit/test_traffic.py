@@ -13,7 +13,8 @@ import pytest
 from megatron_switchlora.config.command_line import parse_arguments
 from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.run import RunConfig
-from megatron_switchlora.planning.traffic import Flow, flows, on_the_wire
+from megatron_switchlora.methods.base import Flow
+from megatron_switchlora.planning.traffic import flows, on_the_wire
 from megatron_switchlora.study.volume.command import main
 
 ROOT = Path(__file__).resolve().parents[2]

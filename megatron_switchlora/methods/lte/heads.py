@@ -14,6 +14,7 @@ merge then needs only the present factors, and rounding errors do not add up ove
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
@@ -28,10 +29,10 @@ from megatron_switchlora.distributed.shard import Axis, Split, is_split, shard_o
 from megatron_switchlora.distributed.slices import TensorSlice, parameter_slice, replica_group, shard_slice
 from megatron_switchlora.lowrank.heads import HeadsLinear
 from megatron_switchlora.lowrank.nf4 import bitsandbytes_works
-from megatron_switchlora.methods.base import Method, Replica
+from megatron_switchlora.methods.base import Flow, Method, Replica, host_copy
 from megatron_switchlora.methods.lora import Lora, draw_factor, part_sides
 from megatron_switchlora.methods.lte import options as options  # registers LTE
-from megatron_switchlora.methods.lte.merging import mean_dense, mean_matrices, mean_products
+from megatron_switchlora.methods.lte.merging import mean_dense, mean_matrices, mean_products, merge_sends_factors
 from megatron_switchlora.methods.switchlora import SwitchLora
 from megatron_switchlora.model.heads import split_dense_tensors
 from megatron_switchlora.model.protocol import LanguageModel, build_model
@@ -43,10 +44,13 @@ class Origin:
 
     def __init__(self, matrix: Tensor, dp: Axis) -> None:
         self.split, self.device = Split(0, matrix.size(0), dp), matrix.device
-        self.rows = self.split.take(matrix).to("cpu", copy=True)
+        self.rows = host_copy(self.split.take(matrix))
 
     def store(self, matrix: Tensor) -> None:
         self.rows.copy_(self.split.take(matrix))
+
+    def subtract(self, product: Tensor) -> None:
+        self.rows.sub_(self.split.take(product).to(self.rows.device))
 
     def plus(self, product: Tensor) -> Tensor:
         """Return the sum of the matrix and a product, on the device. Collective over dp."""
@@ -93,15 +97,38 @@ class Merging(Method):
         for name, linear, mean in self._mean_products():
             yield self.origins[name].plus(mean) if name in self.origins else mean.add_(linear.weight)
 
-    def _keep_origins(self) -> None:
-        """Store W - (s/N) sum_n B_n A_n as each layer's origin.
+    def allocate(self) -> None:
+        """Take W as the origin, from which nothing is subtracted yet."""
+        dp, keeps = self.mesh.axis("dp"), self.config.method.facts.keeps_origins
+        self.origins = {name: Origin(x.weight, dp) for name, x in self.linears.items()} if keeps else {}
+        super().allocate()
 
-        Call this before the adapters are subtracted from W, while M = W.
-        """
-        self.origins = {}
-        if self.config.method.facts.keeps_origins:
-            for name, linear, product in self._mean_products():
-                self.origins[name] = Origin(linear.weight - product, self.mesh.axis("dp"))
+    def start(self, optimizer: RowAdamW) -> None:
+        """Begin from M = W, so that the origin is W - (s/N) sum_n B_n A_n."""
+        super().start(optimizer)
+        for name, _, product in self._mean_products() if self.origins else ():
+            self.origins[name].subtract(product)
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        return {**super().kinds, "origin": "origins of the LTE heads, in host memory"}
+
+    def flows(self, partitioned: bool) -> Iterator[tuple[Flow, float]]:
+        """Yield also a merge: factors or products, the rows of the origins, and the means of dense tensors."""
+        yield from super().flows(partitioned)
+        every, sums = self.config.method.facts.merge_interval or math.inf, {"all_gather": 0, "all_reduce": 0}
+        for linear in self.linears.values():
+            pairs = self._pairs(linear)
+            n, m = (factor.size(1) for factor in pairs[0])
+            if merge_sends_factors(self.config, m, n):
+                sums["all_gather"] += sum(A.nbytes + B.nbytes for A, B in pairs)
+            else:
+                sums["all_reduce"] += 4 * m * n
+        for op, given in sums.items():
+            yield Flow("merges", "adapters", "lte", op, given), every
+        yield Flow("merges", "matrices", "dp", "all_gather", sum(o.rows.nbytes for o in self.origins.values())), every
+        dense = sum(4 * params[0].numel() for params in self.dense().values())  # the heads here are summed first
+        yield Flow("merges", "dense", "data" if partitioned else "lte", "all_reduce", dense), every
 
     def _adopt(self, name: str, linear: Any, mean: Tensor) -> None:
         """Give all heads of a layer the effective weight `mean`."""
@@ -203,10 +230,6 @@ class Merging(Method):
 class HeadOnRanks(Merging):
     """A head whose ranks hold their own W, into which the last merge is folded."""
 
-    def start(self, optimizer: RowAdamW) -> None:
-        self._keep_origins()
-        super().start(optimizer)
-
     def _adopt(self, name: str, linear: Any, mean: Tensor) -> None:
         linear.weight.copy_(mean)
         if self.config.method.facts.resetless:
@@ -286,15 +309,24 @@ class LocalLte(Merging):
         pairs = [pair for linear in self.linears.values() for pair in self._pairs(linear)]
         return part_sides(super().param_groups(), pairs, self.config.optim.lora_plus_ratio)
 
+    def allocate(self) -> None:
+        super().allocate()
+        quantised, device = self.config.method.facts.quantised, next(self.model.parameters()).device
+        kernels = quantised and device.type != "meta" and bitsandbytes_works(device)
+        for linear in self.linears.values():
+            linear.place()
+            if quantised:
+                linear.quantise(kernels)
+
     def start(self, optimizer: RowAdamW) -> None:
         super().start(optimizer)
-        self._keep_origins()
         for linear in self.linears.values():
             linear.remember_factors()
-        if self.config.method.facts.quantised:
-            kernels = bitsandbytes_works(next(self.model.parameters()).device)
-            for linear in self.linears.values():
-                linear.quantise(kernels)
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        merged = dict.fromkeys(("merged_A", "merged_B"), "factors of the last merge")
+        return {**super().kinds, **merged, **dict.fromkeys(("nf4_codes", "nf4_scales"), "frozen W, 4 bit")}
 
     def _adopt(self, name: str, linear: Any, mean: Tensor) -> None:
         linear.set_base(mean)

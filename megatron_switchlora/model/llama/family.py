@@ -13,7 +13,7 @@ from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.shard import Axis
 from megatron_switchlora.model.llama import conversion, rules
 from megatron_switchlora.model.llama.model import LlamaForCausalLM
-from megatron_switchlora.model.protocol import Family, Projection
+from megatron_switchlora.model.protocol import Family
 
 
 @register_family
@@ -33,21 +33,8 @@ class Llama(Family):
     def build(self, config: ModelConfig, vocab_size: Optional[int], tp: Optional[Axis]) -> LlamaForCausalLM:
         return LlamaForCausalLM(config, vocab_size, tp)
 
-    def projections(self, config: ModelConfig) -> list[Projection]:
-        """q, k, v, o, gate, up, down."""
-        h, f, kv = config.hidden_size, config.intermediate_size, config.kv_heads * config.head_dim
-        return [
-            Projection(h, h, False),
-            Projection(kv, h, False),
-            Projection(kv, h, False),
-            Projection(h, h, True),
-            Projection(f, h, False),
-            Projection(f, h, False),
-            Projection(h, f, True),
-        ]
-
     def mixing_flops(self, config: ModelConfig, seq_len: int) -> int:
-        """Of causal attention: scores and their sum of values, over half of the sequence in the mean."""
+        """Count causal attention: scores and sums of values, over half of the sequence on average."""
         return 2 * config.num_heads * config.head_dim * seq_len
 
     def kept_bytes(self, config: ModelConfig, tp: int, size: int, norms_train: bool) -> int:

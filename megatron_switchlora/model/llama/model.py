@@ -5,14 +5,15 @@ SwiGLU. Linears are the parallel layers of `distributed/linear.py`; a method may
 decoder layers by low-rank ones (`decoder_linears` lists them). Shapes: B batch, S sequence,
 D hidden, F feed-forward, V vocabulary, H heads, K key/value heads. Under tensor parallelism a rank
 holds whole heads and a part of F and V; a block runs one all-reduce forward and one backward.
-With `labels`, `forward` returns the mean cross entropy; without, the logits. Scaled rotary embeddings
-stand in `rope.py`. Not supported: biases, attention masks other than causal, caches for generation
+With `labels`, `forward` returns the mean cross entropy; without, the logits. `rope.py` has scaled
+rotary embeddings. Not supported: biases, attention masks other than causal, caches for generation
 (export to transformers).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Optional
 
 import torch
@@ -34,7 +35,7 @@ from megatron_switchlora.model.protocol import LanguageModel
 
 
 def rotary_tables(seq_len: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, head_dim], computed in fp32 (float64 for float64 activations) and cast."""
+    """Return cos and sin [S, head_dim], computed in fp32 (float64 for float64 activations) and cast."""
     dtype = at_least_fp32(like.dtype)
     exponents = torch.arange(0, head_dim, 2, device=like.device).to(dtype) / head_dim
     angles = torch.outer(torch.arange(seq_len, device=like.device).to(dtype), 1.0 / theta**exponents)
@@ -43,7 +44,7 @@ def rotary_tables(seq_len: int, head_dim: int, theta: float, like: Tensor) -> tu
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, H, S, head_dim] rotated by position."""
+    """Rotate x [B, H, S, head_dim] by position."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
@@ -112,12 +113,18 @@ class LlamaModel(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(vocab_size, config.hidden_size, tp)
         self.layers = nn.ModuleList(DecoderLayer(config, tp) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        # no buffer, which would be rounded when the model is cast to bf16
-        self.scaled_rotary = None if config.rope_scaling is None else scaled_frequencies(config)
+
+    @cached_property
+    def scaled_rotary(self) -> tuple[Tensor, float]:
+        """Return frequencies and attention factor, once they are needed: transformers is slow to import.
+
+        They are no buffer, since a cast of the model to bf16 would round it.
+        """
+        return scaled_frequencies(self.config)
 
     def rotary(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [S, head_dim] for these activations."""
-        if self.scaled_rotary is not None:
+        """Return cos and sin [S, head_dim] for these activations."""
+        if self.config.rope_scaling is not None:
             return scaled_tables(x_BSD.size(1), *self.scaled_rotary, x_BSD)
         return rotary_tables(x_BSD.size(1), self.config.head_dim, self.config.rope_theta, x_BSD)
 

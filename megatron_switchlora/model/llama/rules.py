@@ -20,7 +20,11 @@ ROPE_SCALINGS: dict[str, tuple[set[str], set[str]]] = {
 
 
 def check_shape(m: ModelConfig) -> None:
-    """Raises: UserError, with the rule, the values and what to change."""
+    """Check the shape of a LLaMA.
+
+    Raises:
+        UserError: with the rule, the values and what to change.
+    """
     require(
         m.num_kv_heads is None or m.num_kv_heads >= 1,
         f"model.num_kv_heads must be at least 1, not {m.num_kv_heads}: leave it out for as many as model.num_heads.",
@@ -43,7 +47,11 @@ def check_shape(m: ModelConfig) -> None:
 
 
 def check_split(m: ModelConfig, tp: int) -> None:
-    """Raises: UserError, if `tp` tensor-parallel ranks cannot split its layers."""
+    """Check that tensor-parallel ranks can split the layers.
+
+    Raises:
+        UserError: they cannot.
+    """
     for name, count in (("num_heads", m.num_heads), ("num_kv_heads", m.kv_heads)):
         require(
             count % tp == 0,

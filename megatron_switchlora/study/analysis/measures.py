@@ -18,8 +18,7 @@ from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.train import TrainConfig
 from megatron_switchlora.distributed.head_names import of_head
 from megatron_switchlora.lowrank.schedule import switch_rate
-from megatron_switchlora.model.protocol import build_on_meta, initial_value
-from megatron_switchlora.planning.counts import projections
+from megatron_switchlora.model.protocol import build_on_meta, initial_value, projections
 from megatron_switchlora.run.metrics_log import read_records
 from megatron_switchlora.study.analysis.spectra import effective_rank, head_alignment, numerical_rank, spectrum
 

@@ -31,7 +31,7 @@ from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.disk import user_path
 from megatron_switchlora.distributed.slices import TensorSlice
 from megatron_switchlora.model.protocol import build_on_meta
-from megatron_switchlora.planning.counts import count_parameters
+from megatron_switchlora.planning.counts import count_run
 from megatron_switchlora.study.benchmarks.common import describe_machine, publish
 from megatron_switchlora.study.places import ROOT
 
@@ -80,7 +80,7 @@ def measure(config: RunConfig, vocab_size: int, scratch: Path, dtype: str) -> di
     ]
     subprocess.run(command, check=True)
     return {
-        "parameters": count_parameters(config.model, config.method, vocab_size).full_total,
+        "parameters": count_run(config, vocab_size).full_total,
         "rank": config.method.rank,
         "dtype": dtype,
         "checkpoint_bytes": sum(path.stat().st_size for path in source.iterdir()),

@@ -38,7 +38,7 @@ from megatron_switchlora.distributed.linear import ColumnParallelLinear
 from megatron_switchlora.distributed.shard import Axis
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.lowrank.merged import Form
-from megatron_switchlora.planning.counts import decoder_shapes, projections
+from megatron_switchlora.model.protocol import projections
 from megatron_switchlora.planning.step_time import matrix_flops
 from megatron_switchlora.startup.door import Door, the_door
 from megatron_switchlora.startup.environment import end_rank
@@ -172,8 +172,8 @@ def forms(options: argparse.Namespace, precision: str, device: torch.device) -> 
 def make_layers(config: RunConfig, dtype: torch.dtype, device: torch.device) -> list[torch.nn.Module]:
     """Return the seven projections of a layer, plain or adapted, with random weights."""
     layers: list[torch.nn.Module] = []
-    for out_features, in_features in decoder_shapes(config.model):
-        base = ColumnParallelLinear(in_features, out_features, Axis()).to(device)
+    for projection in projections(config.model):
+        base = ColumnParallelLinear(projection.in_features, projection.out_features, Axis()).to(device)
         torch.nn.init.normal_(base.weight, std=0.02)
         method = config.method
         form = Form(method.compute, method.merged_cache)
@@ -194,7 +194,7 @@ def linears(options: argparse.Namespace, precision: str, device: torch.device) -
             method = make_method(rank=options.hidden_size // divisor, compute=compute)
             configs[f"{compute} r=h/{divisor}"] = make_config(options, method, precision, 1)
     layers = {name: make_layers(config, dtype, device) for name, config in configs.items()}
-    widths = [n for _, n in decoder_shapes(configs["full"].model)]
+    widths = [projection.in_features for projection in projections(configs["full"].model)]
     inputs = {n: torch.randn(options.tokens, n, device=device, dtype=dtype, requires_grad=True) for n in widths}
     seconds: dict[str, list[float]] = {name: [] for name in layers}
     for _ in range(options.rounds + 1):

@@ -23,8 +23,9 @@ from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.distributed.consensus import gather_texts, on_all_ranks
 from megatron_switchlora.distributed.mesh import AXES, Mesh
 from megatron_switchlora.distributed.recorder import Record
+from megatron_switchlora.planning.counts import PARTS, by_part
 from megatron_switchlora.planning.dry_run import planned_vocabulary
-from megatron_switchlora.planning.traffic import PARTS, axis_size, on_the_wire
+from megatron_switchlora.planning.traffic import axis_size, on_the_wire
 from megatron_switchlora.startup.launchers import own_host
 from megatron_switchlora.study.benchmarks.common import make_engine
 from megatron_switchlora.study.volume.cases import Case
@@ -165,17 +166,9 @@ def mark(part: str) -> float:
 
 
 def part_of(engine: Engine) -> dict[torch.nn.Parameter, str]:
-    """Return the group of each trainable parameter."""
-    matrices = set(engine.method.matrices())
-    parts = {}
-    for name, param in engine.model.named_parameters():
-        if param in matrices:
-            parts[param] = "adapters" if "lora_" in name else "matrices"
-        elif "lm_head" in name:
-            parts[param] = "head"
-        else:
-            parts[param] = "embedding" if param.dim() > 1 else "norms"
-    return parts
+    """Return the part of the model to which each trainable parameter belongs."""
+    matrices = [each.linear.weight for each in engine.model.decoder_linears()]
+    return {param: part for part, param in by_part(engine.method, matrices) if param.requires_grad}
 
 
 def sent(interface: Optional[str], device: torch.device) -> dict[str, int]:

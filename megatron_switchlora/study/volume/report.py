@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_switchlora.planning.traffic import PARTS
+from megatron_switchlora.planning.counts import PARTS
 from megatron_switchlora.run.figures import new_figure, save_figure
 
 Result = dict[str, Any]
