@@ -17,10 +17,13 @@ OF_RANKS = ("tests/dist/", "tests/system/")
 BESIDE = (
     "tests/dist/test_alone.py",
     "tests/system/test_command_line.py",
+    "tests/system/test_compare_batch.py",
     "tests/system/test_compare_run.py",
+    "tests/system/test_examples.py",
     "tests/system/test_hand_over.py",
     "tests/system/test_lora_ga_run.py",
     "tests/system/test_lost_ranks.py",
+    "tests/system/test_package.py",
     "tests/system/test_sbatch_script.py",
     "tests/system/test_signals.py",
     "tests/system/test_slurm.py",
