@@ -12,19 +12,14 @@ RANKS = import torch; print(min(2, torch.cuda.device_count()) or 2)
 pretrain: $(STAMP)
 	ranks="$$($(BIN)/python -c '$(RANKS)')" && PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus "$$ranks" launch/pretrain.py --config launch/configs/cpu_quickstart.yaml --ds_config ds_configs/zero1.json
 
-# Tests of a single process on two workers, then those that start ranks, one after the other.
-PYTEST = $(BIN)/python -m pytest
-
-ALONE = -n 2 --dist loadfile tests/unit tests/numerics
-RANKED = tests/dist tests/system tests/gpu
+# Two lanes: tests that keep both cores busy one after the other, all others beside them (tests/lanes.py).
+PYTEST = $(BIN)/python -m pytest -n 2
 
 test: $(STAMP)
-	$(PYTEST) -m "not full and not long" $(ALONE)
-	$(PYTEST) -m "not full and not long" $(RANKED)
+	$(PYTEST) -m "not full and not long"
 
 test-full: $(STAMP)
-	$(PYTEST) -m "not long" $(ALONE)
-	$(PYTEST) -m "not long" $(RANKED)
+	$(PYTEST) -m "not long"
 
 test-long: $(STAMP)
 	$(PYTEST) -m long

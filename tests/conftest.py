@@ -7,7 +7,7 @@ import torch
 
 import megatron_switchlora.methods  # noqa: F401  # registers them
 
-pytest_plugins = ["tests.selection", "tests.timing"]
+pytest_plugins = ["tests.lanes", "tests.selection", "tests.timing"]
 
 
 def pytest_configure() -> None:

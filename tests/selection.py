@@ -1,11 +1,7 @@
-"""Which tests run, and beside which others.
+"""Which tests run: a guard is a short form of a test, for every day.
 
-A guard is a short form of a test, for every day: `@pytest.mark.guard_of("tests/dist/test_x.py::test_long[case]")`.
-It is deselected where its larger form is selected. `{test}` stands for the guard's own function. What stands in
-brackets is one part of the larger form's id.
-
-With several workers (pytest-xdist), tests that start ranks run one after the other in one of them: two launches at a
-time would exceed two cores. Tests of a single process run beside them, a file at a time.
+`@pytest.mark.guard_of("tests/dist/test_x.py::test_long[case]")`: it is deselected where its larger form is selected.
+`{test}` stands for the guard's own function. What stands in brackets is one part of the larger form's id.
 """
 
 from __future__ import annotations
@@ -13,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import pytest
-
-SERIAL = ("tests/dist/", "tests/system/", "tests/numerics/test_adapters_matter.py", "tests/unit/test_preflight.py")
 
 
 def named_form(item: pytest.Item) -> str | None:
@@ -32,20 +26,9 @@ def is_form(nodeid: str, name: str) -> bool:
 
 def guards_to_drop(items: Iterable[pytest.Item]) -> list[pytest.Item]:
     """Return the guards whose larger form is among the tests."""
-    ids = {item: item.nodeid.removesuffix(f"@{group_of(item)}") for item in items}  # xdist adds the group
-    named = [(item, name) for item in ids if (name := named_form(item))]
-    return [item for item, name in named if any(is_form(ids[other], name) for other in ids if other is not item)]
-
-
-def group_of(item: pytest.Item) -> str:
-    """Return the group of tests that one worker runs in order."""
-    file = item.nodeid.split("::")[0]
-    serial = file.startswith(SERIAL) and item.get_closest_marker("single_process") is None
-    return "ranks" if serial else file
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    items = list(items)
+    named = [(item, name) for item in items if (name := named_form(item))]
+    return [item for item, name in named if any(is_form(other.nodeid, name) for other in items if other is not item)]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -182,7 +182,16 @@ def script_main(script: Path, words: list[str], folder: Path, output: Path, env:
     os.chdir(folder)
     sys.argv = [str(script), *words]
     sys.path[:0] = [str(script.parent), str(script.parents[1])]  # the package beside the script, whatever is installed
+    if not script.is_relative_to(REPOSITORY):
+        forget_package()
     runpy.run_path(str(script), run_name="__main__")
+
+
+def forget_package() -> None:
+    """Let the package be imported anew: what `preload` has imported is this tree's."""
+    for name in [*sys.modules]:
+        if name.split(".")[0] == "megatron_switchlora":
+            del sys.modules[name]
 
 
 def rank_main(module: str, payload: dict[str, Any], scratch: Path, rank: int, env: dict[str, str]) -> None:

@@ -18,6 +18,7 @@ from tests.dist.tp_grid import (
     STAGES,
     STEPS,
     check_restarts,
+    on_mesh,
     worst,
 )
 
@@ -61,7 +62,8 @@ GUARD = pytest.mark.guard_of(f"tests/dist/test_zero_parity.py::{{test}}[{STEPS}]
 def results(request: pytest.FixtureRequest) -> dict[int, dict[tuple, dict[str, Any]]]:
     found, chosen = {}, cases(request.param)
     for dp in (1, 2):
-        ranks = run_ranks(dp, "tests.dist.parity_worker", {"cases": chosen}, timeout=280)
+        given = [on_mesh(case, dp) for case in chosen]
+        ranks = run_ranks(dp, "tests.dist.parity_worker", {"cases": given}, timeout=280)
         for other in ranks[1:]:
             for mine, theirs in zip(ranks[0], other, strict=True):
                 assert mine["losses"] == theirs["losses"]

@@ -13,10 +13,12 @@ from typing import Any
 from tests.dist.launch import REPOSITORY, clean_environment, end, free_port, run_scripts
 
 BIN = Path(sys.executable).parent
-SMALL = (  # noqa: SIM905
+EVALUATED = 64  # validation samples: half of a short run's seconds, were it all of them
+SMALL = (
     "--model.hidden_size 32 --model.intermediate_size 48 --model.num_layers 2 --model.num_heads 2 --method.rank 6 "
     "--method.switch.interval0 4 --method.switch.freeze_steps 2 --train.steps 12 --train.warmup_steps 3 "
     "--train.seq_len 32 --train.micro_batch_size 2 --train.global_batch_size 8 --train.eval_interval 6 "
+    f"--train.eval_samples {EVALUATED} "
     "--train.threads 1 --optim.lr 0.01 --train.device cpu --data.source files --data.vocab_size 300"
 ).split()
 

@@ -18,7 +18,7 @@ import transformers
 from megatron_switchlora.data.loader import eval_batches
 from megatron_switchlora.data.packing import open_prepared
 from tests.dist.launch import REPOSITORY, free_port
-from tests.system.commands import BIN, Place
+from tests.system.commands import BIN, EVALUATED, Place
 
 ZERO1 = ["--ds_config", str(REPOSITORY / "ds_configs" / "zero1.json")]
 
@@ -83,7 +83,7 @@ def test_final_model_in_transformers_has_the_same_validation_loss(place: Place, 
     model = transformers.AutoModelForCausalLM.from_pretrained(place.folder / "run" / "final")
     (cache,) = [p for p in (place.folder / "cache" / "megatron_switchlora").iterdir() if not p.name.startswith(".")]
     total, count = 0.0, 0
-    for tokens in eval_batches(open_prepared(cache).val.samples(32), 8, 0, 1):
+    for tokens in eval_batches(open_prepared(cache).val.samples(32), 8, 0, 1, EVALUATED):
         with torch.no_grad():
             logits = model(tokens[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")

@@ -17,8 +17,6 @@ from megatron_switchlora.study.comparison.runner import read_run
 from tests.dist.launch import REPOSITORY, descendants, end, run_ranks
 from tests.system.commands import SMALL, Place
 
-pytestmark = pytest.mark.single_process
-
 OF_THE_CLOCK = ("seconds", "step_seconds", "peak_memory_bytes", "wall", "versions")
 RUNS = {
     "wild": ["--method.name=full", "--optim.lr=1e20", "--optim.clip=0", "--train.warmup_steps=0"],

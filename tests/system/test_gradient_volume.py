@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.dist.launch import REPOSITORY, clean_environment, free_port
+from tests.dist.launch import REPOSITORY, clean_environment, free_port, run_scripts
 from tests.system import slow_link
 from tests.system.cluster import Cluster
 from tests.system.hosts import Hosts, missing_parts
@@ -126,24 +125,29 @@ def test_on_the_wire(
 @pytest.mark.full
 @pytest.mark.timeout(300)
 def test_tensor_parallel_bank_and_merges(tmp_path: Path) -> None:
+    """DeepSpeed's fp32 gradients are a class of bf16 alone: in fp32 stage 1 is the same without."""
     methods = ["tp_full", "tp_switchlora", "tp_spread", "tp_lte", "heads_2x2", "reset", "tp_frozen", "bf16"]
-    words = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "4", "--master_port", str(free_port())]
-    words += tool_words(tmp_path, methods, ["1", "1_fp32_accum"], [2])
-    done = subprocess.run(
-        words, cwd=REPOSITORY, env=clean_environment(tmp_path), capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    for result in json.loads((tmp_path / "volume.json").read_text()):
-        check_record(result)
-    assert (tmp_path / "volume.png").stat().st_size > 10_000
-    assert "| tp_spread |" in (tmp_path / "volume.md").read_text()
+    for chosen, stage in ((methods, "1"), (["bf16"], "1_fp32_accum")):
+        script, *words = tool_words(tmp_path, chosen, [stage], [2])
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "4"}
+        env = clean_environment(tmp_path) | world | {"LOCAL_WORLD_SIZE": "4"}
+        envs = [{**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(4)]
+        statuses, output = run_scripts(REPOSITORY / script, words, envs, REPOSITORY, timeout=280)
+        assert statuses == [0] * 4, output
+        results = json.loads((tmp_path / "volume.json").read_text())
+        assert len(results) == len(chosen)
+        for result in results:
+            check_record(result)
+        assert (tmp_path / "volume.png").stat().st_size > 10_000
+        assert f"| {chosen[-1]} |" in (tmp_path / "volume.md").read_text()
 
 
-@pytest.mark.full
+@pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(missing_parts("tc") is not None, reason=str(missing_parts("tc")))
 def test_the_slow_links_command_in_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is sent, not how fast: full-rank and SwitchLoRA their gradients, LTE its merges."""
+    """What is sent, not how fast: full-rank and SwitchLoRA their gradients, LTE its merges. That the bytes of each
+    method cross between hosts as predicted, `test_on_the_wire` shows."""
     (tmp_path / "input.txt").write_text(Path(str(argparse.__file__)).read_text())
     words = ["--data", tmp_path / "input.txt", "--steps", "12", "--target", "9", "--out", tmp_path / "link.json"]
     monkeypatch.setattr(sys, "argv", ["slow_link.py", *map(str, words)])

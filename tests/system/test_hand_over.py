@@ -15,8 +15,6 @@ from tests.hf_tokenizers import TEMPLATES, llama_like
 from tests.system.commands import Place
 from tests.unit.test_data_stream import t5_like
 
-pytestmark = pytest.mark.single_process
-
 SHORT = ["--train.steps", "2", "--train.warmup_steps", "1", "--train.eval_interval", "2", "--checkpoint.interval", "1"]
 GENERATION = {"eos_token_id": [2, 7], "temperature": 0.6, "do_sample": True}
 MARKS = {"bos_token_id": 1, "eos_token_id": [2, 9], "pad_token_id": 0}

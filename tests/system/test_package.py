@@ -14,7 +14,7 @@ from megatron_switchlora.run.metrics_log import read_records
 from tests.dist.launch import REPOSITORY
 from tests.system.commands import write_corpus
 
-pytestmark = [pytest.mark.full, pytest.mark.single_process, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 BUILD = "from setuptools import build_meta; print(build_meta.build_sdist('{out}'))"
 IMPORT_ALL = """
 import importlib, pkgutil, megatron_switchlora as package

@@ -12,8 +12,6 @@ import pytest
 
 from tests.dist.launch import REPOSITORY, clean_environment, end
 
-pytestmark = pytest.mark.single_process
-
 STAND_INS = {
     "srun": 'echo "$@" >> "$CALLS/srun"; trap "exit 75" USR1; echo ready > "$CALLS/ready"; '
     'for i in $(seq 100); do [ "$SRUN_ENDS" ] && exit "$SRUN_ENDS"; sleep 0.1; done',

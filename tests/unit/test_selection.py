@@ -1,4 +1,4 @@
-"""Guards name tests that exist, and give way to them; ranks stay in one worker."""
+"""Guards name tests that exist, and give way to them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_wide():
     ("words", "ran"),
     [
         (["-m", "not full"], ["test_losses[9]", "test_narrow"]),
-        (["-n", "2", "--dist", "loadgroup"], ["test_losses[20]", "test_wide"]),
+        (["-n", "2"], ["test_losses[20]", "test_wide"]),
     ],
 )
 def test_a_guard_runs_only_without_its_larger_form(
