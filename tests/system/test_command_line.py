@@ -14,6 +14,7 @@ from typing import Optional
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 
 from megatron_switchlora.data.loader import eval_batches
 from megatron_switchlora.data.packing import open_prepared
@@ -56,6 +57,10 @@ def test_run_folder(place: Place, finished: str) -> None:
     meta = json.loads((run / "meta.json").read_text())
     assert meta["finished"] and meta["mesh"] == {"lte": 1, "dp": 2, "tp": 1}
     assert meta["versions"]["deepspeed"] == "0.19.8"
+    card = ModelCard.load(run / "final" / "README.md")
+    trainable, whole = meta["parameters"]["trainable"], meta["parameters"]["full_rank"]
+    for words in (f"{meta['val_loss']:.4f} nats", f"{meta['val_ppl']:.2f} |", f"{trainable:,} of {whole:,}", "# run\n"):
+        assert words in card.text, card.text
     assert json.loads((run / "ds_config.json").read_text())["gradient_accumulation_steps"] == 2
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "tokenizer")
     assert tokenizer.decode(tokenizer("def f(x):\n    pass")["input_ids"]) == "def f(x):\n    pass"
