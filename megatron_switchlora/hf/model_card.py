@@ -2,7 +2,7 @@
 
 It states what was trained on which data, how, and with which result, from the run's configuration, meta.json and
 records. What is not known is left out, the licence always. A card that a user has written or edited is kept: the last
-line of ours holds a digest of the others.
+line of a generated card holds a digest of the others.
 """
 
 from __future__ import annotations
@@ -156,10 +156,13 @@ def _summary(facts: CardFacts, title: str, part: Part) -> str:
 def _training(facts: CardFacts, config: RunConfig) -> dict[str, object]:
     train, parameters = config.train, facts.meta.get("parameters", {})
     unread = unread_options(config.method)
-    options = {f"method.{name}": value for name, _, value in walk(config.method) if value is not None}
-    read = {name: value for name, value in options.items() if name not in unread and name != "method.name"}
-    if not config.method.full_rank_steps:
-        read = {name: value for name, value in read.items() if not name.startswith("method.full_rank_")}
+    unread += ["method.name", *(["method.full_rank_lr"] if not config.method.full_rank_steps else [])]
+    sections = () if config.method.init == "lora_ga" else ("ga.",)
+    read = {
+        f"method.{name}": value
+        for name, option, value in walk(config.method)
+        if value and option.metadata["results"] and f"method.{name}" not in unread and not name.startswith(sections)
+    }
     rows: dict[str, object] = {"Method": config.method.facts.title}
     rows |= {"Its options": ", ".join(f"`{name}` {value}" for name, value in read.items())} if read else {}
     if {"trainable", "full_rank"} <= parameters.keys():
