@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Optional, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from megatron_switchlora.config.family import check_model
 from megatron_switchlora.config.method import method_config_class
 from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.config.plugins import listed, load_plugins
-from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.config.run import RunConfig, run_config_class
 from megatron_switchlora.distributed.head_names import of_head, split_head
 from megatron_switchlora.distributed.slices import parameter_slice
 from megatron_switchlora.model.protocol import LanguageModel, build_on_meta, family_of
@@ -57,7 +57,9 @@ class Weights:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.state: dict[str, Any] = checkpoint.state()
         self.config: dict[str, Any] = stored_config(checkpoint)
-        self.imported: dict[str, Any] = self.state.get("imported") or {}  # marks of the imported model
+        self.imported: dict[str, Any] = self.state.get("imported") or {}  # marks and source of the imported model
+        if "imported_from" in self.state:
+            self.imported = {**self.imported, "source": str(self.state["imported_from"])}
         self.folder, self.archive = checkpoint.folder, checkpoint.archive()
         load_plugins(listed(self.config.get("plugins", [])), run_of(checkpoint.folder))
         self.model = _known(ModelConfig, self.config.get("model", {}))
@@ -69,6 +71,10 @@ class Weights:
         heads = {head for name in self.archive.names() if (head := split_head(name)[0]) is not None}
         self.heads = sorted(heads)
         self.scaling = self.method.scaling / max(1, len(self.heads))
+
+    def run_config(self) -> Optional[RunConfig]:
+        """Return the run's configuration, or None for an import, which was not trained here."""
+        return _known(run_config_class(), self.config) if "train" in self.config else None
 
     def names(self) -> list[str]:
         """Return the names of the model's parameters, in its order."""

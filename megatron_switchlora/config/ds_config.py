@@ -1,8 +1,8 @@
 """DeepSpeed's JSON: which settings it may have, and which the run configuration fills in.
 
-The JSON owns stage, buckets, overlap, accumulation type and logging. Batch sizes, clip and precision belong to the run
+The JSON owns stage, buckets, overlap and accumulation type. Batch sizes, clip and precision belong to the run
 configuration, which writes them into the resolved JSON. A file that sets one of them to another value is refused, with
-both values.
+both values. So are DeepSpeed's monitors, since the run configuration owns logging (log.*).
 
 Only settings that are proven with the row-step optimizer are accepted (`ds_keys.SECTIONS`). Stage 3, stock optimizers,
 fp16, offload, bf16 moments and others are refused.

@@ -2,8 +2,9 @@
 
 DeepSpeed itself ignores some unknown keys, takes texts for some numbers, and fails late on others. Here `--dry_run`,
 tools and runs all check every key. "auto" is accepted where it has one meaning. For batch sizes, clip and precision
-that is the value of the run configuration. For the rest of ZeRO and the monitors it is DeepSpeed's default, so the key
-is left out. Keys that hold secrets are refused, since the JSON is copied into the run folder and its checkpoints.
+that is the value of the run configuration. For the rest of ZeRO it is DeepSpeed's default, so the key is left out.
+DeepSpeed's monitors are refused, since the run configuration owns logging. So are keys that hold secrets, since the
+JSON is copied into the run folder and its checkpoints.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.field_checks import expanded
 
 SECRET = re.compile(r"api.?key|token|secret|passw|credential|private|auth", re.IGNORECASE)
-OF_SERVICE = {"comet": "COMET_API_KEY", "wandb": "WANDB_API_KEY"}
+# DeepSpeed's monitors, with what to do instead.
+MONITORS = {
+    "tensorboard": "set log.tensorboard to true",
+    "wandb": "set log.wandb to offline or online, with the key in WANDB_API_KEY",
+    "csv_monitor": "read metrics.jsonl in the run folder, which has every step without an option",
+    "comet": "set log.tensorboard or log.wandb, or read metrics.jsonl in the run folder; Comet has no option",
+}
 
 
 @dataclass(frozen=True)
@@ -41,11 +48,6 @@ def _whole(least: int, **more: Any) -> Kind:
 FLAG, TEXT = Kind("true or false", (bool,)), Kind("a text", (str,))
 AUTO_FLAG = Kind("true or false", (bool,), auto=True)
 NULL_FLAG = Kind("true or false", (bool,), auto=True, null=True)
-NAME = Kind("a text", (str,), auto=True, null=True)
-FILES = {
-    "enabled": AUTO_FLAG, "output_path": Kind("a text", (str,), auto=True, path=True),
-    "job_name": Kind("a text", (str,), auto=True),
-}  # fmt: skip
 # Sections and the keys they may have.
 SECTIONS: dict[str, dict[str, Kind]] = {
     "zero_optimization": {
@@ -59,14 +61,6 @@ SECTIONS: dict[str, dict[str, Kind]] = {
     "fp16": {"enabled": AUTO_FLAG},
     "amp": {"enabled": AUTO_FLAG},
     "data_types": {"grad_accum_dtype": Kind("a text", (str,), choices=("fp32", "bf16", "fp16"), null=True)},
-    "tensorboard": FILES,
-    "csv_monitor": FILES,
-    "wandb": {"enabled": AUTO_FLAG, "group": NAME, "team": NAME, "project": Kind("a text", (str,), auto=True)},
-    "comet": {
-        "enabled": AUTO_FLAG, "samples_log_interval": _whole(1, auto=True), "project": NAME, "workspace": NAME,
-        "experiment_name": NAME, "experiment_key": NAME, "online": NULL_FLAG,
-        "mode": Kind("a text", (str,), choices=("get", "create", "get_or_create"), auto=True, null=True),
-    },
     "comms_logger": {
         "enabled": AUTO_FLAG, "prof_all": AUTO_FLAG, "prof_ops": Kind("a list of texts", (list,), auto=True),
         "verbose": AUTO_FLAG, "debug": AUTO_FLAG,
@@ -100,6 +94,12 @@ def checked(given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: an unknown key, or a value that its key cannot have.
     """
+    for monitor, instead in MONITORS.items():
+        require(
+            monitor not in given,
+            f"The DeepSpeed JSON has a section {monitor!r}, but the run configuration owns logging: remove it, and "
+            f"{instead}.",
+        )
     _refuse_secrets(given, "")
     for section in ("optimizer", "scheduler"):
         require(
@@ -165,11 +165,9 @@ def _fitting(value: Any, kind: Kind) -> bool:
 def _refuse_secrets(given: Any, inside: str) -> None:
     for key, value in given.items() if isinstance(given, dict) else ():
         name = f"{inside}{key}"
-        instead = OF_SERVICE.get(name.split(".")[0])
         require(
             not SECRET.search(key),
             f"The DeepSpeed JSON has {name}, which looks like a secret, and a run copies the JSON into its folder and "
-            "checkpoints, where others may read it: remove it"
-            + (f", and set the environment variable {instead} instead." if instead else "."),
+            "checkpoints, where others may read it: remove it.",
         )
         _refuse_secrets(value, f"{name}.")

@@ -14,6 +14,7 @@ from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.facts import names_where, walk
 from megatron_switchlora.config.family import check_model, find_family
 from megatron_switchlora.config.field_checks import check_fields
+from megatron_switchlora.config.log import check_log
 from megatron_switchlora.config.method import METHODS, MethodConfig, method_config_class
 from megatron_switchlora.config.optim import check_optim
 from megatron_switchlora.config.parallel import check_parallel, require_shard
@@ -139,6 +140,7 @@ def validate(config: RunConfig) -> None:
     check_data(config.data)
     check_parallel(config.parallel)
     check_checkpoint(config.checkpoint)
+    check_log(config.log)
     _refuse_foreign_sections(config.method)
     require(
         config.method.init != "lora_ga" or config.method.facts.adapts,

@@ -1,7 +1,7 @@
 """The run configuration: everything that a run needs, in nested dataclasses.
 
 The YAML of `--config` and dotted command line options (`--optim.lr 0.02`) fill the fields; the docstring under a field
-is its help. DeepSpeed's JSON owns only DeepSpeed's own settings (stage, buckets, logging). For what both could set
+is its help. DeepSpeed's JSON owns only DeepSpeed's own settings (stage, buckets, overlap). For what both could set
 (batch sizes, clip, precision) the run configuration decides, and `config/ds_config.py` refuses a JSON that differs.
 
 Each section is in a module of its own, with its rules; `rules.py` has the rules between sections.
@@ -17,6 +17,7 @@ from megatron_switchlora.config.checkpoint import CheckpointConfig
 from megatron_switchlora.config.data import DataConfig
 from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.facts import option
+from megatron_switchlora.config.log import LogConfig
 from megatron_switchlora.config.method import MethodConfig, make_method, method_config_class
 from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.config.optim import OptimConfig
@@ -35,6 +36,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     output_dir: Optional[str] = option(None, resume="free", results=False, swept=True, path=True, basic=True)
     """Run folder; by default runs/<method>-<date>-<time>. A folder that holds another run is never written to."""
     plugins: Union[list[str], str, None] = option(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, Optional
 
@@ -50,6 +51,15 @@ class TrainConfig:
     stop_after_seconds: Optional[float] = option(None, resume="free", results=False, swept=True)
     """End this start of the run after this many seconds of training, with a checkpoint; the same command line resumes
     it."""
+    profile: Optional[str] = option(None, resume="free", results=False)
+    """Steps to trace on rank 0 with torch's profiler, for Perfetto: "5-7" traces steps 5, 6 and 7, at most 100 steps.
+    Traced steps are slower."""
+
+    @property
+    def profiled(self) -> Optional[tuple[int, int]]:
+        """The first and the last step of `profile`, counted from 1."""
+        given = re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", self.profile or "")
+        return (int(given[1]), int(given[2])) if given else None
 
 
 def check_train(t: TrainConfig) -> None:
@@ -75,4 +85,10 @@ def check_train(t: TrainConfig) -> None:
     require(
         t.stop_after_seconds is None or t.stop_after_seconds > 0,
         f"train.stop_after_seconds must be positive, not {t.stop_after_seconds}.",
+    )
+    first, last = t.profiled or (0, 0)
+    require(
+        t.profile is None or (1 <= first <= last <= t.steps and last - first < 100),
+        f"train.profile must be the first and the last step to trace, as 5-7: at most 100 steps, from 1 to train.steps "
+        f"{t.steps}; it is {t.profile!r}.",
     )

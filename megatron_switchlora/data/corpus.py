@@ -27,6 +27,7 @@ from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.data.files import file_texts, files_identity
 from megatron_switchlora.data.findings import Findings
 from megatron_switchlora.data.stream import stream_identity, stream_texts
+from megatron_switchlora.startup.progress import shows_progress
 
 FEATURES = datasets.Features({"text": datasets.Value("large_string")})  # 64-bit offsets: a document may exceed 2 GB
 # pydoc_data is one generated file with a tenth of all text; if it were held out, it would dominate the held-out text
@@ -102,7 +103,7 @@ def _store(texts: Iterable[str], folder: Path, progress: bool) -> datasets.Datas
         return _rows(texts)
 
     bars_were_off = datasets.are_progress_bars_disabled()
-    if not progress:
+    if not (progress and shows_progress()):
         datasets.disable_progress_bars()
     try:  # the folder is new, so the fingerprint need not depend on its content
         return cast(

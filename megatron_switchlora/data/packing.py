@@ -25,7 +25,6 @@ from typing import BinaryIO, cast
 import datasets
 import numpy as np
 import tokenizers
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 import megatron_switchlora.data.cache as cache
@@ -37,6 +36,7 @@ from megatron_switchlora.data.loader import TokenStore
 from megatron_switchlora.data.stream import pinned
 from megatron_switchlora.data.tokenizer import BUILT, build_tokenizer, tokenizer_identity
 from megatron_switchlora.disk import user_path
+from megatron_switchlora.startup.progress import progress as shown_progress
 
 FORMAT = 1  # raise it whenever the same input would give different files
 TRAINING_CHARACTERS = 32_000_000  # about the most text that a BPE is trained on, taken evenly from the whole
@@ -176,7 +176,7 @@ def _build(data: DataConfig, build: Path, documents: Path, progress: bool) -> li
         stored = cast(datasets.Dataset, corpus.train)  # a stream is an error of the configuration
         stride = math.ceil(int(characters(stored).sum()) / TRAINING_CHARACTERS) if data.tokenizer == "bpe" else 1
         texts = (text for text, _ in _pieces(corpus.train, longest))
-        tokenizer = build_tokenizer(data, islice(texts, 0, None, stride))
+        tokenizer = build_tokenizer(data, islice(texts, 0, None, stride), progress)
     save_tokenizer(tokenizer, build / "tokenizer")
     train, train_counts = _tokenise(tokenizer, corpus.train, longest, build / "train.npy", progress, data.add_bos)
     val, val_counts = _tokenise(tokenizer, corpus.val, longest, build / "val.npy", progress, data.add_bos)
@@ -269,7 +269,7 @@ def _tokenise(
     counts = np.zeros(len(tokenizer), dtype=np.int64)
     num_bytes = num_documents = 0
     first = True  # whether the next piece starts a document
-    rows = tqdm(documents, desc=f"Tokenising {path.stem}", unit=" documents", disable=not progress)
+    rows = shown_progress(documents, f"Tokenising {path.stem}", "documents") if progress else documents
     with path.open("wb") as file:
         _write_header(file, dtype, 0)
         for batch in _batches(_pieces(rows, longest)):

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_switchlora.config.data import DataConfig
 from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.data.hf_tokenizer import TEMPLATES, as_trained, load_tokenizer
+from megatron_switchlora.startup.progress import shows_progress
 
 END = "<|endoftext|>"
 UNKNOWN = "<unk>"
@@ -40,8 +41,10 @@ def _tokenizer_source(data: DataConfig) -> dict[str, object]:
     return {"name": str(folder.resolve()), "files": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]}
 
 
-def build_tokenizer(data: DataConfig, train_texts: Iterator[str]) -> PreTrainedTokenizerFast:
+def build_tokenizer(data: DataConfig, train_texts: Iterator[str], progress: bool = False) -> PreTrainedTokenizerFast:
     """Train or load the tokenizer that `data.tokenizer` names; only training reads `train_texts`.
+
+    With `progress` training a "bpe" shows bars on a terminal.
 
     Returns:
         A fast tokenizer with an end mark (eos). It puts before a prompt what training puts before a text. A "bpe" has
@@ -52,7 +55,7 @@ def build_tokenizer(data: DataConfig, train_texts: Iterator[str]) -> PreTrainedT
             data.add_bos needs.
     """
     if data.tokenizer == "bpe":
-        tokenizer = _wrap(_train_bpe(train_texts, data.vocab_size))
+        tokenizer = _wrap(_train_bpe(train_texts, data.vocab_size, progress and shows_progress()))
     elif data.tokenizer == "char":
         tokenizer = _wrap(_characters(train_texts), unk_token=UNKNOWN)
     else:
@@ -60,7 +63,7 @@ def build_tokenizer(data: DataConfig, train_texts: Iterator[str]) -> PreTrainedT
     return as_trained(tokenizer, data.add_bos)
 
 
-def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def _train_bpe(texts: Iterable[str], vocab_size: int, progress: bool) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -68,7 +71,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size,
         special_tokens=[END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, so no text is unknown
-        show_progress=False,
+        show_progress=progress,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer

@@ -25,6 +25,8 @@ from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.data.hf_tokenizer import as_trained, load_tokenizer, require_own, save_tokenizer
 from megatron_switchlora.distributed.buckets import grouped
 from megatron_switchlora.hf.folders import hf_config, joined_marks, write_configs
+from megatron_switchlora.hf.model_card import card_facts, model_card, write_card
+from megatron_switchlora.startup.progress import progress
 
 SHARD_BYTES = 1 << 30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,10 +39,16 @@ def write_shards(folder: Path, sizes: dict[str, int], read: Callable[[str], Tens
     """
     shards = list(grouped(sizes, sizes.__getitem__, limit))
     index: dict[str, str] = {}
+    bar = progress(None, "Exporting", "tensors", len(sizes))
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors({name: read(name) for name in names}, folder / file)
+        tensors = {}
+        for name in names:
+            tensors[name] = read(name)
+            bar.update()
+        save_tensors(tensors, folder / file)
         index |= dict.fromkeys(names, file)
+    bar.close()
     if len(shards) > 1:
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
         (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -61,6 +69,7 @@ def export_dense(checkpoint: Checkpoint, out: Path, dtype: str = "bf16", limit: 
 
     def fill(folder: Path) -> None:
         _write_model(weights, checkpoint, folder, dtype, weights.read, limit)
+        write_card(folder, model_card(card_facts(weights, checkpoint)))
 
     build_folder(out, fill)
 
@@ -139,6 +148,9 @@ def export_peft(
         save_tensors(tensors, folder / "adapter" / "adapter_model.safetensors")
         config = json.dumps(peft_config(weights, adapted, str(out.absolute() / "base"), 1 + original), indent=2)
         (folder / "adapter" / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
+        facts = card_facts(weights, checkpoint)
+        write_card(folder / "base", model_card(facts, "base"))
+        write_card(folder / "adapter", model_card(facts, "adapter"))
 
     build_folder(out, fill)
 

@@ -5,7 +5,7 @@ gathered, and their padding is removed. Only safetensors and JSON are read or wr
 
 `marks` are the token ids of the begin, end and padding marks, and an imported model's other settings of generation:
 {"bos_token_id": int | None, "eos_token_id": int | list[int] | None, "pad_token_id": int | None, "generation": {...}}.
-State.json of each checkpoint passes them from an import to the exports.
+An import adds its "source" for model cards. State.json of each checkpoint passes them from an import to the exports.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from megatron_switchlora.hf.adapter import is_adapter, read_adapter
 from megatron_switchlora.hf.folders import MARKS, hf_names, hf_shapes
 from megatron_switchlora.hf.import_ import hf_tensors, read_hf_config, read_object
 from megatron_switchlora.model.protocol import build_on_meta
+from megatron_switchlora.startup.progress import progress
 
 
 def import_model(
@@ -76,7 +77,7 @@ def _by_our_names(
     config: ModelConfig, vocab_size: int, tensors: Iterator[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     ours = {hf_name: name for name, hf_name in hf_names(build_on_meta(config, vocab_size)).items()}
-    return ((ours[name], tensor) for name, tensor in tensors)
+    return ((ours[name], tensor) for name, tensor in progress(tensors, "Importing", "tensors", len(ours)))
 
 
 def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: int) -> None:

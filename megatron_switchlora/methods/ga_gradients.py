@@ -29,6 +29,7 @@ from megatron_switchlora.distributed.precision import at_least_fp32
 from megatron_switchlora.lowrank.lora_ga import initial_factors
 from megatron_switchlora.methods.lora import head_seed
 from megatron_switchlora.model.protocol import LanguageModel, build_model
+from megatron_switchlora.startup.progress import progress
 
 STREAM = 0x6A << 32  # separates these samples' random stream from the data order of the same seed
 
@@ -62,7 +63,8 @@ def _factors_of_head(
     method, seed = config.method, head_seed(config.train.seed, head)
     gradients = mean_gradients(config, model, mesh, samples, device, head) if method.ga.vectors == "gradient" else {}
     factors = {}
-    for name, _, _, linear in model.decoder_linears():
+    linears = list(model.decoder_linears())
+    for name, _, _, linear in progress(linears, "LoRA-GA's factors", "matrices"):
         gradient = gradients.pop(name).to(device) if gradients else None
         A, B = initial_factors(linear, gradient, method, name, seed, device)
         factors[name] = A.cpu().contiguous(), B.cpu().contiguous()
@@ -130,7 +132,8 @@ def gradient_batches(config: RunConfig, mesh: Mesh, samples: Samples, head: int 
     )
     indices = BatchOrder(len(samples), count, config.train.seed, STREAM + head).indices(0)
     first, end = (count * (mesh.rank("dp") + i) // mesh.size("dp") for i in range(2))
-    return (samples.batch(indices[i : min(i + micro, end)]) for i in range(first, end, micro))
+    starts = progress(range(first, end, micro), "LoRA-GA's gradients", "micro-batches")
+    return (samples.batch(indices[i : min(i + micro, end)]) for i in starts)
 
 
 def sum_gradients(

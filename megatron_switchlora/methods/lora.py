@@ -36,6 +36,7 @@ from megatron_switchlora.lowrank.merged import Form
 from megatron_switchlora.methods.adapter_options import AdapterFacts
 from megatron_switchlora.methods.base import Method, Replica, host_copy
 from megatron_switchlora.optim.row_adamw import RowAdamW
+from megatron_switchlora.startup.progress import progress
 
 
 def head_seed(seed: int, head: int) -> int:
@@ -191,7 +192,7 @@ class Lora(Method):
         gather the same W and compute the same factors.
         """
         dp = self.mesh.axis("dp")
-        for number, linear in enumerate(self.linears.values()):
+        for number, linear in enumerate(progress(self.linears.values(), "PiSSA's decomposition", "matrices")):
             if number % dp.size == dp.rank:
                 full_weight = linear.split.gather(linear.weight)
                 A, B = principal_factors(full_weight, linear.rank, linear.scaling)

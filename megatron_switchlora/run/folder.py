@@ -7,6 +7,8 @@
     loss.png, tokenizer/, final/  curve, tokenizer, the merged model in Hugging Face's format
     checkpoints/                  published checkpoints
     metrics.dropped*.jsonl        records written after the checkpoint from which a run was resumed, and damaged lines
+    tensorboard/, wandb/          the records for TensorBoard and W&B, if log.* chooses them
+    profile/                      a trace of the steps of train.profile
 Except for the heads' records only rank 0 writes, and it holds a lock on the folder. Files are replaced by renames.
 Links in the folder are replaced or refused, and never written through. Only `checkpoints` may be a link.
 """
@@ -17,9 +19,10 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any, BinaryIO, Optional
 
 from safetensors import SafetensorError
@@ -30,13 +33,15 @@ from megatron_switchlora.config.yaml_text import dump_yaml
 from megatron_switchlora.disk import open_no_follow, read_json, remove_asides, replace_text, shown, take_lock
 from megatron_switchlora.distributed.head_names import LABEL, head_label
 from megatron_switchlora.run.figures import decorating, new_figure, save_figure
-from megatron_switchlora.run.metrics_log import RecordFile, as_line, keep_records, sort_records
+from megatron_switchlora.run.loggers import Loggers, LogStart, open_loggers, wandb_entry
+from megatron_switchlora.run.metrics_log import RecordFile, as_line, keep_records, read_records, sort_records
+from megatron_switchlora.run.profile import StepTrace
 
 RUN_FILES = ("config.yaml", "ds_config.json", "metrics.jsonl", "meta.json", "tokenizer", "checkpoints", "final")
 ASIDES = (*map(re.escape, RUN_FILES), "loss\\.png", rf"metrics\.{LABEL}\.jsonl")
 META: dict[str, type] = {  # all entries of meta.json that are read anywhere
     "finished": bool, "branched_from": str, "resumed_at": list, "data": str, "val_loss": float, "device": str,
-    "parameters": dict, "vocab_size": int, "versions": dict,
+    "parameters": dict, "vocab_size": int, "versions": dict, "wandb": dict,
 }  # fmt: skip
 
 
@@ -181,8 +186,12 @@ class RunFolder:
         self.meta: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.notes: list[str] = []
+        self.loggers, self.trace, self._resumed = Loggers(), StepTrace(path, None, print), keep_steps
+        self._logged: list[dict[str, Any]] = []  # the records of earlier starts, those that do not stay included
         if keep_steps is not None:
             self.meta = read_meta(path)
+            if "wandb" in self.meta and writes and not (path / "metrics.jsonl").is_symlink():
+                self._logged = read_records(path / "metrics.jsonl")
             self.history = self._kept(path / "metrics.jsonl", keep_steps, writes)
         self.metrics = RecordFile(path / "metrics.jsonl") if writes else None
         self.heads: dict[int, RecordFile] = {}
@@ -218,11 +227,22 @@ class RunFolder:
         if self.writes:
             replace_text(self.path / "meta.json", json.dumps(self.meta, indent=2) + "\n")
 
+    def open_loggers(self, config: RunConfig, print_line: Callable[[str], None]) -> None:
+        """Pass rank 0's records from now on to the loggers that the options choose, too, and trace its steps."""
+        if self.writes:
+            chosen = config.log.wandb != "none"
+            entry = wandb_entry(self.meta.get("wandb", {}), self._logged, self._resumed, chosen)
+            if entry:
+                self.update_meta(wandb=entry)
+            self.loggers = open_loggers(LogStart(self.path, config, self.history, self._resumed, entry), print_line)
+            self.trace = StepTrace(self.path, config.train.profiled, print_line)
+
     def log(self, record: dict[str, Any]) -> None:
-        """Append an object to metrics.jsonl."""
+        """Append an object to metrics.jsonl, and pass it to the loggers."""
         self.history.append(record)
         if self.metrics is not None:
             self.metrics.log(record)
+        self.loggers.log(record)
 
     def _files(self) -> list[RecordFile]:
         return [*([self.metrics] if self.metrics else []), *self.heads.values()]
@@ -231,6 +251,7 @@ class RunFolder:
         """Make the records durable."""
         for file in self._files():
             file.flush()
+        self.loggers.flush()
 
     def require_there(self, what: str = "nothing can be saved") -> None:
         """Require that the run's folder is still in place; rewrite a metrics.jsonl that was deleted or replaced.
@@ -268,5 +289,22 @@ class RunFolder:
         save_figure(figure, self.path / "loss.png")
 
     def close(self) -> None:
+        """Close the records, the trace and the loggers.
+
+        Raises:
+            OSError: some records cannot be written.
+        """
         for file in self._files():
             file.close()
+        self.trace.close()
+        self.loggers.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the trace and the loggers of a run that an error ends."""
+        self.trace.close()
+        self.loggers.close(failed=error is not None)

@@ -1,4 +1,4 @@
-"""Print rank 0's progress and feed monitors, as decorations whose failure does not stop the run."""
+"""Print rank 0's progress, as a decoration whose failure does not stop the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ class Terminal:
     def __init__(self, prints: bool) -> None:
         self.prints = prints
         self._bar: Optional[tqdm] = None
-        self._silent_monitor = False
 
     def print_line(self, text: str) -> None:
         if self.prints:
@@ -48,11 +47,3 @@ class Terminal:
         else:
             self._bar.set_postfix_str(line, refresh=False)
             self._bar.update()
-
-    def monitor(self, monitor: Any, step: int, values: dict[str, float]) -> None:
-        """Pass values to DeepSpeed's monitor (TensorBoard, W&B, CSV); after a failure it gets no more."""
-        if self.prints and monitor.enabled and not self._silent_monitor:
-            self._silent_monitor = True
-            with decorating("DeepSpeed's monitor, which gets no more values,"):
-                monitor.write_events([(f"Train/{key}", value, step) for key, value in values.items()])
-                self._silent_monitor = False

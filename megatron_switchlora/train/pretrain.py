@@ -28,7 +28,7 @@ from megatron_switchlora.startup.device import allow_open_files, choose_device, 
 from megatron_switchlora.startup.door import Door, the_door
 from megatron_switchlora.startup.environment import Ranks, complete_environment, discover_ranks, end_rank
 from megatron_switchlora.startup.launchers import is_first
-from megatron_switchlora.startup.monitors import check_monitors
+from megatron_switchlora.startup.loggers import check_loggers
 from megatron_switchlora.startup.preflight import meet
 from megatron_switchlora.startup.signals import REQUEUE, StopRequest
 
@@ -61,7 +61,7 @@ def show_plan(arguments: Arguments, first: bool) -> None:
     world_size = arguments.dry_run_world or discover_ranks(os.environ).world_size
     given = read_ds_config(arguments.ds_config)
     text = plan(arguments.config, given, world_size)
-    check_monitors(given)
+    check_loggers(arguments.config.log, given)
     if first:
         warn(unused_warning(arguments.config.method))
         print(text)
@@ -133,7 +133,7 @@ def train(
     started_at = time.perf_counter()
     outlive_terminal()
     given = read_ds_config(arguments.ds_config)
-    on_one_rank(ranks.rank == 0, partial(check_monitors, given), device)
+    on_one_rank(ranks.rank == 0, partial(check_loggers, arguments.config.log, given), device)
     resume_point = find_resume_point(arguments.config, device)
     if resume_point.finished:
         if ranks.rank == 0:

@@ -14,6 +14,7 @@ from megatron_switchlora.checkpoint.files import replace_folder
 from megatron_switchlora.data.hf_tokenizer import as_trained, load_tokenizer, save_tokenizer
 from megatron_switchlora.distributed.mesh import Mesh
 from megatron_switchlora.hf.folders import export_model, joined_marks
+from megatron_switchlora.hf.model_card import CardFacts, model_card, write_card
 from megatron_switchlora.model.protocol import LanguageModel
 from megatron_switchlora.planning.counts import model_flops_per_token
 from megatron_switchlora.run.folder import RunFolder, in_folder
@@ -100,13 +101,18 @@ def write_results(
             dp_bytes_per_step=steps[-1].get("dp_bytes", 0) if steps else 0,
         )
         if exports:
-            _export(model, run.path / "final", context.config.train.seq_len, beside)
+            source = beside.imported.get("source") if beside else None
+            facts = CardFacts(
+                run.path.absolute().name, context.config.model, context.vocab_size, context.config, context.last_step,
+                val_loss, run.meta, source,
+            )  # fmt: skip
+            _export(model, run.path / "final", context.config.train.seq_len, beside, facts)
         run.plot()
         run.update_meta(finished=True)
         run.close()
 
 
-def _export(model: LanguageModel, final: Path, seq_len: int, beside: Optional[Companions]) -> None:
+def _export(model: LanguageModel, final: Path, seq_len: int, beside: Optional[Companions], facts: CardFacts) -> None:
     """Write `final/` from the first data rank's tensor-parallel ranks, under another name and then renamed."""
     if beside is None:
         export_model(model, final, seq_len, {}, writes=False)
@@ -118,5 +124,6 @@ def _export(model: LanguageModel, final: Path, seq_len: int, beside: Optional[Co
             path = folder / Path(name).relative_to("tokenizer")
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
+        write_card(folder, model_card(facts), before=final)
 
     replace_folder(final, fill)

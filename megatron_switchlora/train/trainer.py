@@ -190,6 +190,7 @@ class Trainer:
             keep = self.resume_point.step if self.resume_point.keeps_records else None
             self.run = RunFolder(folder, self.ranks.rank == 0, keep, self._heads_written())
             self._write_settings()
+            self.run.open_loggers(self.config, self.print_line)
 
     def _heads_written(self) -> list[int]:
         """Return the LTE heads whose records this rank writes."""
@@ -244,7 +245,6 @@ class Trainer:
         between_heads = {"eval_merge_bytes": sent} if self.mesh.size("lte") > 1 else {}
         self.run.log({"step": step, "val_loss": loss, "val_ppl": perplexity(loss), **between_heads})
         self.print_line(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
-        self.terminal.monitor(self.engine.ds.monitor, step, {"val_loss": loss})
         return loss
 
     def _require_folder(self, step: int) -> str:
@@ -285,6 +285,10 @@ class Trainer:
 
     def fit(self) -> Optional[float]:
         """Train, record, save and export; return the final validation loss, or None if the run was asked to stop."""
+        with self.run:
+            return self._fit()
+
+    def _fit(self) -> Optional[float]:
         self.terminal.begin(self.context.last_step)
         if self.resume_point.step == 0:
             self._evaluate_and_log(0)
@@ -313,9 +317,10 @@ class Trainer:
         if step == self.phases[-1].first and self.phase is not self.phases[-1]:
             self._hand_over()
         step_started_at = time.perf_counter()
-        batches = self.phase.loader.micro_batches(step)
         votes = partial(self._votes, step, started_at)
-        result = self.engine.train_step(step - self.phase.first, batches, votes)
+        with self.run.trace.step(step + 1):
+            batches = self.phase.loader.micro_batches(step)
+            result = self.engine.train_step(step - self.phase.first, batches, votes)
         if not result.healthy:
             self._stop_unhealthy(step, result, batches)
         now = time.perf_counter()
@@ -326,8 +331,6 @@ class Trainer:
         for file, loss, norm in by_head if self.phase is self.phases[-1] else ():
             file.log({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": result.lr})
         self.terminal.show(record, self.context.last_step)
-        shown = {key: record[key] for key in ("loss", "lr", "grad_norm", "tokens_per_second")}
-        self.terminal.monitor(self.engine.ds.monitor, record["step"], shown)
         if self.config.train.check_interval and (step + 1) % self.config.train.check_interval == 0:
             self._check_replicas(step)
         last = step + 1 == self.context.last_step

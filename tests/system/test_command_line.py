@@ -14,6 +14,7 @@ from typing import Optional
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 
 from megatron_switchlora.data.loader import eval_batches
 from megatron_switchlora.data.packing import open_prepared
@@ -56,6 +57,10 @@ def test_run_folder(place: Place, finished: str) -> None:
     meta = json.loads((run / "meta.json").read_text())
     assert meta["finished"] and meta["mesh"] == {"lte": 1, "dp": 2, "tp": 1}
     assert meta["versions"]["deepspeed"] == "0.19.8"
+    card = ModelCard.load(run / "final" / "README.md")
+    trainable, whole = meta["parameters"]["trainable"], meta["parameters"]["full_rank"]
+    for words in (f"{meta['val_loss']:.4f} nats", f"{meta['val_ppl']:.2f} |", f"{trainable:,} of {whole:,}", "# run\n"):
+        assert words in card.text, card.text
     assert json.loads((run / "ds_config.json").read_text())["gradient_accumulation_steps"] == 2
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "tokenizer")
     assert tokenizer.decode(tokenizer("def f(x):\n    pass")["input_ids"]) == "def f(x):\n    pass"
@@ -158,7 +163,7 @@ def test_a_used_folder_is_refused_and_untouched(place: Place, finished: str) -> 
         (["--data.files", "nowhere/*.txt"], "nowhere/*.txt"),
         (["--ds_config", "zero3.json"], "stage must be 0, 1 or 2"),
         (["--config", "null.yaml"], "--config null.yaml: optim.weight_decay must be a number, not null"),
-        (["--ds_config", "csv.json"], "csv_monitor.output_path in the DeepSpeed JSON"),
+        (["--ds_config", "flops.json"], "flops_profiler.output_file in the DeepSpeed JSON"),
         *(
             pytest.param(*mistake, marks=pytest.mark.full)
             for mistake in [
@@ -172,7 +177,7 @@ def test_a_used_folder_is_refused_and_untouched(place: Place, finished: str) -> 
 )
 def test_mistakes_are_told_once_and_end_every_rank(place: Place, more: list[str], message: str) -> None:
     (place.folder / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
-    (place.folder / "csv.json").write_text('{"csv_monitor": {"enabled": true, "output_path": "csv.json/x"}}')
+    (place.folder / "flops.json").write_text('{"flops_profiler": {"enabled": true, "output_file": "flops.json/x/y"}}')
     (place.folder / "null.yaml").write_text("optim:\n  weight_decay:\n")
     run = f"refused_{abs(hash(tuple(more)))}"
     statuses, output = place.run_pair(place.options(run, *more))
@@ -325,21 +330,15 @@ def test_print_config_and_help_appear_once(place: Place) -> None:
 
 
 @pytest.mark.full
-def test_monitor_and_end_of_data(place: Place) -> None:
-    """TensorBoard files appear when the JSON asks; train.epochs ends the run in plain words."""
-    events = place.folder / "events"
-    ds = {
-        "zero_optimization": {"stage": 0},
-        "tensorboard": {"enabled": True, "output_path": str(events), "job_name": "j"},
-    }
-    (place.folder / "tb.json").write_text(json.dumps(ds))
-    more = ["--ds_config", "tb.json", "--train.epochs", "1", "--train.steps", "5000", "--method.name", "lora"]
+def test_end_of_data(place: Place) -> None:
+    """train.epochs ends the run in plain words."""
+    (place.folder / "zero0.json").write_text('{"zero_optimization": {"stage": 0}}')
+    more = ["--ds_config", "zero0.json", "--train.epochs", "1", "--train.steps", "5000", "--method.name", "lora"]
     more += ["--train.global_batch_size", "128", "--train.eval_interval", "1000"]
-    status, output = place.run("alone", place.options("monitored", *more))
+    status, output = place.run("alone", place.options("short", *more))
     assert status == 0, output
-    last = [r for r in place.records("monitored") if "loss" in r][-1]["step"]
+    last = [r for r in place.records("short") if "loss" in r][-1]["step"]
     assert f"the data ends after {last} of 5000 steps (train.epochs 1)" in output
-    assert list((events / "j").glob("events*"))
 
 
 def test_bf16_run(place: Place) -> None:

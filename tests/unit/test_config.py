@@ -139,6 +139,11 @@ def test_a_mistake_after_print_config_leaves_nothing_behind() -> None:
         ("--method.switch.interval0 9", r"at least 2 \* method.switch.freeze_steps.* 9 and 5"),
         ("--method.switch.ratio 0", r"switch.ratio must be positive"),
         ("--train.warmup_steps 700", r"between 0 and train.steps 600; it is 700"),
+        ("--train.profile 5", "train.profile must be the first and the last step to trace, as 5-7: .* it is '5'"),
+        ("--train.profile 0-3", "it is '0-3'"),
+        ("--train.profile 7-5", "it is '7-5'"),
+        ("--train.profile 599-601", "from 1 to train.steps 600; it is '599-601'"),
+        ("--train.profile 1-101", "at most 100 steps"),
         ("--train.micro_batch_size 0", r"micro_batch_size must be at least 1, not 0"),
         ("--optim.lr 0", r"optim.lr must be positive"),
         ("--optim.clip .inf", r"optim.clip must be a finite number of 32 bits, not Infinity"),
@@ -279,13 +284,13 @@ def test_deepspeed_json_is_filled_in() -> None:
         "zero_optimization": {"stage": 2},
         "train_batch_size": "auto",
         "gradient_clipping": 1.0,
-        "wandb": {"team": "a"},
+        "comms_logger": {"enabled": True},
     }
     resolved = resolve_ds_config(given, RunConfig(), dp=4)
     assert resolved["train_batch_size"] == 32
     assert resolved["gradient_accumulation_steps"] == 1
     assert resolved["bf16"] == {"enabled": False}
-    assert resolved["wandb"] == {"team": "a"}
+    assert resolved["comms_logger"] == {"enabled": True}
     assert given["train_batch_size"] == "auto"
 
 

@@ -11,10 +11,10 @@ import pytest
 from megatron_switchlora.config.ds_config import read_ds_config, resolve_ds_config, zero_settings
 from megatron_switchlora.config.ds_keys import SCALARS, SECTIONS, Kind
 from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.log import LogConfig
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.planning.dry_run import plan
-from megatron_switchlora.startup import monitors
-from megatron_switchlora.startup.monitors import check_monitors
+from megatron_switchlora.startup.loggers import check_loggers
 
 KEYS = {(None, name): kind for name, kind in SCALARS.items()}
 KEYS |= {(section, name): kind for section, kinds in SECTIONS.items() for name, kind in kinds.items()}
@@ -72,13 +72,11 @@ def test_values_of_another_kind(tmp_path: Path, key: tuple[str | None, str]) -> 
         ('{"gradient_predivide_factor": 0}', "must be a number above 0, not 0"),
         ('{"zero_optimization": {"stage": 2}, "gradient_predivide_factor": 2}', "do not go with ZeRO stage 2"),
         ('{"zero_optimization": {"stage": 2}, "prescale_gradients": true}', "do not go with ZeRO stage 2"),
-        ('{"wandb": {"projekt": "a"}}', "sets wandb.projekt, which is unknown .* enabled, group, project, team"),
-        ('{"comet": {"mode": "new"}}', "comet.mode in the DeepSpeed JSON must be get, create, get_or_create"),
         ('{"comms_logger": {"prof_ops": [1]}}', "prof_ops in the DeepSpeed JSON must be a list of texts"),
         ('{"fp16": {}, "fp16": {}}', "ds.json is not valid JSON: 'fp16' occurs twice"),
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "'stage' occurs twice"),
         ("[" * 100_000, "is not valid JSON: it is nested too deeply"),
-        ('{"csv_monitor": {"output_path": "~nobody-here/x"}}', "home folder that this machine does not know"),
+        ('{"flops_profiler": {"output_file": "~nobody-here/x"}}', "home folder that this machine does not know"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, given: str, message: str) -> None:
@@ -131,9 +129,8 @@ def test_auto_is_what_the_run_configuration_says() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"comet": {"api_key": "s3"}}, "has comet.api_key, .* set the environment variable COMET_API_KEY instead"),
-        ({"wandb": {"API-Key": "s3"}}, "has wandb.API-Key, .* WANDB_API_KEY"),
-        ({"tensorboard": {"auth_token": "s3"}}, r"has tensorboard.auth_token, .* remove it\.$"),
+        ({"bf16": {"API-Key": "s3"}}, r"has bf16.API-Key, .* remove it\.$"),
+        ({"comms_logger": {"auth_token": "s3"}}, "has comms_logger.auth_token,"),
         ({"password": "s3"}, "has password,"),
         ({"zero_optimization": {"offload_param": {"secret": "s3"}}}, "has zero_optimization.offload_param.secret"),
     ],
@@ -144,23 +141,34 @@ def test_secrets_are_refused_and_not_repeated(tmp_path: Path, given: dict[str, A
     assert "s3" not in str(raised.value)
 
 
-def test_monitors_that_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitors, "find_spec", lambda name: None)
-    for name in ("wandb", "comet", "tensorboard"):
-        with pytest.raises(UserError, match=f"enables {name}, whose package is not installed: pip install .*{name}"):
-            check_monitors({name: {"enabled": True}})
-        check_monitors({name: {"enabled": False}})
+def test_a_profile_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for name in ("csv_monitor", "flops_profiler"):
-        key = "output_path" if name == "csv_monitor" else "output_file"
-        for path in (tmp_path / "file" / "x" / "y", tmp_path / ("x" * 300) / "y", Path("/proc/none/y")):
-            with pytest.raises(UserError, match=rf"{name}.{key} in the DeepSpeed JSON: .* cannot be made"):
-                check_monitors({name: {"enabled": True, key: str(path)}})
-        check_monitors({name: {"enabled": True, key: str(tmp_path / "new" / "x")}})
+    for path in (tmp_path / "file" / "x" / "y", tmp_path / ("x" * 300) / "y", Path("/proc/none/y")):
+        profiler: dict[str, Any] = {"enabled": True, "output_file": str(path)}
+        with pytest.raises(UserError, match=r"flops_profiler.output_file in the DeepSpeed JSON: .* cannot be made"):
+            check_loggers(LogConfig(), {"flops_profiler": profiler})
+        check_loggers(LogConfig(), {"flops_profiler": profiler | {"enabled": False}})
+    check_loggers(LogConfig(), {"flops_profiler": profiler | {"output_file": str(tmp_path / "new" / "x")}})
     assert not (tmp_path / "new").exists()
 
 
-def test_home_is_expanded_in_paths_of_monitors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_is_expanded_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    written(tmp_path, '{"csv_monitor": {"output_path": "~/logs"}}')
-    assert read_ds_config("~/ds.json") == {"csv_monitor": {"output_path": f"{tmp_path}/logs"}}
+    written(tmp_path, '{"flops_profiler": {"output_file": "~/flops"}}')
+    assert read_ds_config("~/ds.json") == {"flops_profiler": {"output_file": f"{tmp_path}/flops"}}
+
+
+@pytest.mark.parametrize(
+    ("monitor", "instead"),
+    [
+        ("tensorboard", "set log.tensorboard to true"),
+        ("wandb", "set log.wandb to offline or online, with the key in WANDB_API_KEY"),
+        ("csv_monitor", "read metrics.jsonl"),
+        ("comet", "set log.tensorboard or log.wandb"),
+    ],
+)
+def test_monitors_are_refused_by_name(tmp_path: Path, monitor: str, instead: str) -> None:
+    """Whatever they hold, a secret too; the sentence gives what to do instead."""
+    for content in ({"enabled": True}, {"enabled": False}, {"api_key": "s3"}, []):
+        with pytest.raises(UserError, match=f"a section '{monitor}', but .* owns logging: remove it, and {instead}"):
+            read_ds_config(written(tmp_path, json.dumps({"zero_optimization": {"stage": 1}, monitor: content})))

@@ -13,9 +13,11 @@ from transformers import AutoTokenizer
 
 from megatron_switchlora.checkpoint.files import Checkpoint
 from megatron_switchlora.hf.export import export_dense, export_peft
+from megatron_switchlora.hf.model_card import CardFacts
 from megatron_switchlora.hf.start import import_model
 from megatron_switchlora.train.results import _export, write_tokenizer
 from tests.hf_tokenizers import TEMPLATES, llama_like
+from tests.plain import VOCAB
 from tests.unit.test_convert import save, trained
 
 
@@ -30,7 +32,9 @@ class Made:
 
     def final(self, out: Path) -> None:
         beside = write_tokenizer(self.tokenizer, out.parent / "tokenizer", False, {})
-        _export(self.run.model, out, self.run.config.train.seq_len, beside)
+        config = self.run.config
+        facts = CardFacts("run", config.model, VOCAB, config, 6, None)
+        _export(self.run.model, out, config.train.seq_len, beside, facts)
 
     def kinds(self) -> dict[str, Callable[[Path], Any]]:
         return {

@@ -6,15 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
 
 from megatron_switchlora.run.figures import decorating, new_figure, save_figure
 from megatron_switchlora.run.folder import RunFolder
-from megatron_switchlora.run.terminal import Terminal
 from tests.dist.launch import REPOSITORY
 from tests.unit.test_structure import sources
 
@@ -87,23 +84,6 @@ def test_a_plot_is_not_written_through_a_link(tmp_path: Path) -> None:
 def test_only_errors_are_decorations_and_no_request_to_stop() -> None:
     with pytest.raises(KeyboardInterrupt), decorating("it"):
         raise KeyboardInterrupt
-
-
-def test_a_monitor_that_fails_gets_no_more_values(capsys: pytest.CaptureFixture[str]) -> None:
-    calls: list[Any] = []
-
-    def write_events(events: Any) -> None:
-        calls.append(events)
-        if len(calls) == 2:
-            raise OSError("No space left on device")
-
-    monitor = SimpleNamespace(enabled=True, write_events=write_events)
-    terminal = Terminal(prints=True)
-    for step in range(4):
-        terminal.monitor(monitor, step, {"loss": 1.0})
-    assert [events[0] for events in calls] == [("Train/loss", 1.0, 0), ("Train/loss", 1.0, 1)]
-    said = capsys.readouterr().out
-    assert said.count("warning") == 1 and "gets no more values, failed (OSError: No space left on device)" in said
 
 
 OUTLIVE = """

@@ -135,6 +135,7 @@ class BatchRunner(Runner):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+        self.close_bar()
         self._lock.close()
 
     def _start(self) -> Worker:

@@ -14,10 +14,13 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, Optional
 
+from tqdm import tqdm
+
 from megatron_switchlora.config.errors import require
 from megatron_switchlora.run.folder import read_meta
 from megatron_switchlora.run.machine import machine
 from megatron_switchlora.run.metrics_log import read_records
+from megatron_switchlora.startup.progress import progress
 from megatron_switchlora.study.comparison.results import Results
 from megatron_switchlora.study.comparison.settings import Point, Setting, run_key
 
@@ -38,6 +41,8 @@ class Runner(ABC):
     def __init__(self, setting: Setting, results: Results, jobs: int) -> None:
         self.setting, self.results = setting, results
         self._turns = threading.Semaphore(jobs)
+        self._bar = progress(None, "Runs", "runs", delay=0.0)
+        self._running: set[str] = set()
 
     @abstractmethod
     def train(self, key: str, method: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -69,14 +74,30 @@ class Runner(ABC):
         key = run_key(method, point, seed, options)
         if key not in self.results.content["runs"]:
             with self._turns:
-                run = self.train(key, method, options) | {
+                run = self._shown(key, method, options) | {
                     "method": method, "lr": point.lr, "dense_lr": point.dense_lr, "seed": seed, "sweep": sweep
                 }  # fmt: skip
                 self.results.add(key, run)
-                print(f"{key}: {'diverged' if run['diverged'] else format(run['val_loss'], '.4f')}", flush=True)
+                tqdm.write(f"{key}: {'diverged' if run['diverged'] else format(run['val_loss'], '.4f')}")
                 self.clean(key)
         value = self.results.content["runs"][key]["val_loss"]
         return math.inf if value is None else float(value)
+
+    def _shown(self, key: str, method: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Train, and show on a terminal what is running and how many runs have ended."""
+        self._running.add(key)
+        self._bar.set_postfix_str(", ".join(sorted(self._running)))
+        try:
+            figures = self.train(key, method, options)
+        finally:
+            self._running.discard(key)
+            self._bar.set_postfix_str(", ".join(sorted(self._running)))
+        self._bar.update()
+        return figures
+
+    def close_bar(self) -> None:
+        """Leave the bar as it is at the end."""
+        self._bar.close()
 
 
 def read_run(folder: Path, diverged: bool) -> dict[str, Any]:

@@ -65,6 +65,7 @@ class CommandRunner(Runner):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+        self.close_bar()
         self._lock.close()
 
     def stop(self) -> None:
