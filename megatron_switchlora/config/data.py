@@ -84,9 +84,12 @@ def check_data(d: DataConfig) -> None:
             d.hf_split != d.hf_val_split,
             f"data.hf_split and data.hf_val_split are both {d.hf_split!r}: validate on another split.",
         )
-    of_hf = [f for f in fields(d) if f.name.startswith("hf_") or f.name in ("max_documents", "max_val_documents")]
-    given = [f.name for f in of_hf if getattr(d, f.name) != f.default]
-    require(d.source == "hf" or not given, f"data.{', data.'.join(given)} belong to data.source hf, not {d.source}.")
+    given = [f"data.{f.name}" for f in fields(d) if f.name.startswith("hf_") and getattr(d, f.name) != f.default]
+    require(
+        d.source == "hf" or not given,
+        f"{', '.join(given)} {'belongs' if len(given) == 1 else 'belong'} to data.source hf, not {d.source}: leave "
+        f"{'it' if len(given) == 1 else 'them'} out, or set data.source hf.",
+    )
     for name in ("max_documents", "max_val_documents"):
         value = getattr(d, name)
         require(value is None or value >= 1, f"data.{name} must be at least 1 or null for all, not {value}.")
@@ -96,3 +99,9 @@ def check_data(d: DataConfig) -> None:
         f"data.vocab_size must lie between 257 (256 bytes and an end mark) and 2^24, it is {d.vocab_size}.",
     )
     require(d.max_bytes >= 1, f"data.max_bytes must be positive, not {d.max_bytes}.")
+
+
+def unused_limits(d: DataConfig) -> list[str]:
+    """Return the limits of a hub dataset that are given and change nothing, since the text comes from elsewhere."""
+    limits = [f for f in fields(d) if f.name in ("max_documents", "max_val_documents")]
+    return [f"data.{f.name}" for f in limits if d.source != "hf" and getattr(d, f.name) not in (f.default, None)]

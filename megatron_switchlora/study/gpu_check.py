@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from megatron_switchlora.config.ds_config import resolve_ds_config, zero_settings
+from megatron_switchlora.config.errors import ends_on_mistake, require
 from megatron_switchlora.config.method import MethodConfig, make_method
 from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.config.optim import OptimConfig
@@ -356,13 +357,20 @@ def verdict(result: dict[str, Any]) -> list[str]:
 
 def main(argv: Sequence[str]) -> None:
     """Run the stages; ends with status 1 if one of them is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="check_gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=user_path, required=True, help="write the JSON here, after every stage")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=user_path, default=Path("check_gpu.json"),
+        help="write the JSON here, after every stage (default: check_gpu.json)",
+    )  # fmt: skip
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a try in seconds")
     options = parser.parse_args(argv)
+    with ends_on_mistake():
+        require(
+            options.device == "cpu" or torch.cuda.is_available(),
+            "torch sees no GPU on this machine: check the driver and torch.version.cuda, or try the script with "
+            "--device cpu --tiny.",
+        )
 
     def report(result: dict[str, Any]) -> None:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -37,10 +37,26 @@ def prepare_data(config: RunConfig, ranks: Ranks, device: torch.device) -> Prepa
         return str(data.folder)
 
     folder = on_one_rank(first, fill, device)
+    data = open_prepared(Path(folder))
     all_notes = [note for text in gather_texts(json.dumps(notes), device) for note in json.loads(text)]
+    all_notes += vocabulary_notes(config, data)
     for note in dict.fromkeys(all_notes if ranks.rank == 0 else []):
         print(f"warning: {note}", flush=True)
-    return open_prepared(Path(folder))
+    return data
+
+
+def vocabulary_notes(config: RunConfig, data: PreparedData) -> list[str]:
+    """Return a note if the embedding has many more rows than the tokenizer has tokens.
+
+    A few more, as padding, are usual; many come from a configuration that was written for another tokenizer.
+    """
+    size, tokens = config.model.vocab_size or data.vocab_size, data.vocab_size
+    if size <= 1.5 * tokens:
+        return []
+    return [
+        f"model.vocab_size is {size} and the tokenizer has {tokens} tokens, so {size - tokens} rows of embedding and "
+        "lm_head are never used: give model.vocab_size null for the tokenizer's size, or another data.tokenizer."
+    ]
 
 
 def vocabulary_size(config: RunConfig, data: PreparedData) -> int:

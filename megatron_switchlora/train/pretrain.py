@@ -19,10 +19,11 @@ import torch
 import megatron_switchlora.methods  # noqa: F401  # registers them
 from megatron_switchlora.checkpoint.resume_rules import what_must_agree
 from megatron_switchlora.config.command_line import Arguments, parse_arguments
+from megatron_switchlora.config.data import unused_limits
 from megatron_switchlora.config.ds_config import read_ds_config, resolve_ds_config
 from megatron_switchlora.config.errors import require
-from megatron_switchlora.config.method import MethodConfig
 from megatron_switchlora.config.rules import unused_options
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.consensus import on_one_rank
 from megatron_switchlora.startup.device import allow_open_files, choose_device, precision_warning
 from megatron_switchlora.startup.door import Door, the_door
@@ -63,14 +64,15 @@ def show_plan(arguments: Arguments, first: bool) -> None:
     text = plan(arguments.config, given, world_size)
     check_loggers(arguments.config.log, given)
     if first:
-        warn(unused_warning(arguments.config.method))
+        warn(*unused_warnings(arguments.config))
         print(text)
 
 
-def unused_warning(method: MethodConfig) -> Optional[str]:
-    """Return a warning about options that have no effect, or None."""
-    names = ", ".join(unused_options(method))
-    return f"{names}: without effect in method.name {method.facts.title}." if names else None
+def unused_warnings(config: RunConfig) -> list[str]:
+    """Return a warning for each kind of option that changes nothing."""
+    method, data = unused_options(config.method), unused_limits(config.data)
+    warnings = [f"{', '.join(method)}: without effect in method.name {config.method.facts.title}."] if method else []
+    return warnings + ([f"{', '.join(data)}: without effect in data.source {config.data.source}."] if data else [])
 
 
 def warn(*texts: Optional[str]) -> None:
@@ -140,7 +142,7 @@ def train(
             print(f"The run in {arguments.config.output_dir} is finished: give another --output_dir for a new one.")
         return 0
     if ranks.rank == 0:
-        warn(unused_warning(arguments.config.method), precision_warning(device, arguments.config.train.precision))
+        warn(*unused_warnings(arguments.config), precision_warning(device, arguments.config.train.precision))
     trainer = Trainer(arguments.config, given, ranks, device, resume_point, stop, data)
     val_loss = trainer.fit()
     if val_loss is not None:

@@ -227,7 +227,7 @@ def test_a_mistake_after_print_config_leaves_nothing_behind() -> None:
         ("--data.source hf", r"data.source hf keeps no text to build a bpe tokenizer from.*t5-base"),
         ("--data.source hf --data.tokenizer a --data.hf_split validation", r"are both 'validation'"),
         ("--data.source hf --data.tokenizer a --data.max_documents 0", r"max_documents must be at least 1 or null"),
-        ("--data.hf_name a --data.max_documents 3", r"data.hf_name, data.max_documents belong to data.source hf"),
+        ("--data.hf_name a --data.hf_split b", r"data.hf_name, data.hf_split belong to data.source hf.*leave them out"),
         ("--data.hf_nam a", r"data.hf_nam'.*did you mean 'data.hf_name'"),
         ("--data.vocab_size 100", r"between 257 "),
         ("--method.name lorra", r"method.name"),

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_switchlora.study import gpu_check
 from megatron_switchlora.study.gpu_check import LIMITS, TOTAL, compare_engines, limited, verdict
@@ -68,3 +69,10 @@ def test_engines_are_compared(wrong: str | None) -> None:
 
 def test_what_is_no_number_is_a_difference() -> None:
     assert gpu_check.largest_difference([float("nan"), 1.0], [1.0, 1.0]) == float("inf")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_ends_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.main(["--out", str(tmp_path / "check.json")])
+    assert "torch sees no GPU" in capsys.readouterr().err and not list(tmp_path.iterdir())
