@@ -64,13 +64,9 @@ def work(kind: str, folder: Path) -> Callable[[], object]:
 
 
 KINDS = (
-    "Tokenising train",
-    "PiSSA's decomposition",
-    "LoRA-GA's gradients",
-    "LoRA-GA's factors",
-    "Exporting",
-    "Importing",
-)
+    "Tokenising train", "Exporting", *(pytest.param(kind, marks=pytest.mark.full) for kind in (
+        "PiSSA's decomposition", "LoRA-GA's gradients", "LoRA-GA's factors", "Importing")),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
