@@ -120,9 +120,10 @@ def edited_card(path: Path) -> Optional[bytes]:
         return None
     content = path.read_bytes()
     made = MADE.search(content)
-    ours = made and made.end() == len(content)
-    own = content[: made.start() - 1] if made and ours else b""
-    return None if made and ours and hashlib.sha256(own).hexdigest().encode() == made[1] else content
+    if made is None or made.end() != len(content):
+        return content
+    others = content[: made.start() - 1]  # without the empty line between
+    return None if hashlib.sha256(others).hexdigest().encode() == made[1] else content
 
 
 def write_card(folder: Path, text: str, before: Optional[Path] = None) -> None:

@@ -31,6 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "my | run"
     save(trained("switchlora"), folder / "checkpoints" / "step-00000006")
     records = [{"step": 3, "val_loss": 9.0}, {"step": 6, "loss": 1.0}, {"step": 6, "val_loss": META["val_loss"]}]
+    records += [{"step": 9, "val_loss": 1.0}]  # after the checkpoint
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "meta.json").write_text(json.dumps(META))
     return folder
