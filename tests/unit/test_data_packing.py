@@ -149,7 +149,7 @@ def test_a_large_corpus_trains_bpe_on_an_even_share(data: DataConfig, monkeypatc
     given: list[str] = []
     original = packing.build_tokenizer
 
-    def spy(data: DataConfig, texts: Iterator[str]) -> PreTrainedTokenizerFast:
+    def spy(data: DataConfig, texts: Iterator[str], progress: bool) -> PreTrainedTokenizerFast:
         given.extend(texts)
         return original(data, iter(given))
 
@@ -194,7 +194,7 @@ def test_a_tokenizer_with_gaps_is_refused(data: DataConfig, monkeypatch: pytest.
         def __len__(self) -> int:
             return 100
 
-    def short(data: DataConfig, texts: Iterator[str]) -> PreTrainedTokenizerFast:
+    def short(data: DataConfig, texts: Iterator[str], progress: bool = False) -> PreTrainedTokenizerFast:
         tokenizer = original(data, texts)
         tokenizer.__class__ = Short
         return tokenizer
