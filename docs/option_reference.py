@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from megatron_switchlora import methods, model  # noqa: F401  # fill the tables
 from megatron_switchlora.config.field_checks import WORDS, field_types
 from megatron_switchlora.config.help_text import added_help, option_docs
-from megatron_switchlora.config.method import METHODS, all_sections
+from megatron_switchlora.config.method import METHODS, all_sections, make_method
 from megatron_switchlora.config.run import run_config_class
 
 PAGE = Path(__file__).with_name("options.md")
@@ -26,7 +26,7 @@ INTRODUCTION = """\
 <!-- Written by `python -m docs.option_reference`. Change the docstrings of the options instead. -->
 
 Every option of a run, section by section. Give it on the command line (`--optim.lr 0.02`) or in a YAML file
-([Configuration](configuration.md)). `launch/pretrain.py --help all` prints the same texts.
+([Configuration](configuration.md)). `switchlora pretrain --help all` prints the same texts.
 
 The line under an option has three facts:
 
@@ -76,11 +76,17 @@ def _sections(owner: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _entry(name: str, each: Field[Any], default: Any, doc: str, added: dict[str, str]) -> str:
-    facts = [f"{_kind(field_types()[name])}, default `{_shown(default)}`", f"resume: {RESUME[each.metadata['resume']]}"]
+    facts = [f"{_kind(field_types()[name])}, default `{_shown(default)}`", f"resume: {_resume(name, each)}"]
     if name.startswith("method."):
         facts.append(f"read by {_readers(name.split('.')[1])}")
     text = f"{_paragraph(doc)} {_paragraph(added.get(name, ''))}".strip()
     return f"### `{name}`\n\n{' · '.join(facts)}\n\n{text}\n"
+
+
+def _resume(name: str, each: Field[Any]) -> str:
+    """Return whether a resumed run may change an option, by its own facts or by those of a method."""
+    allowing = [f"`{method}`" for method in METHODS if name in make_method(method).facts.may_change]
+    return f"yes, with {', '.join(allowing)}" if allowing else RESUME[each.metadata["resume"]]
 
 
 def _readers(entry: str) -> str:

@@ -18,7 +18,7 @@ class CheckpointConfig:
     keep_last: int = option(2, resume="free", results=False)
     """Number of newest checkpoints to keep."""
     keep_every: int = option(0, resume="free", results=False)
-    """Keep checkpoints at multiples of this many steps for good, so that tools/analyze.py can follow a run; 0: none."""
+    """Keep checkpoints at multiples of this many steps for good, for "switchlora analyze" to follow a run; 0: none."""
     background: bool = option(True, resume="free", results=False)
     """Write checkpoints while training continues, from a copy in host memory; false waits for the disk."""
     allow_changes: list[str] = option(factory=list, resume="free", results=False)

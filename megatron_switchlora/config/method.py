@@ -52,19 +52,20 @@ class MethodConfig:
     rank: int = option(24, basic=True)
     """Rank r of every adapter; with galore, of every projected gradient."""
     alpha: Optional[float] = option(None)
-    """Scaling s = alpha / rank; by default 1 (SwitchLoRA, eq. 4 and 14). With lte and mhlora, whose s is large (LTE,
-    appendix A), the default is 4096, unless the initial B is not zero."""
+    """Numerator of the scaling s = alpha / rank. The default is alpha = 1, so s = 1 / rank (SwitchLoRA, eq. 4 and 14).
+    With lte and mhlora, whose s is large (LTE, appendix A), the default is 4096, unless the initial B is not zero."""
     full_rank_steps: int = option(0)
     """Steps of full-rank training before the method begins, from the weights that they reach."""
     full_rank_lr: float = option(0.001)
-    """Peak learning rate of the decoder's matrices in those steps."""
+    """Peak learning rate of the decoder's matrices in those steps. Dense tensors keep optim.dense_lr; where that is 0,
+    they train at this rate too."""
     rslora: bool = option(False)
     """Scaling s = alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732); LoRA-GA is defined with it."""
     init: Optional[Literal["switchlora", "classic", "pissa", "lora_ga", "semi_orthogonal"]] = option(None)
     """switchlora: A and B uniform with the paper's deviations and W <- W - sBA; classic: A kaiming uniform, B zero;
     pissa: W's principal singular vectors, and W <- W - sBA (not where vectors are switched); lora_ga: singular
     vectors of the gradient at the start (method.ga), and W <- W - sBA; semi_orthogonal: A's rows orthogonal, B zero.
-    By default classic with relora, semi_orthogonal with lte and mhlora, else switchlora."""
+    By default classic with relora, semi_orthogonal with mhlora and with lte over lora, else switchlora."""
     orthogonal_scale: Literal["sqrt_n_r", "sqrt_r_n"] = option("sqrt_n_r")
     """Scale of semi-orthogonal rows of length n: sqrt(n / r), as in LTE's code, or sqrt(r / n), as in its paper."""
     compute: Literal["auto", "merged", "split"] = option("auto", resume="free", results=False)

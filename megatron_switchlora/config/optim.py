@@ -15,7 +15,8 @@ class OptimConfig:
 
     lr: Optional[float] = option(None, resume="ask", swept=True, basic=True)
     """Peak learning rate of the adapters (with full and galore: of the decoder's matrices); by default the method's,
-    from its paper or from a paper that compares it."""
+    from its paper or from a paper that compares it. Those of lte and mhlora are for B = 0 at the start; else
+    theirs is the inner method's: 0.01, or 0.02 with method.lte.inner switchlora."""
     dense_lr: Optional[float] = option(None, resume="ask", swept=True, basic=True)
     """Peak learning rate of embedding, lm_head and norms; by default lr, as published for SwitchLoRA, and 0.001 with
     lte and mhlora; 0 freezes them. Sweep it for every method."""

@@ -14,7 +14,7 @@ class ParallelConfig:
 
     lte_heads: int = option(1, resume="free")
     """Groups of ranks that each train LTE heads of their own, the outermost axis; each has method.lte.local_heads
-    heads."""
+    heads. A resumed run may change the number of heads right after a merge."""
     tp: int = option(1, resume="free", results=False, basic=True)
     """Tensor-parallel ranks, the innermost axis. Attention and key/value heads must divide; other sizes are padded."""
     start_timeout: float = option(300.0, resume="free", results=False)

@@ -44,7 +44,7 @@ class TrainConfig:
     check_interval: int = option(100, resume="free", results=False)
     """Steps between checks that replicated tensors are still equal on all ranks that hold them; 0 switches them off."""
     init_from: Optional[str] = option(None, resume="free", path=True)
-    """Start from the weights of a model imported by tools/convert_hf.py, of a checkpoint, or of a run's newest
+    """Start from the weights of a model imported by "switchlora convert import", of a checkpoint, or of a run's newest
     checkpoint."""
     stop_after_steps: Optional[int] = option(None, resume="free", results=False, swept=True)
     """End this start of the run after this many of its steps, with a checkpoint; the same command line resumes it."""

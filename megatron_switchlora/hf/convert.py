@@ -1,7 +1,7 @@
 """Convert between this project's checkpoints and Hugging Face folders.
 
-    python tools/convert_hf.py export RUN_OR_CHECKPOINT OUT [--dtype fp32] [--peft [--original_base]]
-    python tools/convert_hf.py import HF_DIR OUT [--base HF_DIR] [--plugins MODULE ...]
+    switchlora convert export RUN_OR_CHECKPOINT OUT [--dtype fp32] [--peft [--original_base]]
+    switchlora convert import HF_DIR OUT [--base HF_DIR] [--plugins MODULE ...]
 
 export folds the adapters and writes a folder that AutoModelForCausalLM loads. With --peft it writes OUT/base and
 OUT/adapter, which PeftModel loads. The adapter gives the absolute path of OUT/base, which AutoPeftModel follows. If you
@@ -46,7 +46,7 @@ def import_(arguments: argparse.Namespace) -> str:
     tokenizer = f"{out}/tokenizer" if has_tokenizer else "THE_TOKENIZER_IT_WAS_TRAINED_WITH"
     return (
         f"{arguments.source} imported{'' if has_tokenizer else ' without a tokenizer, which is not in its folder'}. "
-        f"Start from it: launch/pretrain.py --config {out}/model.yaml --train.init_from {out} "
+        f"Start from it: switchlora pretrain --config {out}/model.yaml --train.init_from {out} "
         f"--data.tokenizer {tokenizer} ..."
     )
 

@@ -1,6 +1,6 @@
 """Continue a text with a trained model, through transformers.
 
-    python tools/generate.py RUN "def "
+    switchlora generate RUN "def "
 
 RUN is the folder of a finished run, whose final/ is used, or any folder that transformers loads, such as an export. The
 prompt is tokenised as the start of a document, which is the default of the model's tokenizer.
@@ -34,7 +34,11 @@ def model_folder(run: Path) -> Path:
         if (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHTS):
             return folder
     exported = "it holds checkpoints: " if (run / "checkpoints").is_dir() or (run / "manifest.json").is_file() else ""
-    advice = "export one with tools/convert_hf.py and give that folder" if exported else "give a finished run's folder"
+    advice = (
+        "export one with `switchlora convert export` and give that folder"
+        if exported
+        else "give a finished run's folder"
+    )
     raise UserError(f"neither {run / 'final'} nor {run} holds a model to load: {exported}{advice}.")
 
 

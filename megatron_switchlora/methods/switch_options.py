@@ -16,7 +16,8 @@ class SwitchOptions:
     """Adapter vectors that are switched against candidates (SwitchLoRA, arXiv 2406.06564)."""
 
     interval0: float = option(40.0, resume="ask")
-    """Switching interval at the start: r / interval0 vectors per side, layer and step."""
+    """Switching interval at the start: each adapted matrix, of which LLaMA has seven per decoder layer, switches
+    r / interval0 vectors per side and step. At least twice freeze_steps."""
     ratio: float = option(0.1, resume="ask")
     """The switching rate falls to 0.3 of its start after this share of total_steps."""
     total_steps: Optional[int] = option(None, resume="ask")

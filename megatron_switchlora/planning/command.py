@@ -1,14 +1,14 @@
 """What a run needs on a cluster, before there is one: memory, traffic, step time, and the mesh to choose.
 
-    python tools/plan.py --config launch/configs/llama_1.3b.yaml --nodes 16 --gpus 8 --gpu h100 --link 400Gb
-    python tools/plan.py --config ... --config launch/configs/methods/full.yaml ... --brief
+    switchlora plan --config llama_1.3b --nodes 16 --gpus 8 --gpu h100 --link 400Gb
+    switchlora plan --config ... --config methods/full ... --brief
 
 Tensor-parallel sizes 1, 2, 4, ... up to --max_tp, ZeRO stages 0 to 2, micro-batches that divide the batch, activation
 checkpointing and the bank's spread are tried; the fastest that fits is shown in full, the next in a line each. The
 formulas are those of --dry_run (`planning/memory.py`, `planning/traffic.py`) and `planning/step_time.py`, which lists
 what is left out; no GPU is needed. --link is one adapter's, of which a node has --adapters. --efficiency, the share of
 the peak that products reach, is an assumption: take it from a run's MFU where you have one. Options of
-launch/pretrain.py may follow; of those that are tried, parallel.tp and train.micro_batch_size stay as they are where
+`switchlora pretrain` may follow; of those that are tried, parallel.tp and train.micro_batch_size stay as they are where
 they are among these.
 """
 

@@ -46,8 +46,9 @@ class Plan:
         heads = f"lte {mesh['lte']} x " if mesh["lte"] > 1 else ""
         again = ", activations computed again" if train.activation_checkpointing else ""
         again += ", bank spread over dp" if method.facts.switches and method.switch.bank_spread == "dp" else ""
+        micro_batches = f"{self.micro_batches} micro-batch{'es' if self.micro_batches > 1 else ''}"
         return (
-            f"{heads}dp {mesh['dp']} x tp {mesh['tp']}, ZeRO {self.zero.stage}, {self.micro_batches} micro-batches of "
+            f"{heads}dp {mesh['dp']} x tp {mesh['tp']}, ZeRO {self.zero.stage}, {micro_batches} of "
             f"{train.micro_batch_size}{again}"
         )
 

@@ -5,7 +5,7 @@ every adapted matrix's gradient as LoRA-GA does at its start: at the initial wei
 method.ga.samples samples. Curves are means over the layers; LoRA-GA's first step keeps what rank 2r covers. Writes
 OUT.json and OUT.png.
 
-    python tools/lora_ga_coverage.py --out coverage --config launch/configs/cpu_quickstart.yaml
+    switchlora bench coverage --out coverage --config cpu_quickstart
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@
 A stage that fails, hangs or runs out of memory stops no other. Processes are forked from one that has not touched the
 device. The result is a dictionary for a JSON file; `verdict` lists what is wrong.
 
-    python tools/check_gpu.py --out check_gpu.json
-    python tools/check_gpu.py --device cpu --tiny --out check_cpu.json    # tries the script itself
+    switchlora check-gpu --out check_gpu.json
+    switchlora check-gpu --device cpu --tiny --out check_cpu.json    # tries the script itself
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Build the phases of a run: full-rank training for `method.full_rank_steps` steps, then the method.
 
-A phase is a range of steps that one engine trains. The full-rank phase trains every weight at `method.full_rank_lr` on
-the run's learning-rate schedule. All ranks are data-parallel in it, also with LTE heads. The method then starts from
-its weights, rounded to the run's precision, as from any initial weights. Warm-up, schedules and merges count from the
-method's own first step, over the remaining steps. The order of the data continues through both phases. A checkpoint at
-the border holds the end of the full-rank phase.
+A phase is a range of steps that one engine trains. The full-rank phase trains every weight on the run's learning-rate
+schedule: the decoder's matrices at `method.full_rank_lr`, dense tensors at `optim.dense_lr`. All ranks are
+data-parallel in it, also with LTE heads. The method then starts from its weights, rounded to the run's precision, as
+from any initial weights. Warm-up, schedules and merges count from the method's own first step, over the remaining
+steps. The order of the data continues through both phases. A checkpoint at the border holds the end of the full-rank
+phase.
 """
 
 from __future__ import annotations

@@ -77,6 +77,6 @@ def describe_end(context: RunContext, mesh: Mesh, run: RunFolder, val_loss: floa
         lines.append(f"Between heads: no gradients; merges, {mean(merges) / 1e6:.3f} MB per step and rank on average.")
     lines += [
         f"Run folder: {run.path} (loss.png, metrics.jsonl, final/ for transformers).",
-        f'Next: .venv/bin/python tools/generate.py {run.path} "def "',
+        f'Next: switchlora generate {run.path} "def "',
     ]
     return "\n".join(lines)

@@ -42,7 +42,7 @@ def finished(place: Place) -> str:
 def test_terminal_output(place: Place, finished: str) -> None:
     assert finished.count("step     12/12  loss") == 1
     for words in ("Trained a LLaMA", "Validation perplexity", "tokens per second", "Trainable:", "Gradient bytes",
-                  "Run folder:", "tools/generate.py"):  # fmt: skip
+                  "Run folder:", "switchlora generate"):  # fmt: skip
         assert finished.count(words) == 1, words
     assert finished.count(f"warning: Documents without text, left out: 1 ({place.corpus}/empty.txt).") == 1
     assert "Traceback" not in finished

@@ -77,7 +77,7 @@ def test_folders_that_do_not_load(model: Path, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "odd" / "odd.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     for name, message in (
         ("absent", "holds a model to load: give a finished run's folder."),
-        ("run", "holds a model to load: it holds checkpoints: export one with tools/convert_hf.py"),
+        ("run", "holds a model to load: it holds checkpoints: export one with `switchlora convert export`"),
         ("wordless", "holds no tokenizer, which is needed to read the prompt"),
         ("damaged", "damaged does not load in transformers: "),
         ("odd", "odd does not load in transformers: "),

@@ -18,7 +18,8 @@ class LteOptions:
     """Heads that train independently and are merged (LTE, arXiv 2402.16828), with method.name lte."""
 
     local_heads: int = option(1)
-    """LTE heads in one process, which share one W; parallel.lte_heads times as many train in all."""
+    """LTE heads in one process, which share one W; parallel.lte_heads times as many train in all. A resumed
+    run may change the number of heads right after a merge."""
     merge_interval: Union[int, Literal["never"]] = option(10)
     """Steps T between merges of the heads."""
     merge_form: Literal["reset", "resetless"] = option("resetless")

@@ -1,6 +1,6 @@
 """How the weights of a run have moved: spectra, effective ranks, alignment of heads, switching.
 
-    python tools/analyze.py RUN [--out FOLDER] [--base first] [--layers 0,11] [--device cuda]
+    switchlora analyze RUN [--out FOLDER] [--base first] [--layers 0,11] [--device cuda]
 
 Reads every published checkpoint of RUN and its metrics.jsonl; writes analysis.json and plots into RUN/analysis.
     spectra_weights.png, spectra_updates.png   singular values by kind of matrix, mean over layers, one line

@@ -5,7 +5,7 @@ low-rank method whose updates reach many directions trains like full rank. The e
 number, as in Figure 14 of LTE (arXiv 2402.16828); its Figures 5 and 11 ask whether heads explore different directions,
 by the cosine of their updates and by the Grassmann distance of the subspaces they read.
 Everything is computed in float64. A is [r, in]; B is stored transposed, [r, out]; a head's update is B^T A, and is
-never formed here: with r rows a side, inner products of updates are those of r x r Gram matrices.
+never formed here: with r rows per side, inner products of updates are those of r x r Gram matrices.
 """
 
 from __future__ import annotations

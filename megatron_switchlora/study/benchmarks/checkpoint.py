@@ -4,7 +4,7 @@ One process trains a SwitchLoRA model and saves it in turn in either way. The st
 still. While the background writes, training continues; the time of these steps over that of undisturbed ones is given
 too. All are medians.
 
-    python tools/measure_checkpoint.py --folder /some/disk --out benchmarks/checkpoint_cpu.json
+    switchlora bench checkpoint --folder /some/disk --out benchmarks/checkpoint_cpu.json
 """
 
 from __future__ import annotations

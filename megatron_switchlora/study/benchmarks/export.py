@@ -4,7 +4,7 @@ The checkpoint of a configuration has everything that a run of one rank would le
 and factors, and moments and bank of zeros, which an export verifies and does not read. The peak is the converter's
 largest resident set, as the kernel counts it.
 
-    python tools/measure_export.py launch/configs/llama_1.3b.yaml --rank 512 --out benchmarks/export_1.3b.json
+    switchlora bench export launch/configs/llama_1.3b.yaml --rank 512 --out benchmarks/export_1.3b.json
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ and draw the ratio of a whole step towards 1. FLOP ratios are by the formulas of
 head). "held" is what the forward pass keeps for the backward pass beside the parameters: saved tensors, W + sBA among
 them. The switching rate is that of the start.
 
-    python tools/benchmark_step.py --out benchmarks/step_cpu.json
-    torchrun --nproc_per_node 2 tools/benchmark_step.py --tp 2 --divisors 4 --out benchmarks/step_cpu_tp2.json
+    switchlora bench step --out benchmarks/step_cpu.json
+    torchrun --nproc_per_node 2 --no-python switchlora bench step --tp 2 --divisors 4 --out benchmarks/step_cpu_tp2.json
 
 Under tensor parallelism the bytes a rank hands to collectives over tp are recorded too: those of the bank's fetch, and
 all others of a step.

@@ -5,7 +5,7 @@ random tokens; the schedule is so long that the switching rate stays at its star
 SwitchLoRA's step `before_step` and `after_step` (plan, folds, bank, row resets, masks) are timed. Medians; the
 ratio is taken step by step. Optimizer state is the size of the tensors that the optimizer holds.
 
-    python tools/measure_switching.py --out benchmarks/switching_cpu.json
+    switchlora bench switching --out benchmarks/switching_cpu.json
 """
 
 from __future__ import annotations

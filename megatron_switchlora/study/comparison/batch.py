@@ -46,7 +46,7 @@ class Pace:
     per_step: float
 
     def seconds(self, steps: int) -> float:
-        """Return what so many steps would take."""
+        """Return what this number of steps would take."""
         return self.beside + steps * self.per_step
 
 

@@ -1,8 +1,8 @@
 """Compare training methods fairly: every one at its own swept rates, over several seeds, in one table and plot.
 
-    python tools/compare.py tiny_shakespeare --data input.txt --jobs 2
-    python tools/compare.py tiny_shakespeare --data input.txt --timing
-    python tools/compare.py llama_350m --launcher "srun --kill-on-bad-exit=1 {python} {script}"
+    switchlora compare tiny_shakespeare --data input.txt --jobs 2
+    switchlora compare tiny_shakespeare --data input.txt --timing
+    switchlora compare llama_350m --launcher "srun --kill-on-bad-exit=1 {python} {script}"
 
 SETTING is a YAML, or the name of one in tools/settings (their fields: study/comparison/settings.py). Every run is a
 command of launch/pretrain.py in the work folder. `optim.lr` and `optim.dense_lr` of a method are swept at seed 0: with
@@ -11,12 +11,12 @@ command of launch/pretrain.py in the work folder. `optim.lr` and `optim.dense_lr
 that diverges is a result: its loss is infinite. Stop or kill the command at any time: finished runs are kept in one
 JSON, and the same command continues, a run under way from its own checkpoint. An option that some run would refuse is
 reported before anything trains. `--set` gives an option another value in every run. `--timing` measures step times
-apart, runs in turn and one at a time: times of runs that shared the machine are no comparison. `--report` writes table
-and plot of what is there; the table follows each run.
+separately, one run at a time, methods interleaved: times of runs that shared the machine are no comparison. `--report`
+writes table and plot of what is there; the table follows each run.
 
-    python tools/compare.py books_5m --data BOOKS --methods full,switchlora --pack inputs
-    python tools/compare.py inputs/books_5m.yaml --inputs inputs --methods full,switchlora --batch found.json
-    python tools/compare.py books_5m --merge found.json --out benchmarks/compare_books_5m_gpu.json
+    switchlora compare books_5m --data BOOKS --methods full,switchlora --pack inputs
+    switchlora compare inputs/books_5m.yaml --inputs inputs --methods full,switchlora --batch found.json
+    switchlora compare books_5m --merge found.json --out benchmarks/compare_books_5m_gpu.json
 
 `--batch` trains many runs in one call of at most --minutes, in few processes on one device, each of which imports torch
 once (study/comparison/batch.py). The folder of --pack, at most 64 MiB, is all that the machine needs beside the code.

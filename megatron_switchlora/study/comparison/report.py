@@ -102,7 +102,7 @@ def _row(
     losses = [_loss(run) for run in runs]
     perplexities = [perplexity(loss) if math.isfinite(loss) else loss for loss in losses]
     known = next((run for run in runs if run["trainable"]), None)
-    heads = f"{config.heads} x " if config.heads > 1 else ""  # each of LTE's heads trains so many
+    heads = f"{config.heads} x " if config.heads > 1 else ""  # each of LTE's heads trains this many
     share = f"{heads}{known['trainable'] / known['full_rank']:.1%}" if known else ""
     memory = max((run["peak_memory_bytes"] or 0 for run in runs), default=0)
     ranks = setting.launch(method)[1]
@@ -143,7 +143,8 @@ def _gradients(setting: Setting, method: str, config: RunConfig, run: Optional[R
     if run["dp_bytes"]:
         return f"{run['dp_bytes'] / 1e6:,.2f} MB"
     notes.add(
-        "Gradient bytes (formula): one data rank communicates nothing; these are of two that do each what it does."
+        "Gradient bytes (formula): one data rank communicates nothing; these are for two data-parallel ranks, each "
+        "doing the same work as this one."
     )
     dp = mesh_sizes(config.parallel, setting.launch(method)[1])["dp"]
     config = replace(config, train=replace(config.train, global_batch_size=2 * config.train.global_batch_size))

@@ -96,7 +96,7 @@ class Results:
         )
 
     def require_device(self, device: Optional[str], what: str) -> None:
-        """Check that results on a device may stand beside those that are there.
+        """Check that results on a device may join those that are there.
 
         Raises:
             UserError: those are of another device.

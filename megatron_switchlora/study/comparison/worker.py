@@ -2,7 +2,7 @@
 
 It imports torch and deepspeed once. Its input has one JSON object per run: the `words` of its command line, the `cache`
 folder of its tokens and the `folder` where it is to lie. It answers each with one: the run's figures, or why it has
-`failed`. When its input ends, whoever started it has gone, so it ends at once. What runs print goes to its log.
+`failed`. When its input ends, the process that started it is gone, so it ends at once. What runs print goes to its log.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def perform(words: Sequence[str], cache: Path, folder: Path) -> dict[str, Any]:
 
 
 def packages(folder: Path) -> dict[str, str]:
-    """Return what a run was computed with, by name; its revision and the machine stand beside it."""
+    """Return what a run was computed with, by name; its revision and machine are kept separately."""
     versions = read_meta(folder).get("versions", {})
     return {name: value for name, value in versions.items() if value and name not in ("git_revision", "platform")}
 

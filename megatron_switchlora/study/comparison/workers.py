@@ -18,7 +18,7 @@ from megatron_switchlora.study.places import ROOT
 
 
 class Ended(Exception):
-    """The process is gone; the text says what it left."""
+    """The process is gone; the text describes what it left."""
 
 
 class Worker:

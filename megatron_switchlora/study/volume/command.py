@@ -1,15 +1,14 @@
 """Bytes that a step gives to collectives, by method and group of parameters: predicted, recorded, on the wire.
 
-    python tools/gradient_volume.py --world 128 --config launch/configs/llama_1.3b.yaml \\
-        --method launch/configs/methods/full.yaml --method launch/configs/methods/switchlora_r512.yaml
-    torchrun ... tools/gradient_volume.py --measure --interface eth0 --config ... --method ... --method ...
+    switchlora volume --world 128 --config llama_1.3b --method methods/full --method methods/switchlora_r512
+    torchrun ... --no-python switchlora volume --measure --interface eth0 --config ... --method ... --method ...
 
-With --world it predicts, from configurations alone, for so many ranks. With --measure every rank of a launcher runs it:
-steps of the real engine on random tokens are recorded at the process groups, DeepSpeed's own communication log and,
-with --interface, the bytes that rank 0's host sends are read beside them, and prediction and record stand in one table.
+With --world it predicts, from configurations alone, for this number of ranks. With --measure every rank of a launcher
+runs it: steps of the real engine on random tokens are recorded at the process groups, DeepSpeed's own communication log
+and, with --interface, the bytes that rank 0's host sends are read beside them. One table has prediction and record.
 --method is a YAML over --config, once per method, and may have options behind it in the same quotes, as "lte_r64.yaml
 --parallel.lte_heads 16"; --ds_config may be repeated, --accumulation lists micro-batches per step. Other options are
-those of launch/pretrain.py, for all methods. Bytes are a rank's per step; of a tensor of which it holds a slice, those
+those of switchlora pretrain, for all methods. Bytes are a rank's per step; of a tensor of which it holds a slice, those
 of the slice. Gradients are what low-rank training saves. All else is listed beside them: ZeRO's all-gather of updated
 parameters, the candidate bank, tensor parallelism, LTE's merges, scalars ("control").
 """
@@ -63,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--accumulation", type=int, nargs="+", help="micro-batches per step, instead of the global batch"
     )
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--world", type=int, help="predict for so many ranks")
+    mode.add_argument("--world", type=int, help="predict for this number of ranks")
     mode.add_argument("--measure", action="store_true", help="run steps on the ranks of the launcher and record them")
     parser.add_argument("--steps", type=int, help="steps to measure (default: 4), merges in them included")
     parser.add_argument("--interface", help="network interface whose sent bytes are read, as eth0")
