@@ -3,8 +3,8 @@
 set -euo pipefail
 steps=${STEPS:-200}
 deepspeed --num_gpus 2 --module megatron_switchlora.launch.pretrain --config cpu_quickstart --ds_config zero0 \
-  --method.name lte --method.rank 16 --method.lte.merge_interval 10 --parallel.lte_heads 2 \
-  --optim.lr 0.0002 --optim.dense_lr 0.005 --output_dir slow_link \
+  --method.name lte --method.lte.merge_interval 10 --parallel.lte_heads 2 \
+  --optim.lr 0.0001 --optim.dense_lr 0.08 --output_dir slow_link \
   --train.steps "$steps" --train.warmup_steps $((steps / 10))
 
 python - <<'EOF_TABLE'
@@ -16,4 +16,4 @@ merges = sum(record.get("merge_bytes", 0) for record in records)
 print(f"Sent in {len(records)} steps: gradients {gradients:,} bytes, merges {merges:,} bytes.")
 EOF_TABLE
 # What would data parallelism send? The prediction for two ranks of the same model:
-switchlora volume --world 2 --config cpu_quickstart --method methods/full --out slow_link/full
+switchlora volume --world 2 --config cpu_quickstart --method methods/full --out slow_link/full.json

@@ -6,7 +6,9 @@ In a checkout they lie beside the package, where people look for them; an instal
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Optional
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -20,6 +22,24 @@ def shipped_folder(name: str) -> Path:
 
 
 def given_or_shipped(path: Path, folder: str, suffix: str) -> Path:
-    """Return `path`, or the shipped file that it names without folder and suffix, as `cpu_quickstart`."""
+    """Return `path`, or the shipped file that it names without folder and suffix, as `cpu_quickstart`.
+
+    A file of the user's comes first.
+    """
+    if path.is_absolute() or ".." in path.parts or os.path.isfile(path):
+        return path
     named = shipped_folder(folder.split("/")[0]).joinpath(*folder.split("/")[1:], f"{path}{suffix}")
-    return named if named.is_file() and not path.exists() else path
+    return named if os.path.isfile(named) else path  # unlike Path.is_file, no error where a name is too long
+
+
+def checkout() -> Optional[Path]:
+    """Return the folder of the checkout from which the package runs; None if it is installed."""
+    return None if (PACKAGE / "launch").is_dir() else PACKAGE.parent
+
+
+def home_path(text: str) -> Path:
+    """Return the file that a setting of a comparison names: a shipped one, or one in the checkout or working folder."""
+    first, *rest = Path(text).parts
+    if first in ("launch", "ds_configs"):
+        return shipped_folder(first).joinpath(*rest)
+    return (checkout() or Path.cwd()) / text

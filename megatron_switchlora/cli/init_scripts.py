@@ -10,6 +10,8 @@ for Slurm and MPI start the Python that wrote them, unless PYTHON names another.
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +29,7 @@ def write_scripts(target: Path) -> list[Path]:
     """Copy the shipped folders to `target` and return the new files.
 
     Raises:
-        UserError: one of the files exists already, so nothing is written; or the folder cannot be written.
+        UserError: launch/ or ds_configs/ is there already, or the folder cannot be written; nothing is left then.
     """
     copies: dict[Path, tuple[bytes, int]] = {}
     for folder in FOLDERS:
@@ -39,14 +41,16 @@ def write_scripts(target: Path) -> list[Path]:
                 if default:
                     content = content.replace(default.encode(), sys.executable.encode())
                 copies[target / folder / inside] = content, path.stat().st_mode
-    present = [str(path) for path in copies if path.exists()]
-    require(not present, f"{', '.join(present)} exists already: give a new folder, or move it away.")
     try:
+        present = [str(target / folder) for folder in FOLDERS if os.path.lexists(target / folder)]
+        require(not present, f"{' and '.join(present)} exist already: give another folder, or move them away.")
         for path, (content, mode) in copies.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
             path.chmod(mode & 0o777 | 0o200)
     except OSError as error:
+        for folder in FOLDERS:
+            shutil.rmtree(target / folder, ignore_errors=True)
         raise UserError(f"{error.filename} cannot be written: {error.strerror}. Give another folder.") from None
     return list(copies)
 

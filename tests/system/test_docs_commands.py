@@ -19,7 +19,6 @@ def run_commands(page: Path) -> list[Command]:
 
 
 @pytest.mark.full
-@pytest.mark.single_process
 @pytest.mark.parametrize("page", [page for page in pages() if run_commands(page)], ids=lambda page: page.stem)
 def test_commands_run(page: Path, tmp_path: Path) -> None:
     place = Place(tmp_path)

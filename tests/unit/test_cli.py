@@ -18,6 +18,7 @@ from megatron_switchlora.cli.table import run
 from megatron_switchlora.config.command_line import parse_arguments
 from megatron_switchlora.config.ds_config import read_ds_config
 from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.study.comparison.command import default_out
 from tests.dist.launch import REPOSITORY
 
 SCRIPTS = {path for folder in ("launch", "tools") for path in (REPOSITORY / folder).glob("*.py")}
@@ -59,7 +60,9 @@ def test_shipped_files_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert read_ds_config("zero2")["zero_optimization"]["stage"] == 2
     (tmp_path / "cpu_quickstart").write_text("train:\n  steps: 77\n")
     assert parse_arguments(["--config", "cpu_quickstart"]).config.train.steps == 77
-    for words in (["--config", "no_such"], ["--config", "cpu_quickstart.yaml"]):
+    (tmp_path / "llama_130m").mkdir()  # a folder, as of a run, hides nothing
+    assert parse_arguments(["--config", "llama_130m"]).config.model.hidden_size == 768
+    for words in (["--config", "no_such"], ["--config", "cpu_quickstart.yaml"], ["--config", "x" * 300]):
         with pytest.raises(UserError, match="cannot be read"):
             parse_arguments(words)
 
@@ -69,6 +72,10 @@ def test_an_installation_reads_its_own_folders(tmp_path: Path, monkeypatch: pyte
     assert shipped.shipped_folder("settings") == tmp_path / "site-packages" / "tools" / "settings"
     (tmp_path / "site-packages" / "megatron_switchlora" / "settings").mkdir(parents=True)
     assert shipped.shipped_folder("settings").parent == shipped.PACKAGE
+    monkeypatch.chdir(tmp_path)
+    (shipped.PACKAGE / "launch").mkdir()
+    assert shipped.home_path("launch/configs/x.yaml") == shipped.PACKAGE / "launch" / "configs" / "x.yaml"
+    assert default_out("s") == tmp_path / "compare_s.json" and shipped.home_path("x.yaml") == tmp_path / "x.yaml"
 
 
 def test_written_scripts_start_this_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,10 +103,23 @@ def test_written_scripts_start_this_python(tmp_path: Path, capsys: pytest.Captur
     assert os.access(tmp_path / "mine" / "launch" / "mpi" / "pretrain.sh", os.X_OK)
 
 
-def test_written_scripts_replace_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "ds_configs").mkdir()
-    (tmp_path / "ds_configs" / "zero1.json").write_text("mine")
+@pytest.mark.parametrize("linked", [False, True])
+def test_written_scripts_replace_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], linked: bool) -> None:
+    """Nor is anything written through a link, even one to nowhere."""
+    if linked:
+        (tmp_path / "ds_configs").symlink_to(tmp_path / "elsewhere")
+    else:
+        (tmp_path / "ds_configs").mkdir()
     with pytest.raises(SystemExit, match="2"):
         init_scripts([str(tmp_path)])
-    assert "zero1.json exists already" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["zero1.json"]
+    assert "ds_configs exist already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["ds_configs"]
+
+
+def test_a_folder_that_takes_no_files_is_left_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for target in (tmp_path / ("x" * 300), tmp_path / "file" / "inside"):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(SystemExit, match="2"):
+            init_scripts([str(target)])
+        assert "cannot be written" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["file"]

@@ -33,7 +33,8 @@ from megatron_switchlora.distributed.slices import TensorSlice
 from megatron_switchlora.model.protocol import build_on_meta
 from megatron_switchlora.planning.counts import count_run
 from megatron_switchlora.study.benchmarks.common import describe_machine, publish
-from megatron_switchlora.study.places import ROOT
+
+CONVERT = "import sys; from megatron_switchlora.hf.convert import main; main(sys.argv[1:])"
 
 
 def slice_of(name: str, tensor: torch.Tensor) -> TensorSlice:
@@ -71,7 +72,8 @@ def measure(config: RunConfig, vocab_size: int, scratch: Path, dtype: str) -> di
     began = time.perf_counter()
     command = [
         sys.executable,
-        str(ROOT / "tools" / "convert_hf.py"),
+        "-c",
+        CONVERT,
         "export",
         str(source),
         str(target),

@@ -24,7 +24,6 @@ from megatron_switchlora.disk import user_path
 from megatron_switchlora.startup.door import the_door
 from megatron_switchlora.startup.environment import end_rank
 from megatron_switchlora.study.benchmarks.common import describe_machine, join_ranks, make_engine, publish, watch
-from megatron_switchlora.study.places import ROOT
 
 if TYPE_CHECKING:
     from megatron_switchlora.train.engine import Engine
@@ -42,7 +41,7 @@ def state_bytes_per_lora_parameter(engine: Engine) -> float:
 
 
 def measure(steps: int, vocab_size: int) -> dict[str, Any]:
-    base = ["--config", str(ROOT / "launch" / "configs" / "cpu_quickstart.yaml"), "--train.device", "cpu"]
+    base = ["--config", "cpu_quickstart", "--train.device", "cpu"]
     base += ["--method.switch.total_steps", "1000000"]
     _, device = join_ranks("cpu")
     configs = {name: parse_arguments([*base, "--method.name", name]).config for name in ("lora", "switchlora")}

@@ -41,6 +41,7 @@ from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.config.yaml_text import load_yaml
 from megatron_switchlora.disk import shown, user_path
 from megatron_switchlora.run.figures import outlive_terminal
+from megatron_switchlora.shipped import checkout
 from megatron_switchlora.startup.door import settle
 from megatron_switchlora.startup.signals import REQUEUE
 from megatron_switchlora.study.comparison.report import of_method, write_report
@@ -50,9 +51,13 @@ from megatron_switchlora.study.comparison.runs import CommandRunner, certain_dev
 from megatron_switchlora.study.comparison.settings import Setting, read_setting, setting_file, validate_points
 from megatron_switchlora.study.comparison.sweeps import compare
 from megatron_switchlora.study.comparison.timing import time_methods
-from megatron_switchlora.study.places import ROOT
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def default_out(name: str) -> Path:
+    """Return where results go by default: benchmarks/ of the checkout, else the working folder."""
+    return (checkout() or Path.cwd()).joinpath(*(["benchmarks"] if checkout() else []), f"compare_{name}.json")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -107,7 +112,7 @@ def act(arguments: argparse.Namespace) -> int:
     reads_nothing = arguments.report or arguments.merge
     data = arguments.data or arguments.inputs or (Path("data") if reads_nothing else None)
     configs = validate_points(setting, data)
-    out = arguments.out or ROOT / "benchmarks" / f"compare_{setting.name}.json"
+    out = arguments.out or default_out(setting.name)
     if arguments.pack:
         pack_inputs(setting, configs, arguments)
         return 0

@@ -23,9 +23,9 @@ from megatron_switchlora.distributed.mesh import mesh_sizes
 from megatron_switchlora.planning.traffic import gradient_bytes
 from megatron_switchlora.run.figures import decorating, new_figure, save_figure
 from megatron_switchlora.run.metrics_log import perplexity
+from megatron_switchlora.shipped import home_path
 from megatron_switchlora.study.comparison.results import Results
 from megatron_switchlora.study.comparison.settings import Point, Setting, run_key
-from megatron_switchlora.study.places import ROOT
 
 Run = dict[str, Any]
 HEAD = (
@@ -150,7 +150,7 @@ def _gradients(setting: Setting, method: str, config: RunConfig, run: Optional[R
     config = replace(config, train=replace(config.train, global_batch_size=2 * config.train.global_batch_size))
     path = setting.methods[method].options.get("ds_config", setting.ds_config)
     zero = zero_settings(
-        resolve_ds_config(read_ds_config(path and str(ROOT / expanded("ds_config", path))), config, dp)
+        resolve_ds_config(read_ds_config(path and str(home_path(expanded("ds_config", path)))), config, dp)
     )
     given, _ = gradient_bytes(config, run["vocab_size"], config.parallel.tp, 2, zero)
     return f"{given / 1e6:,.2f} MB (formula)"

@@ -27,13 +27,13 @@ from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.disk import open_no_follow, take_lock
 from megatron_switchlora.run.folder import lock_folder
+from megatron_switchlora.shipped import shipped_folder
 from megatron_switchlora.startup.signals import REQUEUE
 from megatron_switchlora.study.comparison.results import Results
 from megatron_switchlora.study.comparison.runner import DIVERGED, Runner, Stopped, read_run
 from megatron_switchlora.study.comparison.settings import Point, Setting
-from megatron_switchlora.study.places import ROOT
 
-SCRIPT = ROOT / "launch" / "pretrain.py"
+SCRIPT = shipped_folder("launch") / "pretrain.py"
 
 
 class CommandRunner(Runner):

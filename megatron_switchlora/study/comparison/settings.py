@@ -27,7 +27,7 @@ from megatron_switchlora.config.field_checks import expanded
 from megatron_switchlora.config.run import RunConfig, run_config_class
 from megatron_switchlora.config.yaml_text import read_given_yaml
 from megatron_switchlora.distributed.mesh import mesh_sizes
-from megatron_switchlora.study.places import ROOT
+from megatron_switchlora.shipped import given_or_shipped, home_path
 
 KINDS: dict[str, tuple[str, tuple[type[Any], ...]]] = {  # of a YAML's fields, by their annotation
     "str": ("a text", (str,)), "Optional[str]": ("a text", (str, type(None))), "int": ("a whole number", (int,)),
@@ -117,7 +117,7 @@ class Setting:
         chosen = self.methods[method]
         given: dict[str, Any] = {}
         for path in [*self.configs, *chosen.configs]:
-            content = _read_section(ROOT / expanded("configs", path))
+            content = _read_section(home_path(expanded("configs", path)))
             given |= flatten(content, {name for name, _, _ in walk(run_config_class()())})
         given |= self.options | chosen.options | (self.sweep_options if sweep else {})
         given |= {"optim.lr": point.lr, "train.seed": seed}
@@ -134,7 +134,7 @@ class Setting:
         line = []
         for name, value in options.items():
             if name == "ds_config":
-                value = str(ROOT / expanded(name, value))
+                value = str(home_path(expanded(name, value)))
             text = value if isinstance(value, str) else json.dumps(value)
             if "{data}" in text:
                 require(
@@ -170,8 +170,7 @@ def counted_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def setting_file(path: Path) -> Path:
     """Return the file of a setting that is given as a file, or by the name of a shipped one."""
-    shipped = ROOT / "tools" / "settings" / f"{path}.yaml"
-    return shipped if not path.exists() and shipped.is_file() else path
+    return given_or_shipped(path, "settings", ".yaml")
 
 
 def read_setting(
