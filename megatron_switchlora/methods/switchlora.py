@@ -127,7 +127,7 @@ class SwitchLora(Lora):
         schedule = self.schedule
         rate = mean_switch_rate(self.config.train.steps, schedule.ratio, schedule.total_steps)
         every = schedule.interval0 / rate if rate else math.inf
-        for held in self.bank.held.values():
+        for held in sorted(self.bank.held.values(), key=lambda held: held.group or ""):
             if held.group:
                 values = schedule.rank * held.rows.size(1)
                 yield Flow("bank", "", held.group, "all_reduce", values * held.rows.element_size()), every
