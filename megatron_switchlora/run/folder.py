@@ -238,11 +238,12 @@ class RunFolder:
             self.trace = StepTrace(self.path, config.train.profiled, print_line)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append an object to metrics.jsonl, and pass it to the loggers."""
+        """Append an object to metrics.jsonl, pass it to the loggers, and write a trace that ends with it."""
         self.history.append(record)
         if self.metrics is not None:
             self.metrics.log(record)
         self.loggers.log(record)
+        self.trace.recorded(record["step"])
 
     def _files(self) -> list[RecordFile]:
         return [*([self.metrics] if self.metrics else []), *self.heads.values()]
