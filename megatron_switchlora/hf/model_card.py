@@ -109,7 +109,7 @@ def model_card(facts: CardFacts, part: Part = "model") -> str:
     if facts.meta.get("versions"):
         versions = {key: value for key, value in facts.meta["versions"].items() if value and key != "platform"}
         lines += ["", f"Made with {', '.join(f'{key} {value}' for key, value in versions.items())}."]
-    text = "\n".join(lines) + "\n"
+    text = ("\n".join(lines) + "\n").encode(errors="replace").decode()  # a name may hold bytes that are not UTF-8
     digest = hashlib.sha256(text.encode()).hexdigest()
     return f"{text}\n<!-- Made by megatron_switchlora, sha256 {digest}. An edited card is kept. -->\n"
 
@@ -129,7 +129,7 @@ def edited_card(path: Path) -> Optional[bytes]:
 def write_card(folder: Path, text: str, before: Optional[Path] = None) -> None:
     """Write a card to a folder; with an edited card in the folder `before`, which this one replaces, that one."""
     kept = edited_card(before / NAME) if before else None
-    (folder / NAME).write_bytes(text.encode(errors="replace") if kept is None else kept)
+    (folder / NAME).write_bytes(text.encode() if kept is None else kept)
 
 
 def _cell(text: object) -> str:

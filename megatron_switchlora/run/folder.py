@@ -42,6 +42,7 @@ ASIDES = (*map(re.escape, RUN_FILES), "loss\\.png", rf"metrics\.{LABEL}\.jsonl")
 META: dict[str, type] = {  # all entries of meta.json that are read anywhere
     "finished": bool, "branched_from": str, "resumed_at": list, "data": str, "val_loss": float, "device": str,
     "parameters": dict, "vocab_size": int, "versions": dict, "wandb": dict,
+    "tensorboard": bool,
 }  # fmt: skip
 
 
@@ -232,17 +233,19 @@ class RunFolder:
         if self.writes:
             chosen = config.log.wandb != "none"
             entry = wandb_entry(self.meta.get("wandb", {}), self._logged, self._resumed, chosen)
-            if entry:
-                self.update_meta(wandb=entry)
-            self.loggers = open_loggers(LogStart(self.path, config, self.history, self._resumed, entry), print_line)
+            complete = self.meta.get("tensorboard", False)
+            self.update_meta(**({"wandb": entry} if entry else {}), tensorboard=False)  # until they have started
+            start = LogStart(self.path, config, self.history, self._resumed, entry, complete)
+            self.loggers = open_loggers(start, print_line, self.update_meta)
             self.trace = StepTrace(self.path, config.train.profiled, print_line)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append an object to metrics.jsonl, and pass it to the loggers."""
+        """Append an object to metrics.jsonl, pass it to the loggers, and write a trace that ends with it."""
         self.history.append(record)
         if self.metrics is not None:
             self.metrics.log(record)
         self.loggers.log(record)
+        self.trace.recorded(record["step"])
 
     def _files(self) -> list[RecordFile]:
         return [*([self.metrics] if self.metrics else []), *self.heads.values()]

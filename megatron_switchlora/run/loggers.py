@@ -3,11 +3,13 @@
 They get the records of metrics.jsonl with the same keys, and a resumed run continues its curves:
     TensorBoard    events after the checkpoint are purged, as TensorBoard's own writer does it
     W&B            the run's id is in meta.json; records that an earlier start has logged are left out
-A logger that is switched on later first gets the records of earlier starts.
+A logger that is switched on later, or has failed, first gets the missing records of earlier starts. meta.json holds
+what it has got.
 """
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Callable
@@ -34,6 +36,8 @@ class LogStart:
     """The step of the checkpoint from which a run resumes in its folder; None for a new one."""
     wandb: dict[str, Any] = field(default_factory=dict)
     """W&B's entry in meta.json, as `wandb_entry` returns it."""
+    complete: bool = False
+    """Whether TensorBoard has got every record of earlier starts."""
 
 
 class Logger(Protocol):
@@ -44,6 +48,10 @@ class Logger(Protocol):
     def flush(self) -> None: ...
 
     def close(self, failed: bool) -> None: ...
+
+    def entries(self, complete: bool) -> dict[str, Any]:
+        """Return the entries in meta.json of a logger that gets every record, or of one that has failed."""
+        ...
 
 
 def own_folder(folder: Path) -> Path:
@@ -70,10 +78,10 @@ class TensorBoard:
         first = not any(folder.glob("*.tfevents.*"))
         self._writer = EventFileWriter(str(folder), flush_secs=30)
         if not first:
-            purged = start.resumed + 1 if start.resumed else 0
+            purged = start.resumed + 1 if start.resumed and start.complete else 0
             restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._writer.add_event(self._event(wall_time=time.time(), step=purged, session_log=restart))
-        for record in start.kept if first else ():
+        for record in start.kept if first or not start.complete else ():
             self.log(record)
 
     def log(self, record: Record) -> None:
@@ -89,7 +97,12 @@ class TensorBoard:
 
     def close(self, failed: bool) -> None:
         """Write what waits in memory, and close the file."""
+        self._writer.flush()  # raises what has failed in TensorBoard's thread, unlike `close`
         self._writer.close()
+
+    def entries(self, complete: bool) -> dict[str, Any]:
+        """Return whether the events are complete."""
+        return {"tensorboard": complete}
 
 
 def position(record: Record) -> list[int]:
@@ -100,13 +113,14 @@ def position(record: Record) -> list[int]:
 def wandb_entry(before: dict[str, Any], logged: list[Record], resumed: Optional[int], chosen: bool) -> dict[str, Any]:
     """Return W&B's entry in meta.json: the run's id, the last record that it has got, and whether it gets more.
 
+    It gets none until it has started; then `WandB.entries` is the entry.
     `before` is the entry of the previous start, whose records were `logged`. A run that starts from step 0 gets a new
     id, since W&B refuses steps that it already has. The entry is empty if W&B was never `chosen`.
     """
     if not resumed or set(before) != {"id", "until", "chosen"}:
-        return {"id": secrets.token_hex(4), "until": [-1, 0], "chosen": True} if chosen else {}
+        return {"id": secrets.token_hex(4), "until": [-1, 0], "chosen": False} if chosen else {}
     until = max([before["until"], *map(position, logged)]) if before["chosen"] else before["until"]
-    return {"id": before["id"], "until": until, "chosen": chosen}
+    return {"id": before["id"], "until": until, "chosen": False}
 
 
 class WandB:
@@ -117,12 +131,12 @@ class WandB:
 
         own_folder(start.folder / "wandb")
         log, offline = start.config.log, start.config.log.wandb == "offline"
-        self._until = start.wandb["until"]
+        self._id, self._until = start.wandb["id"], start.wandb["until"]
         settings = wandb.Settings(
             console="off", silent=offline, disable_git=True, disable_code=True, init_timeout=60, finish_timeout=300
         )
         self._run = wandb.init(
-            dir=str(start.folder), mode="offline" if offline else "online", id=start.wandb["id"],
+            dir=str(start.folder), mode="offline" if offline else "online", id=self._id,
             name=start.folder.absolute().name, project=log.wandb_project, entity=log.wandb_entity,
             group=log.wandb_group, config=start.config.to_dict(), resume=None if offline else "allow",
             allow_val_change=True, reinit="create_new", settings=settings,
@@ -134,6 +148,7 @@ class WandB:
         """Add a record, unless an earlier start has added it."""
         if position(record) > self._until:
             self._run.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
+            self._until = position(record)
 
     def flush(self) -> None:
         """Do nothing: W&B's own process writes what it has got."""
@@ -142,18 +157,32 @@ class WandB:
         """Wait until W&B has written everything, or until its time-out."""
         self._run.finish(exit_code=int(failed))
 
+    def entries(self, complete: bool) -> dict[str, Any]:
+        """Return the run's id and the last record that it has got."""
+        return {"wandb": {"id": self._id, "until": self._until, "chosen": complete}}
+
 
 class Loggers:
-    """Loggers by name; one that fails gives a warning and gets no more records."""
+    """Loggers by name; one that fails gives a warning and gets no more records.
 
-    def __init__(self, print_line: Callable[[str], None] = print) -> None:
+    `update_meta` adds their entries to meta.json.
+    """
+
+    def __init__(
+        self, print_line: Callable[[str], None] = print, update_meta: Callable[..., None] = lambda **entries: None
+    ) -> None:
         self._open: dict[str, Logger] = {}
-        self._print_line = print_line
+        self._print_line, self._update_meta = print_line, update_meta
 
     def add(self, name: str, make: Callable[[LogStart], Logger], start: LogStart) -> None:
         """Open a logger."""
         with decorating(f"{name}, which gets no records,", self._print_line):
             self._open[name] = make(start)
+            self._note(self._open[name], complete=True)
+
+    def _note(self, logger: Logger, complete: bool) -> None:
+        with contextlib.suppress(OSError):  # a full disk: the next update of meta.json writes these entries, too
+            self._update_meta(**logger.entries(complete))
 
     def _each(self, act: Callable[[Logger], None]) -> None:
         for name in list(self._open):
@@ -161,6 +190,8 @@ class Loggers:
             with decorating(f"{name}, which gets no more records,", self._print_line):
                 act(logger)
                 self._open[name] = logger
+            if name not in self._open:
+                self._note(logger, complete=False)
 
     def log(self, record: Record) -> None:
         """Pass a record to all."""
@@ -176,9 +207,9 @@ class Loggers:
         self._open.clear()
 
 
-def open_loggers(start: LogStart, print_line: Callable[[str], None]) -> Loggers:
+def open_loggers(start: LogStart, print_line: Callable[[str], None], update_meta: Callable[..., None]) -> Loggers:
     """Return the loggers that the run's options choose."""
-    loggers, log = Loggers(print_line), start.config.log
+    loggers, log = Loggers(print_line, update_meta), start.config.log
     if log.tensorboard:
         loggers.add("TensorBoard", TensorBoard, start)
     if log.wandb != "none":

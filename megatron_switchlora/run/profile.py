@@ -31,7 +31,7 @@ class StepTrace:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Trace the body if it is a step to trace; write the trace after the last one."""
+        """Trace the body if it is a step to trace."""
         first, last = self._steps or (0, -1)
         if not first <= number <= last:
             yield
@@ -41,7 +41,10 @@ class StepTrace:
         with torch.profiler.record_function(f"step {number}"):
             yield
         self._done.append(number)
-        if number == last:
+
+    def recorded(self, number: int) -> None:
+        """Write the trace after the record of its last step, whose time would otherwise include the writing."""
+        if self._steps is not None and number >= self._steps[1]:
             self.close()
 
     def _begin(self) -> None:

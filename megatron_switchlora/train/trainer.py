@@ -316,9 +316,9 @@ class Trainer:
         """
         if step == self.phases[-1].first and self.phase is not self.phases[-1]:
             self._hand_over()
-        step_started_at = time.perf_counter()
         votes = partial(self._votes, step, started_at)
         with self.run.trace.step(step + 1):
+            step_started_at = time.perf_counter()
             batches = self.phase.loader.micro_batches(step)
             result = self.engine.train_step(step - self.phase.first, batches, votes)
         if not result.healthy:

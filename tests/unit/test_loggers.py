@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +76,14 @@ def single(found: dict[str, list[tuple[int, Any]]]) -> dict[str, list[tuple[int,
     return {key: [(step, float(np.float32(value))) for step, value in points] for key, points in found.items()}
 
 
+@pytest.fixture(autouse=True)
+def ordered_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Number the files of events from 10: TensorBoard reads those of one second and process in order of their names."""
+    monkeypatch.setattr(
+        "tensorboard.summary.writer.event_file_writer._global_uid", SimpleNamespace(get=count(10).__next__)
+    )
+
+
 def test_events_are_the_records(tmp_path: Path) -> None:
     """After a kill at step 8 the run resumes from step 5, in another file of events."""
     run = tmp_path / "run"
@@ -96,6 +105,33 @@ def test_events_that_are_switched_on_later_begin_at_the_first_step(tmp_path: Pat
     assert events(run) == single(curves(run)) and len(events(run)["loss"]) == 6
 
 
+def test_events_have_the_steps_of_a_start_without_them(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(run, BOARD, 1, 4, None)
+    train(run, LogConfig(), 5, 8, 4)
+    train(run, BOARD, 9, 10, 8)
+    assert events(run) == single(curves(run)) and len(events(run)["loss"]) == 10
+    train(run, BOARD, 11, 12, 10)
+    assert events(run) == single(curves(run)) and len(events(run)["loss"]) == 12
+
+
+@pytest.mark.parametrize("where", ["__init__", "add_event", "flush", "close"])
+def test_events_have_the_steps_after_a_failure(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    def fail(*given: object, **named: object) -> None:
+        raise OSError("no space")
+
+    run = tmp_path / "run"
+    train(run, BOARD, 1, 4, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(EventFileWriter, where, fail)
+        (warning,) = train(run, BOARD, 5, 8, 4)
+    assert "no space" in warning
+    train(run, BOARD, 9, 10, 8)
+    assert events(run) == single(curves(run)) and len(events(run)["loss"]) == 10
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_nothing_is_logged_through_a_link(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
@@ -115,6 +151,9 @@ def test_a_logger_that_fails_warns_once(tmp_path: Path, where: str) -> None:
     class Failing:
         def __init__(self, start: LogStart) -> None:
             pass
+
+        def entries(self, complete: bool) -> dict[str, Any]:
+            return {}
 
         def __getattr__(self, name: str) -> Any:
             def act(*given: object) -> None:
@@ -172,6 +211,36 @@ def test_wandb_continues_the_run_without_doubles(tmp_path: Path, rows: list[tupl
     assert {id for id, _, _ in rows} == {read_meta(run)["wandb"]["id"]}
     train(run, OFFLINE, 1, 2, 0)  # from step 0: another run, since W&B would leave all steps out
     assert len({id for id, _, _ in rows}) == 2 and rows[-2][1] == 2
+
+
+@pytest.mark.parametrize("failing", ["init", "log"])
+def test_wandb_gets_later_what_it_could_not_get(
+    tmp_path: Path,
+    rows: list[tuple[str, int, dict[str, Any]]],
+    failing: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a failure at the start, or in its middle, a resumed run adds all other records once."""
+
+    def fail_init(**given: Any) -> None:
+        raise OSError("no network")
+
+    def fail_log(run: FakeRun, values: dict[str, Any], step: int) -> None:
+        if step == 3:
+            raise OSError("no network")
+        run.rows.append((run.id, step, values))
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        if failing == "init":
+            patch.setattr(sys.modules["wandb"], "init", fail_init)
+        else:
+            patch.setattr(FakeRun, "log", fail_log)
+        (warning,) = train(run, OFFLINE, 1, 4, None)
+    assert "no network" in warning
+    train(run, OFFLINE, 5, 6, 4)
+    assert [step for _, step, _ in rows if step >= 0] == [record["step"] for record in records_of(1, 6)]
+    assert len({id for id, _, _ in rows}) == 1
 
 
 def test_a_run_that_an_error_ends_has_failed_in_wandb(

@@ -159,3 +159,10 @@ def test_an_edited_card_is_kept(tmp_path: Path) -> None:
         assert (new / "README.md").read_bytes() == path.read_bytes()
     write_card(new, texts[1], before=tmp_path / "none")
     assert (new / "README.md").read_text() == texts[1]
+
+
+def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    """A run in such a folder still gets its card, which counts as ours."""
+    config = RunConfig()
+    write_card(tmp_path, model_card(CardFacts("run-\udcff", config.model, 300, config, 4, None)))
+    assert "# run-?\n" in (tmp_path / "README.md").read_text() and edited_card(tmp_path / "README.md") is None

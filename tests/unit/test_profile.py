@@ -5,13 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.config.train import TrainConfig
+from megatron_switchlora.run.folder import RunFolder
 from megatron_switchlora.run.profile import StepTrace
 
 
@@ -34,6 +37,7 @@ def train(trace: StepTrace, first: int, last: int) -> None:
     for number in range(first, last + 1):
         with trace.step(number):
             torch.ones(number, number) @ torch.ones(number, number)
+        trace.recorded(number)
     trace.close()
 
 
@@ -51,6 +55,19 @@ def test_a_trace_has_the_steps_that_were_asked_for(tmp_path: Path) -> None:
         assert begin <= product["ts"] <= end
     begin, end = steps["step 3"][0], steps["step 5"][1]
     assert all(begin <= each["ts"] and each["ts"] + each["dur"] <= end for each in operators(trace))
+
+
+def test_a_trace_is_written_after_the_record(tmp_path: Path) -> None:
+    """Not within the step, whose time the record holds."""
+    run = RunFolder(tmp_path, writes=True)
+    run.open_loggers(replace(RunConfig(), train=TrainConfig(profile="1-2")), print)
+    for number in (1, 2):
+        with run.trace.step(number):
+            torch.ones(2, 2) @ torch.ones(2, 2)
+        assert not (tmp_path / "profile").exists()
+        run.log({"step": number, "loss": 1.0})
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["rank0.steps_1-2.json.gz"]
+    run.close()
 
 
 @pytest.mark.parametrize(("first", "last", "names"), [(1, 4, ["3-4"]), (5, 9, ["5-5"]), (6, 9, []), (1, 2, [])])
