@@ -37,6 +37,8 @@ def flows(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Zero) 
         *_by_method(tensors, mesh, zero),
         *_tensor_parallel(config, tensors, mesh),
     ]
+    order = ("gradients", "parameters", "bank", "tensor parallel")  # then what else a method gives
+    given.sort(key=lambda flow: order.index(flow.kind) if flow.kind in order else len(order))
     return [flow for flow in given if flow.bytes]
 
 
