@@ -302,3 +302,14 @@ def test_a_folder_in_the_place_of_a_run_is_kept(setting: Setting, tmp_path: Path
     status, runner = start(setting, tmp_path, Bench())
     assert status == 2 and mine.is_dir() and len(on_disk(tmp_path)) == 5
     assert f"{mine} is there, and was not made by this batch: move it away" in next(iter(runner.failures.values()))
+
+
+def test_merging_keeps_the_rates_that_are_there(tmp_path: Path) -> None:
+    def results(name: str, **chosen: Any) -> Results:
+        content = {"data": "text", "chosen": chosen, "timing": {}, "runs": {}}
+        (tmp_path / name).write_text(json.dumps(content))
+        return Results(tmp_path / name)
+
+    ours = results("ours.json", full=[0.1, None], lora=None)
+    assert ours.merge(results("theirs.json", full=[0.2, None], lora=[0.3, None], lte=None)) == 0
+    assert Results(ours.path).content["chosen"] == {"full": [0.1, None], "lora": [0.3, None]}
