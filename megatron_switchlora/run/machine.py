@@ -33,6 +33,15 @@ def _git(*arguments: str) -> Optional[str]:
     return completed.stdout.strip()
 
 
+def _revision() -> Optional[str]:
+    """Return the revision of the package's own tree, or None where git's tree is one that it is installed into."""
+    top = _git("rev-parse", "--show-toplevel")
+    if not top or Path(top).resolve() != Path(__file__).resolve().parents[2]:
+        return None
+    revision = _git("rev-parse", "HEAD")
+    return revision and revision + ("-changed" if _git("status", "--porcelain", "-uno") else "")
+
+
 def versions() -> dict[str, Optional[str]]:
     """Return the versions of Python and packages, and the git revision, with a mark if the tree is changed."""
     by_package: dict[str, Optional[str]] = {"python": platform.python_version(), "platform": platform.platform()}
@@ -41,6 +50,5 @@ def versions() -> dict[str, Optional[str]]:
             by_package[package] = version(package)
         except PackageNotFoundError:
             by_package[package] = None
-    revision = _git("rev-parse", "HEAD")
-    by_package["git_revision"] = revision and revision + ("-changed" if _git("status", "--porcelain", "-uno") else "")
+    by_package["git_revision"] = _revision()
     return by_package

@@ -271,3 +271,45 @@ def test_inputs_have_a_largest_size_and_replace_nothing_else(
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match="holds no earlier inputs, so it is not replaced"):
         pack(setting, source, config, tmp_path / "mine")
+
+
+def test_a_batch_removes_what_a_batch_has_made_alone(setting: Setting, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    (work / "thesis").mkdir(parents=True)
+    kept = [work / "thesis" / "data.txt", work / "out.json", work / "mine_seed_1_0123abcd"]
+    for path in kept:
+        path.write_text("mine")
+    bench = Bench()
+    start(setting, tmp_path, bench, limit=15.0)
+    own = work / bench.begun[0]  # a killed call leaves its run and its log
+    own.mkdir()
+    (own / "part").touch()
+    (work / "worker0.log").touch()
+    with (work / ".batch").open("a") as file:
+        file.write("thesis\n../found.json\n")
+    status, _ = start(setting, tmp_path, Bench())
+    assert status == 0 and not own.exists() and not (work / "worker0.log").exists()
+    assert [path.read_text() for path in kept] == ["mine"] * 3 and on_disk(tmp_path)
+
+
+def test_a_folder_in_the_place_of_a_run_is_kept(setting: Setting, tmp_path: Path) -> None:
+    bench = Bench()
+    start(setting, tmp_path, bench)
+    (tmp_path / "found.json").unlink()
+    shutil.rmtree(tmp_path / "work")
+    mine = tmp_path / "work" / bench.begun[-1]
+    mine.mkdir(parents=True)
+    status, runner = start(setting, tmp_path, Bench())
+    assert status == 2 and mine.is_dir() and len(on_disk(tmp_path)) == 5
+    assert f"{mine} is there, and was not made by this batch: move it away" in next(iter(runner.failures.values()))
+
+
+def test_merging_keeps_the_rates_that_are_there(tmp_path: Path) -> None:
+    def results(name: str, **chosen: Any) -> Results:
+        content = {"data": "text", "chosen": chosen, "timing": {}, "runs": {}}
+        (tmp_path / name).write_text(json.dumps(content))
+        return Results(tmp_path / name)
+
+    ours = results("ours.json", full=[0.1, None], lora=None)
+    assert ours.merge(results("theirs.json", full=[0.2, None], lora=[0.3, None], lte=None)) == 0
+    assert Results(ours.path).content["chosen"] == {"full": [0.1, None], "lora": [0.3, None]}

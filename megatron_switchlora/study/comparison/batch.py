@@ -27,6 +27,7 @@ from megatron_switchlora.run.folder import lock_folder
 from megatron_switchlora.startup.environment import cpu_threads
 from megatron_switchlora.startup.signals import REQUEUE
 from megatron_switchlora.study.comparison.inputs import Inputs, text_options
+from megatron_switchlora.study.comparison.made import Made
 from megatron_switchlora.study.comparison.results import Results
 from megatron_switchlora.study.comparison.runner import Runner, Stopped, Unfinished
 from megatron_switchlora.study.comparison.settings import Setting
@@ -124,9 +125,8 @@ class BatchRunner(Runner):
     def __enter__(self) -> BatchRunner:
         self.work.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(self.work)
-        for path in self.work.iterdir():  # of a call that was killed: no run of a batch is resumed
-            if path.name != ".lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._made = Made(self.work)
+        self._made.remove_all()
         for _ in range(self.processes):
             self._workers.put(self._start())
         return self
@@ -139,7 +139,7 @@ class BatchRunner(Runner):
         self._lock.close()
 
     def _start(self) -> Worker:
-        log = self.work / f"worker{len(self._started)}.log"
+        log = self._made.claim(f"worker{len(self._started)}.log")
         worker = self._make_worker(self.requested, log, environment_of(os.environ, self.processes))
         self._started.append(worker)
         return worker
@@ -203,8 +203,12 @@ class BatchRunner(Runner):
             self.left_out.append(key)
             raise Unfinished(f"{key} is not begun: it takes about {expected:.0f} s and {self.left():.0f} s are left.")
         worker.device(self.left())
+        try:
+            folder = self._made.claim(self._folder(key).name)
+        except UserError as error:
+            raise self._failed(key, str(error)) from None
         line = self.setting.command_line(options | ADDED, self.data)
-        task = {"words": line, "cache": str(self.inputs.cache.absolute()), "folder": str(self._folder(key))}
+        task = {"words": line, "cache": str(self.inputs.cache.absolute()), "folder": str(folder)}
         figures = worker.train(task, self.left())
         if "failed" in figures:
             raise self._failed(key, figures["failed"])

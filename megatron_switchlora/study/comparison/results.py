@@ -131,14 +131,20 @@ class Results:
     def merge(self, other: Results) -> int:
         """Add the runs of another file that are not in this one, and return their number.
 
+        Of chosen rates, those that are here already stay.
+
         Raises:
             UserError: they read other tokens, or ran on another device.
         """
         new = {key: run for key, run in other.content["runs"].items() if key not in self.content["runs"]}
         self.require_text(other.content["data"], str(other.path))
         self.require_device(other.device, str(other.path))
-        if new:
-            chosen = {method: rates for method, rates in other.content["chosen"].items() if rates is not None}
+        chosen = {
+            method: rates
+            for method, rates in other.content["chosen"].items()
+            if rates is not None and self.content["chosen"].get(method) is None
+        }
+        if new or chosen:
             self.content["data"] = self.content["data"] or other.content["data"]
             self.content["runs"] |= new
             self.content["chosen"] |= chosen
