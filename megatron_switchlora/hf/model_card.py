@@ -8,6 +8,7 @@ line of a generated card holds a digest of the others.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,9 +84,25 @@ def card_facts(weights: Weights, checkpoint: Checkpoint) -> CardFacts:
 
 
 def hub_name(source: Optional[str]) -> Optional[str]:
-    """Return the Hub's name of a folder in its cache, or None."""
-    found = re.search(r"models--([\w.-]+?)--([\w.-]+)", source or "")
-    return f"{found[1]}/{found[2]}" if found else None
+    """Return the Hub's name of a model's folder in its cache, or None."""
+    found = re.search(r"(?:^|/)models--(?:([\w.-]+?)--)?([\w.-]+)/snapshots/[^/]+/*$", source or "")
+    return "/".join(filter(None, found.groups())) if found else None
+
+
+def _names_dataset(name: str) -> bool:
+    """Return whether a data set's name is one of the Hub's, not that of a folder here or on another machine."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not Path(name).exists()
+
+
+def _number(value: object) -> Optional[float]:
+    """Return a finite number of meta.json, or None for anything else."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else None
+
+
+def _before_method(facts: CardFacts) -> bool:
+    """Return whether only the full-rank steps before the method have trained the weights."""
+    return facts.config is not None and 0 < facts.step <= facts.config.method.full_rank_steps
 
 
 def model_card(facts: CardFacts, part: Part = "model") -> str:
@@ -95,9 +112,11 @@ def model_card(facts: CardFacts, part: Part = "model") -> str:
     head["pipeline_tag"] = "text-generation"
     if hub_name(facts.source):
         head["base_model"] = hub_name(facts.source)
-    if config is not None and config.data.source == "hf" and not Path(config.data.hf_name).exists():
+    if config is not None and config.data.source == "hf" and _names_dataset(config.data.hf_name):
         head["datasets"] = [config.data.hf_name]
-    kinds = ([config.method.name] if config else []) + (["lora"] if part == "adapter" else [])
+    kinds = ([config.method.name] if config and not _before_method(facts) else []) + (
+        ["lora"] if part == "adapter" else []
+    )
     head["tags"] = list(dict.fromkeys([*family.model_types, "megatron_switchlora", *kinds]))
     lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", "", f"# {_cell(facts.name)}", ""]
     lines += [_summary(facts, family.title, part), ""]
@@ -132,9 +151,14 @@ def write_card(folder: Path, text: str, before: Optional[Path] = None) -> None:
     (folder / NAME).write_bytes(text.encode() if kept is None else kept)
 
 
+def _line(text: object) -> str:
+    """Return a text without line breaks."""
+    return " ".join(str(text).split())
+
+
 def _cell(text: object) -> str:
     """Return a text for a cell of a table."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+    return _line(text).replace("|", "\\|")
 
 
 def _table(rows: dict[str, object]) -> list[str]:
@@ -142,10 +166,13 @@ def _table(rows: dict[str, object]) -> list[str]:
 
 
 def _summary(facts: CardFacts, title: str, part: Part) -> str:
-    count = facts.meta.get("parameters", {}).get("full_rank")
+    count = _number(facts.meta.get("parameters", {}).get("full_rank"))
     size = f" of {count / 1e6:.2f} M parameters" if count else ""
-    origin = f" from the weights of `{hub_name(facts.source) or facts.source}`" if facts.source else ""
+    origin = f" from the weights of `{hub_name(facts.source) or _line(facts.source)}`" if facts.source else ""
     made = "imported" if facts.config is None else f"trained with {facts.config.method.facts.title}"
+    if facts.config is not None and _before_method(facts):
+        method = facts.config.method
+        made = f"trained at full rank, before {method.facts.title} begins at step {method.full_rank_steps}"
     which = {
         "model": "",
         "base": " This is the frozen base, without the adapter in `../adapter`.",
@@ -166,9 +193,13 @@ def _training(facts: CardFacts, config: RunConfig) -> dict[str, object]:
     }
     rows: dict[str, object] = {"Method": config.method.facts.title}
     rows |= {"Its options": ", ".join(f"`{name}` {value}" for name, value in read.items())} if read else {}
-    if {"trainable", "full_rank"} <= parameters.keys():
+    trainable, full_rank = _number(parameters.get("trainable")), _number(parameters.get("full_rank"))
+    if _before_method(facts):
+        border = config.method.full_rank_steps
+        rows["Trainable parameters"] = f"all, until {config.method.facts.title} begins after step {border}"
+    elif trainable is not None and full_rank is not None:
         heads = f", in each of {config.heads} heads" if config.heads > 1 else ""
-        rows["Trainable parameters"] = f"{parameters['trainable']:,} of {parameters['full_rank']:,}{heads}"
+        rows["Trainable parameters"] = f"{trainable:,} of {full_rank:,}{heads}"
     tokens = train.global_batch_size * train.seq_len
     rows |= {
         "Steps": f"{facts.step:,} of {train.steps:,}",
@@ -212,14 +243,15 @@ def _result(facts: CardFacts, config: RunConfig) -> list[str]:
     if facts.val_loss is None:
         return [f"No validation loss was measured after step {facts.step:,}."]
     meta = facts.meta
+    unigram, held = _number(meta.get("unigram_val_ppl")), _number(meta.get("val_samples"))
     rows: dict[str, object] = {
         "Validation loss": f"{facts.val_loss:.4f} nats per token",
         "Validation perplexity": f"{perplexity(facts.val_loss):.2f}",
     }
-    if "unigram_val_ppl" in meta:
-        rows["Perplexity of a unigram model of the training tokens"] = f"{meta['unigram_val_ppl']:.2f}"
-    if "val_samples" in meta:
-        samples = min(meta["val_samples"], config.train.eval_samples or meta["val_samples"])
+    if unigram is not None:
+        rows["Perplexity of a unigram model of the training tokens"] = f"{unigram:.2f}"
+    if held is not None:
+        samples = min(held, config.train.eval_samples or held)
         rows["Validation samples"] = f"{samples:,} of {config.train.seq_len} tokens"
     if meta.get("data"):
         rows["Fingerprint of the tokens"] = f"`{meta['data']}`"

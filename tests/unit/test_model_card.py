@@ -122,6 +122,8 @@ def weights_with(state: dict[str, Any], weights: Any) -> Any:
 
 def test_hub_names() -> None:
     assert hub_name("/x/hub/models--meta-llama--Llama-3.2-1B/snapshots/0a") == "meta-llama/Llama-3.2-1B"
+    assert hub_name("/x/hub/models--gpt2/snapshots/0a") == "gpt2"
+    assert hub_name("/x/models--a--b/mine") is None and hub_name("/x/models--a--b/snapshots/0a/mine") is None
     assert hub_name("/home/me/llama") is None and hub_name(None) is None
 
 
@@ -130,6 +132,10 @@ def test_hub_names() -> None:
     [
         (DataConfig(source="hf", tokenizer="t5-base"), ["allenai/c4"], "`allenai/c4`, en, split train, validation on"),
         (DataConfig(source="hf", hf_name="/tmp", tokenizer="t5-base"), None, "`/tmp`, en, split train"),
+        (DataConfig(source="hf", hf_name="/home/me/c4", tokenizer="t5-base"), None, "`/home/me/c4`, en, split train"),
+        (DataConfig(source="hf", hf_name="../my/c4", tokenizer="t5-base"), None, "`../my/c4`, en, split train"),
+        (DataConfig(source="hf", hf_name="~/c4", tokenizer="t5-base"), None, "`~/c4`, en, split train"),
+        (DataConfig(source="hf", hf_name="imdb", tokenizer="t5-base"), ["imdb"], "`imdb`, en, split train"),
         (DataConfig(), None, "the sources of Python's standard library, at most 10,000,000 bytes"),
         (DataConfig(source="files", files=["a|b/*.txt", "c.txt"]), None, "`a\\|b/*.txt`, `c.txt`; 10% of the text"),
         (DataConfig(source="files", files="a", val_files="b"), None, "`a`; validation on `b`"),
@@ -166,3 +172,35 @@ def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
     config = RunConfig()
     write_card(tmp_path, model_card(CardFacts("run-\udcff", config.model, 300, config, 4, None)))
     assert "# run-?\n" in (tmp_path / "README.md").read_text() and edited_card(tmp_path / "README.md") is None
+
+
+def test_a_checkpoint_of_the_full_rank_steps() -> None:
+    """Until the method begins every weight trains."""
+    config = small_config("lora")
+    config.method.full_rank_steps = 4
+    cards = {}
+    for step in (2, 4, 5):
+        facts = CardFacts("x", config.model, 300, config, step, None, META)
+        cards[step] = ModelCard(model_card(facts))
+    for step in (2, 4):
+        assert "trained at full rank, before lora begins at step 4." in cards[step].text
+        assert rows(cards[step])["Trainable parameters"] == "all, until lora begins after step 4"
+        assert "lora" not in cards[step].data.tags
+    assert "trained with LoRA" in cards[5].text or "trained with lora" in cards[5].text
+    assert rows(cards[5])["Trainable parameters"] == "1,234 of 56,789" and "lora" in cards[5].data.tags
+
+
+@pytest.mark.parametrize("bad", [None, "31", [], float("inf"), True])
+def test_entries_of_meta_that_are_no_numbers_are_left_out(bad: object) -> None:
+    config = RunConfig()
+    meta = META | {"val_samples": bad, "unigram_val_ppl": bad, "parameters": {"trainable": bad, "full_rank": bad}}
+    facts = CardFacts("x", config.model, 300, config, 4, 2.0, meta)
+    found = rows(ModelCard(model_card(facts)))
+    assert "Validation loss" in found and "Validation samples" not in found and "Trainable parameters" not in found
+    assert "Perplexity of a unigram model of the training tokens" not in found
+
+
+def test_a_source_with_a_line_break() -> None:
+    config = RunConfig()
+    card = model_card(CardFacts("x", config.model, 300, None, 0, None, {}, "/home/my\n# model"))
+    assert "from the weights of `/home/my # model`." in card
