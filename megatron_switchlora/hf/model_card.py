@@ -96,8 +96,9 @@ def _names_dataset(name: str) -> bool:
 
 def _number(value: object) -> Optional[float]:
     """Return a finite number of meta.json, or None for anything else."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _before_method(facts: CardFacts) -> bool:
