@@ -2,7 +2,7 @@
 # Train two LTE heads, one per rank: between merges, every 10 steps, they exchange no gradients.
 set -euo pipefail
 steps=${STEPS:-200}
-deepspeed --num_gpus 2 --module megatron_switchlora.launch.pretrain --config cpu_quickstart --ds_config zero0 \
+deepspeed --num_gpus 2 --master_port "${PORT:-29500}" --module megatron_switchlora.launch.pretrain --config cpu_quickstart --ds_config zero0 \
   --method.name lte --method.lte.merge_interval 10 --parallel.lte_heads 2 \
   --optim.lr 0.0001 --optim.dense_lr 0.08 --output_dir slow_link \
   --train.steps "$steps" --train.warmup_steps $((steps / 10))

@@ -5,7 +5,7 @@ steps=${STEPS:-260}
 for method in full switchlora; do
   rates=(--optim.lr 0.02 --optim.dense_lr 0.02)  # the best on Tiny Shakespeare, at a model of this size
   [ "$method" = switchlora ] || rates=(--optim.lr 0.002 --optim.dense_lr 0.04)
-  deepspeed --num_gpus 2 --module megatron_switchlora.launch.pretrain --config cpu_quickstart --ds_config zero1 \
+  deepspeed --num_gpus 2 --master_port "${PORT:-29500}" --module megatron_switchlora.launch.pretrain --config cpu_quickstart --ds_config zero1 \
     --method.name "$method" "${rates[@]}" --output_dir "compare_$method" \
     --train.steps "$steps" --train.warmup_steps $((steps / 10))
 done

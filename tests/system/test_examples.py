@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.launch import REPOSITORY, clean_environment
+from tests.dist.launch import REPOSITORY, clean_environment, free_port
 from tests.system.commands import BIN
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(400)]
@@ -17,7 +17,8 @@ EXAMPLES = REPOSITORY / "examples"
 
 def walk(name: str, folder: Path, *words: str) -> str:
     """Return the output of a walk, which must succeed."""
-    environment = {**clean_environment(folder), "STEPS": "20", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    environment = {**clean_environment(folder), "STEPS": "20", "PORT": str(free_port())}
+    environment["PATH"] = f"{BIN}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", str(EXAMPLES / name), *words], cwd=folder, env=environment, text=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_switchlora.run.metrics_log import read_records
-from tests.dist.launch import REPOSITORY
+from tests.dist.launch import REPOSITORY, free_port
 from tests.system.commands import write_corpus
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
@@ -83,7 +83,7 @@ def test_it_trains_ten_steps(installed: Environment) -> None:
     corpus = write_corpus(installed.home / "corpus")
     words = ["--config", "cpu_quickstart", "--ds_config", "zero1", *TINY, "--data.files", f"{corpus}/*.txt"]
     installed.run("switchlora", "pretrain", *words, "--output_dir", "alone")
-    module = ["--num_gpus", "1", "--module", "megatron_switchlora.launch.pretrain"]
+    module = ["--num_gpus", "1", "--master_port", str(free_port()), "--module", "megatron_switchlora.launch.pretrain"]
     installed.run("deepspeed", *module, *words, "--output_dir", "launched")
     for run in ("alone", "launched"):
         assert (installed.home / run / "final" / "model.safetensors").is_file()
@@ -96,4 +96,6 @@ def test_commands_find_what_is_shipped(installed: Environment) -> None:
     assert "rank 512" in installed.run("switchlora", "pretrain", "--config", "llama_1.3b", "--dry_run")
     installed.run("switchlora", "init-scripts", "project")
     assert str(installed.bin / "python") in (installed.home / "project/launch/slurm/pretrain.sbatch").read_text()
-    assert "switchlora" in installed.run("switchlora", "compare", "tiny_shakespeare", "--dry_run")
+    text = write_corpus(installed.home / "text") / "argparse.txt"
+    words = ["--data", str(text), "--methods", "full,switchlora", "--dry_run"]
+    assert "switchlora" in installed.run("switchlora", "compare", "tiny_shakespeare", *words)
