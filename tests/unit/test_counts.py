@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_switchlora.config.ds_config import Zero
-from megatron_switchlora.config.plugins import load_plugins
+from megatron_switchlora.config.method import METHODS
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.mesh import Mesh
 from megatron_switchlora.methods import build_method
@@ -20,7 +22,6 @@ from megatron_switchlora.planning.memory import checkpoint_bytes, memory_items
 from tests.plain import VOCAB, PlainRun, make_batches, small_config
 from tests.unit.test_convert import save
 
-load_plugins(["tests.toy_method"])
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = ("sympy", "torch._dynamo", "transformers", "bitsandbytes", "galore_torch", "deepspeed", "datasets")
 CASES = [
@@ -34,10 +35,19 @@ CASES = [
 ]
 
 
+@pytest.fixture
+def toy_method() -> Iterator[None]:
+    """Register the toy method for one test: others ask the table for the methods of the package."""
+    METHODS["toy"] = importlib.import_module("tests.toy_method").ToyFacts
+    yield
+    del METHODS["toy"]
+
+
 def kinds(config: RunConfig, tp: int = 1) -> dict[str, int]:
     return {item.kind: item.bytes for item in memory_items(config, VOCAB, tp, 1, Zero(0))}
 
 
+@pytest.mark.usefixtures("toy_method")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_plugins_own_tensor_is_planned(precision: str) -> None:
     """The toy method keeps an fp32 tensor of the shape of each B, which only its own module knows."""
@@ -49,6 +59,7 @@ def test_a_plugins_own_tensor_is_planned(precision: str) -> None:
     assert f"    removed {own / 1e6:>48.3f}\n".split() in [line.split() for line in plan(toy, {}, 1).splitlines()]
 
 
+@pytest.mark.usefixtures("toy_method")
 @pytest.mark.parametrize("tp", [2, 4])
 def test_it_is_that_of_a_tensor_parallel_rank(tp: int) -> None:
     config = small_config("toy")
@@ -59,6 +70,7 @@ def test_it_is_that_of_a_tensor_parallel_rank(tp: int) -> None:
     assert kinds(config, tp)["removed"] == sum(tensor.nbytes for tensor in method.removed.values())
 
 
+@pytest.mark.usefixtures("toy_method")
 def test_it_is_found_in_a_checkpoint(tmp_path: Path) -> None:
     run = PlainRun(small_config("toy"))
     run.step(0, make_batches(run.config, 1)[0])

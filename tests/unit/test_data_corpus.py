@@ -200,8 +200,9 @@ def test_identity_does_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_progress_bars_show_when_asked_and_are_left_as_they_were(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(corpus_module, "shows_progress", lambda: True)  # as on a terminal
     (tmp_path / "a.txt").write_text("some text")
     data = DataConfig(source="files", files=str(tmp_path / "a.txt"))
     load_corpus(data, tmp_path / "quiet")

@@ -55,7 +55,9 @@ def test_figures_are_made_in_one_place() -> None:
     words = ("FigureCanvasAgg", "import Figure\n", "pyplot", "savefig(")
     users = {path.name: [word for word in words if word in path.read_text()] for path in sources()}
     found = {name for name, used in users.items() if used and not name.startswith("test_")}
-    assert found == {"figures.py", "plots.py"} and users["plots.py"] == ["import Figure\n"]  # its type
+    assert found == {"figures.py", "plots.py", "step_figure.py", "preload.py"}
+    assert users["plots.py"] == ["import Figure\n"]  # its type
+    assert users["step_figure.py"] == users["preload.py"] == ["savefig("]  # of a figure that figures.py has made
 
 
 def test_a_failing_plot_is_one_line(
