@@ -11,7 +11,7 @@ import pytest
 from tests.dist.launch import REPOSITORY, clean_environment, free_port
 from tests.system.commands import BIN
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(1200)]
 EXAMPLES = REPOSITORY / "examples"
 
 
@@ -21,7 +21,7 @@ def walk(name: str, folder: Path, *words: str) -> str:
     environment["PATH"] = f"{BIN}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", str(EXAMPLES / name), *words], cwd=folder, env=environment, text=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     return done.stdout
