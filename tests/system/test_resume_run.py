@@ -314,7 +314,7 @@ def test_an_export_of_a_checkpoint_is_the_final_model(place: Place) -> None:
     final = json.loads((place.folder / "whole" / "final" / "config.json").read_text())
     assert json.loads((place.folder / "exported" / "config.json").read_text()) == final
     status, output = convert(place, "import", "exported", "imported")
-    assert status == 0 and "Start from it: launch/pretrain.py --config imported/model.yaml" in output, output
+    assert status == 0 and "Start from it: switchlora pretrain --config imported/model.yaml" in output, output
     status, output = convert(place, "export", "whole", "exported")
     assert status == 2 and "exists already and is not overwritten" in output
     unfinished = place.folder / "whole" / "checkpoints" / ".building-step-00000099"

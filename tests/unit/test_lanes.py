@@ -44,6 +44,6 @@ def test_one_worker_has_all_ranks(pytester: pytest.Pytester, monkeypatch: pytest
         name = file.removeprefix("tests/").removesuffix(".py")
         workers.setdefault(name, set()).add(worker)
         order.append(name)
-    assert {worker for name in ranks for worker in workers[name]} == {"gw0"}
-    assert workers["system/test_slurm"] == {"gw1"} and order.index("system/test_slurm") < order.index("unit/test_d")
+    (lane,) = {worker for name in ranks for worker in workers[name]}  # whichever worker was ready first
+    assert workers["system/test_slurm"] != {lane} and order.index("system/test_slurm") < order.index("unit/test_d")
     assert all(len(own) == 1 for own in workers.values())
