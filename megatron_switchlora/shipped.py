@@ -1,7 +1,7 @@
 """The files that come with the package: launch scripts, run configurations, DeepSpeed JSONs, settings of comparisons.
 
 In a checkout they lie beside the package, where people look for them; an installed package holds them inside
-(`pyproject.toml` maps the folders).
+(`setup.py` maps the folders).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def checkout() -> Optional[Path]:
 
 def home_path(text: str) -> Path:
     """Return the file that a setting of a comparison names: a shipped one, or one in the checkout or working folder."""
-    first, *rest = Path(text).parts
-    if first in ("launch", "ds_configs"):
-        return shipped_folder(first).joinpath(*rest)
+    parts = Path(text).parts
+    if parts[:1] in (("launch",), ("ds_configs",)):
+        return shipped_folder(parts[0]).joinpath(*parts[1:])
     return (checkout() or Path.cwd()) / text

@@ -104,7 +104,7 @@ def test_a_comparison_shows_what_runs(
     screen = Screen(True)
     monkeypatch.setattr(sys, "stderr", screen)
     setting = Setting("small", {"full": Contender(0.01)})
-    runner = Instant(setting, Results(tmp_path / "results.json"), 1)
+    runner = Instant(setting, Results(tmp_path / "results.json"), tmp_path / "work", 1)
     assert runner.loss("full", Point(0.01), 0, False) == 3.0
     runner.close_bar()
     assert "full lr 0.01" in screen.getvalue() and "1 runs" in screen.getvalue()

@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import os
 import queue
-import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Optional
+from typing import Any, Optional, Self
 
 import torch
 
 from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.run import RunConfig, TrainConfig
-from megatron_switchlora.run.folder import lock_folder
 from megatron_switchlora.startup.environment import cpu_threads
 from megatron_switchlora.startup.signals import REQUEUE
 from megatron_switchlora.study.comparison.inputs import Inputs, text_options
@@ -111,8 +108,8 @@ class BatchRunner(Runner):
         make_worker: Callable[[str, Path, dict[str, str]], Worker] = Worker,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(setting, results, processes)
-        self.work, self.inputs, self.data = work.absolute(), inputs, data
+        super().__init__(setting, results, work, processes)
+        self.inputs, self.data = inputs, data
         self.requested, self.processes, self.deadline = requested, processes, deadline
         self.failures: dict[str, str] = {}
         self.left_out: list[str] = []
@@ -122,21 +119,13 @@ class BatchRunner(Runner):
         self._started: list[Worker] = []
         self._stopping = False
 
-    def __enter__(self) -> BatchRunner:
-        self.work.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_folder(self.work)
+    def __enter__(self) -> Self:
+        super().__enter__()
         self._made = Made(self.work)
         self._made.remove_all()
         for _ in range(self.processes):
             self._workers.put(self._start())
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-        self.close_bar()
-        self._lock.close()
 
     def _start(self) -> Worker:
         log = self._made.claim(f"worker{len(self._started)}.log")
@@ -204,7 +193,7 @@ class BatchRunner(Runner):
             raise Unfinished(f"{key} is not begun: it takes about {expected:.0f} s and {self.left():.0f} s are left.")
         worker.device(self.left())
         try:
-            folder = self._made.claim(self._folder(key).name)
+            folder = self._made.claim(self.folder(key).name)
         except UserError as error:
             raise self._failed(key, str(error)) from None
         line = self.setting.command_line(options | ADDED, self.data)
@@ -217,12 +206,9 @@ class BatchRunner(Runner):
             self._paces[method] = Pace(max(0.0, wall - figures["seconds"]), figures["seconds"] / steps)
         return figures | {"revision": figures["revision"] or self.inputs.revision}
 
-    def _folder(self, key: str) -> Path:
-        return self.work / re.sub(r"[^\w.+-]+", "_", key)
-
     def clean(self, key: str) -> None:
         """Remove the run's folder."""
-        shutil.rmtree(self._folder(key), ignore_errors=True)
+        shutil.rmtree(self.folder(key), ignore_errors=True)
 
     def _failed(self, key: str, why: str) -> Unfinished:
         self.failures[key] = why

@@ -57,7 +57,8 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 def default_out(name: str) -> Path:
     """Return where results go by default: benchmarks/ of the checkout, else the working folder."""
-    return (checkout() or Path.cwd()).joinpath(*(["benchmarks"] if checkout() else []), f"compare_{name}.json")
+    root = checkout()
+    return (root / "benchmarks" if root else Path.cwd()) / f"compare_{name}.json"
 
 
 def make_parser() -> argparse.ArgumentParser:

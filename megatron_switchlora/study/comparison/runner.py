@@ -6,18 +6,20 @@ Two kinds get it: commands of launch/pretrain.py (`runs.py`), and processes that
 from __future__ import annotations
 
 import math
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Optional
+from types import TracebackType
+from typing import Any, Optional, Self
 
 from tqdm import tqdm
 
 from megatron_switchlora.config.errors import require
-from megatron_switchlora.run.folder import read_meta
+from megatron_switchlora.run.folder import lock_folder, read_meta
 from megatron_switchlora.run.machine import machine
 from megatron_switchlora.run.metrics_log import read_records
 from megatron_switchlora.startup.progress import progress
@@ -36,13 +38,36 @@ class Unfinished(Exception):
 
 
 class Runner(ABC):
-    """Gets the losses of runs, at most `jobs` at once."""
+    """Gets the losses of runs, at most `jobs` at once.
 
-    def __init__(self, setting: Setting, results: Results, jobs: int) -> None:
-        self.setting, self.results = setting, results
+    As a context it holds the work folder, and ends what it has started.
+    """
+
+    def __init__(self, setting: Setting, results: Results, work: Path, jobs: int) -> None:
+        self.setting, self.results, self.work = setting, results, work.absolute()
         self._turns = threading.Semaphore(jobs)
         self._bar = progress(None, "Runs", "runs", delay=0.0)
         self._running: set[str] = set()
+
+    def __enter__(self) -> Self:
+        self.work.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(self.work)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        self.close_bar()
+        self._lock.close()
+
+    def close_bar(self) -> None:
+        """Leave the bar as it is at the end."""
+        self._bar.close()
+
+    def folder(self, key: str) -> Path:
+        """Return where a run lies."""
+        return self.work / re.sub(r"[^\w.+-]+", "_", key)
 
     @abstractmethod
     def train(self, key: str, method: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -94,10 +119,6 @@ class Runner(ABC):
             self._bar.set_postfix_str(", ".join(sorted(self._running)))
         self._bar.update()
         return figures
-
-    def close_bar(self) -> None:
-        """Leave the bar as it is at the end."""
-        self._bar.close()
 
 
 def read_run(folder: Path, diverged: bool) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -20,13 +19,11 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Optional
 
 from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.disk import open_no_follow, take_lock
-from megatron_switchlora.run.folder import lock_folder
 from megatron_switchlora.shipped import shipped_folder
 from megatron_switchlora.startup.signals import REQUEUE
 from megatron_switchlora.study.comparison.results import Results
@@ -37,7 +34,7 @@ SCRIPT = shipped_folder("launch") / "pretrain.py"
 
 
 class CommandRunner(Runner):
-    """Starts runs, at most `jobs` at once. As a context it holds the work folder and ends what it has started."""
+    """Starts each run as a command, at most `jobs` at once."""
 
     def __init__(
         self,
@@ -50,23 +47,11 @@ class CommandRunner(Runner):
         text: Optional[str] = None,
     ) -> None:
         require(jobs >= 1, f"--jobs must be at least 1, not {jobs}.")
-        super().__init__(setting, results, jobs)
-        self.work, self.data, self.keep, self.text = work.absolute(), data, keep, text
+        super().__init__(setting, results, work, jobs)
+        self.data, self.keep, self.text = data, keep, text
         self._starting = threading.Lock()
         self._stopping = False
         self._started: set[subprocess.Popen[bytes]] = set()
-
-    def __enter__(self) -> CommandRunner:
-        self.work.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_folder(self.work)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-        self.close_bar()
-        self._lock.close()
 
     def stop(self) -> None:
         """Start nothing more, and ask what runs to leave a checkpoint and end: SIGTERM to each one's process group."""
@@ -85,8 +70,7 @@ class CommandRunner(Runner):
 
     def folder(self, key: str) -> Path:
         """Return where a run of this text lies."""
-        name = f"{key} text {self.text[:8]}" if self.text else key
-        return self.work / re.sub(r"[^\w.+-]+", "_", name)
+        return super().folder(f"{key} text {self.text[:8]}" if self.text else key)
 
     def clean(self, key: str) -> None:
         """Remove checkpoints and the final model, unless they are to be kept."""
