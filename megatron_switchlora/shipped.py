@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Optional
 
 PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent  # of the checkout, where it is one
 
 
 def shipped_folder(name: str) -> Path:

@@ -49,9 +49,9 @@ from megatron_switchlora.model.protocol import build_model, initialize_weights
 from megatron_switchlora.optim.layout import plain_layout
 from megatron_switchlora.planning.memory import memory_items, peak_bytes
 from megatron_switchlora.run.machine import versions
+from megatron_switchlora.shipped import ROOT
 from megatron_switchlora.startup.device import choose_device, peak_memory_bytes
 from megatron_switchlora.startup.environment import Ranks, complete_environment
-from megatron_switchlora.study.places import ROOT
 
 VOCAB = 61
 METHODS = {  # with the largest relative difference of a loss between float64 on two devices
@@ -319,17 +319,15 @@ def limited(act: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]
         return json.loads(path.read_text(encoding="utf-8"))
 
 
-def commit_of(root: Path) -> str:
-    """Return the commit of the code, where git knows it."""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def check(device: str, tiny: bool, root: Path, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Run all stages within `TOTAL` seconds; `report` is called with the result after each."""
     began = time.perf_counter()
-    result: dict[str, Any] = {"commit": commit_of(root), "device": device, "tiny": tiny, "seconds": {}}
+    result: dict[str, Any] = {
+        "commit": versions()["git_revision"] or "unknown",
+        "device": device,
+        "tiny": tiny,
+        "seconds": {},
+    }
     stages, on_cpu = Stages(device, tiny, root), Stages("cpu", tiny, root)
     acts = {"machine": stages.machine, "tests": stages.tests, "reference": stages.reference,
             "engines on the CPU": on_cpu.engines, "engines": stages.engines, "speed": stages.speed}  # fmt: skip

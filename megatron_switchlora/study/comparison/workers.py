@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from megatron_switchlora.disk import open_no_follow
-from megatron_switchlora.study.places import ROOT
+from megatron_switchlora.shipped import ROOT
 
 
 class Ended(Exception):

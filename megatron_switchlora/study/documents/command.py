@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import megatron_switchlora.methods  # noqa: F401  # registers them
 from megatron_switchlora.disk import replace_text
+from megatron_switchlora.shipped import ROOT
 from megatron_switchlora.study.documents.pages import fill, names_in
 from megatron_switchlora.study.documents.step_figure import draw
-from megatron_switchlora.study.places import ROOT
 
 
 def main() -> None:

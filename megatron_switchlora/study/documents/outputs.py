@@ -9,7 +9,7 @@ from functools import partial
 
 from megatron_switchlora.config.command_line import parse_arguments
 from megatron_switchlora.planning import command as planning
-from megatron_switchlora.study.places import ROOT
+from megatron_switchlora.shipped import ROOT
 from megatron_switchlora.train.pretrain import show_plan
 
 LARGE = (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron_switchlora.disk import replace_bytes
 from megatron_switchlora.run.figures import new_figure
-from megatron_switchlora.study.places import ROOT
+from megatron_switchlora.shipped import ROOT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,10 +10,10 @@ from typing import Any
 
 from megatron_switchlora.disk import read_json
 from megatron_switchlora.run.metrics_log import perplexity
+from megatron_switchlora.shipped import ROOT
 from megatron_switchlora.study.comparison.report import comparison_rows
 from megatron_switchlora.study.comparison.results import Results
 from megatron_switchlora.study.comparison.settings import read_setting, validate_points
-from megatron_switchlora.study.places import ROOT
 from megatron_switchlora.study.volume.report import by_kind, by_part
 
 
