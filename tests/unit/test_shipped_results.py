@@ -68,7 +68,7 @@ def test_shipped_results_are_found_again(name: str, tmp_path: Path) -> None:
     left = [run for run in results.content["runs"].values() if run["method"] in unseen]
     assert unseen == UNSEEN.get(name, set()) and found + len(left) == len(results.content["runs"]) > 0
     assert results.device == "cpu"
-    runner = Asking(setting, results, jobs=1)
+    runner = Asking(setting, results, tmp_path / "work", jobs=1)
     runner.asked = set()
     compare(setting, runner)
     assert runner.asked == NEVER_RUN.get(name, set())
