@@ -126,9 +126,10 @@ def check_fields(config: RunConfig) -> None:
     Raises:
         UserError: a field has not.
     """
+    types = field_types()
     for owner, entry, name in _entries(config):
         value = getattr(owner, entry.name)
-        fit(name, value, field_types()[name])
+        fit(name, value, types[name])
         empty = entry.metadata.get("path") and "" in (value if isinstance(value, list) else [value])
         require(not empty, f"{name} is empty: give a path, or leave it out.")
 
@@ -161,15 +162,20 @@ def expanded(name: str, text: str) -> str:
         raise UserError(f"{name}: {error}.") from None
 
 
-def _entries(config: Any, prefix: str = "") -> Iterator[tuple[Any, Field, str]]:
+def _entries(config: RunConfig) -> Iterator[tuple[Any, Field, str]]:
     """Yield every option's section, field and dotted name."""
-    for entry in fields(config):
-        value, name = getattr(config, entry.name), prefix + entry.name
-        if name in sections():
-            require(is_dataclass(value), f"{name} must be a section with fields, not {_shown(value)}.")
-            yield from _entries(value, f"{name}.")
+    return _entries_below(config, "", sections())
+
+
+def _entries_below(section: Any, prefix: str, inner: frozenset[str]) -> Iterator[tuple[Any, Field, str]]:
+    for entry in fields(section):
+        value, name = getattr(section, entry.name), prefix + entry.name
+        if name in inner:
+            if not is_dataclass(value):
+                raise UserError(f"{name} must be a section with fields, not {_shown(value)}.")
+            yield from _entries_below(value, f"{name}.", inner)
         else:
-            yield config, entry, name
+            yield section, entry, name
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -193,12 +199,11 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 
 def _number(name: str, value: Any, kind: Any) -> Any:
-    if kind is float:
-        require(-LARGEST <= value <= LARGEST, f"{name} must be a finite number of 32 bits, not {_shown(value)}.")
-        return float(value)
-    if kind is int:
-        require(-(2**63) <= value < 2**63, f"{name} must be a whole number of 64 bits, not {_shown(value)}.")
-    return value
+    if kind is float and not -LARGEST <= value <= LARGEST:
+        raise UserError(f"{name} must be a finite number of 32 bits, not {_shown(value)}.")
+    if kind is int and not -(2**63) <= value < 2**63:
+        raise UserError(f"{name} must be a whole number of 64 bits, not {_shown(value)}.")
+    return float(value) if kind is float else value
 
 
 def _described(hint: Any) -> str:

@@ -61,10 +61,10 @@ def _refuse_foreign_sections(method: MethodConfig) -> None:
     for name, facts in METHODS.items():
         for section in facts.sections:
             owners.setdefault(section, []).append(name)
-    own = method.facts.sections
+    own, unused = method.facts.sections, unused_options(method)
     foreign = [name for name, methods in owners.items() if len(methods) == 1 and name not in own]
     for section in foreign:
-        given = [name for name in unused_options(method) if name.startswith(f"method.{section}.")]
+        given = [name for name in unused if name.startswith(f"method.{section}.")]
         require(
             not given,
             f"{', '.join(given)} {'belongs' if len(given) == 1 else 'belong'} to method.name {owners[section][0]}, not "

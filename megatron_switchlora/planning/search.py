@@ -60,6 +60,10 @@ def make_plan(config: RunConfig, ds_config: dict[str, Any], machine: Machine, vo
         UserError: what the run would refuse.
     """
     validate(config)
+    return _plan_valid(config, ds_config, machine, vocab_size)
+
+
+def _plan_valid(config: RunConfig, ds_config: dict[str, Any], machine: Machine, vocab_size: int) -> Plan:
     border = config.method.full_rank_steps
     plan = _plan_phase(method_config(config), ds_config, machine, vocab_size)
     if not border:
@@ -82,7 +86,7 @@ def _plan_phase(config: RunConfig, ds_config: dict[str, Any], machine: Machine, 
 
 
 def variants(config: RunConfig, ds_config: dict[str, Any], max_tp: int, kept: Sequence[str]) -> Iterator[tuple]:
-    """Yield each configuration and DeepSpeed JSON to try; options that are `kept` stay as they are."""
+    """Yield each configuration to try with its DeepSpeed JSONs; options that are `kept` stay as they are."""
     sizes = [2**power for power in range(20) if 2**power <= max_tp]
     if "parallel.tp" in kept:
         sizes = [config.parallel.tp]
@@ -97,9 +101,8 @@ def variants(config: RunConfig, ds_config: dict[str, Any], max_tp: int, kept: Se
                 method = copy.deepcopy(config.method)
                 method.switch.bank_spread = spread
                 tried = replace(config, method=method, train=train, parallel=replace(config.parallel, tp=tp))
-                for stage in (0, 1, 2):
-                    section = {**ds_config.get("zero_optimization", {}), "stage": stage}
-                    yield tried, {**ds_config, "zero_optimization": section}
+                sections = [{**ds_config.get("zero_optimization", {}), "stage": stage} for stage in (0, 1, 2)]
+                yield tried, [{**ds_config, "zero_optimization": section} for section in sections]
 
 
 def search(
@@ -118,11 +121,17 @@ def search(
         UserError: nothing runs on these ranks, or nothing fits, with what comes nearest.
     """
     plans, refusals = [], []
-    for tried, json_ in variants(config, ds_config, max_tp, kept):
+    for tried, jsons in variants(config, ds_config, max_tp, kept):
         try:
-            plans.append(make_plan(tried, json_, machine, vocab_size))
+            validate(tried)
         except UserError as error:
             refusals.append(error)
+            continue
+        for json_ in jsons:
+            try:
+                plans.append(_plan_valid(tried, json_, machine, vocab_size))
+            except UserError as error:
+                refusals.append(error)
     if not plans:
         raise refusals[0]
     fitting = [plan for plan in plans if plan.peak <= machine.gpu.memory]
