@@ -16,7 +16,7 @@ STEPS = 60
 @pytest.mark.parametrize(
     ("selection", "changes"),
     [
-        ("ring", {}),
+        pytest.param("ring", {}, marks=pytest.mark.full),
         (
             "ring",
             {"optim__weight_decay": 0.1, "method__rank": 5, "method__switch__freeze_steps": 1, "optim__dense_lr": 0.01},

@@ -320,6 +320,7 @@ def test_evaluating_on_a_changed_corpus_is_refused(place: Place, finished: str) 
         os.utime(changed, ns=times)
 
 
+@pytest.mark.full
 def test_print_config_and_help_appear_once(place: Place) -> None:
     for launcher in ("torchrun", "mpirun"):
         status, output = place.run(launcher, ["--print_config", "--method.rank", "11"])

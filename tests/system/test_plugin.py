@@ -51,6 +51,7 @@ def test_it_plans_and_refuses(place: Place) -> None:
     assert status == 2 and "method.relora.interval belongs to method.name relora, not toy" in output
 
 
+@pytest.mark.full
 def test_it_is_compared(place: Place, tmp_path: Path) -> None:
     options = dict(zip(*[iter(place.options("none"))] * 2, strict=True))
     del options["--output_dir"]

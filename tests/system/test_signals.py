@@ -59,7 +59,7 @@ def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "launcher", ["deepspeed", *(pytest.param(name, marks=pytest.mark.full) for name in ("torchrun", "mpirun"))]
+    "launcher", [pytest.param(name, marks=pytest.mark.full) for name in ("deepspeed", "torchrun", "mpirun")]
 )
 def test_a_dead_rank_ends_the_others(place: Place, launcher: str) -> None:
     process = place.start(launcher, place.options("run", *LONG))
