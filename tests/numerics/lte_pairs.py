@@ -34,8 +34,9 @@ def head_alone(config: RunConfig, head: int) -> PlainRun:
     alone = copy.deepcopy(config)
     alpha = config.method.scaling * config.method.rank
     lte = type(config.method.lte)()
+    sections: dict[str, Any] = {"lte": lte}  # which `MethodConfig` itself does not declare
     alone.method = replace(
-        config.method, name=config.method.lte.inner, init=config.method.initial, alpha=alpha, lte=lte
+        config.method, name=config.method.lte.inner, init=config.method.initial, alpha=alpha, **sections
     )
     alone.parallel.lte_heads = 1
     alone.optim.dense_lr = config.dense_lr
