@@ -53,7 +53,7 @@ class DataConfig:
     add_bos: bool = option(False, resume="free")
     """Begin every document with the tokenizer's begin mark, for imported models that were pre-trained with one."""
     cache_dir: Optional[str] = option(None, resume="free", results=False, path=True)
-    """Folder for tokenised data; by default ~/.cache/megatron_switchlora (or under XDG_CACHE_HOME)."""
+    """Folder for tokenised data; by default the folder megatron_switchlora in ~/.cache, or in $XDG_CACHE_HOME."""
 
     def patterns(self, validation: bool = False) -> list[str]:
         """Return the file patterns as a list."""

@@ -20,8 +20,8 @@ class LogConfig:
     tensorboard: bool = option(False, resume="free", results=False)
     """Write TensorBoard's event files to the run folder's tensorboard/."""
     wandb: Literal["none", "offline", "online"] = option("none", resume="free", results=False)
-    """offline: write a Weights & Biases run to the run folder's wandb/, for a later `wandb sync`; online: send it as
-    well, with the key of WANDB_API_KEY or `wandb login`. It needs the extra wandb."""
+    """offline: write a Weights & Biases run to the run folder's wandb/, for a later wandb sync; online: send it as
+    well, with the key of WANDB_API_KEY or of wandb login. It needs the extra wandb."""
     wandb_project: str = option("megatron_switchlora", resume="free", results=False)
     """Project of the W&B run. The run's name is that of its folder."""
     wandb_entity: Optional[str] = option(None, resume="free", results=False)

@@ -15,13 +15,13 @@ class OptimConfig:
 
     lr: Optional[float] = option(None, resume="ask", swept=True, basic=True)
     """Peak learning rate of the adapters (with full and galore: of the decoder's matrices); by default the method's,
-    from its paper or from a paper that compares it. Those of lte and mhlora are for B = 0 at the start; else
-    theirs is the inner method's: 0.01, or 0.02 with method.lte.inner switchlora."""
+    from its paper or from a paper that compares it. With lte and mhlora it is 0.00005 if B starts at zero, else 0.01,
+    or 0.02 with method.lte.inner switchlora."""
     dense_lr: Optional[float] = option(None, resume="ask", swept=True, basic=True)
-    """Peak learning rate of embedding, lm_head and norms; by default lr, as published for SwitchLoRA, and 0.001 with
-    lte and mhlora; 0 freezes them. Sweep it for every method."""
+    """Peak learning rate of embedding, lm_head and norms; by default optim.lr, as published for SwitchLoRA, and 0.001
+    with lte and mhlora; 0 freezes them. Sweep it for every method."""
     lora_plus_ratio: float = option(1.0, resume="ask")
-    """Learning rate of B as a multiple of A's, which is lr (LoRA+, arXiv 2402.12354, advises 16)."""
+    """Learning rate of B as a multiple of A's, which is optim.lr (LoRA+, arXiv 2402.12354, advises 16)."""
     beta1: float = option(0.9, resume="ask")
     """Decay of the first moment."""
     beta2: float = option(0.999, resume="ask")
