@@ -161,8 +161,8 @@ def _time(setting: Setting, results: Results, method: str, notes: set[str]) -> s
     if timing is None:
         return ""
     notes.add(
-        f"Step time: ratio to {setting.reference}'s, median over rounds of --timing (lowest to highest), alone; of the "
-        "median step, so without what few steps do: merges, restarts, decompositions."
+        f"Step time: ratio to {setting.reference}'s, median over rounds of --timing (lowest to highest), one run at a "
+        "time. It is of the median step, so merges, restarts and decompositions are left out."
     )
     ranks, reference = setting.launch(method)[1], setting.launch(setting.reference)[1]
     other = f", {ranks} ranks against {reference}" if ranks != reference else ""
