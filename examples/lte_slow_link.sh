@@ -4,7 +4,7 @@ set -euo pipefail
 steps=${STEPS:-200}
 deepspeed --num_gpus 2 --master_port "${PORT:-29500}" --module megatron_switchlora.launch.pretrain --config cpu_quickstart --ds_config zero0 \
   --method.name lte --method.lte.merge_interval 10 --parallel.lte_heads 2 \
-  --optim.lr 0.0001 --optim.dense_lr 0.08 --output_dir slow_link \
+  --optim.lr 0.00003 --optim.dense_lr 0.02 --output_dir slow_link \
   --train.steps "$steps" --train.warmup_steps $((steps / 10))
 
 python - <<'EOF_TABLE'

@@ -31,7 +31,7 @@ done
 SEVEN="--config docs/scaling/llama_7b.yaml --gpu h100"
 for place in "8 400Gb" "8 25Gb" "128 100Gb"; do
     set -- $place
-    table "**7B, $1 nodes of 8 H100, 8 adapters of $2**"
+    table "**7B, $1 nodes of 8 H100, 8 adapters of $2 a node**"
     plan "full-rank" $SEVEN --nodes $1 --link $2 --method.name full
     plan "full-rank, gradients hidden" $SEVEN --nodes $1 --link $2 --method.name full --ds_config "$overlap"
     plan "SwitchLoRA r 1024" $SEVEN --nodes $1 --link $2 $(low 1024)
@@ -42,7 +42,7 @@ done
 SEVENTY="--config docs/scaling/llama_70b.yaml --link 400Gb"
 for place in "64 h100" "512 h100" "64 h200"; do
     set -- $place
-    table "**70B, $1 nodes of 8 $2, 8 adapters of 400Gb**"
+    table "**70B, $1 nodes of 8 ${2^^}, 8 adapters of 400Gb a node**"
     plan "full-rank" $SEVENTY --nodes $1 --gpu $2 --method.name full
     plan "SwitchLoRA r 1024" $SEVENTY --nodes $1 --gpu $2 $(low 1024)
     plan "SwitchLoRA r 1024, bank in host memory" $SEVENTY --nodes $1 --gpu $2 $(low 1024) --method.switch.bank_device host
@@ -51,7 +51,7 @@ for place in "64 h100" "512 h100" "64 h200"; do
 done
 TRILLION="--config docs/scaling/llama_1t.yaml --link 400Gb --nodes 384 --gpu b200"
 for tp in 8 32; do
-    table "**10^12 parameters, 384 nodes of 8 B200, 8 adapters of 400Gb, tensor parallelism up to $tp**"
+    table "**10^12 parameters, 384 nodes of 8 B200, 8 adapters of 400Gb a node, tensor parallelism up to $tp**"
     plan "full-rank" $TRILLION --max_tp $tp --method.name full
     plan "SwitchLoRA r 3200, bank in host memory" $TRILLION --max_tp $tp $(low 3200) --method.switch.bank_device host
     plan "LTE, 6 heads of r 64, T 10, W in 4 bits" $TRILLION --max_tp $tp --method.name lte --method.rank 64 \

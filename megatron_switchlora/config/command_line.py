@@ -75,7 +75,7 @@ def _parser_of(kind: type[RunConfig]) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_dumper("yaml", dump_yaml)  # --config reads what --print_config writes
     parser = ArgumentParser(
-        prog="pretrain.py",
+        prog="switchlora pretrain",
         description=DESCRIPTION,
         exit_on_error=False,
         allow_abbrev=False,

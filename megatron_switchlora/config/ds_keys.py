@@ -45,7 +45,7 @@ def _whole(least: int, **more: Any) -> Kind:
     return Kind(f"a whole number from {least}", (int,), least, **more)
 
 
-FLAG, TEXT = Kind("true or false", (bool,)), Kind("a text", (str,))
+FLAG, TEXT = Kind("true or false", (bool,)), Kind("a string", (str,))
 AUTO_FLAG = Kind("true or false", (bool,), auto=True)
 NULL_FLAG = Kind("true or false", (bool,), auto=True, null=True)
 # Sections and the keys they may have.
@@ -60,16 +60,16 @@ SECTIONS: dict[str, dict[str, Kind]] = {
     "bf16": {"enabled": AUTO_FLAG},
     "fp16": {"enabled": AUTO_FLAG},
     "amp": {"enabled": AUTO_FLAG},
-    "data_types": {"grad_accum_dtype": Kind("a text", (str,), choices=("fp32", "bf16", "fp16"), null=True)},
+    "data_types": {"grad_accum_dtype": Kind("a string", (str,), choices=("fp32", "bf16", "fp16"), null=True)},
     "comms_logger": {
-        "enabled": AUTO_FLAG, "prof_all": AUTO_FLAG, "prof_ops": Kind("a list of texts", (list,), auto=True),
+        "enabled": AUTO_FLAG, "prof_all": AUTO_FLAG, "prof_ops": Kind("a list of strings", (list,), auto=True),
         "verbose": AUTO_FLAG, "debug": AUTO_FLAG,
     },
     "timers": {"throughput": Kind('{"enabled": false}, or with "synchronized"', (dict,))},
     "flops_profiler": {
         "enabled": FLAG, "recompute_fwd_factor": Kind("a number from 0", (int, float), 0), "profile_step": _whole(1),
         "module_depth": _whole(-1), "top_modules": _whole(1), "detailed": FLAG,
-        "output_file": Kind("a text", (str,), null=True, path=True),
+        "output_file": Kind("a string", (str,), null=True, path=True),
     },
 }  # fmt: skip
 DERIVED = {

@@ -23,7 +23,7 @@ from megatron_switchlora.config.yaml_text import load_yaml
 from megatron_switchlora.disk import user_path
 
 WORDS = {
-    bool: "true or false", int: "a whole number", float: "a number", str: "a text", list[str]: "a list of texts",
+    bool: "true or false", int: "a whole number", float: "a number", str: "a string", list[str]: "a list of strings",
     dict[str, Any]: "a section with fields", type(None): "null",
 }  # fmt: skip
 

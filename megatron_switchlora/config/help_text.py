@@ -90,7 +90,7 @@ def short_help() -> str:
             basic[f"--{name}"] = f"{' '.join(docs[name].split())} {added.get(name, '')}".strip() + shown
     return "\n".join(
         [
-            "usage: pretrain.py [--config FILE] [--ds_config FILE] [--SECTION.OPTION VALUE ...]",
+            "usage: switchlora pretrain [--config FILE] [--ds_config FILE] [--SECTION.OPTION VALUE ...]",
             "",
             DESCRIPTION,
             "",

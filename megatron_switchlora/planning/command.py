@@ -62,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ds_config", help="DeepSpeed JSON; other stages are tried too unless --as_configured")
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--gpus", type=int, default=8, help="a node (default: 8)")
-    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100")
+    parser.add_argument("--gpu", type=str.lower, choices=sorted(GPUS), default="h100")
     parser.add_argument("--link", type=rate, default="400Gb", help="one network adapter, as 400Gb (default)")
     parser.add_argument("--adapters", type=int, default=1, help="network adapters of a node (default: 1)")
     parser.add_argument("--disk", type=rate, default="2GB", help="storage, all ranks together, as 2GB (default)")

@@ -101,7 +101,7 @@ def test_numbers_are_finite_and_named(name: str) -> None:
         ("--train.precision fp16", 'train.precision must be fp32 or bf16, not "fp16"'),
         ("--method.lte.redraw_A 1", "method.lte.redraw_A must be true or false"),
         ("--method.lte.merge_interval 1.5", "method.lte.merge_interval must be a whole number or never"),
-        ("--checkpoint.allow_changes data", "checkpoint.allow_changes must be a list of texts"),
+        ("--checkpoint.allow_changes data", "checkpoint.allow_changes must be a list of strings"),
         ("--model.rope_scaling linear", "model.rope_scaling must be a section with fields or null"),
     ],
 )
@@ -114,9 +114,9 @@ def test_ranges_and_types(words: str, message: str) -> None:
     ("content", "message"),
     [
         ({"train": {"steps": True}}, "train.steps must be a whole number, not true"),
-        ({"output_dir": 1e-3}, r"output_dir must be a text or null, not 0.001: put it in quotes"),
+        ({"output_dir": 1e-3}, r"output_dir must be a string or null, not 0.001: put it in quotes"),
         ({"data": {"files": [1]}}, r"data.files must be .*, not \[1\]: put each in quotes"),
-        ({"data": {"text_field": "a\0b"}}, "data.text_field must be a text"),
+        ({"data": {"text_field": "a\0b"}}, "data.text_field must be a string"),
         ({"method": {"ga": None}}, "'method.ga' has none"),
         ({"train.steps": 5, "train": {"steps": 6}}, "gives train.steps twice"),
         ({"train": {"nothing": {}}}, "Unknown option or key 'train.nothing'"),

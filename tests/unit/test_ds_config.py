@@ -72,7 +72,7 @@ def test_values_of_another_kind(tmp_path: Path, key: tuple[str | None, str]) -> 
         ('{"gradient_predivide_factor": 0}', "must be a number above 0, not 0"),
         ('{"zero_optimization": {"stage": 2}, "gradient_predivide_factor": 2}', "do not go with ZeRO stage 2"),
         ('{"zero_optimization": {"stage": 2}, "prescale_gradients": true}', "do not go with ZeRO stage 2"),
-        ('{"comms_logger": {"prof_ops": [1]}}', "prof_ops in the DeepSpeed JSON must be a list of texts"),
+        ('{"comms_logger": {"prof_ops": [1]}}', "prof_ops in the DeepSpeed JSON must be a list of strings"),
         ('{"fp16": {}, "fp16": {}}', "ds.json is not valid JSON: 'fp16' occurs twice"),
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "'stage' occurs twice"),
         ("[" * 100_000, "is not valid JSON: it is nested too deeply"),

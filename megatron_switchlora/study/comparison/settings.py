@@ -30,9 +30,9 @@ from megatron_switchlora.distributed.mesh import mesh_sizes
 from megatron_switchlora.shipped import given_or_shipped, home_path
 
 KINDS: dict[str, tuple[str, tuple[type[Any], ...]]] = {  # of a YAML's fields, by their annotation
-    "str": ("a text", (str,)), "Optional[str]": ("a text", (str, type(None))), "int": ("a whole number", (int,)),
+    "str": ("a string", (str,)), "Optional[str]": ("a string", (str, type(None))), "int": ("a whole number", (int,)),
     "Optional[int]": ("a whole number", (int, type(None))), "dict[str, Any]": ("a section of fields", (dict,)),
-    "list[str]": ("a list of texts", (list,)),
+    "list[str]": ("a list of strings", (list,)),
 }  # fmt: skip
 
 
