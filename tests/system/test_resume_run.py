@@ -378,6 +378,7 @@ def test_lm_evaluation_harness_reads_an_export(place: Place) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_short_soak(tmp_path: Path) -> None:
     place = Place(tmp_path)
     options = [*place.options("unused")[:-2], *SAVING, "--checkpoint.keep_every", "12"]
