@@ -114,10 +114,10 @@ class Toy(Family):
     def build(self, config: ModelConfig, vocab_size: Optional[int], tp: Optional[Axis]) -> ToyModel:
         return ToyModel(config, vocab_size, tp)
 
-    def kept_bytes(self, config: ModelConfig, tp: int, size: int, norms_train: bool) -> int:
-        """The norm's input and 1 / rms in fp32, what it gives, the input of up, that of down."""
+    def kept_bytes(self, config: ModelConfig, tp: int, size: int, compiled: bool) -> int:
+        """Count the norm's input and 1 / rms, the input of up, that of down."""
         h, f = config.hidden_size, shard_size(config.intermediate_size, tp)
-        return (4 + size) * h + 4 + size * h + size * f
+        return size * h + 4 + size * h + size * f
 
     def hf_config(
         self, config: ModelConfig, vocab_size: int, seq_len: int, marks: dict[str, Any], dtype: str

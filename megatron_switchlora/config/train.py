@@ -38,6 +38,9 @@ class TrainConfig:
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
     device: Literal["auto", "cpu", "cuda"] = option("auto", resume="free", results=False)
     """auto: one GPU per local rank, or the CPU where there is no GPU."""
+    compile: Literal["auto", "on", "off"] = option("auto", resume="free", results=False)
+    """Compile norms, rotary embedding and gated activation with torch.compile, one kernel each, at the first step.
+    auto: on a GPU where its compiler works; plans assume that. Results differ by rounding."""
     threads: int = option(0, resume="free", results=False)
     """CPU threads of a rank; 0: OMP_NUM_THREADS or MKL_NUM_THREADS, else the host's usable cores divided by its ranks.
     torchrun sets OMP_NUM_THREADS to 1 for several ranks on a host, unless it is set."""

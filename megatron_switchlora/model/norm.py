@@ -5,15 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_switchlora.distributed.precision import at_least_fp32
 from megatron_switchlora.distributed.shard import declare
+from megatron_switchlora.model.elementwise import Elementwise
 from megatron_switchlora.model.heads import copies
-
-
-def normalised(x: Tensor, eps: float) -> Tensor:
-    """x / rms(x) over the last dimension, the mean square in at least fp32."""
-    high = x.to(at_least_fp32(x.dtype))
-    return (high * torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -22,10 +16,14 @@ class RMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.weight = declare(nn.Parameter(torch.ones(hidden_size)), shard=None)
-        self.eps = eps
+        self.eps, self.elementwise = eps, Elementwise()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * normalised(x, self.eps)
+        return self.elementwise.norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x + delta and its norm."""
+        return self.elementwise.add_norm(x, delta, self.weight, self.eps)
 
     def for_heads(self, heads: int) -> HeadsNorm:
         """Return the norms of several LTE heads, equal at first."""
@@ -33,12 +31,24 @@ class RMSNorm(nn.Module):
 
 
 class HeadsNorm(nn.Module):
-    """RMSNorm with weights [hidden] a head."""
+    """RMSNorm with weights [hidden] a head; x holds the heads' samples, one head after the other."""
 
     def __init__(self, base: RMSNorm, heads: int) -> None:
         super().__init__()
-        self.weight, self.eps = copies(base.weight, heads), base.eps
+        self.weight, self.eps, self.elementwise = copies(base.weight, heads), base.eps, base.elementwise
 
     def forward(self, x: Tensor) -> Tensor:
-        by_head = normalised(x, self.eps).unflatten(0, (len(self.weight), -1))
-        return (torch.stack(list(self.weight))[:, None, None] * by_head).flatten(0, 1)
+        return self.elementwise.norm(self._by_head(x), self._weights(), self.eps).flatten(0, 1)
+
+    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x + delta and its norm."""
+        x, delta = self._by_head(x), self._by_head(delta)
+        total, y = self.elementwise.add_norm(x, delta, self._weights(), self.eps)
+        return total.flatten(0, 1), y.flatten(0, 1)
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (len(self.weight), -1))
+
+    def _weights(self) -> Tensor:
+        """Return the heads' weights [K, 1, 1, hidden]."""
+        return torch.stack(list(self.weight))[:, None, None]

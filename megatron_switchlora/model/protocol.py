@@ -29,6 +29,7 @@ from megatron_switchlora.distributed.collectives import gather_columns
 from megatron_switchlora.distributed.cross_entropy import token_cross_entropy
 from megatron_switchlora.distributed.linear import ColumnParallelLinear, ParallelLinear, enter_block
 from megatron_switchlora.distributed.shard import Axis, Split, full_shape, named_generator, shard_of
+from megatron_switchlora.model.elementwise import Elementwise
 
 T = TypeVar("T")
 
@@ -95,6 +96,12 @@ class LanguageModel(nn.Module):
         losses_BS = token_cross_entropy(logits, labels_BS, self.lm_head.split)
         return losses_BS.mean() if self.heads == 1 else losses_BS.unflatten(0, (self.heads, -1)).flatten(1).mean(1)
 
+    def use(self, elementwise: Elementwise) -> None:
+        """Run norms, rotations and gated activations in this way from here on."""
+        for module in self.modules():
+            if hasattr(module, "elementwise"):
+                module.elementwise = elementwise  # type: ignore[assignment]
+
     def decoder_linears(self) -> list[DecoderLinear]:
         """Return the linears of the layers, in order: all parallel ones but the head."""
         return [
@@ -134,10 +141,11 @@ class Family(FamilyRules):
         """Return the FLOPs of a token's forward pass through a layer beside its projections, if they are many."""
         return 0
 
-    def kept_bytes(self, config: ModelConfig, tp: int, size: int, norms_train: bool) -> int:
+    def kept_bytes(self, config: ModelConfig, tp: int, size: int, compiled: bool) -> int:
         """Return bytes per token that autograd keeps of a layer for backward, numbers of compute having `size` bytes.
 
-        What low-rank layers add is not among them.
+        `compiled` tells whether elementwise functions are (`model/elementwise.py`). What low-rank layers add is not
+        among these bytes.
         """
         raise TypeError("a family estimates its activations")
 

@@ -177,7 +177,7 @@ def layer_activation_bytes(config: RunConfig, tp: int, micro_batches: int = 1) -
         split = [p for p in projections(model) if not is_merged(config, p, tp, micro_batches)]
         times = 2 if config.method.facts.shares_base and config.method.facts.resetless else 1
         lowrank = size * config.method.adapter_rank * times * len(split)
-    return family_of(model).kept_bytes(model, tp, size, not config.freezes_dense) + lowrank
+    return family_of(model).kept_bytes(model, tp, size, config.train.compile != "off") + lowrank
 
 
 def _activations(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[Item]:
@@ -190,8 +190,8 @@ def _activations(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[I
     tokens = train.micro_batch_size * train.seq_len
     logits = 3 * FP32 * tokens * shard_size(vocab_size, tp)
     layer = tokens * layer_activation_bytes(config, tp, accumulation_steps(config, dp))
-    weighted = 0 if config.freezes_dense else size
-    kept = tokens * ((FP32 + 2 * weighted) * model.hidden_size + FP32)  # the last norm and the head's input
+    head_trains = 0 if config.freezes_dense else size
+    kept = tokens * ((size + head_trains) * model.hidden_size + FP32)  # the last norm's input, and the head's
     how = "with" if train.activation_checkpointing else "without"
     if train.activation_checkpointing:  # the layers' inputs, and one layer computed again once the logits are gone
         kept += tokens * model.num_layers * size * model.hidden_size + max(0, layer - logits)

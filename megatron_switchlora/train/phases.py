@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_switchlora.config.ds_config import resolve_ds_config
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.run import RunConfig, full_rank_config, method_config
 from megatron_switchlora.data.loader import BatchOrder, Reader, Samples, TrainLoader
 from megatron_switchlora.distributed.mesh import Mesh, build_mesh
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.methods.ga_gradients import find_factors
+from megatron_switchlora.model.elementwise import Elementwise, failure
 from megatron_switchlora.model.protocol import LanguageModel
 from megatron_switchlora.train.engine import Engine
 
@@ -58,6 +61,25 @@ def build_engine(
 
     With `begins` the phase starts from this model; otherwise a checkpoint fills the engine later.
     """
+    model.use(choose_elementwise(phase.config.train.compile, device))
     factors = find_factors(phase.config, model, phase.mesh, samples, device) if begins else None
     method = build_method(phase.config, model, phase.mesh, factors)
     return Engine(model, method, phase.config, phase.ds_config, phase.mesh, device)
+
+
+def choose_elementwise(choice: str, device: torch.device) -> Elementwise:
+    """Return how a model runs its elementwise parts; `choice` is `train.compile`.
+
+    Raises:
+        UserError: they are to be compiled, and cannot be.
+    """
+    if choice == "off" or (choice == "auto" and device.type != "cuda"):
+        return Elementwise()
+    problem = failure(device)
+    if problem is None:
+        return Elementwise(compiled=True)
+    if choice == "on":
+        raise UserError(f"train.compile on: torch.compile fails here ({problem}). Set train.compile off.")
+    if dist.get_rank() == 0:
+        print(f"warning: train.compile auto compiles nothing, since torch.compile fails here ({problem}).", flush=True)
+    return Elementwise()

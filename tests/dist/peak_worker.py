@@ -16,7 +16,8 @@ MODEL = ModelConfig(hidden_size=128, intermediate_size=344, num_layers=4, num_he
 
 def measure(case: dict[str, Any], mesh: Any) -> tuple[int, int]:
     """(measured, predicted) bytes of the peak."""
-    changes = {"train__seq_len": 64, "train__micro_batch_size": 4, "train__global_batch_size": 8 * mesh.size("dp")}
+    changes = {"train__seq_len": 64, "train__micro_batch_size": 4, "train__global_batch_size": 8 * mesh.size("dp"),
+               "train__compile": "off"}  # fmt: skip
     config = small_config(case["method"], **changes, **case["changes"])
     config.model, config.method.rank = MODEL, 32
     if config.method.facts.switches:

@@ -267,7 +267,7 @@ def test_activations_of_a_micro_batch(
     monkeypatch.setattr("tests.plain.VOCAB", 1000)
     config = small_config(
         name, train__precision=precision, train__activation_checkpointing=checkpointing, method__compute=compute,
-        method__merged_cache=cache,
+        method__merged_cache=cache, train__compile="off",
     )  # fmt: skip
     config.model = ModelConfig(
         hidden_size=96, intermediate_size=250, num_layers=12 if checkpointing else 3, num_heads=4

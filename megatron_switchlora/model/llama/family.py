@@ -37,13 +37,12 @@ class Llama(Family):
         """Count causal attention: scores and sums of values, over half of the sequence on average."""
         return 2 * config.num_heads * config.head_dim * seq_len
 
-    def kept_bytes(self, config: ModelConfig, tp: int, size: int, norms_train: bool) -> int:
+    def kept_bytes(self, config: ModelConfig, tp: int, size: int, compiled: bool) -> int:
         hidden, kv, fp32 = config.hidden_size, config.kv_heads * config.head_dim, 4
-        weighted = size * norms_train  # kept for the gradient of a weight
-        norms = 2 * ((fp32 + weighted) * hidden + fp32)  # the input in fp32, the normalised one, 1 / rms
+        norms = 2 * (size * hidden + fp32)  # the input and 1 / rms
         inputs = 2 * size * hidden  # of q, k, v and of gate, up
         attention = size * (2 * hidden + 2 * kv) // tp + fp32 * config.num_heads // tp  # q, k, v, result, log-sums
-        mlp = 4 * size * shard_size(config.intermediate_size, tp)  # gate, silu(gate), up, their product
+        mlp = (3 if compiled else 4) * size * shard_size(config.intermediate_size, tp)  # gate, silu(gate), up, product
         return norms + inputs + attention + mlp
 
     def hf_config(

@@ -29,24 +29,18 @@ from megatron_switchlora.distributed.linear import (
 )
 from megatron_switchlora.distributed.precision import at_least_fp32
 from megatron_switchlora.distributed.shard import Axis
+from megatron_switchlora.model.elementwise import Elementwise
 from megatron_switchlora.model.llama.rope import scaled_frequencies, scaled_tables
 from megatron_switchlora.model.norm import RMSNorm
 from megatron_switchlora.model.protocol import LanguageModel
 
 
 def rotary_tables(seq_len: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [S, head_dim], computed in fp32 (float64 for float64 activations) and cast."""
+    """Return cos and sin [S, head_dim / 2], computed in fp32 (float64 for float64 activations) and cast."""
     dtype = at_least_fp32(like.dtype)
     exponents = torch.arange(0, head_dim, 2, device=like.device).to(dtype) / head_dim
     angles = torch.outer(torch.arange(seq_len, device=like.device).to(dtype), 1.0 / theta**exponents)
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, H, S, head_dim] by position."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
 class Attention(nn.Module):
@@ -54,7 +48,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: Axis) -> None:
         super().__init__()
-        self.head_dim, self.tp = config.head_dim, tp
+        self.head_dim, self.tp, self.elementwise = config.head_dim, tp, Elementwise()
         kv_size = config.kv_heads * config.head_dim
         self.q_proj = ColumnParallelLinear(config.hidden_size, config.hidden_size, tp)
         self.k_proj = ColumnParallelLinear(config.hidden_size, kv_size, tp)
@@ -68,7 +62,7 @@ class Attention(nn.Module):
             projection(x_BSD, *partial).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection, partial in zip(projections, entered, strict=True)
         )
-        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        q, k = self.elementwise.rotary(q, *rotary), self.elementwise.rotary(k, *rotary)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
         return self.o_proj(out.transpose(1, 2).flatten(2), *o_entered)
 
@@ -78,7 +72,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: Axis) -> None:
         super().__init__()
-        self.tp = tp
+        self.tp, self.elementwise = tp, Elementwise()
         self.gate_proj = ColumnParallelLinear(config.hidden_size, config.intermediate_size, tp)
         self.up_proj = ColumnParallelLinear(config.hidden_size, config.intermediate_size, tp)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, tp)
@@ -86,7 +80,8 @@ class MLP(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         linears = (self.gate_proj, self.up_proj, self.down_proj)
         x_BSD, (gate, up, down) = enter_block(x_BSD, linears, self.tp)
-        return self.down_proj(F.silu(self.gate_proj(x_BSD, *gate)) * self.up_proj(x_BSD, *up), *down)
+        gated = self.elementwise.swiglu(self.gate_proj(x_BSD, *gate), self.up_proj(x_BSD, *up))
+        return self.down_proj(gated, *down)
 
 
 class DecoderLayer(nn.Module):
@@ -100,8 +95,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary)
-        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+        mixed_BSD = self.self_attn(self.input_layernorm(x_BSD), rotary)
+        x_BSD, normal_BSD = self.post_attention_layernorm.add(x_BSD, mixed_BSD)
+        return x_BSD + self.mlp(normal_BSD)
 
 
 class LlamaModel(nn.Module):
@@ -123,7 +119,7 @@ class LlamaModel(nn.Module):
         return scaled_frequencies(self.config)
 
     def rotary(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin [S, head_dim] for these activations."""
+        """Return cos and sin [S, head_dim / 2] for these activations."""
         if self.config.rope_scaling is not None:
             return scaled_tables(x_BSD.size(1), *self.scaled_rotary, x_BSD)
         return rotary_tables(x_BSD.size(1), self.config.head_dim, self.config.rope_theta, x_BSD)

@@ -42,8 +42,7 @@ def scaled_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 def scaled_tables(seq_len: int, frequencies: Tensor, factor: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [S, head_dim] times the attention factor, computed in fp32 and cast as `like`."""
+    """Return cos and sin [S, head_dim / 2] times the attention factor, computed in fp32 and cast as `like`."""
     positions = torch.arange(seq_len, device=like.device).float()
     angles = torch.outer(positions, frequencies.to(like.device, non_blocking=True))
-    angles = torch.cat((angles, angles), dim=-1)
     return (angles.cos() * factor).to(like.dtype), (angles.sin() * factor).to(like.dtype)
