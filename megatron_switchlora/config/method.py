@@ -71,11 +71,12 @@ class MethodConfig:
     compute: Literal["auto", "merged", "split"] = option("auto", resume="free", results=False)
     """merged: form W + sBA, then one dense product; split: W x and s B (A x) separately; auto: whichever costs fewer
     FLOPs, per layer."""
-    merged_cache: Literal["micro_batch", "accumulation", "recompute"] = option(
-        "micro_batch", resume="free", results=False
+    merged_cache: Literal["auto", "micro_batch", "accumulation", "recompute"] = option(
+        "auto", resume="free", results=False
     )
     """How long the merged form keeps W + sBA: from a micro-batch's forward to its backward pass, over all micro-batches
-    of a step, or not at all (formed again in the backward pass)."""
+    of a step, or not at all (formed again in the backward pass). auto: over all micro-batches, unless activations are
+    checkpointed, where that would take memory."""
     ga: LoraGaConfig = field(default_factory=LoraGaConfig)
     """Initial values from the gradient, with init lora_ga."""
 

@@ -31,6 +31,15 @@ class Form:
     cache: str = "micro_batch"
 
 
+def choose_form(compute: str, cache: str, checkpointing: bool) -> Form:
+    """Return the form of these options of a method.
+
+    With cache "auto" W_eff lasts over the micro-batches of a step where that costs no memory: all layers' are held in
+    a backward pass anyway, unless activations are checkpointed.
+    """
+    return Form(compute, ("micro_batch" if checkpointing else "accumulation") if cache == "auto" else cache)
+
+
 @torch.no_grad()
 def merge(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Return W + s B A [out, in] in the factors' precision; weight [out, in], A [r, in], B [r, out]."""

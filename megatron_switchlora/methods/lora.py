@@ -32,7 +32,7 @@ from megatron_switchlora.distributed.shard import named_generator, shard_of
 from megatron_switchlora.distributed.slices import TensorSlice, parameter_slice, replica_group
 from megatron_switchlora.lowrank.init import Side, draw_orthogonal, draw_vectors, factor_std, principal_factors
 from megatron_switchlora.lowrank.linear import LowRankLinear
-from megatron_switchlora.lowrank.merged import Form
+from megatron_switchlora.lowrank.merged import choose_form
 from megatron_switchlora.methods.adapter_options import AdapterFacts
 from megatron_switchlora.methods.base import Method, Replica, host_copy
 from megatron_switchlora.optim.row_adamw import RowAdamW
@@ -102,7 +102,7 @@ class Lora(Method):
     def adapt(self, factors: Optional[dict[str, tuple[Tensor, Tensor]]]) -> None:
         self.initial: dict[nn.Parameter, Tensor] = {}
         method = self.config.method
-        form = Form(method.compute, method.merged_cache)
+        form = choose_form(method.compute, method.merged_cache, self.config.train.activation_checkpointing)
         micro_batches = accumulation_steps(self.config, self.mesh.size("dp"))
         self.linears: dict[str, LowRankLinear] = {}
         for name, parent, attribute, base in self.model.decoder_linears():
@@ -205,6 +205,10 @@ class Lora(Method):
                 if dp.size > 1:
                     dist.broadcast(factor.data, group=dp.group, group_src=number % dp.size)
                 self.optimizer.rows_rewritten(factor)
+
+    def before_step(self, step: int) -> int:
+        self._forget_merged()  # before gradients in fp32 need the memory
+        return 0
 
     def after_step(self, step: int) -> None:
         self._forget_merged()

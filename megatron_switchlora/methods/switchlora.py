@@ -133,6 +133,7 @@ class SwitchLora(Lora):
                 yield Flow("bank", "", held.group, "all_reduce", values * held.rows.element_size()), every
 
     def before_step(self, step: int) -> int:
+        super().before_step(step)
         ahead = self._planned
         planned = ahead if ahead is not None and ahead.step == step else self._plan(step, copy.deepcopy(self.state))
         self.state = planned.state

@@ -25,7 +25,7 @@ from megatron_switchlora.lowrank.nf4 import Nf4Matrix
 from megatron_switchlora.methods.base import Flow
 from megatron_switchlora.model.protocol import Projection, family_of, projections
 from megatron_switchlora.planning.counts import rank_tensors
-from megatron_switchlora.planning.memory import is_merged
+from megatron_switchlora.planning.memory import is_merged, merged_form
 from megatron_switchlora.planning.traffic import axis_size, flows, on_the_wire
 from megatron_switchlora.startup.device import BF16_PEAK
 
@@ -136,7 +136,7 @@ def matrix_flops(
 def _times_formed(config: RunConfig, micro_batches: int) -> float:
     """Return how often a micro-batch forms the W + sBA of a merged layer."""
     again = config.train.activation_checkpointing
-    return {"accumulation": 1 / micro_batches, "recompute": 2 + again}.get(config.method.merged_cache, 1 + again)
+    return {"accumulation": 1 / micro_batches, "recompute": 2 + again}.get(merged_form(config).cache, 1 + again)
 
 
 def memory_traffic(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Zero) -> float:

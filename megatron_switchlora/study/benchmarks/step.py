@@ -37,7 +37,7 @@ from megatron_switchlora.disk import user_path
 from megatron_switchlora.distributed.linear import ColumnParallelLinear
 from megatron_switchlora.distributed.shard import Axis
 from megatron_switchlora.lowrank.linear import LowRankLinear
-from megatron_switchlora.lowrank.merged import Form
+from megatron_switchlora.lowrank.merged import choose_form
 from megatron_switchlora.model.protocol import projections
 from megatron_switchlora.planning.step_time import matrix_flops
 from megatron_switchlora.startup.door import Door, the_door
@@ -176,7 +176,7 @@ def make_layers(config: RunConfig, dtype: torch.dtype, device: torch.device) -> 
         base = ColumnParallelLinear(projection.in_features, projection.out_features, Axis()).to(device)
         torch.nn.init.normal_(base.weight, std=0.02)
         method = config.method
-        form = Form(method.compute, method.merged_cache)
+        form = choose_form(method.compute, method.merged_cache, checkpointing=False)
         layer = LowRankLinear(base, method.rank, method.scaling, form) if method.facts.adapts else base
         for param in layer.parameters():
             torch.nn.init.normal_(param, std=0.02)
