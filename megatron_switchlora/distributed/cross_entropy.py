@@ -1,56 +1,95 @@
-"""Compute the cross entropy over a vocabulary that is split over tensor-parallel ranks.
+"""The output layer and its mean cross entropy together, a chunk of tokens at a time.
 
-    loss = log sum_v exp(z_v - M) - (z_target - M),   M the maximum over all ranks
+    z = W x,   loss = mean over tokens of  log sum_v exp(z_v - M) - (z_target - M),   M the maximum
 
-The forward pass runs two all-reduces: the maximum, then the sum together with the target's logit, one and two numbers
-per token. The backward pass runs none, since the gradient softmax - onehot is local. Columns of padding are left out.
+The logits of all tokens never exist at once. Each chunk's gradients are formed in the forward pass, g = softmax(z) -
+onehot, dx = g W and dW += g^T x, and the backward pass scales them. dW is summed over chunks in at least fp32.
+
+The vocabulary may be split over tensor-parallel ranks. A chunk then takes two all-reduces: the maximum, then the sum
+together with the target's logit, one and two numbers per token. dx is this rank's part. Columns of padding are left
+out.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_switchlora.distributed.precision import at_least_fp32
 from megatron_switchlora.distributed.shard import Split
 
-
-class _SplitCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, split: Split) -> Tensor:
-        group = split.axis.group
-        logits = logits[..., : split.real]
-        top = logits.amax(-1)
-        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-        logits = logits - top.unsqueeze(-1)
-        local, here = split.locate(targets)
-        local = local.unsqueeze(-1)
-        picked = logits.gather(-1, local).squeeze(-1).masked_fill(~here, 0.0)
-        softmax = logits.exp_()
-        sums = torch.stack([softmax.sum(-1), picked])
-        dist.all_reduce(sums, group=group)
-        ctx.save_for_backward(softmax.div_(sums[0].unsqueeze(-1)), local, here)
-        ctx.padding = split.local - split.real
-        return sums[0].log() - sums[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        softmax, local, here = ctx.saved_tensors
-        result = softmax.scatter_add(-1, local, -here.unsqueeze(-1).to(softmax.dtype)) * grad.unsqueeze(-1)
-        return F.pad(result, (0, ctx.padding)), None, None
+CHUNK = 2**24  # logits at a time: 64 MiB in fp32
 
 
-def token_cross_entropy(logits: Tensor, targets: Tensor, split: Split) -> Tensor:
-    """Return the cross entropy of each token, in at least fp32.
+def chunk_tokens(vocabulary: int) -> int:
+    """Return the tokens of a chunk, of which a rank holds this many columns of logits."""
+    return max(1, CHUNK // vocabulary)
 
-    logits [..., local vocabulary], targets [...] -> [...].
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, split: Split) -> Tensor:
+    """Return the mean cross entropy of all tokens, in at least fp32.
+
+    x [..., D] may need a gradient that is summed over tensor-parallel ranks afterwards (`enter_block`). weight [local
+    vocabulary, D], targets [...].
     """
-    logits = logits.to(at_least_fp32(logits.dtype))
-    if split.axis.size > 1:
-        return _SplitCrossEntropy.apply(logits, targets, split)
-    flat = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
-    return flat.view_as(targets)
+    return _LinearCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), split)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, split: Split) -> Tensor:
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        high = at_least_fp32(x.dtype)
+        losses = x.new_empty(len(x), dtype=high)
+        dx = torch.empty_like(x) if needs_x else None
+        dweight: Optional[Tensor] = None
+        size = chunk_tokens(len(weight))
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            logits = (x[part] @ weight.t()).to(high)
+            if split.real < split.local:
+                logits[:, split.real :] = -torch.inf
+            gradients = needs_x or needs_weight
+            losses[part] = _losses(logits, targets[part], split, 1 / len(x) if gradients else None)
+            if not gradients:
+                continue
+            grad = logits.to(x.dtype)
+            if dx is not None:
+                torch.mm(grad, weight, out=dx[part])
+            if needs_weight:
+                product = grad.t() @ x[part]
+                sums = product if size >= len(x) else product.to(high)
+                dweight = sums if dweight is None else dweight.add_(sums)
+        ctx.dtype = weight.dtype
+        ctx.save_for_backward(dx, dweight)
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Optional[Tensor], ...]:
+        dx, dweight = ctx.saved_tensors
+        dx = dx * scale.to(dx.dtype) if dx is not None else None
+        dweight = (dweight * scale).to(ctx.dtype) if dweight is not None else None
+        return dx, dweight, None, None
+
+
+def _losses(logits: Tensor, targets: Tensor, split: Split, share: Optional[float]) -> Tensor:
+    """Return the losses of some tokens; with a `share` replace their logits by `share` times the loss's gradient."""
+    axis = split.axis
+    top = logits.amax(-1)
+    if axis.size > 1:
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=axis.group)
+    logits -= top.unsqueeze(-1)
+    local, here = split.locate(targets)
+    local = local.unsqueeze(-1)
+    picked = logits.gather(-1, local).squeeze(-1).masked_fill(~here, 0.0)
+    exponentials = logits.exp_()
+    sums = torch.stack([exponentials.sum(-1), picked])
+    if axis.size > 1:
+        dist.all_reduce(sums, group=axis.group)
+    if share is not None:
+        exponentials.mul_((share / sums[0]).unsqueeze(-1))
+        exponentials.scatter_add_(-1, local, (here.to(logits.dtype) * -share).unsqueeze(-1))
+    return sums[0].log() - sums[1]

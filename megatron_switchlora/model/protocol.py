@@ -26,7 +26,7 @@ from megatron_switchlora.config.family import FamilyRules, find_family
 from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.config.parallel import shard_size
 from megatron_switchlora.distributed.collectives import gather_columns
-from megatron_switchlora.distributed.cross_entropy import token_cross_entropy
+from megatron_switchlora.distributed.cross_entropy import linear_cross_entropy
 from megatron_switchlora.distributed.linear import ColumnParallelLinear, ParallelLinear, enter_block
 from megatron_switchlora.distributed.shard import Axis, Split, full_shape, named_generator, shard_of
 from megatron_switchlora.model.elementwise import Elementwise
@@ -90,11 +90,14 @@ class LanguageModel(nn.Module):
         Where the batch is split over K LTE heads, that of each: [K].
         """
         x_BSD, _ = enter_block(self.hidden(tokens_BS), (self.lm_head,), self.tp)
-        logits = self.lm_head(x_BSD)
         if labels_BS is None:
+            logits = self.lm_head(x_BSD)
             return gather_columns(Split(logits.dim() - 1, self.vocab_size, self.tp), logits)
-        losses_BS = token_cross_entropy(logits, labels_BS, self.lm_head.split)
-        return losses_BS.mean() if self.heads == 1 else losses_BS.unflatten(0, (self.heads, -1)).flatten(1).mean(1)
+        split = self.lm_head.split
+        if self.heads == 1:
+            return linear_cross_entropy(x_BSD, self.lm_head.weight, labels_BS, split)
+        parts = zip(x_BSD.chunk(self.heads), self.lm_head.weight, labels_BS.chunk(self.heads), strict=True)
+        return torch.stack([linear_cross_entropy(*part, split) for part in parts])
 
     def use(self, elementwise: Elementwise) -> None:
         """Run norms, rotations and gated activations in this way from here on."""

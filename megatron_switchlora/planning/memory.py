@@ -17,6 +17,7 @@ from typing import Literal
 from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.parallel import shard_size
 from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes
+from megatron_switchlora.distributed.cross_entropy import chunk_tokens
 from megatron_switchlora.lowrank.merged import Form, choose_form, uses_merged
 from megatron_switchlora.model.protocol import Projection, family_of, projections
 from megatron_switchlora.planning.counts import FP32, RankTensors, rank_tensors
@@ -186,12 +187,15 @@ def layer_activation_bytes(config: RunConfig, tp: int, micro_batches: int = 1) -
 def _activations(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[Item]:
     """Estimate what a micro-batch keeps.
 
-    Of the logits, three fp32 tensors live at once as the backward pass begins: the log-probabilities and the gradient
-    before and after them.
+    Of the logits a chunk lives at once, in fp32 and in the precision of compute, beside the gradients of the head and
+    its input, which are complete as the backward pass begins.
     """
     model, train, size = config.model, config.train, compute_bytes(config)
     tokens = train.micro_batch_size * train.seq_len
-    logits = 3 * FP32 * tokens * shard_size(vocab_size, tp)
+    columns = shard_size(vocab_size, tp)
+    logits = (FP32 + size * (size != FP32)) * min(tokens, chunk_tokens(columns)) * columns
+    summed = size if tokens <= chunk_tokens(columns) else size + FP32
+    logits += (size * tokens + summed * columns * (not config.freezes_dense)) * model.hidden_size
     layer = tokens * layer_activation_bytes(config, tp, accumulation_steps(config, dp))
     head_trains = 0 if config.freezes_dense else size
     kept = tokens * ((size + head_trains) * model.hidden_size + FP32)  # the last norm's input, and the head's
@@ -202,5 +206,5 @@ def _activations(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[I
         kept += model.num_layers * layer
     return [
         Item(f"activations {how} checkpointing (estimate)", kept, "backward"),
-        Item("logits and their gradient, fp32 (estimate)", logits, "backward"),
+        Item("a chunk of logits, the head's gradient (estimate)", logits, "backward"),
     ]
