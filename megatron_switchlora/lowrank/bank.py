@@ -7,24 +7,27 @@ Under tensor parallelism the bank of a split factor is split like the factor, [C
 factor is split by candidate over the ranks that would hold copies, [C / tp, length]. With spread "dp" candidates are
 split over the data-parallel ranks as well.
 
-Rows that other ranks hold are fetched for all layers at once. Each owner writes its rows into a buffer of zeros, and
-one all-reduce over bytes completes it, exactly for every dtype. The bank is no `nn.Parameter`: DeepSpeed would
-broadcast rank 0's rows over it.
+The candidates of all layers with rows of one length, and with the same ranks that hold the others, are one tensor, a
+`Slab`. So the rows of all layers are fetched and put back in one call per slab. Each owner writes its rows into a
+buffer of zeros, and one all-reduce over bytes completes it, exactly for every dtype. The bank is no `nn.Parameter`:
+DeepSpeed would broadcast rank 0's rows over it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import Optional
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_switchlora.distributed.mesh import Mesh
 from megatron_switchlora.distributed.shard import Axis, Split
-from megatron_switchlora.lowrank.schedule import LayerSwitch
+from megatron_switchlora.lowrank.indices import Indices
 
 Key = tuple[str, int]  # side and layer
 
@@ -41,20 +44,52 @@ class HeldRows:
     group: Optional[str]
     """The mesh group of ranks that hold the other candidates."""
 
-    def locate(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the positions, among `slots`, of those held here, and their row numbers."""
-        rows, here = self.split.locate(slots)
-        positions = here.nonzero().squeeze(1)
-        return positions, rows[positions]
+    @property
+    def axis(self) -> Axis:
+        """The axis over which the candidates are spread; of one rank if they are not."""
+        return self.split.axis if self.split.axis.size > 1 else Axis()
+
+
+@dataclass
+class Slab:
+    """Candidates of several sides of layers, one after the other: rows [held, local length].
+
+    Their factors are in one run of the row numbers.
+    """
+
+    rows: Tensor
+    axis: Axis
+    run: int
+
+
+@dataclass
+class Located:
+    """Candidates of a slab that are here: their row numbers, and their positions among those asked for.
+
+    Both are numbers of arrays in the step's indices. No positions mean that all candidates asked for are here.
+    """
+
+    rows: int
+    positions: Optional[int]
+
+
+@dataclass
+class Exchange:
+    """Candidates [count, length] of one slab that a step takes, and those that return to it."""
+
+    slab: Slab
+    count: int
+    taken: Located
+    returned: Located
 
 
 class Fetch:
-    """Rows on their way; `result()[side, layer]` is [count, local length] on the device."""
+    """Rows on their way; `result()` has those of each exchange, [count, local length] on the device."""
 
-    def __init__(self, rows: dict[Key, Tensor], works: list[dist.Work]) -> None:
+    def __init__(self, rows: list[Tensor], works: list[dist.Work]) -> None:
         self._rows, self._works = rows, works
 
-    def result(self) -> dict[Key, Tensor]:
+    def result(self) -> list[Tensor]:
         for work in self._works:
             work.wait()
         self._works = []
@@ -67,6 +102,7 @@ class CandidateBank:
     def __init__(self, location: str, spread: str, mesh: Mesh) -> None:
         self.location, self.spread, self.mesh = location, spread, mesh
         self.held: dict[Key, HeldRows] = {}
+        self.slabs: list[Slab] = []
         self.device = torch.device("cpu")
 
     @property
@@ -88,56 +124,98 @@ class CandidateBank:
         local = vectors if factor_split is None else factor_split.take(vectors)
         self.held[side, layer] = HeldRows(split.take(local).clone(memory_format=torch.contiguous_format), split, group)
 
-    def place(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Cast to the factors' precision and move to the bank's location; fetched rows go to `device`."""
-        self.device = device
-        for held in self.held.values():
-            if self.location == "device" or device.type == "meta":
-                held.rows = held.rows.to(device, dtype)
-            else:
-                host = held.rows.to("cpu", dtype)
-                held.rows = host.pin_memory() if device.type == "cuda" else host
+    def place(self, dtype: torch.dtype, device: torch.device, order: Sequence[Sequence[Key]]) -> None:
+        """Form the slabs in the factors' precision, at the bank's location; fetched rows go to `device`.
 
-    def put_back(self, switch: LayerSwitch, old: Tensor) -> None:
+        `order` names the sides of layers in each run of the row numbers.
+        """
+        self.device, self.order = device, {key: number for number, key in enumerate(chain(*order))}
+        members = [
+            (run, list(same))
+            for run, keys in enumerate(order)
+            for _, same in groupby((self.held[key] for key in keys), key=lambda held: held.axis)
+        ]
+        self.slabs = [self._slab(run, same, dtype) for run, same in members]
+        every = [held for _, same in members for held in same]
+        self._slab_of = np.repeat(np.arange(len(members)), [len(same) for _, same in members])
+        firsts = [np.cumsum([0, *(len(held.rows) for held in same[:-1])]) for _, same in members]
+        self._first = np.concatenate(firsts)
+        self._start = np.array([held.split.start for held in every])
+        self._real = np.array([held.split.real for held in every])
+
+    def _slab(self, run: int, members: list[HeldRows], dtype: torch.dtype) -> Slab:
+        """Move the members' rows into one tensor, of which they become views."""
+        on_host = self.location == "host" and self.device.type != "meta"
+        counts = [len(held.rows) for held in members]
+        rows = torch.empty(
+            (sum(counts), members[0].rows.size(1)), dtype=dtype, device="cpu" if on_host else self.device,
+            pin_memory=on_host and self.device.type == "cuda",
+        )  # fmt: skip
+        for held, part in zip(members, rows.split(counts), strict=True):
+            held.rows = part.copy_(held.rows)
+        return Slab(rows, members[0].axis, run)
+
+    def exchanges(self, keys: np.ndarray, new: np.ndarray, old: np.ndarray, indices: Indices) -> list[Exchange]:
+        """Return what to fetch and put back where live rows take slots `new` and return to slots `old`.
+
+        `keys` are places in `order`, sorted, one per row.
+        """
+        bounds = [*np.searchsorted(self._slab_of[keys], np.arange(len(self.slabs))).tolist(), len(keys)]
+        return [
+            Exchange(slab, end - begin, *(self._locate(keys[begin:end], s[begin:end], indices) for s in (new, old)))
+            for slab, begin, end in zip(self.slabs, bounds, bounds[1:], strict=False)
+            if begin < end
+        ]
+
+    def _locate(self, keys: np.ndarray, slots: np.ndarray, indices: Indices) -> Located:
+        local = slots - self._start[keys]
+        here = (local >= 0) & (local < self._real[keys])
+        rows = self._first[keys] + local
+        if here.all():
+            return Located(indices.add(rows), None)
+        return Located(indices.add(rows[here]), indices.add(np.flatnonzero(here)))
+
+    def put_back(self, exchange: Exchange, old: Tensor, indices: Indices) -> None:
         """Store the vectors [count, local length] that stop being live in their own slots, where held."""
-        held = self.held[switch.side, switch.layer]
-        positions, rows = held.locate(torch.from_numpy(switch.old_slots))
-        values = old if len(positions) == len(old) else old.index_select(0, positions.to(old.device))
-        held.rows.index_copy_(0, rows.to(held.rows.device), values.to(held.rows.device))
+        rows, where = exchange.slab.rows, exchange.returned
+        values = old if where.positions is None else old.index_select(0, indices[where.positions])
+        rows.index_copy_(0, self._rows_of(where, rows, indices), values.to(rows.device))
 
-    def fetch(self, switches: Iterable[LayerSwitch]) -> Fetch:
-        """Start fetching the rows of `new_slots`; call it after the last step's `put_back`.
+    def fetch(self, exchanges: Sequence[Exchange], indices: Indices) -> Fetch:
+        """Start fetching the rows of the new slots; call it after the last step's `put_back`.
 
         Collective: one all-reduce, for all layers together, per axis over which candidates are spread.
         """
-        rows: dict[Key, Tensor] = {}
-        shared: dict[Axis, list[Key]] = {}
-        for switch in switches:
-            key = (switch.side, switch.layer)
-            held = self.held[key]
-            rows[key] = self._local_rows(held, torch.from_numpy(switch.new_slots))
-            if held.split.axis.size > 1:
-                shared.setdefault(held.split.axis, []).append(key)
-        works = [self._complete(rows, keys, axis) for axis, keys in shared.items()]
-        return Fetch(rows, works)
+        rows = [self._local_rows(exchange, indices) for exchange in exchanges]
+        shared: dict[Axis, list[int]] = {}
+        for number, exchange in enumerate(exchanges):
+            if exchange.slab.axis.size > 1:
+                shared.setdefault(exchange.slab.axis, []).append(number)
+        return Fetch(rows, [self._complete(rows, numbers, axis) for axis, numbers in shared.items()])
 
-    def _local_rows(self, held: HeldRows, slots: Tensor) -> Tensor:
-        """Return the rows of the slots on the device, with zeros for those held elsewhere."""
-        positions, numbers = held.locate(slots)
-        rows = held.rows.index_select(0, numbers.to(held.rows.device)).to(self.device, non_blocking=True)
-        if len(positions) == len(slots):
+    @staticmethod
+    def _rows_of(where: Located, rows: Tensor, indices: Indices) -> Tensor:
+        return indices[where.rows] if rows.device.type != "cpu" else indices.on_host(where.rows)
+
+    def _local_rows(self, exchange: Exchange, indices: Indices) -> Tensor:
+        """Return the rows of the new slots on the device, with zeros for those held elsewhere."""
+        held, where = exchange.slab.rows, exchange.taken
+        numbers = self._rows_of(where, held, indices)
+        out = held.new_empty(len(numbers), held.size(1), pin_memory=True) if held.is_pinned() else None
+        rows = torch.index_select(held, 0, numbers, out=out).to(self.device, non_blocking=True)
+        if where.positions is None:
             return rows
-        return rows.new_zeros(len(slots), rows.size(1)).index_copy_(0, positions.to(self.device), rows)
+        return rows.new_zeros(exchange.count, rows.size(1)).index_copy_(0, indices[where.positions], rows)
 
-    def _complete(self, rows: dict[Key, Tensor], keys: list[Key], axis: Axis) -> dist.Work:
+    def _complete(self, rows: list[Tensor], numbers: list[int], axis: Axis) -> dist.Work:
         """Start summing the ranks' bytes: every row is zero except on its owner.
 
         Replaces `rows` by views of the buffer.
         """
-        flat = torch.cat([rows[key].reshape(-1) for key in keys])
-        pieces = flat.split([rows[key].numel() for key in keys])
-        for key, piece in zip(keys, pieces, strict=True):
-            rows[key] = piece.view(rows[key].shape)
+        flat = torch.cat([rows[number].reshape(-1) for number in numbers])
+        pieces = flat.split([rows[number].numel() for number in numbers])
+        for number, piece in zip(numbers, pieces, strict=True):
+            rows[number] = piece.view(rows[number].shape)
         work = dist.all_reduce(flat.view(torch.uint8), group=axis.group, async_op=True)
         assert work is not None
         return work

@@ -33,6 +33,7 @@ from megatron_switchlora.distributed.slices import TensorSlice, parameter_slice,
 from megatron_switchlora.lowrank.init import Side, draw_orthogonal, draw_vectors, factor_std, principal_factors
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.lowrank.merged import choose_form
+from megatron_switchlora.lowrank.rows import in_row_order
 from megatron_switchlora.methods.adapter_options import AdapterFacts
 from megatron_switchlora.methods.base import Method, Replica, host_copy
 from megatron_switchlora.optim.row_adamw import RowAdamW
@@ -67,7 +68,7 @@ def part_sides(
     if ratio == 1:
         return groups
     adapters, *others = groups
-    A, B = (list(side) for side in zip(*pairs, strict=True))
+    A, B = (in_row_order(side) for side in zip(*pairs, strict=True))
     faster = {**adapters, "name": "lora_B", "params": B, "base_lr": adapters["base_lr"] * ratio}
     return [{**adapters, "name": "lora_A", "params": A}, faster, *others]
 
@@ -140,7 +141,7 @@ class Lora(Method):
         factor.data.copy_(shard_of(factor, full))
 
     def matrices(self) -> list[nn.Parameter]:
-        return [factor for linear in self.linears.values() for factor in (linear.lora_A, linear.lora_B)]
+        return in_row_order(x for linear in self.linears.values() for x in (linear.lora_A, linear.lora_B))
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Return the groups; with a LoRA+ ratio the adapters form two.

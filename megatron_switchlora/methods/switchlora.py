@@ -17,15 +17,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Optional
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_switchlora.config.method import register
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.slices import TensorSlice, shard_slice
 from megatron_switchlora.lowrank.bank import CandidateBank, Fetch
+from megatron_switchlora.lowrank.indices import Indices
 from megatron_switchlora.lowrank.linear import LowRankLinear
+from megatron_switchlora.lowrank.rows import RowNumbers
 from megatron_switchlora.lowrank.schedule import (
     ScheduleConfig,
     StepPlan,
@@ -35,11 +36,13 @@ from megatron_switchlora.lowrank.schedule import (
     mean_switch_rate,
     plan_step,
 )
-from megatron_switchlora.lowrank.switch import fold, switch_rows
+from megatron_switchlora.lowrank.switch import LayerSwitcher, StepTables
 from megatron_switchlora.methods.adapter_options import AdapterFacts
 from megatron_switchlora.methods.base import Flow, Method, Replica
 from megatron_switchlora.methods.lora import Lora, head_seed
 from megatron_switchlora.methods.switch_options import SwitchOptions, check_switching
+from megatron_switchlora.optim.row_adamw import RowAdamW
+from megatron_switchlora.optim.row_states import RowChanges
 
 
 @register
@@ -68,11 +71,17 @@ class SwitchLoraFacts(AdapterFacts):
 
 @dataclass
 class PlannedStep:
-    """A step planned ahead: its switches, the state after planning, and the fetch of its candidates."""
+    """A step planned ahead: its switches, the state after planning, and the fetch of its candidates.
+
+    `tables` and `changes` are what the switches do to factors, bank, W and optimizer, by rows in `indices`.
+    """
 
     step: int
     plan: StepPlan
     state: SwitchState
+    tables: StepTables
+    changes: RowChanges
+    indices: Indices
     fetch: Fetch
 
 
@@ -113,8 +122,19 @@ class SwitchLora(Lora):
 
     def allocate(self) -> None:
         super().allocate()
-        factor = next(iter(self.linears.values())).lora_A
-        self.bank.place(factor.dtype, factor.device)
+        keys = {factor: key for key, factor in self._switching_factors().items()}
+        runs = RowNumbers(group["params"] for group in self.param_groups()).runs
+        factor = next(iter(keys))
+        self.bank.place(factor.dtype, factor.device, [[keys[p] for p in run.params if p in keys] for run in runs])
+
+    def _switching_factors(self) -> dict[tuple[str, int], nn.Parameter]:
+        """Return the factors that switch by side and layer."""
+        sides = ((layer, linear, side) for layer, linear in enumerate(self.switching) for side in "AB")
+        return {(side, layer): linear.lora_A if side == "A" else linear.lora_B for layer, linear, side in sides}
+
+    def start(self, optimizer: RowAdamW) -> None:
+        super().start(optimizer)
+        self.switcher = LayerSwitcher(self.switching, optimizer.numbers, self.bank)
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -137,8 +157,9 @@ class SwitchLora(Lora):
         ahead = self._planned
         planned = ahead if ahead is not None and ahead.step == step else self._plan(step, copy.deepcopy(self.state))
         self.state = planned.state
-        self._apply(planned)
-        self.optimizer.set_frozen(self._frozen_rows())
+        new = self.switcher.apply(planned.tables, planned.fetch.result(), planned.indices)
+        self.optimizer.rows.apply(planned.changes, new, planned.indices)
+        self.optimizer.freeze(planned.changes, planned.indices)
         self._planned = None
         if step + 1 < self.config.train.steps:
             following = copy.deepcopy(self.state)
@@ -147,41 +168,20 @@ class SwitchLora(Lora):
         return planned.plan.count
 
     def _plan(self, step: int, state: SwitchState) -> PlannedStep:
-        """Plan a step, advance `state`, and start to fetch the step's candidates."""
-        plan = plan_step(self.schedule, state, step)
-        return PlannedStep(step, plan, state, self.bank.fetch(plan.switches))
+        """Plan a step, advance `state`, send the step's indices, and start to fetch its candidates."""
+        plan, indices = plan_step(self.schedule, state, step), Indices()
+        tables = self.switcher.tables(plan, indices)
+        frozen = self.switcher.numbers_of({side: left > 0 for side, left in state.frozen.items()})
+        changes = self.optimizer.rows.plan(tables.switched, tables.counterparts, frozen, indices)
+        indices.send(self.bank.device)
+        fetch = self.bank.fetch(tables.exchanges, indices)
+        return PlannedStep(step, plan, state, tables, changes, indices, fetch)
 
     def forget_plan(self) -> None:
         """Drop the plan of the next step after a change to state or bank. Collective, as the fetch is."""
         if self._planned is not None:
             self._planned.fetch.result()
         self._planned = None
-
-    def _apply(self, planned: PlannedStep) -> None:
-        rows = planned.fetch.result()
-        changes: dict[LowRankLinear, list[tuple[Tensor, Tensor]]] = {}
-        for switch in planned.plan.switches:
-            linear = self.switching[switch.layer]
-            factor, counterpart = linear.lora_A, linear.lora_B
-            if switch.side == "B":
-                factor, counterpart = counterpart, factor
-            change = switch_rows(linear, self.bank, switch, rows[switch.side, switch.layer])
-            changes.setdefault(linear, []).append(change)
-            positions = torch.from_numpy(switch.positions)
-            self.optimizer.rows_rewritten(factor, positions)
-            self.optimizer.reset_rows(counterpart, positions)
-        for linear, differences in changes.items():
-            fold(linear, differences)
-
-    def _frozen_rows(self) -> dict[nn.Parameter, Tensor]:
-        """Return the masked rows of each factor in this step."""
-        frozen: dict[nn.Parameter, Tensor] = {}
-        for side in "AB":
-            for linear, steps_left in zip(self.switching, self.state.frozen[side], strict=True):
-                rows = np.flatnonzero(steps_left)
-                if len(rows):
-                    frozen[linear.lora_A if side == "A" else linear.lora_B] = torch.from_numpy(rows)
-        return frozen
 
     def after_step(self, step: int) -> None:
         super().after_step(step)

@@ -84,10 +84,18 @@ class GaloreAdamW(RowAdamW):
     def _new_state(self, master: Tensor, rows: int) -> dict[str, Tensor]:
         return projected_state(master, self.rank) if master in self.projectors else new_state(master, rows)
 
-    def _update(self, master: Tensor, group: dict[str, Any]) -> None:
-        projector = self.projectors.get(master)  # type: ignore[call-overload]
-        if projector is None:
-            return super()._update(master, group)
+    def _has_blocks(self, master: Tensor) -> bool:
+        return super()._has_blocks(master) and master not in self.projectors
+
+    def _update(self, masters: list[Tensor], group: dict[str, Any]) -> None:
+        others = [master for master in masters if master not in self.projectors]
+        if others:
+            super()._update(others, group)
+        for master in masters:
+            if master in self.projectors:
+                self._update_projected(master, self.projectors[master], group)  # type: ignore[index]
+
+    def _update_projected(self, master: Tensor, projector: Projector, group: dict[str, Any]) -> None:
         assert master.grad is not None
         state, lr = self.state[master], group["lr"]
         projector.ortho_matrix = state["projector"]

@@ -7,14 +7,15 @@ DeepSpeed gives the client optimizer other tensors than the model's parameters:
     DeepSpeedZeroOptimizer       stages 1 and 2: one flat fp32 partition per group, this rank's share
     BF16_Optimizer               bf16 at stage 1 with fp32 accumulation: the same kind of partition
 
-A `Piece` is a block of rows of one parameter inside one such tensor, or a part of one row where a partition boundary
-cuts it. A dense parameter is a single row. Everything here is local: no communication.
+A `Piece` is some rows of one parameter inside one such tensor, or a part of one row where a partition boundary cuts it.
+A dense parameter is a single row. A `Block` is pieces of equal rows that follow one another, and is stepped at once.
+Everything here is local: no communication.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 
 from megatron_switchlora.distributed.shard import has_rows
 from megatron_switchlora.distributed.slices import row_blocks
+
+# Elements that are stepped at once, which bounds temporary tensors: on the CPU so few that they stay in its cache.
+PART, PART_ON_CPU = 1 << 26, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,11 @@ class Piece:
     @property
     def start(self) -> int:
         """First element of the piece in the flattened parameter."""
-        return self.first_row * (self.param.numel() // self.row_count()) + self.column
+        return self.first_row * self.row_length + self.column
+
+    @property
+    def row_length(self) -> int:
+        return self.param.numel() // self.row_count()
 
     def row_count(self) -> int:
         return self.param.size(0) if has_rows(self.param) else 1
@@ -69,8 +77,49 @@ class Piece:
         return rows[inside] - self.first_row
 
 
+@dataclass
+class Block:
+    """Rows of one width that follow one another in a master, with their step counters; `first` is its first piece."""
+
+    first: Piece
+    rows: int
+
+    @property
+    def head(self) -> int:
+        """Which of the LTE heads of this process the rows belong to."""
+        return getattr(self.first.param, "head", 0)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the block's [rows, width] view of a tensor shaped like the master."""
+        piece = self.first
+        return tensor.view(-1)[piece.offset : piece.offset + self.rows * piece.width].view(self.rows, piece.width)
+
+    def steps_of(self, steps: Tensor) -> Tensor:
+        """Return the block's part [rows] of a tensor with an entry per step counter of the master."""
+        return steps[self.first.step_offset : self.first.step_offset + self.rows]
+
+    def split(self, most: int) -> Iterator[Block]:
+        """Yield parts of at most `most` elements, if a row is not longer; a single row is cut."""
+        first, rows = self.first, max(1, most // self.first.width)
+        if self.rows == 1:
+            for at in range(0, first.width, most):
+                width = min(most, first.width - at)
+                yield Block(replace(first, offset=first.offset + at, column=first.column + at, width=width), 1)
+            return
+        for at in range(0, self.rows, rows):
+            offset, step_offset = first.offset + at * first.width, first.step_offset + at
+            yield Block(replace(first, offset=offset, step_offset=step_offset), min(rows, self.rows - at))
+
+    def continues_with(self, piece: Piece) -> bool:
+        """Return whether a piece, the next of the master, is more whole rows of the same kind."""
+        first = self.first
+        ends = piece.offset == first.offset + self.rows * first.width
+        alike = has_rows(first.param) == has_rows(piece.param) and self.head == getattr(piece.param, "head", 0)
+        return ends and alike and first.width == first.row_length == piece.width == piece.row_length
+
+
 class RowLayout:
-    """The pieces of all parameters on this rank, by master tensor and by parameter.
+    """The pieces of all parameters on this rank, by master tensor and by parameter, and each master's blocks.
 
     `partitioned` is true where data-parallel ranks hold different elements.
     """
@@ -78,6 +127,8 @@ class RowLayout:
     def __init__(self) -> None:
         self.by_master: dict[Tensor, list[Piece]] = {}
         self.by_param: dict[nn.Parameter, list[Piece]] = {}
+        self.blocks: dict[Tensor, list[Block]] = {}
+        self._split: dict[Tensor, list[Block]] = {}
         self.step_counts: dict[Tensor, int] = {}
         self.partitioned = False
 
@@ -90,8 +141,31 @@ class RowLayout:
             piece = Piece(param, master, offset, row, rows, column, width, steps)
             self.by_master.setdefault(master, []).append(piece)
             self.by_param.setdefault(param, []).append(piece)
+            blocks = self.blocks.setdefault(master, [])
+            if blocks and blocks[-1].continues_with(piece):
+                blocks[-1].rows += rows
+            else:
+                blocks.append(Block(piece, rows))
             self.step_counts[master] = steps + rows
             offset += rows * width
+
+    def parts(self, masters: Iterable[Tensor]) -> Iterator[list[Block]]:
+        """Yield lists of blocks that cover the masters, each small enough to be stepped at once."""
+        part: list[Block] = []
+        size = 0
+        for master in masters:
+            most = PART_ON_CPU if master.device.type == "cpu" else PART
+            if master not in self._split:
+                self._split[master] = [each for block in self.blocks[master] for each in block.split(most)]
+            for block in self._split[master]:
+                elements = block.rows * block.first.width
+                if part and size + elements > most:
+                    yield part
+                    part, size = [], 0
+                part.append(block)
+                size += elements
+        if part:
+            yield part
 
 
 def plain_layout(params: Iterable[nn.Parameter]) -> RowLayout:

@@ -17,40 +17,54 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from megatron_switchlora.distributed.precision import at_least_fp32
 from megatron_switchlora.distributed.shard import has_rows
 from megatron_switchlora.distributed.slices import TensorSlice, flat_slices
+from megatron_switchlora.lowrank.indices import Indices
+from megatron_switchlora.lowrank.rows import RowNumbers, adjacent, joined
 from megatron_switchlora.optim.head_clip import HeadClip, gradient
-from megatron_switchlora.optim.layout import Piece, RowLayout
+from megatron_switchlora.optim.layout import Block, Piece, RowLayout
+from megatron_switchlora.optim.row_states import RowChanges, RowStates
 
 
 def adamw_(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, frozen: Optional[Tensor],
-    *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    step_sizes: list[Tensor], corrections: list[Tensor], decays: Optional[list[Tensor]],
+    *, beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
-    """Take one AdamW step on a block, in place.
+    """Take one AdamW step on blocks [rows, width], in place: a pure function of tensors, in one pass over them.
 
-    param, grad, exp_avg, exp_avg_sq [rows, width]; step [rows] floats, advanced first. `frozen` holds the indices of
-    rows that must not move, or None; their rows of `grad` are zeroed.
+    step_sizes, corrections and decays [rows, 1] are those of `row_vectors`; no decays mean no weight decay.
     """
-    step += 1
-    if frozen is not None:
-        grad.index_fill_(0, frozen, 0.0)
-    if weight_decay != 0:
-        decay = torch.full_like(step, 1 - lr * weight_decay, dtype=param.dtype)
-        if frozen is not None:
-            decay.index_fill_(0, frozen, 1.0)
-        param.mul_(decay[:, None])
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    steps = step.double()
-    step_size = (-lr / (1 - beta1**steps)).to(param.dtype)
-    correction = (1 - beta2**steps).sqrt().to(param.dtype)
-    denominator = exp_avg_sq.sqrt().div_(correction[:, None]).add_(eps)
-    param.addcdiv_(exp_avg * step_size[:, None], denominator)
+    if decays is not None:
+        for param, decay in zip(params, decays, strict=True):
+            param.mul_(decay)
+    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    for denominator, correction in zip(denominators, corrections, strict=True):
+        denominator.div_(correction)
+    torch._foreach_add_(denominators, eps)
+    updates = [exp_avg * step_size for exp_avg, step_size in zip(exp_avgs, step_sizes, strict=True)]
+    torch._foreach_addcdiv_(params, updates, denominators)
+
+
+def row_vectors(steps: Tensor, betas: Tensor, lr: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Advance the counters [rows], and return each row's step size and bias correction [rows, 1].
+
+    betas [2, 1] are float64. Both results are formed in float64 and cast once.
+    """
+    steps += 1
+    rests = 1 - betas ** steps.double()
+    rests[0].reciprocal_().mul_(-lr)
+    rests[1].sqrt_()
+    step_size, correction = rests.to(dtype)[..., None]
+    return step_size, correction
 
 
 def new_state(master: Tensor, rows: int) -> dict[str, Tensor]:
@@ -74,7 +88,8 @@ class RowAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
         self.betas, self.eps = (beta1, beta2), eps
         self.layout: Optional[RowLayout] = None
-        self.frozen: dict[nn.Parameter, Tensor] = {}
+        self.numbers = RowNumbers(group["params"] for group in groups)
+        self.frozen: list[tuple[Block, Tensor]] = []
         self.found_nonfinite = False
         self.refuse_step = False
         self.head_clip: Optional[HeadClip] = None
@@ -84,13 +99,40 @@ class RowAdamW(torch.optim.Optimizer):
         self.layout = layout
         for master, count in layout.step_counts.items():
             self.state[master] = self._new_state(master, count)
+        for group in self.param_groups:
+            counters = [self.state[m]["row_step"] for m in group["params"] if self._has_blocks(m)]
+            if counters:
+                joined(counters)
+        device = next((master.device for master in layout.by_master), torch.device("cpu"))
+        self._betas = torch.tensor(self.betas, dtype=torch.float64, device=device)[:, None]
+        self._rows: Optional[RowStates] = None
+
+    def _has_blocks(self, master: Tensor) -> bool:
+        """Return whether the master is stepped by blocks."""
+        return self.layout is not None and master in self.layout.by_master
 
     def _new_state(self, master: Tensor, rows: int) -> dict[str, Tensor]:
         return new_state(master, rows)
 
+    @property
+    def rows(self) -> RowStates:
+        """The adapters' rows in masters and state, by number."""
+        assert self.layout is not None, "attach() first"
+        if self._rows is None:
+            self._rows = RowStates(self.numbers, self.layout, self.state)
+        return self._rows
+
     def set_frozen(self, frozen: dict[nn.Parameter, Tensor]) -> None:
         """Set the rows (CPU index tensors) that must not move in the next step."""
-        self.frozen = frozen
+        nothing, indices = np.zeros(0, dtype=np.int64), Indices()
+        numbers = [self.numbers.start[param] + rows.numpy() for param, rows in frozen.items()]
+        changes = self.rows.plan(nothing, nothing, np.sort(np.concatenate([nothing, *numbers])), indices)
+        indices.send(next((master.device for master in self.layout.by_master), torch.device("cpu")))  # type: ignore[union-attr]
+        self.freeze(changes, indices)
+
+    def freeze(self, changes: RowChanges, indices: Indices) -> None:
+        """Set the rows that must not move in the next step to those of `changes`."""
+        self.frozen = [(block, indices[number]) for block, number in changes.frozen]
 
     def pieces(self, param: nn.Parameter) -> list[Piece]:
         """Return this rank's pieces of a parameter."""
@@ -101,11 +143,6 @@ class RowAdamW(torch.optim.Optimizer):
         state = self.state[piece.master]
         steps = state["row_step"][piece.step_offset : piece.step_offset + piece.rows]
         return piece.block(state["exp_avg"]), piece.block(state["exp_avg_sq"]), steps
-
-    def _frozen_in(self, piece: Piece) -> Optional[Tensor]:
-        rows = self.frozen.get(piece.param)
-        local = piece.local_rows(rows) if rows is not None else None
-        return local.to(piece.master.device) if local is not None and len(local) else None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -120,19 +157,54 @@ class RowAdamW(torch.optim.Optimizer):
             self.found_nonfinite = True
             return
         for group in self.param_groups:
-            for master in group["params"]:
-                if master.grad is not None and master in self.layout.by_master:
-                    self._update(master, group)
+            held = [m for m in group["params"] if m.grad is not None and m in self.layout.by_master]
+            if held:
+                self._update(held, group)
 
-    def _update(self, master: Tensor, group: dict[str, Any]) -> None:
-        """Step a master that has a gradient."""
-        assert self.layout is not None and master.grad is not None
-        for piece in self.layout.by_master[master]:
+    def _update(self, masters: list[Tensor], group: dict[str, Any]) -> None:
+        """Step masters of a group that have gradients."""
+        assert self.layout is not None
+        sizes, corrections, decays = self._vectors(masters, group)
+        for block, rows in self.frozen:
+            master = block.first.master
+            if master in sizes:
+                block.of(master.grad).index_fill_(0, rows, 0.0)  # type: ignore[arg-type]
+                if decays:
+                    block.steps_of(decays[master]).index_fill_(0, rows, 1.0)
+        for blocks in self.layout.parts(masters):
+            held = [(block, block.first.master, self.state[block.first.master]) for block in blocks]
             adamw_(
-                piece.block(master), piece.block(master.grad), *self._views(piece),
-                frozen=self._frozen_in(piece), lr=group["lr"], weight_decay=group["weight_decay"],
+                [block.of(master.data) for block, master, _ in held],
+                [block.of(master.grad) for block, master, _ in held],  # type: ignore[arg-type]
+                [block.of(state["exp_avg"]) for block, _, state in held],
+                [block.of(state["exp_avg_sq"]) for block, _, state in held],
+                [block.steps_of(sizes[master]) for block, master, _ in held],
+                [block.steps_of(corrections[master]) for block, master, _ in held],
+                [block.steps_of(decays[master]) for block, master, _ in held] if decays else None,
                 beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
             )  # fmt: skip
+
+    def _vectors(self, masters: list[Tensor], group: dict[str, Any]) -> tuple[dict[Tensor, Tensor], ...]:
+        """Advance the masters' counters; return step sizes, corrections and weight decays [rows, 1] of each.
+
+        Without weight decay there are none of the last. Counters of one group follow one another in memory.
+        """
+        counters = [self.state[master]["row_step"] for master in masters]
+        together = adjacent(counters) if len({master.dtype for master in masters}) == 1 else None
+        runs = (
+            [(together, masters)]
+            if together is not None
+            else [(c, [m]) for c, m in zip(counters, masters, strict=True)]
+        )
+        found: tuple[dict[Tensor, Tensor], ...] = ({}, {}, {})
+        for steps, members in runs:
+            vectors: tuple[Tensor, ...] = row_vectors(steps, self._betas, group["lr"], members[0].dtype)
+            if group["weight_decay"] != 0:
+                vectors += (torch.full_like(vectors[0], 1 - group["lr"] * group["weight_decay"]),)
+            lengths = [len(self.state[master]["row_step"]) for master in members]
+            for kind, vector in zip(found, vectors, strict=False):
+                kind |= dict(zip(members, vector.split(lengths), strict=True))
+        return found
 
     def _clip_heads(self, clip: HeadClip, layout: RowLayout) -> None:
         """Clip the gradients that this call steps.

@@ -9,10 +9,12 @@ from megatron_switchlora.distributed.linear import ColumnParallelLinear
 from megatron_switchlora.distributed.mesh import lone_mesh
 from megatron_switchlora.distributed.shard import Axis, named_generator
 from megatron_switchlora.lowrank.bank import CandidateBank
+from megatron_switchlora.lowrank.indices import Indices
 from megatron_switchlora.lowrank.init import draw_vectors, factor_std
 from megatron_switchlora.lowrank.linear import LowRankLinear
+from megatron_switchlora.lowrank.rows import RowNumbers
 from megatron_switchlora.lowrank.schedule import ScheduleConfig, end_step, initial_state, plan_step
-from megatron_switchlora.lowrank.switch import fold, switch_rows
+from megatron_switchlora.lowrank.switch import LayerSwitcher
 
 M, N, R = 160, 96, 12
 
@@ -32,6 +34,8 @@ def drift_after_folds(folds: int, weight_dtype: torch.dtype, factor_dtype: torch
         bank.add(side, 0, vectors, None)
         factor.data.copy_(vectors[state.slots[side][0]])
     linear.add_product(-1.0)
+    bank.place(factor_dtype, torch.device("cpu"), [[("A", 0)], [("B", 0)]])
+    switcher = LayerSwitcher([linear], RowNumbers([[linear.lora_A, linear.lora_B]]), bank)
 
     def effective() -> torch.Tensor:
         product = linear.lora_B.detach().double().t() @ linear.lora_A.detach().double()
@@ -39,14 +43,11 @@ def drift_after_folds(folds: int, weight_dtype: torch.dtype, factor_dtype: torch
 
     before, done, step = effective(), 0, 0
     while done < folds:
-        switches = plan_step(config, state, step).switches
-        rows = bank.fetch(switches).result()
-        changes = []
-        for switch in switches:
-            changes.append(switch_rows(linear, bank, switch, rows[switch.side, 0]))
-            done += len(switch.positions)
-        if changes:
-            fold(linear, changes)
+        plan, indices = plan_step(config, state, step), Indices()
+        tables = switcher.tables(plan, indices)
+        indices.send(torch.device("cpu"))
+        switcher.apply(tables, bank.fetch(tables.exchanges, indices).result(), indices)
+        done += plan.count
         end_step(state)
         step += 1
     return float((effective() - before).norm() / before.norm())

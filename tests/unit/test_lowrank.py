@@ -12,8 +12,8 @@ from megatron_switchlora.distributed.mesh import lone_mesh
 from megatron_switchlora.distributed.replica_check import fingerprint
 from megatron_switchlora.distributed.shard import named_generator
 from megatron_switchlora.lowrank.bank import CandidateBank
+from megatron_switchlora.lowrank.indices import Indices
 from megatron_switchlora.lowrank.init import GAIN, draw_vectors, factor_std
-from megatron_switchlora.lowrank.schedule import LayerSwitch
 from tests.plain import PlainRun, make_batches, small_config
 
 
@@ -97,9 +97,12 @@ def test_layers_without_spare_candidates_do_not_switch() -> None:
 def test_the_bank_gives_and_takes_rows() -> None:
     bank = CandidateBank("device", "tp", lone_mesh())
     bank.add("A", 0, torch.arange(10.0)[:, None].repeat(1, 3), None)
-    switch = LayerSwitch(0, "A", np.array([0, 1]), np.array([4, 5]), np.array([9, 0]))
-    new = bank.fetch([switch]).result()["A", 0]
-    bank.put_back(switch, torch.full((2, 3), -1.0))
+    bank.place(torch.float32, torch.device("cpu"), [[("A", 0)]])
+    indices = Indices()
+    (exchange,) = bank.exchanges(np.array([0, 0]), np.array([9, 0]), np.array([4, 5]), indices)
+    indices.send(torch.device("cpu"))
+    (new,) = bank.fetch([exchange], indices).result()
+    bank.put_back(exchange, torch.full((2, 3), -1.0), indices)
     assert new[:, 0].tolist() == [9.0, 0.0]
     assert bank.held["A", 0].rows[:, 0].tolist() == [0, 1, 2, 3, -1, -1, 6, 7, 8, 9]
 

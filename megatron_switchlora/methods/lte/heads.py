@@ -29,6 +29,7 @@ from megatron_switchlora.distributed.shard import Axis, Split, is_split, shard_o
 from megatron_switchlora.distributed.slices import TensorSlice, parameter_slice, replica_group, shard_slice
 from megatron_switchlora.lowrank.heads import HeadsLinear
 from megatron_switchlora.lowrank.nf4 import bitsandbytes_works
+from megatron_switchlora.lowrank.rows import in_row_order
 from megatron_switchlora.methods.base import Flow, Method, Replica, host_copy
 from megatron_switchlora.methods.lora import Lora, draw_factor, part_sides
 from megatron_switchlora.methods.lte import options as options  # registers LTE
@@ -303,7 +304,7 @@ class LocalLte(Merging):
         return list(zip(linear.lora_A, linear.lora_B, strict=True))
 
     def matrices(self) -> list[nn.Parameter]:
-        return [factor for linear in self.linears.values() for pair in self._pairs(linear) for factor in pair]
+        return in_row_order(x for linear in self.linears.values() for pair in self._pairs(linear) for x in pair)
 
     def param_groups(self) -> list[dict[str, Any]]:
         pairs = [pair for linear in self.linears.values() for pair in self._pairs(linear)]
