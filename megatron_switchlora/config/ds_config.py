@@ -179,6 +179,27 @@ def resolve_ds_config(given: dict[str, Any], config: RunConfig, dp: int) -> dict
     return resolved
 
 
+def leaves_norm_to_us(resolved: dict[str, Any]) -> bool:
+    """Return whether DeepSpeed can leave norm, finite check and clip of the gradients to the engine.
+
+    That is its class for ZeRO 1 and 2, but for stage 1 with fp32 accumulation.
+    """
+    zero = zero_settings(resolved)
+    return zero.stage in (1, 2) and not zero.fp32_accumulation
+
+
+def for_deepspeed(resolved: dict[str, Any]) -> dict[str, Any]:
+    """Return the resolved JSON as DeepSpeed gets it: without norm, check and clip where they are left to the engine."""
+    if not leaves_norm_to_us(resolved):
+        return resolved
+    return {
+        **resolved,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {**resolved["zero_optimization"], "compute_grad_norm": False},
+        "bf16": {**resolved["bf16"], "check_grad_overflow": False},
+    }
+
+
 def zero_settings(resolved: dict[str, Any]) -> Zero:
     """Return ZeRO's settings of the resolved DeepSpeed JSON, as far as they affect memory."""
     section = resolved.get("zero_optimization", {})

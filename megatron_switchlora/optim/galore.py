@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.distributed.slices import TensorSlice, shard_slice
+from megatron_switchlora.optim.layout import RowLayout
 from megatron_switchlora.optim.row_adamw import RowAdamW, new_state
 
 SAVED = ("exp_avg", "exp_avg_sq", "projector", "row_step")
@@ -87,16 +88,22 @@ class GaloreAdamW(RowAdamW):
     def _has_blocks(self, master: Tensor) -> bool:
         return super()._has_blocks(master) and master not in self.projectors
 
-    def _update(self, masters: list[Tensor], group: dict[str, Any]) -> None:
+    def _refused(self, layout: RowLayout) -> bool:
+        return bool(super()._refused(layout))  # the counters of projected matrices are on the host, too
+
+    def _update(self, masters: list[Tensor], group: dict[str, Any], refused: Optional[Tensor]) -> None:
         others = [master for master in masters if master not in self.projectors]
         if others:
-            super()._update(others, group)
+            super()._update(others, group, refused)
         for master in masters:
             if master in self.projectors:
                 self._update_projected(master, self.projectors[master], group)  # type: ignore[index]
 
     def _update_projected(self, master: Tensor, projector: Projector, group: dict[str, Any]) -> None:
         assert master.grad is not None
+        factors = self.head_clip.factors(master.dtype) if self.head_clip is not None else None
+        if factors is not None:
+            master.grad.mul_(factors[0])
         state, lr = self.state[master], group["lr"]
         projector.ortho_matrix = state["projector"]
         grad = projector.project(master.grad, int(state["row_step"]))

@@ -214,7 +214,11 @@ def partition_gradients(optimizer: object) -> Optional[list[tuple[Tensor, Tensor
     if type(optimizer).__name__ != "DeepSpeedZeroOptimizer":
         return None
     params, grads = optimizer.params_in_partition, optimizer.averaged_gradients  # type: ignore[attr-defined]
-    return [pair for number, group in enumerate(params) for pair in zip(group, grads[number], strict=False)]
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for number, group in enumerate(params):
+        of_params = (grad for grad in grads[number] if not getattr(grad, "_zero_padding", False))
+        pairs += zip(group, of_params, strict=False)
+    return pairs
 
 
 def _zero_layout(flats: list[Tensor], params: list[nn.Parameter]) -> RowLayout:

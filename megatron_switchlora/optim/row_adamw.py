@@ -15,6 +15,7 @@ after DeepSpeed's norm and clip. `optim/layout.py` describes the tensors that ar
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import numpy as np
@@ -26,44 +27,73 @@ from megatron_switchlora.distributed.shard import has_rows
 from megatron_switchlora.distributed.slices import TensorSlice, flat_slices
 from megatron_switchlora.lowrank.indices import Indices
 from megatron_switchlora.lowrank.rows import RowNumbers, adjacent, joined
-from megatron_switchlora.optim.head_clip import HeadClip, gradient
+from megatron_switchlora.optim.head_clip import HeadClip
 from megatron_switchlora.optim.layout import Block, Piece, RowLayout
 from megatron_switchlora.optim.row_states import RowChanges, RowStates
+
+
+@dataclass(frozen=True)
+class Rates:
+    """AdamW's rates for moments; with a flag `refused` on the device tensors, which change nothing if it is set."""
+
+    weight: float | Tensor  # of the gradient in the first moment
+    beta2: float | Tensor
+    eps: float
+    refused: Optional[Tensor] = None
+    advance: int | Tensor = 1  # of the step counters
+    refused_vectors: Optional[Tensor] = None  # [2, 1]: the step size and correction of a refused step
 
 
 def adamw_(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     step_sizes: list[Tensor], corrections: list[Tensor], decays: Optional[list[Tensor]],
-    *, beta1: float, beta2: float, eps: float,
+    factors: Optional[list[Tensor]], rates: Rates, square_weight: float,
 ) -> None:  # fmt: skip
     """Take one AdamW step on blocks [rows, width], in place: a pure function of tensors, in one pass over them.
 
-    step_sizes, corrections and decays [rows, 1] are those of `row_vectors`; no decays mean no weight decay.
+    step_sizes, corrections and decays [rows, 1] are those of `row_vectors`; without decays there is no weight decay.
+    factors scale the gradients; without them nothing is clipped.
     """
+    if factors is not None and all(factor is factors[0] for factor in factors):
+        torch._foreach_mul_(grads, factors[0])
+    elif factors is not None:
+        for grad, factor in zip(grads, factors, strict=True):
+            grad.mul_(factor)
+    if rates.refused is not None:
+        for grad in grads:
+            grad.masked_fill_(rates.refused, 0.0)
     if decays is not None:
         for param, decay in zip(params, decays, strict=True):
             param.mul_(decay)
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+    if isinstance(rates.weight, Tensor):
+        for exp_avg, grad in zip(exp_avgs, grads, strict=True):
+            exp_avg.lerp_(grad, rates.weight)
+    else:
+        torch._foreach_lerp_(exp_avgs, grads, rates.weight)
+    torch._foreach_mul_(exp_avg_sqs, rates.beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, square_weight)
     denominators = torch._foreach_sqrt(exp_avg_sqs)
     for denominator, correction in zip(denominators, corrections, strict=True):
         denominator.div_(correction)
-    torch._foreach_add_(denominators, eps)
+    torch._foreach_add_(denominators, rates.eps)
     updates = [exp_avg * step_size for exp_avg, step_size in zip(exp_avgs, step_sizes, strict=True)]
     torch._foreach_addcdiv_(params, updates, denominators)
 
 
-def row_vectors(steps: Tensor, betas: Tensor, lr: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def row_vectors(steps: Tensor, betas: Tensor, lr: float, dtype: torch.dtype, rates: Rates) -> tuple[Tensor, Tensor]:
     """Advance the counters [rows], and return each row's step size and bias correction [rows, 1].
 
-    betas [2, 1] are float64. Both results are formed in float64 and cast once.
+    betas [2, 1] are float64. Both results are formed in float64 and cast once. A refused step advances nothing, and has
+    step sizes of zero.
     """
-    steps += 1
+    steps += rates.advance
     rests = 1 - betas ** steps.double()
     rests[0].reciprocal_().mul_(-lr)
     rests[1].sqrt_()
-    step_size, correction = rests.to(dtype)[..., None]
+    vectors = rests.to(dtype)
+    if rates.refused is not None and rates.refused_vectors is not None:
+        vectors = torch.where(rates.refused, rates.refused_vectors, vectors)
+    step_size, correction = vectors[..., None]
     return step_size, correction
 
 
@@ -93,6 +123,7 @@ class RowAdamW(torch.optim.Optimizer):
         self.found_nonfinite = False
         self.refuse_step = False
         self.head_clip: Optional[HeadClip] = None
+        self._last_rates: Optional[Rates] = None
 
     def attach(self, layout: RowLayout) -> None:
         """Adopt the layout and create all state now: DeepSpeed does not link all of the state that is created later."""
@@ -105,6 +136,7 @@ class RowAdamW(torch.optim.Optimizer):
                 joined(counters)
         device = next((master.device for master in layout.by_master), torch.device("cpu"))
         self._betas = torch.tensor(self.betas, dtype=torch.float64, device=device)[:, None]
+        self._refused_vectors = torch.tensor([[0.0], [1.0]], dtype=torch.float64, device=device)
         self._rows: Optional[RowStates] = None
 
     def _has_blocks(self, master: Tensor) -> bool:
@@ -148,23 +180,52 @@ class RowAdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         if self.layout is None:
             return
-        if self.head_clip is not None:
-            self._clip_heads(self.head_clip, self.layout)
-        masters = [m for group in self.param_groups for m in group["params"] if m.grad is not None]
-        if self.refuse_step or (
-            masters and not torch.isfinite(torch.nn.utils.get_total_norm([m.grad for m in masters]))
-        ):
+        refused = self._refused(self.layout)
+        if refused is True:
             self.found_nonfinite = True
             return
         for group in self.param_groups:
             held = [m for m in group["params"] if m.grad is not None and m in self.layout.by_master]
             if held:
-                self._update(held, group)
+                self._update(held, group, None if refused is False else refused)
 
-    def _update(self, masters: list[Tensor], group: dict[str, Any]) -> None:
-        """Step masters of a group that have gradients."""
+    def _refused(self, layout: RowLayout) -> bool | Tensor:
+        """Return whether the gradients are refused, on the device where reading it would wait.
+
+        ZeRO calls once per group, so the engine measures the norms over all groups before. Otherwise they are measured
+        here.
+        """
+        clip = self.head_clip
+        if self.refuse_step:
+            return True
+        if clip is None:
+            grads = [m.grad for group in self.param_groups for m in group["params"] if m.grad is not None]
+            return bool(grads) and not bool(torch.isfinite(torch.nn.utils.get_total_norm(grads)))
+        if not clip.measured:
+            held = [p for pieces in layout.by_master.values() for p in pieces if p.master.grad is not None]
+            clip.measure((piece.param, piece.block(piece.master.grad)) for piece in held)  # type: ignore[arg-type]
+            clip.measured = False
+        known = clip.known_refusal()
+        return clip.refused if known is None else known
+
+    def _rates(self, refused: Optional[Tensor], dtype: torch.dtype) -> Rates:
+        beta1, beta2 = self.betas
+        if refused is None:
+            return Rates(1 - beta1, beta2, self.eps)
+        last = self._last_rates
+        if last is None or last.refused is not refused:  # once for all groups
+            weight, decay = (refused.new_full((), value, dtype=dtype) for value in (1 - beta1, beta2))
+            weight, decay = weight.masked_fill_(refused, 0.0), decay.masked_fill_(refused, 1.0)
+            vectors = self._refused_vectors.to(dtype)
+            last = self._last_rates = Rates(weight, decay, self.eps, refused, refused.logical_not(), vectors)
+        return last
+
+    def _update(self, masters: list[Tensor], group: dict[str, Any], refused: Optional[Tensor]) -> None:
+        """Step masters of a group that have gradients, or change nothing if the flag `refused` is set."""
         assert self.layout is not None
-        sizes, corrections, decays = self._vectors(masters, group)
+        rates = self._rates(refused, masters[0].dtype)
+        sizes, corrections, decays = self._vectors(masters, group, rates)
+        factors = self.head_clip.factors(masters[0].dtype) if self.head_clip is not None else None
         for block, rows in self.frozen:
             master = block.first.master
             if master in sizes:
@@ -181,10 +242,10 @@ class RowAdamW(torch.optim.Optimizer):
                 [block.steps_of(sizes[master]) for block, master, _ in held],
                 [block.steps_of(corrections[master]) for block, master, _ in held],
                 [block.steps_of(decays[master]) for block, master, _ in held] if decays else None,
-                beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
+                [factors[block.head] for block in blocks] if factors else None, rates, 1 - self.betas[1],
             )  # fmt: skip
 
-    def _vectors(self, masters: list[Tensor], group: dict[str, Any]) -> tuple[dict[Tensor, Tensor], ...]:
+    def _vectors(self, masters: list[Tensor], group: dict[str, Any], rates: Rates) -> tuple[dict[Tensor, Tensor], ...]:
         """Advance the masters' counters; return step sizes, corrections and weight decays [rows, 1] of each.
 
         Without weight decay there are none of the last. Counters of one group follow one another in memory.
@@ -198,25 +259,14 @@ class RowAdamW(torch.optim.Optimizer):
         )
         found: tuple[dict[Tensor, Tensor], ...] = ({}, {}, {})
         for steps, members in runs:
-            vectors: tuple[Tensor, ...] = row_vectors(steps, self._betas, group["lr"], members[0].dtype)
+            vectors: tuple[Tensor, ...] = row_vectors(steps, self._betas, group["lr"], members[0].dtype, rates)
             if group["weight_decay"] != 0:
-                vectors += (torch.full_like(vectors[0], 1 - group["lr"] * group["weight_decay"]),)
+                decay = torch.full_like(vectors[0], 1 - group["lr"] * group["weight_decay"])
+                vectors += (decay if rates.refused is None else decay.masked_fill_(rates.refused, 1.0),)
             lengths = [len(self.state[master]["row_step"]) for master in members]
             for kind, vector in zip(found, vectors, strict=False):
                 kind |= dict(zip(members, vector.split(lengths), strict=True))
         return found
-
-    def _clip_heads(self, clip: HeadClip, layout: RowLayout) -> None:
-        """Clip the gradients that this call steps.
-
-        ZeRO calls once per group, so the engine measures the norms over all groups before. Otherwise they are measured
-        here.
-        """
-        held = [p for pieces in layout.by_master.values() for p in pieces if p.master.grad is not None]
-        if not clip.measured:
-            clip.measure((piece.param, gradient(piece)) for piece in held)
-            clip.measured = False
-        clip.scale(held)
 
     @torch.no_grad()
     def rows_rewritten(self, param: nn.Parameter, rows: Optional[Tensor] = None) -> None:

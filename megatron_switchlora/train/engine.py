@@ -3,11 +3,12 @@
 It starts DeepSpeed's communication and builds its engine around the model, with the row-step optimizer as the client
 optimizer. One training step is:
     forward and backward pass of each micro-batch, in which DeepSpeed reduces the gradients
-    method.before_step (switching), then DeepSpeed: norm, clip, row-step AdamW, parameter all-gather
+    method.before_step (switching), then norm, clip, row-step AdamW, and DeepSpeed's all-gather of parameters
     method.after_step (merges), then one all-reduce of losses, health and votes
 With non-finite gradients DeepSpeed skips or spoils a step, depending on stage and precision. Here the optimizer refuses
-them, and `StepResult.healthy` is False on every rank. tests/dist/test_deepspeed_contract.py asserts the properties of
-DeepSpeed 0.19.8 on which this module relies.
+them, and `StepResult.healthy` is False on every rank. At ZeRO 1 and 2 norm, check and clip are the package's and stay
+on the device: its code waits for the device once per step, in `_agree`. In DeepSpeed's other classes they are its own.
+tests/dist/test_deepspeed_contract.py asserts the properties of DeepSpeed 0.19.8 on which this module relies.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_switchlora.config.ds_config import for_deepspeed, leaves_norm_to_us
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.consensus import gather_texts
 from megatron_switchlora.distributed.mesh import Mesh
 from megatron_switchlora.distributed.recorder import CommRecorder
 from megatron_switchlora.distributed.replica_check import differing
-from megatron_switchlora.distributed.shard import Axis, is_split
+from megatron_switchlora.distributed.shard import is_split
 from megatron_switchlora.methods.base import Method
 from megatron_switchlora.model.protocol import LanguageModel
 from megatron_switchlora.optim.head_clip import HeadClip
@@ -133,15 +135,16 @@ class Engine:
         self.params = [param for group in self.optimizer.param_groups for param in group["params"]]
         model.checkpointing = config.train.activation_checkpointing
         self.ds, *_ = deepspeed.initialize(
-            model=model.to(device), optimizer=self.optimizer, config=ds_config, mpu=mesh, dist_init_required=False
-        )
+            model=model.to(device), optimizer=self.optimizer, config=for_deepspeed(ds_config), mpu=mesh,
+            dist_init_required=False,
+        )  # fmt: skip
         limit_waiting(config.parallel.timeout)
         self.model: LanguageModel = self.ds.module
         self.optimizer.attach(deepspeed_layout(self.ds.optimizer, self.params))
-        if config.method.facts.heads_here > 1:
-            partitioned = mesh.axis("dp") if self.optimizer.partitioned else Axis()
-            heads = config.method.facts.heads_here
-            self.optimizer.head_clip = HeadClip(config.optim.clip, heads, partitioned, mesh.axis("tp"), device)
+        heads = config.method.facts.heads_here
+        if heads > 1 or leaves_norm_to_us(ds_config):
+            ranks = mesh.axis("head" if self.optimizer.partitioned else "tp")
+            self.optimizer.head_clip = HeadClip(config.optim.clip, heads, ranks, mesh.axis("tp"), device)
         method.start(self.optimizer)
         self._check_replicas()
 
@@ -232,12 +235,14 @@ class Engine:
                 self.method.after_step(step)
             norms = self._head_norms(norm)
             with self.recorder.phase("control"):
-                head_losses, mean, bad_ranks, counts = self._agree(losses / len(micro_batches), norms, votes())
+                head_losses, head_norms, mean, bad_ranks, counts = self._agree(
+                    losses / len(micro_batches), norms, votes()
+                )
         return StepResult(
             loss=mean,
             head_losses=head_losses,
-            head_norms=norms,
-            grad_norm=norms[0],
+            head_norms=head_norms,
+            grad_norm=head_norms[0],
             lr=lr,
             switched=switched,
             dp_bytes=self.recorder.total("gradient", self.mesh.group("dp")),
@@ -256,11 +261,12 @@ class Engine:
             if pairs is not None:
                 clip.measure(pairs)
 
-    def _head_norms(self, norm: Optional[Tensor]) -> tuple[float, ...]:
+    def _head_norms(self, norm: Optional[Tensor]) -> Tensor:
         """Return the gradient norms of the heads here; `norm` is a single head's, if DeepSpeed did not compute it."""
         if self.optimizer.head_clip is not None:
-            return tuple(self.optimizer.head_clip.norms.tolist())
-        return (float(norm if norm is not None else self.ds.get_global_grad_norm()),)
+            return self.optimizer.head_clip.norms
+        single = norm if norm is not None else self.ds.get_global_grad_norm()
+        return torch.as_tensor(single, dtype=torch.float64, device=self.device).view(1)
 
     def _across_heads(self, phase: Optional[str]) -> int:
         """Return the bytes that this rank gave to collectives with ranks of other heads, in one phase or in all.
@@ -273,18 +279,24 @@ class Engine:
         return self.recorder.total(phase) - within
 
     def _agree(
-        self, losses: Tensor, norms: tuple[float, ...], votes: Sequence[bool]
-    ) -> tuple[tuple[float, ...], float, float, tuple[int, ...]]:
+        self, losses: Tensor, norms: Tensor, votes: Sequence[bool]
+    ) -> tuple[tuple[float, ...], tuple[float, ...], float, float, tuple[int, ...]]:
         """Average the heads' losses [K] over the data ranks, and agree with all ranks on health and votes.
 
+        Everything that a step reads from the device is read here, at once.
+
         Returns:
-            (losses of the heads here, mean loss of all heads, number of unhealthy ranks, votes)
+            (losses and gradient norms of the heads here, mean loss of all heads, number of unhealthy ranks, votes)
         """
         skipped = bool(getattr(self.ds.optimizer, "overflow", False))
-        bad = self.optimizer.found_nonfinite or skipped or not all(map(math.isfinite, norms))
+        answers = torch.tensor([self.optimizer.found_nonfinite or skipped, *votes], dtype=losses.dtype)
         self.optimizer.found_nonfinite = False
+        if self.device.type == "cuda":
+            answers = answers.pin_memory()
+        answers = answers.to(self.device, non_blocking=True)
+        answers[0] = torch.maximum(answers[0], norms.isfinite().all().logical_not().to(answers.dtype))
         share = losses if self.mesh.rank("tp") == 0 else torch.zeros_like(losses)  # equal on tensor-parallel ranks
-        shared = torch.cat([share, share.new_tensor([bad, *votes])])
+        shared = torch.cat([share, answers])
         dist.all_reduce(shared, group=self.mesh.group("head"))
         here = shared[: len(losses)] / self.mesh.size("dp")
         control = torch.cat([here.mean().view(1), shared[len(losses) :]])
@@ -293,8 +305,9 @@ class Engine:
                 control.zero_()
             dist.all_reduce(control, group=self.mesh.group("world"))
             control[0] /= self.mesh.size("lte")
-        mean, bad_ranks, *counts = control.tolist()
-        return tuple(here.tolist()), mean, bad_ranks, tuple(map(int, counts))
+        values, heads = torch.cat([here, norms, control]).tolist(), len(here)
+        mean, bad_ranks, *counts = values[2 * heads :]
+        return tuple(values[:heads]), tuple(values[heads : 2 * heads]), mean, bad_ranks, tuple(map(int, counts))
 
     def evaluate(self, batches: Iterable[Tensor]) -> tuple[float, int]:
         """Evaluate the method's model on the validation batches of all ranks.

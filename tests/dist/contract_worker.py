@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -93,6 +94,27 @@ def poisoned_step(engine: Any, config: Any, mesh: Any, where: str) -> dict[str, 
     return {"healthy": result.healthy, "unchanged": same, "found": found}
 
 
+def norm_gaps(precision: str, stage: str, mesh: Any) -> dict[str, float]:
+    """How far losses and gradient norms are from those of DeepSpeed's own norm, check and clip; relative, largest."""
+    config = small_config(train__precision=precision, optim__clip=0.3, optim__lr=0.0005)
+    from megatron_switchlora.train import engine as engine_module
+
+    ours = build_engine(config, stage, mesh)
+    with mock.patch.object(engine_module, "leaves_norm_to_us", lambda _: False):
+        with mock.patch.object(engine_module, "for_deepspeed", lambda resolved: resolved):
+            theirs = build_engine(config, stage, mesh)
+    assert ours.optimizer.head_clip is not None and theirs.optimizer.head_clip is None
+    gaps, least = {"loss": 0.0, "norm": 0.0, "first norm": 0.0}, float("inf")
+    for step, batch in enumerate(make_batches(config, 4)):
+        mine, other = (e.train_step(step, micro_batches(config, batch, mesh)) for e in (ours, theirs))
+        gaps["loss"] = max(gaps["loss"], abs(mine.loss / other.loss - 1))
+        gaps["norm"] = max(gaps["norm"], abs(mine.grad_norm / other.grad_norm - 1))
+        gaps["first norm"] = gaps["norm"] if step == 0 else gaps["first norm"]
+        least = min(least, other.grad_norm)
+    assert least > config.optim.clip  # every step was clipped
+    return gaps
+
+
 def refused_start(mesh: Any) -> str:
     """What the engine says when one rank starts from another candidate bank."""
 
@@ -133,6 +155,8 @@ def act(payload: dict[str, Any]) -> dict[str, Any]:
             results["poison"]["fp32 0 without clip output"] = poisoned_step(bare, unclipped, mesh, "output")
         for where in ("output", "gradient"):
             results["poison"][f"{key} {where}"] = poisoned_step(engine, config, mesh, where)
+    cases = [("fp32", "1"), ("bf16", "2")]
+    results["norm_gaps"] = {f"{precision} {stage}": norm_gaps(precision, stage, mesh) for precision, stage in cases}
     if mesh.size("tp") > 1:
         return results
     named = [(replica.name, replica.tensor) for replica in engine.method.replicas()]

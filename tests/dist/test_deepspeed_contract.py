@@ -34,6 +34,7 @@ def test_a_bad_step_on_one_tensor_parallel_rank_is_refused_on_all(split_ranks: l
         if key.endswith("output"):
             assert seen["found"] == "the output of model.layers.1.mlp.up_proj", key
     assert all(all(facts.values()) for rank in split_ranks for facts in rank["contract"].values())
+    check_norms(split_ranks)
 
 
 def test_internals_are_as_relied_upon(ranks: list) -> None:
@@ -50,6 +51,19 @@ def test_a_bad_step_is_refused_on_every_rank_and_class(ranks: list) -> None:
         for key, seen in rank["poison"].items():
             assert not seen["healthy"], key
             assert seen["unchanged"], key
+
+
+def check_norms(ranks: list) -> None:
+    for rank in ranks:
+        assert rank["norm_gaps"] == ranks[0]["norm_gaps"]
+        for key, gaps in rank["norm_gaps"].items():
+            print(f"own norm against DeepSpeed's, {key}: {gaps}")
+            assert gaps["first norm"] < 1e-6, key
+            assert max(gaps.values()) < (1e-6 if key.startswith("fp32") else 1e-2), key
+
+
+def test_norm_and_clip_are_those_of_deepspeed(ranks: list) -> None:
+    check_norms(ranks)
 
 
 def test_the_first_bad_layer_is_named(ranks: list) -> None:

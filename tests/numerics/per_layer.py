@@ -46,7 +46,7 @@ class PerPieceAdamW(RowAdamW):
 
     frozen_rows: dict[nn.Parameter, Tensor]
 
-    def _update(self, masters: list[Tensor], group: dict[str, Any]) -> None:
+    def _update(self, masters: list[Tensor], group: dict[str, Any], refused: Optional[Tensor]) -> None:
         assert self.layout is not None
         for master in masters:
             for piece in self.layout.by_master[master]:

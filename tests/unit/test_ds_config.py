@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from megatron_switchlora.config.ds_config import read_ds_config, resolve_ds_config, zero_settings
+from megatron_switchlora.config.ds_config import (
+    for_deepspeed,
+    leaves_norm_to_us,
+    read_ds_config,
+    resolve_ds_config,
+    zero_settings,
+)
 from megatron_switchlora.config.ds_keys import SCALARS, SECTIONS, Kind
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.log import LogConfig
@@ -116,6 +122,27 @@ def test_deepspeed_does_not_wait_for_the_device_to_time_it(tmp_path: Path) -> No
     for wrong in ({"enabled": 1}, {"odd": True}):
         with pytest.raises(UserError, match=r"timers.throughput in the DeepSpeed JSON has enabled and synchronized"):
             resolve_ds_config({"timers": {"throughput": wrong}}, RunConfig(), 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [
+        ({"zero_optimization": {"stage": 0}}, False),
+        ({"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}, True),
+        ({"zero_optimization": {"stage": 2}}, True),
+        ({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}, False),
+    ],
+)
+def test_deepspeed_leaves_the_norm_to_the_engine(given: dict[str, Any], ours: bool) -> None:
+    config = RunConfig()
+    config.train.precision = "bf16"
+    resolved = resolve_ds_config(given, config, 2)
+    found = for_deepspeed(resolved)
+    assert leaves_norm_to_us(resolved) == ours and resolved["gradient_clipping"] == 1.0
+    assert found["gradient_clipping"] == (0.0 if ours else 1.0)
+    assert found["bf16"].get("check_grad_overflow", True) != ours
+    assert found["zero_optimization"].get("compute_grad_norm", True) != ours
+    assert given["zero_optimization"].items() <= found["zero_optimization"].items()
 
 
 def test_auto_is_what_the_run_configuration_says() -> None:

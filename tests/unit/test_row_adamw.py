@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_switchlora.distributed.shard import declare
+from megatron_switchlora.distributed.shard import Axis, declare
+from megatron_switchlora.optim.head_clip import HeadClip
 from megatron_switchlora.optim.layout import RowLayout, plain_layout
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.optim.schedules import lr_factor
@@ -172,6 +173,34 @@ def test_nonfinite_gradients_change_nothing() -> None:
     assert optimizer.found_nonfinite
     assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
     assert (optimizer.state[params[0]]["row_step"] == 1).all()
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_flag_on_the_device_refuses_as_the_host_does(
+    limit: float, weight_decay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where reading it would wait: good steps are the same to the bit, bad ones (the first too) change nothing."""
+    runs = []
+    for on_host in (True, False):
+        params = parameters()
+        optimizer = make(params, weight_decay=weight_decay)
+        optimizer.head_clip = HeadClip(limit, 1, Axis(), Axis(), torch.device("cpu"))
+        if not on_host:
+            monkeypatch.setattr(HeadClip, "known_refusal", lambda self: None)
+        for step in range(8):
+            random_gradients(params, step)
+            if step in (0, 5):
+                params[step % 4].grad.view(-1)[7] = float("nan" if step else "inf")
+            optimizer.set_frozen({params[1]: torch.tensor([2])} if step == 6 else {})
+            optimizer.step()
+            assert bool(optimizer.head_clip.refused) == (step in (0, 5))
+        runs.append((params, optimizer))
+    for mine, theirs in zip(*(params for params, _ in runs), strict=True):
+        assert torch.equal(mine, theirs)
+        states = [optimizer.state[param] for (_, optimizer), param in zip(runs, (mine, theirs), strict=True)]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+        assert (states[0]["row_step"] == 6).all()
 
 
 def test_steps_before_attach_are_ignored() -> None:
