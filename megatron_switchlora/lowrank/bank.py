@@ -149,7 +149,7 @@ class CandidateBank:
         counts = [len(held.rows) for held in members]
         rows = torch.empty(
             (sum(counts), members[0].rows.size(1)), dtype=dtype, device="cpu" if on_host else self.device,
-            pin_memory=on_host and self.device.type == "cuda",
+            pin_memory=on_host and self.device.type != "cpu",
         )  # fmt: skip
         for held, part in zip(members, rows.split(counts), strict=True):
             held.rows = part.copy_(held.rows)

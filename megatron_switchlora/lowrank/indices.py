@@ -26,7 +26,7 @@ class Indices:
             self._host = self._device = tuple(torch.empty(0, dtype=torch.int64) for _ in lengths)
             return
         host = torch.from_numpy(np.concatenate(self._arrays).astype(np.int64, copy=False))
-        if device.type == "cuda":
+        if device.type not in ("cpu", "meta"):
             host = host.pin_memory()
         self._host = host.split(lengths)
         self._device = host.to(device, non_blocking=True).split(lengths)

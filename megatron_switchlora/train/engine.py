@@ -291,7 +291,7 @@ class Engine:
         skipped = bool(getattr(self.ds.optimizer, "overflow", False))
         answers = torch.tensor([self.optimizer.found_nonfinite or skipped, *votes], dtype=losses.dtype)
         self.optimizer.found_nonfinite = False
-        if self.device.type == "cuda":
+        if self.device.type != "cpu":
             answers = answers.pin_memory()
         answers = answers.to(self.device, non_blocking=True)
         answers[0] = torch.maximum(answers[0], norms.isfinite().all().logical_not().to(answers.dtype))
