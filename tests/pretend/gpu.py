@@ -15,6 +15,7 @@ Registering a device is for a process and for good, so tests run this in process
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import Counter
 from types import FrameType
@@ -113,10 +114,44 @@ def on_gpu(device: Any) -> bool:
     return device is not None and torch.device(device).type == NAME
 
 
+class DeviceModule:
+    """What torch asks of `torch.gpu`; activation checkpointing keeps a state of random numbers."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return True
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def current_device(self) -> int:
+        return 0
+
+    def device_count(self) -> int:
+        return 1
+
+    def manual_seed_all(self, seed: int) -> None:
+        pass
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+    def device(self, index: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+
 def register() -> torch.device:
     """Register the device in this process; return it."""
     if torch._C._get_privateuse1_backend_name() != NAME:
-        _setup_privateuseone_for_python_backend(NAME)
+        _setup_privateuseone_for_python_backend(NAME, backend_module=DeviceModule())
     return torch.device(NAME, 0)
 
 

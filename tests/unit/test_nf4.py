@@ -10,9 +10,9 @@ from megatron_switchlora.lowrank.nf4 import LEVELS, Nf4Matrix, bitsandbytes_work
 
 def test_values_go_to_the_nearest_level_of_their_block() -> None:
     matrix = torch.randn(5, 144, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    codes, scales = quantise(matrix)
+    codes, scales = quantise(matrix, torch.tensor(LEVELS))
     assert codes.shape == (5, 96) and scales.shape == (5, 3)  # rows padded to 192
-    found = dequantise(codes, scales, 144)
+    found = dequantise(codes, scales, 144, torch.tensor(LEVELS))
     for row in range(5):
         for start in (0, 64, 128):
             block = matrix[row, start : start + 64]
@@ -39,7 +39,7 @@ def test_a_layer_and_its_gradient_are_those_of_the_levels(kernels: bool) -> None
         pytest.skip("bitsandbytes is not installed")
     generator = torch.Generator().manual_seed(3)
     made = Nf4Matrix(torch.randn(48, 100, generator=generator), kernels)
-    dense = dequantise(made.codes, made.scales, 100)
+    dense = dequantise(made.codes, made.scales, 100, made.levels)
     x = torch.randn(2, 7, 100, generator=generator)
     dy = torch.randn(2, 7, 48, generator=generator)
     mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
