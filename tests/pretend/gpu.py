@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Optional
 
@@ -183,6 +184,18 @@ class PretendGpu(TorchDispatchMode):
         self.counts = Counts()
         return self.counts
 
+    @contextlib.contextmanager
+    def part(self) -> Iterator[Counts]:
+        """Count what happens inside also by itself."""
+        whole, part = self.counts, Counts()
+        self.counts = part
+        try:
+            yield part
+        finally:
+            for kind, lines in vars(part).items():
+                getattr(whole, kind).update(lines)
+            self.counts = whole
+
     def is_pinned(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self._pinned
 
@@ -209,7 +222,7 @@ class PretendGpu(TorchDispatchMode):
                 result = func(*args, **kwargs)
                 return self._pin(result) if pins else result
             self._check(func, args, kwargs, flat if here else [])
-            self._count(func, flat)
+            self._count(func, args)
             return self._run(func, args, kwargs)
 
     def _to_copy(self, from_gpu: bool, args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -259,12 +272,12 @@ class PretendGpu(TorchDispatchMode):
         if func in INDEXING and not isinstance(args[0], GpuTensor):
             raise MixedDevices(f"{func} got the GPU's indices for a CPU tensor, at {line_of_package()}")
 
-    def _count(self, func: Any, tensors: list[Tensor]) -> None:
+    def _count(self, func: Any, args: Any) -> None:
         line = None
         if func in INDEXING:
             line = line_of_package()
-            indices = [index for index in tensors[1:] if index.dtype in (torch.bool, torch.uint8, torch.int64)]
-            if any(index.dtype == torch.bool for index in indices):
+            indices = [index for index in args[1] if index is not None]
+            if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
                 self.counts.waits[line] += 1
             for index in indices:
                 if not isinstance(index, GpuTensor) and index.dim() > 0:

@@ -1,0 +1,158 @@
+"""Counts of one training step of `Engine` on the pretend GPU, with 24 layers of 7 matrices as at 1.3B and tiny widths.
+
+All vectors of a layer side are due at every step, so every layer switches. DeepSpeed is a stand-in that keeps ZeRO 1's
+layout of one rank of eight: the optimizer steps an eighth of each group's flat tensor, group by group.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_switchlora.config.model import ModelConfig
+from megatron_switchlora.distributed.mesh import build_mesh
+from megatron_switchlora.distributed.recorder import CommRecorder
+from megatron_switchlora.methods import build_method
+from megatron_switchlora.model.llama.model import LlamaForCausalLM
+from megatron_switchlora.model.protocol import initialize_weights
+from megatron_switchlora.optim.layout import RowLayout
+from megatron_switchlora.optim.row_adamw import RowAdamW
+from megatron_switchlora.train.engine import Engine, start_distributed
+from tests.plain import VOCAB, make_batches, small_config
+from tests.pretend.gpu import Counts, PretendGpu, register
+
+DP, RANK, STEPS = 8, 3, 2
+
+
+def act(payload: dict[str, Any]) -> dict[str, Any]:
+    """Return the counts of the switch, of AdamW, and of the step's lines in the package, at the second step."""
+    register()
+    start_distributed(torch.device("cpu"))
+    with PretendGpu() as gpu:
+        engine, stand_in = build_engine(payload["name"], payload.get("layers", 24), payload.get("changes", {}), gpu)
+        switch = Counts()
+        for step, batch in enumerate(make_batches(engine.config, STEPS)):
+            whole, stand_in.adamw = gpu.fresh(), Counts()
+            switch = count_switch(engine, gpu)
+            result = engine.train_step(step, list(batch.split(engine.config.train.micro_batch_size)))
+        assert result.healthy and (result.switched > 0 or payload["name"] != "switchlora")
+    return {
+        "switched": result.switched,
+        "switch": switch.totals(),
+        "AdamW": stand_in.adamw.totals(),
+        "step": own_lines(whole).totals(),
+        "waits": dict(own_lines(whole).waits.most_common(12)),
+        "launches": dict(stand_in.adamw.launches.most_common(12)),
+    }
+
+
+def own_lines(counts: Counts) -> Counts:
+    """Leave out what no line of the package asked for: the stand-in, and autograd."""
+    own = Counts()
+    for kind, lines in vars(counts).items():
+        kept = {line: count for line, count in lines.items() if not line.startswith(("tests/", "elsewhere"))}
+        getattr(own, kind).update(kept)
+    return own
+
+
+def count_switch(engine: Engine, gpu: PretendGpu) -> Counts:
+    """Count the method's part between backward and clip in the next step."""
+    counts, before_step = Counts(), type(engine.method).before_step
+
+    def counted(step: int) -> int:
+        with gpu.part() as part:
+            switched = before_step(engine.method, step)
+        for kind, lines in vars(part).items():
+            getattr(counts, kind).update(lines)
+        return switched
+
+    engine.method.before_step = counted  # type: ignore[method-assign]
+    return counts
+
+
+def make_config(name: str, layers: int, changes: dict[str, Any]) -> Any:
+    config = small_config(name, **changes)
+    config.model = ModelConfig(hidden_size=64, intermediate_size=171, num_layers=layers, num_heads=2)
+    config.method.rank, config.train.precision = 16, "bf16"
+    config.method.switch.interval0, config.method.switch.freeze_steps = 1.25, 0
+    config.method.switch.total_steps = 10**9
+    config.train.micro_batch_size = config.train.global_batch_size = 1
+    return config
+
+
+def build_engine(name: str, layers: int, changes: dict[str, Any], gpu: PretendGpu) -> tuple[Engine, StandIn]:
+    """What `Engine.__init__` makes, around the stand-in."""
+    config = make_config(name, layers, changes)
+    mesh = build_mesh(config.parallel)
+    model = LlamaForCausalLM(config.model, VOCAB)
+    initialize_weights(model, config.train.seed)
+    method = build_method(config, model, mesh, None)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to(gpu.device, torch.bfloat16)
+    for name, buffer in model.named_buffers():  # DeepSpeed casts no buffers
+        parent, attribute = name.rsplit(".", 1)
+        model.get_submodule(parent)._buffers[attribute] = buffers[name].to(gpu.device)
+    engine = Engine.__new__(Engine)
+    engine.config, engine.mesh, engine.method, engine.device = config, mesh, method, gpu.device
+    engine.recorder, engine.optimizer, engine.model = CommRecorder(), method.build_optimizer(), model
+    engine.params = [param for group in engine.optimizer.param_groups for param in group["params"]]
+    stand_in = StandIn(model, engine.optimizer, gpu)
+    engine.ds = stand_in
+    method.start(engine.optimizer)
+    return engine, stand_in
+
+
+class StandIn:
+    """What the engine asks of DeepSpeed at ZeRO 1, for one rank of `DP`."""
+
+    def __init__(self, model: nn.Module, optimizer: RowAdamW, gpu: PretendGpu) -> None:
+        self.module, self.client, self.gpu, self.adamw = model, optimizer, gpu, Counts()
+        self.optimizer = SimpleNamespace(overflow=False)
+        self.norm: Any = torch.zeros((), device=gpu.device)
+        layout = RowLayout()
+        layout.partitioned = True
+        for group in optimizer.param_groups:
+            group["params"] = [share_of(group["params"], layout)]
+        optimizer.attach(layout)
+
+    def train(self) -> None:
+        self.module.train()
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.module(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def get_global_grad_norm(self) -> Tensor:
+        return self.norm
+
+    def step(self) -> None:
+        """Step group by group, with gradients of ones; the step has one micro-batch."""
+        groups = self.client.param_groups
+        for group in groups:
+            group["params"][0].grad = torch.ones_like(group["params"][0])
+            self.client.param_groups = [group]
+            with self.gpu.part() as part:
+                self.client.step()
+            for kind, lines in vars(part).items():
+                getattr(self.adamw, kind).update(lines)
+        self.client.param_groups = groups
+        self.module.zero_grad()
+
+
+def share_of(params: list[nn.Parameter], layout: RowLayout) -> Tensor:
+    """Return the rank's share of the parameters' flat tensor, in fp32, and add it to the layout."""
+    total = sum(param.numel() for param in params)
+    size = -(-total // (2 * DP)) * 2
+    flat, begin, at = torch.zeros(size, device=params[0].device), RANK * size, 0
+    for param in params:
+        low, high = max(at, begin), min(at + param.numel(), begin + size)
+        if low < high:
+            layout.add(param, flat, low - begin, low - at, high - low)
+            flat[low - begin : high - begin] = param.detach().flatten()[low - at : high - at].float()
+        at += param.numel()
+    return flat
