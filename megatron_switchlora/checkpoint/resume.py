@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Optional
 
-import torch
 import torch.distributed as dist
 
 from megatron_switchlora.checkpoint.files import Checkpoint, damaged, open_checkpoint, published, strays
@@ -47,31 +46,31 @@ class ResumePoint:
         return self.checkpoint.step if self.checkpoint else 0
 
 
-def find_resume_point(config: RunConfig, device: torch.device) -> ResumePoint:
+def find_resume_point(config: RunConfig) -> ResumePoint:
     """Decide on rank 0 how the run starts, and verify the checkpoint on all ranks. Collective over the world.
 
     Raises:
         UserError: the folder must not be used, or the checkpoint is damaged or has another configuration.
     """
     locks: list[BinaryIO] = []
-    choice = json.loads(on_one_rank(dist.get_rank() == 0, lambda: json.dumps(choose(config, locks)), device))
+    choice = json.loads(on_one_rank(dist.get_rank() == 0, lambda: json.dumps(choose(config, locks))))
     folder = choice.pop("folder")
-    checkpoint = open_together(Path(folder), device) if folder else None
+    checkpoint = open_together(Path(folder)) if folder else None
     return ResumePoint(checkpoint, **choice, lock=locks[0] if locks else None)
 
 
-def open_together(folder: Path, device: torch.device) -> Checkpoint:
+def open_together(folder: Path) -> Checkpoint:
     """Open a checkpoint on every rank and verify each of its files on one rank. Collective over the world.
 
     Raises:
         UserError: on every rank, if any rank cannot open the checkpoint, or files are missing or damaged; the message
             names them.
     """
-    checkpoint = on_all_ranks(lambda: open_checkpoint(folder), device)  # some host may not see the folder
+    checkpoint = on_all_ranks(lambda: open_checkpoint(folder))  # some host may not see the folder
     names = sorted(checkpoint.files)[dist.get_rank() :: dist.get_world_size()]
     faults = checkpoint.faults(names)
     await_all()  # files differ in size, so ranks finish at different times
-    texts = gather_texts("\n".join(faults), device)
+    texts = gather_texts("\n".join(faults))
     all_faults = [fault for text in texts for fault in text.splitlines()]
     if all_faults:
         damaged(folder, "; ".join(all_faults))

@@ -73,7 +73,7 @@ class Saver:
         started_at = time.perf_counter()
         self.finish()
         building = self.folder / f".building-{step_name(step)}"
-        problem = on_one_rank(self.rank == 0, lambda: self._prepare(building), self.device)
+        problem = on_one_rank(self.rank == 0, lambda: self._prepare(building))
         if problem:
             self._warn(step, problem)
             return
@@ -143,7 +143,7 @@ class Saver:
             writing.thread.join()
         await_all()  # a disk may take longer than a collective waits
         report = {"files": writing.files, "error": writing.error, "seconds": writing.seconds}
-        reports = [json.loads(text) for text in gather_texts(json.dumps(report), self.device)]
+        reports = [json.loads(text) for text in gather_texts(json.dumps(report))]
         errors = [report["error"] for report in reports if report["error"]]
         if self.rank == 0:
             self._publish(writing, reports, errors)

@@ -1,7 +1,7 @@
 """Agree on the outcome of work that one rank, or each rank, does alone.
 
 An error that only one rank sees, as in a file that it alone reads, must end every rank, with one message. Outcomes
-travel as JSON in byte tensors, never as pickles.
+travel as JSON through the ranks' store, never as pickles.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 
 from megatron_switchlora.config.errors import UserError
@@ -23,45 +22,52 @@ class PeerError(Exception):
     """Another rank has failed and reports why: end without a message and with a non-zero status."""
 
 
-def gather_texts(text: str, device: torch.device, group: dist.ProcessGroup | None = None) -> list[str]:
+def gather_texts(text: str) -> list[str]:
     """Return every rank's text, in rank order, on every rank.
 
-    Collective over the group, by default the world.
+    Texts go through the ranks' store, so no GPU waits, and none is waited for. Collective over the world.
     """
-    encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-    size = torch.tensor([encoded.numel()], dtype=torch.int64, device=device)
-    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, size, group=group)
-    longest = max(int(s) for s in sizes)
-    if not longest:
-        return [""] * len(sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-    padded[: encoded.numel()] = encoded
-    gathered = [torch.zeros_like(padded) for _ in sizes]
-    dist.all_gather(gathered, padded, group=group)
-    return [bytes(g[: int(s)].tolist()).decode() for g, s in zip(gathered, sizes, strict=True)]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if world == 1:
+        return [text]
+    store = dist.distributed_c10d._get_default_store()
+    # Two places in turn: a rank that writes to one has awaited all in the call before, so all have read it.
+    place = f"gather_texts/{store.add(f'gather_texts/calls of {rank}', 1) % 2}"
+    store.set(f"{place}/{rank}", f"{text}.")  # never empty
+    everyone: list[bytes] = []
+    await_all(lambda store: everyone.extend(store.multi_get([f"{place}/{number}" for number in range(world)])))
+    return [each.decode()[:-1] for each in everyone]
 
 
-def await_all() -> None:
-    """Wait until every rank of the world has called this, however long that takes.
+def await_all(read: Callable[[dist.Store], None] | None = None) -> None:
+    """Wait until every rank of the world has called this, however long that takes; then `read` from the store.
 
     A collective would not do: its time-out does not know that a rank still works. `startup/watch.py` reports a rank
-    that stops meanwhile. Collective.
+    that stops meanwhile. Rank 0, with which the store may end, returns last. Collective.
     """
-    world = dist.get_world_size()
+    world, rank = dist.get_world_size(), dist.get_rank()
     if world == 1:
         return
     store = dist.distributed_c10d._get_default_store()
-    call = store.add(f"await_all/calls of {dist.get_rank()}", 1)
-    here = f"await_all/{call}"
-    count, pause = store.add(here, 1), 0.001
-    while count < world:
+    here = f"await_all/{store.add(f'await_all/calls of {rank}', 1)}"
+    store.add(here, 1)
+    _await_count(store, here, world)
+    if read is not None:
+        read(store)
+    if rank > 0:
+        store.add(f"{here}/left", 1)
+    else:
+        _await_count(store, f"{here}/left", world - 1)
+
+
+def _await_count(store: dist.Store, key: str, count: int) -> None:
+    pause = 0.001
+    while store.add(key, 0) < count:
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
-        count = store.add(here, 0)
 
 
-def on_one_rank(acts: bool, action: Callable[[], str], device: torch.device) -> str:
+def on_one_rank(acts: bool, action: Callable[[], str]) -> str:
     """Run `action` on the ranks where `acts` is true; return the first such rank's result on every rank.
 
     The action may take as long as it needs. Collective over the world.
@@ -79,7 +85,7 @@ def on_one_rank(acts: bool, action: Callable[[], str], device: torch.device) -> 
             failure = error
             outcome = {"error": str(error), "by_user": isinstance(error, UserError)}
     await_all()
-    outcomes = [json.loads(text) for text in gather_texts(json.dumps(outcome), device)]
+    outcomes = [json.loads(text) for text in gather_texts(json.dumps(outcome))]
     mistakes = [entry["error"] for entry in outcomes if entry.get("by_user")]
     if mistakes:
         raise UserError(mistakes[0])
@@ -90,7 +96,7 @@ def on_one_rank(acts: bool, action: Callable[[], str], device: torch.device) -> 
     return next(entry["result"] for entry in outcomes if "result" in entry)
 
 
-def on_all_ranks(action: Callable[[], T], device: torch.device) -> T:
+def on_all_ranks(action: Callable[[], T]) -> T:
     """Run `action` on every rank of the world and return this rank's result; an error on one rank is everyone's.
 
     Collective.
@@ -104,5 +110,5 @@ def on_all_ranks(action: Callable[[], T], device: torch.device) -> T:
         results.append(action())
         return ""
 
-    on_one_rank(True, act, device)
+    on_one_rank(True, act)
     return results[0]

@@ -47,12 +47,12 @@ def open_context(
         UserError: the data cannot be prepared, or does not fit the configuration.
     """
     train = config.train
-    data = data or prepare_data(config, ranks, device)
+    data = data or prepare_data(config, ranks)
     train_samples, val_samples = data.train.samples(train.seq_len), data.val.samples(train.seq_len)
     order = BatchOrder(len(train_samples), train.global_batch_size, train.seed)
     available = order.batches_in(train.epochs) if train.epochs else train.steps
     vocab_size = vocabulary_size(config, data)
-    identity = on_one_rank(ranks.rank == 0, lambda: json.dumps(data_identity(data, vocab_size)), device)
+    identity = on_one_rank(ranks.rank == 0, lambda: json.dumps(data_identity(data, vocab_size)))
     counts = count_run(config, vocab_size)
     return RunContext(
         config, ranks, device, data, train_samples, val_samples, order, min(train.steps, available), vocab_size,

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 
 from megatron_switchlora.checkpoint.files import Checkpoint
@@ -20,13 +19,13 @@ from megatron_switchlora.distributed.consensus import gather_texts, on_one_rank
 from megatron_switchlora.startup.environment import Ranks
 
 
-def prepare_data(config: RunConfig, ranks: Ranks, device: torch.device) -> PreparedData:
+def prepare_data(config: RunConfig, ranks: Ranks) -> PreparedData:
     """Tokenise on the first rank of every node, and open the cache on all ranks. Collective over the world.
 
     Rank 0 prints the notes of all nodes' builds. The commit of a hub dataset is looked up once for all nodes and stored
     in `config`, so that the run records its data.
     """
-    commit = on_one_rank(ranks.rank == 0, lambda: pinned(config.data).hf_revision or "", device)
+    commit = on_one_rank(ranks.rank == 0, lambda: pinned(config.data).hf_revision or "")
     config.data.hf_revision = commit or None
     first = ranks.local_rank == 0
     notes: list[str] = []
@@ -36,9 +35,9 @@ def prepare_data(config: RunConfig, ranks: Ranks, device: torch.device) -> Prepa
         notes.extend(data.notes)
         return str(data.folder)
 
-    folder = on_one_rank(first, fill, device)
+    folder = on_one_rank(first, fill)
     data = open_prepared(Path(folder))
-    all_notes = [note for text in gather_texts(json.dumps(notes), device) for note in json.loads(text)]
+    all_notes = [note for text in gather_texts(json.dumps(notes)) for note in json.loads(text)]
     all_notes += vocabulary_notes(config, data)
     for note in dict.fromkeys(all_notes if ranks.rank == 0 else []):
         print(f"warning: {note}", flush=True)

@@ -171,7 +171,7 @@ class Engine:
         for group in ("dp", "lte", "head", "data"):
             named = [(replica.name, replica.tensor) for replica in replicas if replica.group == group]
             differences += differing(named, self.mesh.group(group), self.device)
-        texts = gather_texts("\n".join(differences), self.device)
+        texts = gather_texts("\n".join(differences))
         return list(dict.fromkeys(sentence for text in texts for sentence in text.splitlines()))
 
     def _set_lr(self, step: int) -> float:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from megatron_switchlora.config.command_line import parse_arguments
@@ -20,7 +19,7 @@ from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.parallel import ParallelConfig
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.data.loader import eval_batches
-from megatron_switchlora.distributed.consensus import on_all_ranks, on_one_rank
+from megatron_switchlora.distributed.consensus import await_all, on_all_ranks, on_one_rank
 from megatron_switchlora.distributed.mesh import build_mesh
 from megatron_switchlora.hf.folders import load_merged
 from megatron_switchlora.model.protocol import LanguageModel, build_model
@@ -45,18 +44,18 @@ def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float
     stored = parse_arguments(["--config", str(folder / "config.yaml")], kept_in=folder).config
     tp = stored.parallel.tp if ranks.world_size % stored.parallel.tp == 0 else 1
     mesh = build_mesh(ParallelConfig(tp=tp, timeout=config.parallel.timeout))
-    data = prepare_data(stored, ranks, device)
+    data = prepare_data(stored, ranks)
     vocab_size = vocabulary_size(stored, data)
     trained_on = read_meta(folder).get("data")
     require(trained_on is not None, f"{folder}/meta.json is damaged: restore it. {folder}/final can still be loaded.")
-    tokens = on_one_rank(ranks.rank == 0, lambda: str(data_identity(data, vocab_size)["data"]), device)
+    tokens = on_one_rank(ranks.rank == 0, lambda: str(data_identity(data, vocab_size)["data"]))
     require(
         tokens == trained_on,
         f"The text that {folder} was trained on has changed since (the fingerprint of its tokens is {tokens} now and "
         f"was {trained_on}), so its numbers cannot be repeated: restore the files that its config.yaml lists.",
     )
     model = build_model(stored.model, vocab_size, mesh.axis("tp"))
-    on_all_ranks(lambda: _load(model, folder / "final"), device)
+    on_all_ranks(lambda: _load(model, folder / "final"))
     train = stored.train
     batches = eval_batches(
         data.val.samples(train.seq_len), train.micro_batch_size, mesh.rank("dp"), mesh.size("dp"), train.eval_samples
@@ -64,7 +63,7 @@ def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float
     loss = mean_loss(model.to(device), batches, mesh.group("dp"), device)
     if ranks.rank == 0:
         print(f"{folder}: validation loss {loss:.6f}, perplexity {perplexity(loss):.3f}", flush=True)
-    dist.barrier()
+    await_all()
     return loss
 
 

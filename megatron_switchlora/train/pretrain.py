@@ -135,8 +135,8 @@ def train(
     started_at = time.perf_counter()
     outlive_terminal()
     given = read_ds_config(arguments.ds_config)
-    on_one_rank(ranks.rank == 0, partial(check_loggers, arguments.config.log, given), device)
-    resume_point = find_resume_point(arguments.config, device)
+    on_one_rank(ranks.rank == 0, partial(check_loggers, arguments.config.log, given))
+    resume_point = find_resume_point(arguments.config)
     if resume_point.finished:
         if ranks.rank == 0:
             print(f"The run in {arguments.config.output_dir} is finished: give another --output_dir for a new one.")

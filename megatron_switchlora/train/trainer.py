@@ -29,7 +29,7 @@ from megatron_switchlora.config.errors import UserError, require
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.data.loader import eval_batches
 from megatron_switchlora.data.packing import PreparedData
-from megatron_switchlora.distributed.consensus import gather_texts, on_all_ranks, on_one_rank
+from megatron_switchlora.distributed.consensus import await_all, gather_texts, on_all_ranks, on_one_rank
 from megatron_switchlora.distributed.mesh import AXES, Mesh
 from megatron_switchlora.methods import Method
 from megatron_switchlora.model.protocol import LanguageModel, build_model, initialize_weights
@@ -74,12 +74,12 @@ class Trainer:
         self.resume_point, self.stop = resume_point or ResumePoint(), stop or StopRequest()
         self.terminal = Terminal(ranks.rank == 0)
         self.print_line = self.terminal.print_line
-        on_all_ranks(config.method.facts.require_packages, device)
+        on_all_ranks(config.method.facts.require_packages)
         self.context = open_context(config, ranks, device, data)
         self._build_phases(given_ds_config)
         self._build_engine()
         folder = self._claim_folder()
-        on_all_ranks(partial(self._open_folder, folder), device)
+        on_all_ranks(partial(self._open_folder, folder))
         self.saver = Saver(folder / "checkpoints", self.engine, config.checkpoint, self.print_line)
         self._log_start()
 
@@ -99,18 +99,18 @@ class Trainer:
         self.imported: dict[str, Any] = {}  # marks of the imported model
         regrouped = False
         if checkpoint is None and train.init_from:
-            initial = open_together(find_folder(Path(train.init_from)), self.device)
+            initial = open_together(find_folder(Path(train.init_from)))
             require_tokenizer(initial, self.context.data)
             weights = Weights(initial)
             self.imported = weights.imported
-            on_all_ranks(partial(load_initial, model, weights), self.device)
+            on_all_ranks(partial(load_initial, model, weights))
         elif checkpoint is not None:
             self.imported = checkpoint.state().get("imported") or {}
             self._check_checkpoint(checkpoint)
             in_method = not begins and self.phase is self.phases[-1]
             regrouped = in_method and regroups(self.config, checkpoint.state())
             if begins or regrouped:  # from the end of the previous phase, or from the model for new heads
-                on_all_ranks(partial(load_initial, model, Weights(checkpoint)), self.device)
+                on_all_ranks(partial(load_initial, model, Weights(checkpoint)))
         self.engine = build_engine(self.phase, model, self.context.train_samples, self.device, begins or regrouped)
         if checkpoint is not None and not begins:
             self._load_checkpoint(checkpoint, regrouped)
@@ -151,10 +151,10 @@ class Trainer:
     def _load_checkpoint(self, checkpoint: Checkpoint, regrouped: bool) -> None:
         """Fill the fresh engine from the checkpoint; with `regrouped` its LTE heads differ from the run's."""
         if regrouped:
-            on_all_ranks(partial(load_regrouped, self.engine, checkpoint), self.device)
+            on_all_ranks(partial(load_regrouped, self.engine, checkpoint))
             self.method.regrouped()  # type: ignore[attr-defined]
         else:
-            on_all_ranks(partial(load_state, self.engine, checkpoint.archive(), checkpoint.step), self.device)
+            on_all_ranks(partial(load_state, self.engine, checkpoint.archive(), checkpoint.step))
         self.method.loaded()
         differences = self.engine.differing_replicas()
         require(not differences, f"After loading {checkpoint.folder} ranks differ: {'; '.join(differences[:5])}.")
@@ -177,7 +177,7 @@ class Trainer:
             self.resume_point.lock = lock_folder(folder)
             return str(folder)
 
-        self.config.output_dir = on_one_rank(self.ranks.rank == 0, create, self.device)
+        self.config.output_dir = on_one_rank(self.ranks.rank == 0, create)
         return Path(self.config.output_dir)
 
     def _open_folder(self, folder: Path) -> None:
@@ -222,7 +222,7 @@ class Trainer:
         )
 
     def _log_start(self) -> None:
-        kept = "\n".join(gather_texts("\n".join(self.run.notes), self.device)).split("\n")  # each rank's own files
+        kept = "\n".join(gather_texts("\n".join(self.run.notes))).split("\n")  # each rank's own files
         cleaned = self.saver.clean() if self.run.writes else []
         facts = describe_start(self.context, self.mesh, self.resume_point)
         for line in filter(None, [*facts, *self.resume_point.notes, *kept, *cleaned]):
@@ -241,7 +241,7 @@ class Trainer:
             f"The validation loss after step {step} is {loss}: the last update has destroyed the model, and the run "
             "stops. Lower optim.lr, raise train.warmup_steps or set optim.clip.",
         )
-        on_one_rank(self.run.writes, partial(self._require_folder, step), self.device)
+        on_one_rank(self.run.writes, partial(self._require_folder, step))
         between_heads = {"eval_merge_bytes": sent} if self.mesh.size("lte") > 1 else {}
         self.run.log({"step": step, "val_loss": loss, "val_ppl": perplexity(loss), **between_heads})
         self.print_line(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
@@ -260,7 +260,7 @@ class Trainer:
             UserError: always.
         """
         where = find_bad_layer(self.engine.model, batches, self.device) or ""
-        places = [(rank, text) for rank, text in enumerate(gather_texts(where, self.device)) if text]
+        places = [(rank, text) for rank, text in enumerate(gather_texts(where)) if text]
         place = f"first bad on rank {places[0][0]}: {places[0][1]}" if places else "a second pass gave finite values"
         raise UserError(
             f"Step {step + 1} gave loss {result.loss}, gradient norm {result.grad_norm}: not finite, so the step was "
@@ -377,7 +377,7 @@ class Trainer:
     def _stop(self, steps: int) -> None:
         """Publish the last checkpoint of a run that was asked to stop, and print how to resume."""
         self.saver.finish()
-        on_all_ranks(self._close_records, self.device)
+        on_all_ranks(self._close_records)
         if self.run.writes:
             reason = self.stop.asked or "another rank or train.stop_after_*"
             kept = [path.name for path in published(self.saver.folder)]
@@ -385,7 +385,7 @@ class Trainer:
                 f"stopped after step {steps} as asked ({reason}); with --output_dir {self.run.path} the same options "
                 + (f"resume from {kept[-1]}" if kept else "start from step 0: no checkpoint could be written")
             )
-        dist.barrier()
+        await_all()
 
     def _close_records(self) -> None:
         with in_folder(self.run.path):
@@ -397,4 +397,4 @@ class Trainer:
         model = self.method.evaluated(exported=True)
         exports = self.mesh.axis("data").rank == 0
         write = partial(write_results, self.context, self.run, self.beside, exports, val_loss, model)
-        on_all_ranks(write, self.device)
+        on_all_ranks(write)

@@ -92,9 +92,9 @@ def build_engine(name: str, layers: int, changes: dict[str, Any], gpu: PretendGp
     method = build_method(config, model, mesh, None)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.to(gpu.device, torch.bfloat16)
-    for name, buffer in model.named_buffers():  # DeepSpeed casts no buffers
+    for name, weight in buffers.items():  # DeepSpeed casts no buffers
         parent, attribute = name.rsplit(".", 1)
-        model.get_submodule(parent)._buffers[attribute] = buffers[name].to(gpu.device)
+        model.get_submodule(parent)._buffers[attribute] = weight.to(gpu.device)
     engine = Engine.__new__(Engine)
     engine.config, engine.mesh, engine.method, engine.device = config, mesh, method, gpu.device
     engine.recorder, engine.optimizer, engine.model = CommRecorder(), method.build_optimizer(), model

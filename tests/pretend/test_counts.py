@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.dist.launch import run_ranks
 
-# SwitchLoRA with 24 layers at ZeRO 1, one rank of 8, where every layer switches. A wait is counted where our lines wait.
+# SwitchLoRA with 24 layers at ZeRO 1, one rank of 8, where every layer switches; waits in our own lines.
 CEILINGS = {
     ("switch", "launches"): 3780,
     ("switch", "uploads"): 1092,

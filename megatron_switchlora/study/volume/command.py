@@ -93,8 +93,8 @@ def measure_cases(arguments: argparse.Namespace, options: list[str]) -> None:
 
     ranks, device = join_ranks("auto", threads=1)
     world, steps = ranks.world_size, arguments.steps or 4
-    cases = on_all_ranks(lambda: make_cases(arguments, options, world), device)
-    sent(arguments.interface, device)
+    cases = on_all_ranks(lambda: make_cases(arguments, options, world))
+    sent(arguments.interface)
     for case in cases:
         check_steps(case, steps)
     results: list[dict[str, Any]] = []

@@ -68,11 +68,11 @@ def measure(case: Case, device: torch.device, steps: int, interface: Optional[st
         engine.train_step(step, tokens)
     communication_log()
     recorded: Counter[Record] = Counter()
-    before = sent(interface, device)
+    before = sent(interface)
     for step in range(warm_up, warm_up + steps):
         engine.train_step(step, tokens)
         recorded.update(engine.recorder.bytes)
-    after = sent(interface, device)
+    after = sent(interface)
     log = {name: count / steps for name, count in communication_log().items()}
     given = by_flow(recorded, engine.mesh, steps)
     result: dict[str, Any] = {
@@ -82,7 +82,7 @@ def measure(case: Case, device: torch.device, steps: int, interface: Optional[st
     }
     if interface is not None:
         result |= on_interface(before, after, steps)
-        result["wire_of_recorded"] = wire_of(given, engine.mesh, outgoing(engine.mesh, device))
+        result["wire_of_recorded"] = wire_of(given, engine.mesh, outgoing(engine.mesh))
     engine.ds.destroy()
     return result
 
@@ -171,7 +171,7 @@ def part_of(engine: Engine) -> dict[torch.nn.Parameter, str]:
     return {param: part for part, param in by_part(engine.method, matrices) if param.requires_grad}
 
 
-def sent(interface: Optional[str], device: torch.device) -> dict[str, int]:
+def sent(interface: Optional[str]) -> dict[str, int]:
     """Return what rank 0's host has sent, once all ranks are here.
 
     These are bytes and packets, as its interface counts them, and TCP's segments that were sent again.
@@ -198,7 +198,7 @@ def sent(interface: Optional[str], device: torch.device) -> dict[str, int]:
                 f"--interface {interface}: {error.strerror} on {own_host(os.environ)}; there are {interfaces}."
             ) from None
 
-    return on_all_ranks(read, device)
+    return on_all_ranks(read)
 
 
 def on_interface(before: dict[str, int], after: dict[str, int], steps: int) -> dict[str, float]:
@@ -212,14 +212,14 @@ def on_interface(before: dict[str, int], after: dict[str, int], steps: int) -> d
     return {"wire": count, "wire_headers": headers, "wire_repeated": again, "wire_payload": count - headers - again}
 
 
-def outgoing(mesh: Mesh, device: torch.device) -> dict[str, int]:
+def outgoing(mesh: Mesh) -> dict[str, int]:
     """Count the rings along each axis that leave this host: 1 where a host has one rank.
 
     A ring goes through its ranks in order.
     """
     lines = {axis: dist.get_process_group_ranks(group) for axis, group in mesh.groups.items()}
     own = {"host": own_host(os.environ), "lines": lines | {"world": list(range(dist.get_world_size()))}}
-    everyone = [json.loads(text) for text in gather_texts(json.dumps(own), device)]
+    everyone = [json.loads(text) for text in gather_texts(json.dumps(own))]
     hosts = [entry["host"] for entry in everyone]
     counts = {}
     for axis in own["lines"]:
