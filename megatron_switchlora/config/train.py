@@ -36,6 +36,9 @@ class TrainConfig:
     """Validation samples to use at most; by default all."""
     activation_checkpointing: bool = option(False, resume="free", results=False)
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    deterministic: bool = option(False, resume="free", results=False)
+    """Compute the same bits again on a GPU, whose usual attention does not: by torch's deterministic algorithms, which
+    are slower. An operation without one ends the run. The CPU computes the same bits in any case."""
     device: Literal["auto", "cpu", "cuda"] = option("auto", resume="free", results=False)
     """auto: one GPU per local rank, or the CPU where there is no GPU."""
     compile: Literal["auto", "on", "off"] = option("auto", resume="free", results=False)

@@ -17,8 +17,12 @@ import torch
 from megatron_switchlora.config.errors import require
 from megatron_switchlora.startup.environment import Ranks, cpu_threads
 
-BF16_PEAK = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12}
+BF16_PEAK = {
+    "A100": 312e12, "A6000": 155e12, "B200": 2250e12, "GB200": 2500e12, "GH200": 989e12, "H100": 989e12,
+    "H100 NVL": 835e12, "H100 PCIe": 756e12, "H200": 989e12, "H200 NVL": 835e12, "L40S": 362e12, "RTX 4090": 165e12,
+}  # fmt: skip
 
+REPEATABLE = (":4096:8", ":16:8")  # cuBLAS's workspaces whose results do not depend on streams
 OPEN_FILES = 64  # one rank alone has 40 open
 
 
@@ -48,7 +52,27 @@ def choose_device(requested: str, ranks: Ranks, threads: int) -> torch.device:
     # Some images set TF32 in the environment; a fold would keep 10 bits of 23.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    # Where a product is split along its sum, parts rounded to bf16 would be added.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return torch.device("cuda", ranks.local_rank)
+
+
+def set_determinism(wanted: bool) -> None:
+    """Choose whether a GPU computes the same bits each time; call it before the first product on a GPU.
+
+    Raises:
+        UserError: the environment asks cuBLAS for another kind of workspace.
+    """
+    if wanted:
+        given = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", REPEATABLE[0])
+        require(
+            given in REPEATABLE,
+            f"train.deterministic true needs CUBLAS_WORKSPACE_CONFIG to be one of {', '.join(REPEATABLE)}, but the "
+            f"environment sets it to {given}: unset it.",
+        )
+    torch.use_deterministic_algorithms(wanted)
+    # Else torch would fill every empty tensor, such as DeepSpeed's buckets, at every use.
+    torch.utils.deterministic.fill_uninitialized_memory = not wanted  # type: ignore[attr-defined]
 
 
 def gpu_identity(device: torch.device) -> dict[str, str]:
@@ -57,7 +81,13 @@ def gpu_identity(device: torch.device) -> dict[str, str]:
         return {}
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     name = torch.cuda.get_device_name(device)
-    return {"GPU": name, "version of CUDA": str(torch.version.cuda), "version of NCCL": nccl}
+    units = torch.cuda.get_device_properties(device).multi_processor_count
+    return {
+        "GPU": name,
+        "multiprocessors of the GPU": str(units),
+        "version of CUDA": str(torch.version.cuda),
+        "version of NCCL": nccl,
+    }
 
 
 def allow_open_files() -> None:
@@ -101,7 +131,8 @@ def peak_flops(device: torch.device, precision: str) -> Optional[float]:
     if device.type != "cuda" or precision != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in BF16_PEAK.items() if key in name), None)
+    known = [key for key in BF16_PEAK if key in name]
+    return BF16_PEAK[max(known, key=len)] if known else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -25,7 +25,7 @@ from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.rules import unused_options
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.consensus import on_one_rank
-from megatron_switchlora.startup.device import allow_open_files, choose_device, precision_warning
+from megatron_switchlora.startup.device import allow_open_files, choose_device, precision_warning, set_determinism
 from megatron_switchlora.startup.door import Door, the_door
 from megatron_switchlora.startup.environment import Ranks, complete_environment, discover_ranks, end_rank
 from megatron_switchlora.startup.launchers import is_first
@@ -106,6 +106,7 @@ def run(arguments: Arguments, ranks: Ranks, stop: StopRequest, door: Door, data:
     """Train, on the given data instead of the configured, or evaluate, and return the exit status."""
     allow_open_files()
     timeout = arguments.config.parallel.timeout
+    set_determinism(arguments.config.train.deterministic)
     device = choose_device(arguments.config.train.device, ranks, arguments.config.train.threads)
     store = meet_others(arguments, ranks, device) if ranks.world_size > 1 else None
     door.watch_others(ranks, timeout, store)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,16 @@ import torch.distributed as dist
 from megatron_switchlora.checkpoint.resume_rules import what_must_agree
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.run import run_config_class
-from megatron_switchlora.startup.device import choose_device, gpu_identity, precision_warning
+from megatron_switchlora.startup.device import (
+    choose_device,
+    gpu_identity,
+    peak_flops,
+    precision_warning,
+    set_determinism,
+)
 from megatron_switchlora.startup.door import Door
 from megatron_switchlora.startup.environment import Ranks
+from tests.plain import PlainRun, make_batches, small_config
 
 
 @pytest.fixture
@@ -43,12 +51,15 @@ def test_a_gpu_each(choose: Any) -> None:
 
 
 def test_a_gpu_computes_fp32_in_fp32(choose: Any) -> None:
-    """Images may set TF32 in the environment; DeepSpeed is told which accelerator."""
+    """Images may set TF32 in the environment; parts of a product are not added in bf16; DeepSpeed is told which
+    accelerator."""
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
     for backend in backends:
         backend.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
     choose("auto", 2, 2)
     assert not any(backend.allow_tf32 for backend in backends)
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     assert os.environ["DS_ACCELERATOR"] == "cuda"
 
 
@@ -61,9 +72,11 @@ def test_the_device_is_current_before_all_else(choose: Any, monkeypatch: pytest.
 
 def test_ranks_compare_their_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"chip {device.index}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 30, 1))
     identity = gpu_identity(torch.device("cuda", 3))
     assert (identity["GPU"], identity["version of NCCL"]) == ("chip 3", "2.30.1")
+    assert identity["multiprocessors of the GPU"] == "132"
     assert gpu_identity(torch.device("cpu")) == {}
     same = what_must_agree(run_config_class()(), {}, torch.device("cuda", 3))
     assert same["GPU"] == "chip 3"
@@ -111,3 +124,36 @@ def test_bf16_without_instructions_for_it_is_told(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     told = precision_warning(torch.device(device), precision)
     assert (told is not None and f"finds {capability}" in told) if warned else told is None
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
+     ("NVIDIA GH200 480GB", 989e12), ("NVIDIA H200", 989e12), ("NVIDIA B200", 2250e12), ("NVIDIA GB200", 2500e12),
+     ("NVIDIA GeForce RTX 4090", 165e12), ("Tesla T4", None)],
+)  # fmt: skip
+def test_a_peak_is_that_of_the_longest_name(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0), "bf16") == peak
+    assert peak_flops(torch.device("cuda", 0), "fp32") is None
+
+
+def test_deterministic_is_on_or_off_and_training_has_no_operation_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several runs may share a process. On the CPU the bits are the same."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    config = small_config(train__global_batch_size=2)
+    results = []
+    try:
+        for wanted in (False, True):
+            set_determinism(wanted)
+            assert torch.are_deterministic_algorithms_enabled() == wanted
+            assert torch.utils.deterministic.fill_uninitialized_memory != wanted
+            assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if wanted else None)
+            run = PlainRun(config)
+            results.append([run.step(step, batch) for step, batch in enumerate(make_batches(config, 3))])
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+        with pytest.raises(UserError, match=r"needs CUBLAS_WORKSPACE_CONFIG to be one of :4096:8, :16:8, but .* :0:0"):
+            set_determinism(True)
+    finally:
+        set_determinism(False)
+    assert results[0] == results[1]
