@@ -57,6 +57,11 @@ def choose_device(requested: str, ranks: Ranks, threads: int) -> torch.device:
     return torch.device("cuda", ranks.local_rank)
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Return whether tensors on the device are in other memory than the host's."""
+    return device.type not in ("cpu", "meta")
+
+
 def set_determinism(wanted: bool) -> None:
     """Choose whether a GPU computes the same bits each time; call it before the first product on a GPU.
 

@@ -33,6 +33,7 @@ from megatron_switchlora.model.elementwise import Elementwise
 from megatron_switchlora.model.llama.rope import scaled_frequencies, scaled_tables
 from megatron_switchlora.model.norm import RMSNorm
 from megatron_switchlora.model.protocol import LanguageModel
+from megatron_switchlora.startup.device import is_gpu
 
 
 def rotary_tables(seq_len: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,8 +64,17 @@ class Attention(nn.Module):
             for projection, partial in zip(projections, entered, strict=True)
         )
         q, k = self.elementwise.rotary(q, *rotary), self.elementwise.rotary(k, *rotary)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
-        return self.o_proj(out.transpose(1, 2).flatten(2), *o_entered)
+        return self.o_proj(attend(q, k, v).transpose(1, 2).flatten(2), *o_entered)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return causal attention [B, H, S, head_dim].
+
+    In fp32 a GPU has no fused kernel for grouped heads and would form [B, H, S, S], so they are repeated there.
+    """
+    if is_gpu(q.device) and q.dtype == torch.float32:
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) if x.size(1) < q.size(1) else x for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
 
 
 class MLP(nn.Module):
