@@ -25,37 +25,20 @@ from torch import Tensor, nn
 
 from megatron_switchlora.distributed.head_names import of_head
 from megatron_switchlora.distributed.precision import at_least_fp32
-from megatron_switchlora.distributed.shard import Axis, Split, is_split, shard_of
+from megatron_switchlora.distributed.shard import is_split, shard_of
 from megatron_switchlora.distributed.slices import TensorSlice, parameter_slice, replica_group, shard_slice
 from megatron_switchlora.lowrank.heads import HeadsLinear
 from megatron_switchlora.lowrank.nf4 import bitsandbytes_works
 from megatron_switchlora.lowrank.rows import in_row_order
-from megatron_switchlora.methods.base import Flow, Method, Replica, host_copy
+from megatron_switchlora.methods.base import Flow, Method, Replica
 from megatron_switchlora.methods.lora import Lora, draw_factor, part_sides
 from megatron_switchlora.methods.lte import options as options  # registers LTE
 from megatron_switchlora.methods.lte.merging import mean_dense, mean_matrices, mean_products, merge_sends_factors
+from megatron_switchlora.methods.lte.origins import Origin, uploaded
 from megatron_switchlora.methods.switchlora import SwitchLora
 from megatron_switchlora.model.heads import split_dense_tensors
 from megatron_switchlora.model.protocol import LanguageModel, build_model
 from megatron_switchlora.optim.row_adamw import RowAdamW
-
-
-class Origin:
-    """A layer's matrix [out, in] in host memory, once per head: its data ranks hold different rows."""
-
-    def __init__(self, matrix: Tensor, dp: Axis) -> None:
-        self.split, self.device = Split(0, matrix.size(0), dp), matrix.device
-        self.rows = host_copy(self.split.take(matrix))
-
-    def store(self, matrix: Tensor) -> None:
-        self.rows.copy_(self.split.take(matrix))
-
-    def subtract(self, product: Tensor) -> None:
-        self.rows.sub_(self.split.take(product).to(self.rows.device))
-
-    def plus(self, product: Tensor) -> Tensor:
-        """Return the sum of the matrix and a product, on the device. Collective over dp."""
-        return self.split.gather(self.rows.to(self.device) + self.split.take(product))
 
 
 class Merging(Method):
@@ -95,8 +78,9 @@ class Merging(Method):
 
     def mean_weights(self) -> Iterator[Tensor]:
         """Yield this rank's shard of each layer's mean effective weight, in at least fp32. Collective."""
+        rows = uploaded(self.origins.values(), next(self.model.parameters()).device)
         for name, linear, mean in self._mean_products():
-            yield self.origins[name].plus(mean) if name in self.origins else mean.add_(linear.weight)
+            yield self.origins[name].plus(mean, next(rows)) if self.origins else mean.add_(linear.weight)
 
     def allocate(self) -> None:
         """Take W as the origin, from which nothing is subtracted yet."""
