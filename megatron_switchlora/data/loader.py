@@ -14,13 +14,16 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import torch
 
 from megatron_switchlora.config.errors import UserError, require
+from megatron_switchlora.startup.device import is_gpu
 
 STREAM = 0xDA7A << 32  # separates the data order's random streams from others of the same seed
 REBUILD = "remove its folder, and the next start will tokenise the text again"
@@ -189,6 +192,37 @@ class TrainLoader:
         per_head = self._micro // reader.local
         pieces = [share[:, start : start + per_head].reshape(-1) for start in range(0, share.shape[1], per_head)]
         return [self._store.batch(piece) for piece in pieces]
+
+
+class ReadAhead:
+    """Read the micro-batches of the next step in a thread while one trains; for a GPU into pinned memory.
+
+    A step's micro-batches stay a function of its number alone. What the thread raises, the step that needs the batch
+    raises. Steps from `end` on are not read ahead.
+    """
+
+    def __init__(self, loader: TrainLoader, device: torch.device, end: int) -> None:
+        self._loader, self._device, self._end = loader, device, end
+        self._thread = ThreadPoolExecutor(1, "read-ahead", initializer=self._begin)
+        self._next: Optional[tuple[int, Future[list[torch.Tensor]]]] = None
+
+    def micro_batches(self, k: int) -> list[torch.Tensor]:
+        """Return what the loader returns for batch k, and start to read the next one."""
+        step, reading = self._next or (-1, None)
+        if step != k or reading is None:
+            reading = self._thread.submit(self._read, k)
+        batches, self._next = reading.result(), None
+        if k + 1 < self._end:
+            self._next = k + 1, self._thread.submit(self._read, k + 1)
+        return batches
+
+    def _begin(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # else the thread would pin memory through the first GPU
+
+    def _read(self, k: int) -> list[torch.Tensor]:
+        batches = self._loader.micro_batches(k)
+        return [batch.pin_memory() for batch in batches] if is_gpu(self._device) else batches
 
 
 def eval_batches(

@@ -19,12 +19,13 @@ import torch.distributed as dist
 from megatron_switchlora.config.ds_config import resolve_ds_config
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.run import RunConfig, full_rank_config, method_config
-from megatron_switchlora.data.loader import BatchOrder, Reader, Samples, TrainLoader
+from megatron_switchlora.data.loader import ReadAhead, Reader, Samples, TrainLoader
 from megatron_switchlora.distributed.mesh import Mesh, build_mesh
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.methods.ga_gradients import find_factors
 from megatron_switchlora.model.elementwise import Elementwise, failure
 from megatron_switchlora.model.protocol import LanguageModel
+from megatron_switchlora.train.context import RunContext
 from megatron_switchlora.train.engine import Engine
 
 
@@ -36,21 +37,20 @@ class Phase:
     config: RunConfig
     mesh: Mesh
     ds_config: dict[str, Any]
-    loader: TrainLoader
+    loader: ReadAhead
 
 
-def build_phases(
-    config: RunConfig, given_ds_config: dict[str, Any], samples: Samples, order: BatchOrder
-) -> list[Phase]:
+def build_phases(context: RunContext, given_ds_config: dict[str, Any]) -> list[Phase]:
     """Build all phases, in order. Collective over the world."""
-    border = config.method.full_rank_steps
+    config, border = context.config, context.config.method.full_rank_steps
     phases = []
-    for first, settings in [(0, full_rank_config(config))] * (border > 0) + [(border, method_config(config))]:
+    full_rank = [(0, border, full_rank_config(config))] if border > 0 else []
+    for first, end, settings in [*full_rank, (border, context.last_step, method_config(config))]:
         mesh, local = build_mesh(settings.parallel), settings.method.facts.heads_here
         reader = Reader(mesh.rank("dp"), mesh.size("dp"), mesh.heads(local).start, settings.heads, local)
-        loader = TrainLoader(samples, order, settings.train.micro_batch_size, reader)
+        loader = TrainLoader(context.train_samples, context.order, settings.train.micro_batch_size, reader)
         ds_config = resolve_ds_config(given_ds_config, settings, mesh.size("dp"))
-        phases.append(Phase(first, settings, mesh, ds_config, loader))
+        phases.append(Phase(first, settings, mesh, ds_config, ReadAhead(loader, context.device, end)))
     return phases
 
 

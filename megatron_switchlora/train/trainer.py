@@ -160,7 +160,7 @@ class Trainer:
         require(not differences, f"After loading {checkpoint.folder} ranks differ: {'; '.join(differences[:5])}.")
 
     def _build_phases(self, given_ds_config: dict[str, Any]) -> None:
-        self.phases = build_phases(self.config, given_ds_config, self.context.train_samples, self.context.order)
+        self.phases = build_phases(self.context, given_ds_config)
         checkpoint, method_phase = self.resume_point.checkpoint, self.phases[-1]
         in_method = checkpoint is not None and checkpoint.step >= method_phase.first
         self.phase = method_phase if in_method else self.phases[0]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_switchlora.config.model import ModelConfig
+from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.data.loader import BatchOrder, ReadAhead, Reader, TrainLoader
 from megatron_switchlora.distributed.mesh import build_mesh
 from megatron_switchlora.distributed.recorder import CommRecorder
 from megatron_switchlora.methods import build_method
@@ -21,7 +23,7 @@ from megatron_switchlora.model.protocol import initialize_weights
 from megatron_switchlora.optim.layout import RowLayout
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.train.engine import Engine, start_distributed
-from tests.plain import VOCAB, make_batches, small_config
+from tests.plain import VOCAB, make_samples, small_config
 from tests.pretend.gpu import Counts, PretendGpu, register
 
 DP, RANK, STEPS = 8, 3, 2
@@ -34,10 +36,11 @@ def act(payload: dict[str, Any]) -> dict[str, Any]:
     with PretendGpu() as gpu:
         engine, stand_in = build_engine(payload["name"], payload.get("layers", 24), payload.get("changes", {}), gpu)
         switch = Counts()
-        for step, batch in enumerate(make_batches(engine.config, STEPS)):
+        loader = read_ahead(engine.config, gpu.device)
+        for step in range(STEPS):
             whole, stand_in.adamw = gpu.fresh(), Counts()
             switch = count_switch(engine, gpu)
-            result = engine.train_step(step, list(batch.split(engine.config.train.micro_batch_size)))
+            result = engine.train_step(step, loader.micro_batches(step))
         assert result.healthy and (result.switched > 0 or payload["name"] != "switchlora")
     return {
         "switched": result.switched,
@@ -73,7 +76,7 @@ def count_switch(engine: Engine, gpu: PretendGpu) -> Counts:
     return counts
 
 
-def make_config(name: str, layers: int, changes: dict[str, Any]) -> Any:
+def make_config(name: str, layers: int, changes: dict[str, Any]) -> RunConfig:
     config = small_config(name, **changes)
     config.model = ModelConfig(hidden_size=64, intermediate_size=171, num_layers=layers, num_heads=2)
     config.method.rank, config.train.precision = 16, "bf16"
@@ -81,6 +84,12 @@ def make_config(name: str, layers: int, changes: dict[str, Any]) -> Any:
     config.method.switch.total_steps = 10**9
     config.train.micro_batch_size = config.train.global_batch_size = 1
     return config
+
+
+def read_ahead(config: RunConfig, device: torch.device) -> ReadAhead:
+    train, samples = config.train, make_samples(config)
+    order = BatchOrder(len(samples), train.global_batch_size, train.seed)
+    return ReadAhead(TrainLoader(samples, order, train.micro_batch_size, Reader()), device, STEPS)
 
 
 def build_engine(name: str, layers: int, changes: dict[str, Any], gpu: PretendGpu) -> tuple[Engine, StandIn]:

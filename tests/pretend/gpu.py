@@ -9,7 +9,7 @@ A tensor of it may not meet a CPU tensor, but for single numbers in elementwise 
     waits       places where the host waits for the device: `item()`, `nonzero`, boolean indices, `equal`, and copies
                 that are blocking or whose host memory is not pinned
 
-`pin_memory` works as far as it is counted. Streams and events exist and do nothing, since all happens in order.
+`pin_memory` works as far as it is counted, in every thread. Streams and events do nothing, since all happens in order.
 Registering a device is for a process and for good, so tests run this in processes of their own (`run_ranks`).
 """
 
@@ -25,7 +25,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 from torch.__future__ import get_swap_module_params_on_conversion, set_swap_module_params_on_conversion
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME, PACKAGE = "gpu", "megatron_switchlora"
@@ -168,13 +168,14 @@ class PretendGpu(TorchDispatchMode):
         self._lifted, self._swaps = torch._C._only_lift_cpu_tensors(), get_swap_module_params_on_conversion()
         set_swap_module_params_on_conversion(True)
         nn.Module._apply = apply_keeping_attributes  # type: ignore[method-assign,assignment]
+        Tensor.pin_memory = lambda tensor: self._pin(tensor.clone())  # type: ignore[method-assign,assignment,misc]
         Tensor.data = property(TORCHS_DATA.__get__, set_data)  # type: ignore[assignment,misc]
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor([..], device=gpu) is made on the host and copied
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        del Tensor.data
+        del Tensor.data, Tensor.pin_memory
         nn.Module._apply = TORCHS_APPLY  # type: ignore[method-assign]
         set_swap_module_params_on_conversion(self._swaps)
         torch._C._set_only_lift_cpu_tensors(self._lifted)
@@ -205,25 +206,23 @@ class PretendGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        with _disable_current_modes():
-            flat = tensors_in((*args, *kwargs.values()))
-            here = [leaf for leaf in flat if isinstance(leaf, GpuTensor)]
-            if func in (aten.is_pinned.default, aten._pin_memory.default):
-                assert not here, "only the host's memory can be pinned"
-                return self.is_pinned(args[0]) if func is aten.is_pinned.default else self._pin(args[0].clone())
-            if func is aten.record_stream.default:
-                return None
-            if func is aten._to_copy.default:
-                return self._to_copy(bool(here), args, kwargs)
-            if func is aten.copy_.default and here:
-                return self._copy(*args, **kwargs)
-            if not here and not on_gpu(kwargs.get("device")):
-                pins = kwargs.pop("pin_memory", False)
-                result = func(*args, **kwargs)
-                return self._pin(result) if pins else result
-            self._check(func, args, kwargs, flat if here else [])
-            self._count(func, args)
-            return self._run(func, args, kwargs)
+        flat = tensors_in((*args, *kwargs.values()))
+        here = [leaf for leaf in flat if isinstance(leaf, GpuTensor)]
+        if func is aten.is_pinned.default:
+            return not here and self.is_pinned(args[0])
+        if func is aten.record_stream.default:
+            return None
+        if func is aten._to_copy.default:
+            return self._to_copy(bool(here), args, kwargs)
+        if func is aten.copy_.default and here:
+            return self._copy(*args, **kwargs)
+        if not here and not on_gpu(kwargs.get("device")):
+            pins = kwargs.pop("pin_memory", False)
+            result = func(*args, **kwargs)
+            return self._pin(result) if pins else result
+        self._check(func, args, kwargs, flat if here else [])
+        self._count(func, args)
+        return self._run(func, args, kwargs)
 
     def _to_copy(self, from_gpu: bool, args: Any, kwargs: dict[str, Any]) -> Tensor:
         to_gpu = on_gpu(kwargs["device"]) if kwargs.get("device") is not None else from_gpu

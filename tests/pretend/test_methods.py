@@ -17,8 +17,8 @@ full = pytest.mark.full
 NEEDS_GALORE = pytest.mark.skipif(find_spec("galore_torch") is None, reason="galore-torch is not installed")
 LTE: dict[str, Any] = {"method__lte__local_heads": 2, "method__lte__merge_interval": 2, "optim__lr": 1e-5}
 CASES: list[Any] = [
-    ("full", {}),
-    ("lora", {"optim__lora_plus_ratio": 4.0, "optim__weight_decay": 0.1}),
+    pytest.param("full", {}, marks=full),
+    pytest.param("lora", {"optim__lora_plus_ratio": 4.0, "optim__weight_decay": 0.1}, marks=full),
     ("lora", {"method__init": "classic", "train__activation_checkpointing": True}),
     pytest.param("lora", {"method__init": "semi_orthogonal", "method__compute": "split"}, marks=full),
     pytest.param("lora", {"method__init": "pissa", "method__merged_cache": "recompute"}, marks=full),
@@ -26,13 +26,13 @@ CASES: list[Any] = [
     pytest.param("relora", {"method__relora__interval": 2}, marks=full),
     ("relora", {"method__relora__interval": 2, "method__relora__moments": "prune"}),
     pytest.param("mhlora", {"method__mhlora__heads": 2, "method__alpha": 14.0}, marks=full),
-    ("switchlora", {}),
+    pytest.param("switchlora", {}, marks=full),
     pytest.param("switchlora", {"method__switch__selection": "random"}, marks=full),
     pytest.param("switchlora", {"method__switch__selection": "independent"}, marks=full),
     pytest.param("switchlora", {"method__init": "classic", "model__tie_embeddings": True}, marks=full),
     pytest.param("switchlora", {"method__init": "lora_ga"}, marks=full),
     ("switchlora", {"method__switch__bank_device": "host"}),
-    ("lte", LTE),
+    pytest.param("lte", LTE, marks=full),
     pytest.param("lte", {**LTE, "method__lte__merge_form": "reset"}, marks=full),
     pytest.param("lte", {**LTE, "method__lte__merge_form": "reset", "method__lte__redraw_A": True}, marks=full),
     pytest.param("lte", {**LTE, "method__lte__local_heads": 1}, marks=full),
@@ -59,4 +59,5 @@ def test_a_method_lives_on_the_gpu_as_on_the_cpu(name: str, changes: dict[str, A
     assert [mine[2] for mine in found] == [theirs[2] for theirs in wanted]  # vectors switched
     assert result["again"] == found[-1] and result["fingerprints_equal"] and result["tensors"] > 10
     assert result["evaluated"][0] == pytest.approx(result["evaluated"][1], rel=1e-6)
-    assert result["exported"] < 1e-5
+    # An entry whose gradient is rounding alone moves by up to the rate in either direction: GaLore forms such entries.
+    assert result["exported"] < (1e-3 if name == "galore" else 1e-5)

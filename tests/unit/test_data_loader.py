@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.data import BatchOrder, Reader, Samples, TokenStore, TrainLoader, eval_batches
+from megatron_switchlora.data.loader import ReadAhead
 
 EPOCH_0 = [5, 6, 8, 3, 4, 7, 0, 1, 9, 2]
 EPOCH_1 = [5, 8, 2, 3, 4, 0, 1, 7, 6, 9]
@@ -169,3 +172,40 @@ def test_heads_read_their_slices_of_the_batch(tmp_path: Path, groups: int, local
             by_head = torch.stack([piece.unflatten(0, (local, -1)) for piece in found], 1).flatten(1, 2)
             for head, tokens in enumerate(by_head, group * local):
                 assert torch.equal(tokens, whole.chunk(groups * local)[head].chunk(dp)[rank])
+
+
+# --- read ahead
+
+
+class Watched:
+    """A loader that notes which batch is read in which thread; one of them fails."""
+
+    def __init__(self, bad: int = -1) -> None:
+        self.read: list[tuple[int, bool]] = []
+        self.bad = bad
+
+    def micro_batches(self, k: int) -> list[torch.Tensor]:
+        self.read.append((k, threading.current_thread() is threading.main_thread()))
+        if k == self.bad:
+            raise UserError(f"batch {k} cannot be read")
+        return [torch.tensor([k])]
+
+
+def test_the_next_batch_is_read_while_a_step_trains() -> None:
+    loader = Watched()
+    ahead = ReadAhead(loader, torch.device("cpu"), 12)  # type: ignore[arg-type]
+    assert ahead.micro_batches(10)[0].tolist() == [10]
+    deadline = time.monotonic() + 10
+    while len(loader.read) < 2 and time.monotonic() < deadline:  # nobody asks for batch 11
+        time.sleep(0.001)
+    assert loader.read == [(10, False), (11, False)]
+    assert [ahead.micro_batches(k)[0].item() for k in (11, 3, 4, 11, 11)] == [11, 3, 4, 11, 11]  # whatever came before
+    assert (12, False) not in loader.read
+
+
+def test_an_error_ahead_belongs_to_the_step_that_needs_the_batch() -> None:
+    ahead = ReadAhead(Watched(bad=1), torch.device("cpu"), 5)  # type: ignore[arg-type]
+    assert ahead.micro_batches(0)[0].item() == 0
+    with pytest.raises(UserError, match="batch 1 cannot be read"):
+        ahead.micro_batches(1)
+    assert ahead.micro_batches(2)[0].item() == 2
