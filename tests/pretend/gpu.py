@@ -75,6 +75,9 @@ class GpuTensor(Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.held.untyped_storage()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise AssertionError(f"{func} outside of PretendGpu")
@@ -342,7 +345,10 @@ def written(func: Any, args: Any, kwargs: dict[str, Any], made: Any) -> Any:
 def set_data(target: Tensor, value: Tensor) -> None:
     """Let `tensor.data = other` change a tensor's device, which torch does for its own devices alone."""
     if isinstance(target, GpuTensor) == isinstance(value, GpuTensor):
-        return TORCHS_DATA.__set__(target, value)
+        TORCHS_DATA.__set__(target, value)
+        if isinstance(target, GpuTensor) and isinstance(value, GpuTensor):
+            target.held = value.held
+        return None
     made = value.detach()
     if isinstance(target, nn.Parameter):
         made = nn.Parameter(made, requires_grad=target.requires_grad)
