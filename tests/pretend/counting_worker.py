@@ -17,12 +17,15 @@ from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.data.loader import BatchOrder, ReadAhead, Reader, TrainLoader
 from megatron_switchlora.distributed.mesh import build_mesh
 from megatron_switchlora.distributed.recorder import CommRecorder
+from megatron_switchlora.distributed.shard import Axis
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.llama.model import LlamaForCausalLM
 from megatron_switchlora.model.protocol import initialize_weights
-from megatron_switchlora.optim.layout import RowLayout
+from megatron_switchlora.optim.head_clip import HeadClip
+from megatron_switchlora.optim.layout import Piece
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.train.engine import Engine, start_distributed
+from tests.layouts import partitioned
 from tests.plain import VOCAB, make_samples, small_config
 from tests.pretend.gpu import Counts, PretendGpu, register
 
@@ -121,11 +124,9 @@ class StandIn:
         self.module, self.client, self.gpu, self.adamw = model, optimizer, gpu, Counts()
         self.optimizer = SimpleNamespace(overflow=False)
         self.norm: Any = torch.zeros((), device=gpu.device)
-        layout = RowLayout()
-        layout.partitioned = True
-        for group in optimizer.param_groups:
-            group["params"] = [share_of(group["params"], layout)]
+        layout, self.masters = partitioned(optimizer, DP, RANK)
         optimizer.attach(layout)
+        optimizer.head_clip = HeadClip(1.0, 1, Axis(), Axis(), gpu.device)
 
     def train(self) -> None:
         self.module.train()
@@ -141,9 +142,12 @@ class StandIn:
 
     def step(self) -> None:
         """Step group by group, with gradients of ones; the step has one micro-batch."""
-        groups = self.client.param_groups
+        groups, clip = self.client.param_groups, self.client.head_clip
+        assert clip is not None
+        for master in self.masters:
+            master.grad = torch.ones_like(master)
+        clip.measure((piece.param, piece.block(piece.master.grad)) for piece in pieces_of(self.client))
         for group in groups:
-            group["params"][0].grad = torch.ones_like(group["params"][0])
             self.client.param_groups = [group]
             with self.gpu.part() as part:
                 self.client.step()
@@ -153,15 +157,7 @@ class StandIn:
         self.module.zero_grad()
 
 
-def share_of(params: list[nn.Parameter], layout: RowLayout) -> Tensor:
-    """Return the rank's share of the parameters' flat tensor, in fp32, and add it to the layout."""
-    total = sum(param.numel() for param in params)
-    size = -(-total // (2 * DP)) * 2
-    flat, begin, at = torch.zeros(size, device=params[0].device), RANK * size, 0
-    for param in params:
-        low, high = max(at, begin), min(at + param.numel(), begin + size)
-        if low < high:
-            layout.add(param, flat, low - begin, low - at, high - low)
-            flat[low - begin : high - begin] = param.detach().flatten()[low - at : high - at].float()
-        at += param.numel()
-    return flat
+def pieces_of(optimizer: RowAdamW) -> list[Piece]:
+    """Return all pieces of the rank's masters."""
+    assert optimizer.layout is not None
+    return [piece for pieces in optimizer.layout.by_master.values() for piece in pieces]
