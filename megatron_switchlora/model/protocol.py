@@ -93,11 +93,11 @@ class LanguageModel(nn.Module):
         if labels_BS is None:
             logits = self.lm_head(x_BSD)
             return gather_columns(Split(logits.dim() - 1, self.vocab_size, self.tp), logits)
-        split = self.lm_head.split
-        if self.heads == 1:
-            return linear_cross_entropy(x_BSD, self.lm_head.weight, labels_BS, split)
-        parts = zip(x_BSD.chunk(self.heads), self.lm_head.weight, labels_BS.chunk(self.heads), strict=True)
-        return torch.stack([linear_cross_entropy(*part, split) for part in parts])
+        weight, split = self.lm_head.weight, self.lm_head.split
+        weights = list(weight) if isinstance(weight, nn.ParameterList) else [weight]
+        parts = zip(x_BSD.chunk(self.heads), weights, labels_BS.chunk(self.heads), strict=True)
+        losses = [linear_cross_entropy(*part, split) for part in parts]
+        return losses[0] if self.heads == 1 else torch.stack(losses)
 
     def use(self, elementwise: Elementwise) -> None:
         """Run norms, rotations and gated activations in this way from here on."""
