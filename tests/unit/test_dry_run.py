@@ -290,7 +290,7 @@ def test_activations_of_a_micro_batch(
     formula = sum(item.bytes for item in items if item.phase == "backward")
     case = f"{name} {precision} {compute} {cache} checkpointing {checkpointing}"
     print(f"{case}: {measured:,} measured, {formula:,} by formula")
-    assert formula == pytest.approx(measured, rel=0.15 if checkpointing else 0.02)
+    assert formula == pytest.approx(measured, rel=0.2 if checkpointing else 0.02)
 
 
 def test_copies_of_w_for_compute() -> None:
