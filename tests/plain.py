@@ -32,7 +32,9 @@ VOCAB = 61
 def small_config(name: str = "switchlora", **changes: object) -> RunConfig:
     """A model with grouped-query attention and three matrix shapes; 20 steps switch hundreds of vectors."""
     config = RunConfig(
-        model=ModelConfig(hidden_size=48, intermediate_size=76, num_layers=3, num_heads=4, num_kv_heads=2),
+        model=ModelConfig(
+            hidden_size=48, intermediate_size=76, num_layers=3, num_heads=4, num_kv_heads=2, pad_multiple=1
+        ),
         method=make_method(
             name, rank=7, switch__interval0=4.0, switch__freeze_steps=2, switch__ratio=1.0, switch__total_steps=2000
         ),

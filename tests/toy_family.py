@@ -61,8 +61,8 @@ class Layer(nn.Module):
         super().__init__()
         self.tp = tp
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.up = ColumnParallelLinear(config.hidden_size, config.intermediate_size, tp)
-        self.down = RowParallelLinear(config.intermediate_size, config.hidden_size, tp)
+        self.up = ColumnParallelLinear(config.hidden_size, config.intermediate_size, tp, config.pad_multiple)
+        self.down = RowParallelLinear(config.intermediate_size, config.hidden_size, tp, config.pad_multiple)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         lengths = torch.arange(1, x_BSD.size(1) + 1, device=x_BSD.device).unsqueeze(-1)
@@ -75,11 +75,11 @@ class ToyModel(LanguageModel):
 
     def __init__(self, config: ModelConfig, vocab_size: Optional[int], tp: Optional[Axis]) -> None:
         super().__init__(config, vocab_size, tp)
-        self.embedding = VocabParallelEmbedding(self.vocab_size, config.hidden_size, self.tp)
+        self.embedding = VocabParallelEmbedding(self.vocab_size, config.hidden_size, self.tp, config.pad_multiple)
         self.positions = Positions(config.max_position_embeddings or 0, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, self.tp) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = ColumnParallelLinear(config.hidden_size, self.vocab_size, self.tp)
+        self.lm_head = ColumnParallelLinear(config.hidden_size, self.vocab_size, self.tp, config.pad_multiple)
         if config.tie_embeddings:
             self.lm_head.weight = self.embedding.weight
 
@@ -116,7 +116,7 @@ class Toy(Family):
 
     def kept_bytes(self, config: ModelConfig, tp: int, size: int, compiled: bool) -> int:
         """Count the norm's input and 1 / rms, the input of up, that of down."""
-        h, f = config.hidden_size, shard_size(config.intermediate_size, tp)
+        h, f = config.hidden_size, shard_size(config.intermediate_size, tp, config.pad_multiple)
         return size * h + 4 + size * h + size * f
 
     def hf_config(

@@ -21,6 +21,7 @@ from torch import Tensor
 import megatron_switchlora.methods  # noqa: F401  # registers them: stored configurations name one
 from megatron_switchlora.checkpoint.files import Checkpoint, damaged, published
 from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.facts import names_where
 from megatron_switchlora.config.family import check_model
 from megatron_switchlora.config.method import method_config_class
 from megatron_switchlora.config.model import ModelConfig
@@ -210,6 +211,7 @@ def _known(kind: type[T], stored: dict[str, Any]) -> T:
 def describe_model(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
     """Return the fields that must be equal for the same weights to give the same function."""
     free = {"initializer_range", "max_position_embeddings"} | family_of(config).unread
+    free |= set(names_where(config, lambda facts: not facts["results"]))
     same = {field.name: getattr(config, field.name) for field in fields(config)}
     same |= {"vocab_size": vocab_size, "num_kv_heads": config.kv_heads}
     return {key: value for key, value in same.items() if key not in free}

@@ -10,6 +10,7 @@ from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.facts import option
 
 LARGEST_SIZE = 2**24  # of a model's dimension: the elements of a matrix can still be counted
+LARGEST_MULTIPLE = 1024
 
 
 @dataclass
@@ -43,6 +44,9 @@ class ModelConfig:
     """Standard deviation of the normal initial values of all matrices."""
     tie_embeddings: bool = option(False)
     """Use the input embedding as lm_head."""
+    pad_multiple: int = option(64, resume="free", results=False)
+    """Each rank pads its part of intermediate_size and of the vocabulary with zeros to a multiple of this, since a GPU
+    multiplies matrices of such sizes fastest; 1 pads nothing. Checkpoints and exports hold no padding."""
 
     @property
     def kv_heads(self) -> int:
@@ -67,6 +71,10 @@ def check_shape(m: ModelConfig) -> None:
         require(math.isfinite(number) and number > 0, f"model.{name} must be positive, not {number}.")
     length = m.max_position_embeddings
     require(length is None or length >= 1, f"model.max_position_embeddings must be at least 1, not {length}.")
+    require(
+        1 <= m.pad_multiple <= LARGEST_MULTIPLE,
+        f"model.pad_multiple must be at least 1 and at most {LARGEST_MULTIPLE}, not {m.pad_multiple}: 64 suits GPUs.",
+    )
     vocabulary = m.vocab_size
     require(
         vocabulary is None or 1 <= vocabulary <= LARGEST_SIZE,

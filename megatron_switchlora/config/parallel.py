@@ -41,9 +41,10 @@ def check_parallel(p: ParallelConfig) -> None:
     require(p.timeout >= 1, f"parallel.timeout must be at least 1 second, not {p.timeout}: 300 suits most.")
 
 
-def shard_size(size: int, ranks: int) -> int:
-    """Return how much of a dimension each of `ranks` holds, padding included."""
-    return -(-size // ranks)
+def shard_size(size: int, ranks: int, multiple: int = 1) -> int:
+    """Return how much of a dimension each of `ranks` holds, padded to a multiple of `multiple`."""
+    share = -(-size // ranks)
+    return -(-share // multiple) * multiple
 
 
 def require_shard(name: str, size: int, tp: int) -> None:

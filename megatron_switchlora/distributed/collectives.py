@@ -75,4 +75,4 @@ def leave(axis: Axis, x: Tensor) -> Tensor:
 
 def gather_columns(split: Split, x: Tensor) -> Tensor:
     """Return all columns of x [..., local], without padding; `split.dim` must be the last dimension of x."""
-    return x if split.axis.size == 1 else _Gather.apply(x, split)
+    return split.unpadded(x) if split.axis.size == 1 else _Gather.apply(x, split)

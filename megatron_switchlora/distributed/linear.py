@@ -4,8 +4,9 @@
     RowParallelLinear       weight [out, in], split on in: takes a part of x, sums y over the ranks
     VocabParallelEmbedding  weight [vocabulary, hidden], split on the vocabulary, summed over the ranks
 
-A size that does not divide is padded with zero rows or columns. They stay zero: a padded output meets a padded, zero
-input of the next layer, so its gradient is zero.
+A size that does not divide, or of which a rank's part is no multiple of `multiple`, is padded with zero rows or
+columns. They stay zero: a padded output meets a padded, zero input of the next layer, so its gradient is zero. Padded
+words are in no text, and the loss leaves their logits out.
 
 A block calls `enter_block` once. Its backward pass sums the gradient of x over the ranks. The same sum includes
 replicated parameters of which each rank computes a part of the gradient, as in a low-rank layer. There are no biases,
@@ -32,11 +33,11 @@ class ParallelLinear(nn.Module):
 
     split_dim: int
 
-    def __init__(self, in_features: int, out_features: int, tp: Axis) -> None:
+    def __init__(self, in_features: int, out_features: int, tp: Axis, multiple: int = 1) -> None:
         super().__init__()
         self.in_features, self.out_features, self.tp = in_features, out_features, tp
         shape = [out_features, in_features]
-        self.split = Split(self.split_dim, shape[self.split_dim], tp)
+        self.split = Split(self.split_dim, shape[self.split_dim], tp, multiple)
         shape[self.split_dim] = self.split.local
         self.weight = declare(nn.Parameter(torch.empty(shape)), shard=self.split)
 
@@ -80,9 +81,9 @@ def enter_block(x: Tensor, linears: Sequence[nn.Module], tp: Axis) -> tuple[Tens
 class VocabParallelEmbedding(nn.Module):
     """Embed token ids [...] as vectors [..., hidden]."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, tp: Axis) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, tp: Axis, multiple: int = 1) -> None:
         super().__init__()
-        self.split = Split(0, vocab_size, tp)
+        self.split = Split(0, vocab_size, tp, multiple)
         self.weight = declare(nn.Parameter(torch.empty(self.split.local, hidden_size)), shard=self.split)
 
     def forward(self, tokens: Tensor) -> Tensor:

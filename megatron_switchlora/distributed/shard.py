@@ -1,7 +1,8 @@
 """How a tensor is split over ranks, and what a parameter states about itself.
 
 An `Axis` is this process's group of ranks along one mesh axis. A `Split` cuts one dimension of a tensor into equal
-contiguous blocks along an axis; a size that does not divide is padded with zeros at its end.
+contiguous blocks along an axis. Each block is padded with zeros at its end, where the size does not divide or its
+blocks must have a multiple of some length.
 
 `declare` states these facts on the parameter, once. Initialisation, gradient norm, optimizer layout, export and checks
 read them there, never from its name:
@@ -38,26 +39,39 @@ class Axis:
 
 @dataclass(frozen=True)
 class Split:
-    """Dimension `dim` of a tensor, `size` long without padding, cut over `axis`."""
+    """Dimension `dim` of a tensor, `size` long without padding, cut over `axis` in blocks of a multiple of `multiple`.
+
+    Where the cuts are does not depend on `multiple`.
+    """
 
     dim: int
     size: int
     axis: Axis
+    multiple: int = 1
+
+    @property
+    def share(self) -> int:
+        """Entries of the first rank's block that are not padding; later ranks may have fewer."""
+        return shard_size(self.size, self.axis.size)
 
     @property
     def local(self) -> int:
         """Length of every rank's block, padding included."""
-        return shard_size(self.size, self.axis.size)
+        return shard_size(self.size, self.axis.size, self.multiple)
 
     @property
     def start(self) -> int:
         """Index at which this rank's block begins."""
-        return self.axis.rank * self.local
+        return self.axis.rank * self.share
 
     @property
     def real(self) -> int:
         """Entries of this rank's block that are not padding."""
-        return max(0, min(self.local, self.size - self.start))
+        return max(0, min(self.share, self.size - self.start))
+
+    def unpadded(self, block: Tensor) -> Tensor:
+        """Return a view of this rank's block without its padding."""
+        return block.narrow(self.dim, 0, self.real)
 
     def locate(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return indices into the full dimension as indices into this rank's block, and a mask of those that are here.
@@ -74,15 +88,18 @@ class Split:
         if self.real == self.local:
             return block
         shape = list(full.shape)
-        shape[self.dim] = self.local - self.real
-        return torch.cat([block, full.new_zeros(shape)], self.dim)
+        shape[self.dim] = self.local
+        padded = full.new_zeros(shape)  # torch.cat is slow on the meta device
+        self.unpadded(padded).copy_(block)
+        return padded
 
     def gather(self, block: Tensor) -> Tensor:
         """Return the full tensor without padding, from every rank's block. Collective over the axis."""
         if self.axis.size == 1:
-            return block
+            return self.unpadded(block)
+        block = block.narrow(self.dim, 0, self.share).contiguous()
         blocks = [torch.empty_like(block) for _ in range(self.axis.size)]
-        dist.all_gather(blocks, block.contiguous(), group=self.axis.group)
+        dist.all_gather(blocks, block, group=self.axis.group)
         return torch.cat(blocks, self.dim).narrow(self.dim, 0, self.size)
 
 
@@ -113,6 +130,12 @@ def full_shape(param: nn.Parameter) -> list[int]:
     if shard is not None:
         shape[shard.dim] = shard.size
     return shape
+
+
+def without_padding(param: Tensor, value: Tensor) -> Tensor:
+    """Return a view of what is real of this rank's shard of a parameter; `value` is shaped like the shard."""
+    shard: Optional[Split] = getattr(param, "shard", None)
+    return value if shard is None else shard.unpadded(value)
 
 
 def shard_of(param: nn.Parameter, full: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ treat them like those of a head on ranks of its own. Tensor parallelism is that 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Optional
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from megatron_switchlora.distributed.collectives import leave
 from megatron_switchlora.distributed.linear import ParallelLinear
 from megatron_switchlora.distributed.shard import Split, declare
-from megatron_switchlora.lowrank.nf4 import Nf4Matrix
+from megatron_switchlora.lowrank.nf4 import BLOCK, Nf4Matrix
 
 
 def stack(tensors: Iterable[Tensor]) -> Tensor:
@@ -48,7 +49,7 @@ class HeadsLinear(nn.Module):
         self.register_buffer("weight", weight)
         self.quantised: Optional[Nf4Matrix] = None
         out_local, in_local = weight.shape
-        along = Split(1, self.split.size, self.tp)
+        along = replace(self.split, dim=1)
         self.lora_A, self.lora_B = nn.ParameterList(), nn.ParameterList()
         for head in range(self.heads):
             A, B = (nn.Parameter(weight.new_empty(self.rank, length)) for length in (in_local, out_local))
@@ -82,11 +83,14 @@ class HeadsLinear(nn.Module):
     def base_split(self, tensor: Tensor) -> Split:
         """Return how one of these tensors is cut over tensor-parallel ranks.
 
-        A column of codes or scales stands for several columns of the matrix; the split counts the tensor's own.
+        A column of codes or scales stands for several columns of the matrix; the split counts the tensor's own. Blocks
+        of padding alone are left out.
         """
         if not self.row_parallel or self.quantised is None:
             return self.split
-        return Split(1, tensor.size(1) * self.tp.size, self.tp)
+        width = self.quantised.scales.size(1)
+        blocks = -(-self.split.share // BLOCK)
+        return Split(1, blocks * tensor.size(1) // width * self.tp.size, self.tp, tensor.size(1))
 
     def place(self) -> None:
         """Cast the factors of the last merge to the final precision of the heads' factors."""

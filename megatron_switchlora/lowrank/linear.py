@@ -16,6 +16,7 @@ The layer computes in the merged form (`lowrank/merged.py`) or in the split form
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Optional
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from megatron_switchlora.distributed.collectives import leave
 from megatron_switchlora.distributed.linear import ParallelLinear
-from megatron_switchlora.distributed.shard import Split, declare
+from megatron_switchlora.distributed.shard import declare
 from megatron_switchlora.lowrank.merged import Form, MergedLinear, merge, uses_merged
 
 
@@ -48,7 +49,7 @@ class LowRankLinear(nn.Module):
         out_local, in_local = self.weight.shape
         A = nn.Parameter(self.weight.new_empty(self.rank, in_local))
         B = nn.Parameter(self.weight.new_empty(self.rank, out_local))
-        along = Split(1, self.split.size, self.tp)
+        along = replace(self.split, dim=1)
         self.lora_A = declare(A, shard=along if self.row_parallel else None, rows=True)
         self.lora_B = declare(B, shard=None if self.row_parallel else along, rows=True)
         self._merged: Optional[Tensor] = None

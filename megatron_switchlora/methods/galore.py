@@ -19,6 +19,7 @@ from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.facts import option
 from megatron_switchlora.config.method import MethodFacts, register
 from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.distributed.shard import without_padding
 from megatron_switchlora.methods.adapter_options import check_rank
 from megatron_switchlora.methods.base import Method
 from megatron_switchlora.methods.full import Full
@@ -98,7 +99,7 @@ class Galore(Full):
 
     def optimizer_state(self, param: nn.Parameter) -> dict[str, Tensor]:
         if any(param is matrix for matrix in self.matrices()):
-            return projected_state(param, self.config.method.rank)
+            return projected_state(without_padding(param, param), self.config.method.rank)
         return super().optimizer_state(param)
 
     def build_optimizer(self) -> RowAdamW:

@@ -28,7 +28,7 @@ from megatron_switchlora.config.parallel import shard_size
 from megatron_switchlora.distributed.collectives import gather_columns
 from megatron_switchlora.distributed.cross_entropy import linear_cross_entropy
 from megatron_switchlora.distributed.linear import ColumnParallelLinear, ParallelLinear, enter_block
-from megatron_switchlora.distributed.shard import Axis, Split, full_shape, named_generator, shard_of
+from megatron_switchlora.distributed.shard import Axis, full_shape, named_generator, shard_of
 from megatron_switchlora.model.elementwise import Elementwise
 
 T = TypeVar("T")
@@ -40,12 +40,14 @@ class Projection(NamedTuple):
     out_features: int
     in_features: int
     row_parallel: bool
+    multiple: int
+    """A rank's part of that size is padded to a multiple of this."""
 
     def shard(self, tp: int) -> tuple[int, int]:
-        """(out, in) of a rank's part of W."""
+        """(out, in) of a rank's part of W, padding included."""
         if self.row_parallel:
-            return self.out_features, shard_size(self.in_features, tp)
-        return shard_size(self.out_features, tp), self.in_features
+            return self.out_features, shard_size(self.in_features, tp, self.multiple)
+        return shard_size(self.out_features, tp, self.multiple), self.in_features
 
 
 class DecoderLinear(NamedTuple):
@@ -92,7 +94,7 @@ class LanguageModel(nn.Module):
         x_BSD, _ = enter_block(self.hidden(tokens_BS), (self.lm_head,), self.tp)
         if labels_BS is None:
             logits = self.lm_head(x_BSD)
-            return gather_columns(Split(logits.dim() - 1, self.vocab_size, self.tp), logits)
+            return gather_columns(replace(self.lm_head.split, dim=logits.dim() - 1), logits)
         weight, split = self.lm_head.weight, self.lm_head.split
         weights = list(weight) if isinstance(weight, nn.ParameterList) else [weight]
         parts = zip(x_BSD.chunk(self.heads), weights, labels_BS.chunk(self.heads), strict=True)
@@ -212,13 +214,21 @@ class ByText(Generic[T]):
 
 def projections(config: ModelConfig) -> tuple[Projection, ...]:
     """Return the linears of one layer, in the order of `LanguageModel.decoder_linears`."""
-    return _projections(ByText(config))
+    return _shape(ByText(config))[0]
+
+
+def logits_size(config: ModelConfig, vocab_size: int, tp: int) -> int:
+    """Return the logits of a token on a tensor-parallel rank, padding included."""
+    return shard_size(vocab_size, tp, _shape(ByText(config))[1])
 
 
 @lru_cache(maxsize=256)
-def _projections(config: ByText[ModelConfig]) -> tuple[Projection, ...]:
-    linears = [each.linear for each in build_on_meta(replace(config.value, num_layers=1), 1).decoder_linears()]
-    return tuple(Projection(each.out_features, each.in_features, each.split_dim == 1) for each in linears)
+def _shape(config: ByText[ModelConfig]) -> tuple[tuple[Projection, ...], int]:
+    """Return the projections, and the multiple to which a rank's part of the vocabulary is padded."""
+    model = build_on_meta(replace(config.value, num_layers=1), 1)
+    linears = [each.linear for each in model.decoder_linears()]
+    layer = (Projection(x.out_features, x.in_features, x.split_dim == 1, x.split.multiple) for x in linears)
+    return tuple(layer), model.lm_head.split.multiple
 
 
 def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:

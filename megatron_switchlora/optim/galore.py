@@ -6,6 +6,7 @@ the package's projection type std:
     m >= n:  P [r, n], R = G P^T [m, r]        else  P [m, r], R = P^T G [r, n]
 
 Both moments have R's shape. Adam's direction is projected back and scaled before it is subtracted.
+W's padding is left out: singular vectors of a gradient without full rank could lie in it.
 
 `galore_torch.GaLoreProjector` computes P. The Adam step is written out here, and equals the package's GaLoreAdamW to
 rounding. So its state is plain tensors, saved by name like any other, and resumed to the bit. All other parameters use
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_switchlora.config.errors import UserError
-from megatron_switchlora.distributed.slices import TensorSlice, shard_slice
+from megatron_switchlora.distributed.shard import without_padding
+from megatron_switchlora.distributed.slices import TensorSlice, parameter_slice, shard_slice
 from megatron_switchlora.optim.layout import RowLayout
 from megatron_switchlora.optim.row_adamw import RowAdamW, new_state
 
@@ -83,7 +85,9 @@ class GaloreAdamW(RowAdamW):
         self.projectors, self.rank = projectors, rank
 
     def _new_state(self, master: Tensor, rows: int) -> dict[str, Tensor]:
-        return projected_state(master, self.rank) if master in self.projectors else new_state(master, rows)
+        if master not in self.projectors:
+            return new_state(master, rows)
+        return projected_state(without_padding(master, master), self.rank)
 
     def _has_blocks(self, master: Tensor) -> bool:
         return super()._has_blocks(master) and master not in self.projectors
@@ -106,7 +110,7 @@ class GaloreAdamW(RowAdamW):
             master.grad.mul_(factors[0])
         state, lr = self.state[master], group["lr"]
         projector.ortho_matrix = state["projector"]
-        grad = projector.project(master.grad, int(state["row_step"]))
+        grad = projector.project(without_padding(master, master.grad), int(state["row_step"]))
         if projector.ortho_matrix is not state["projector"]:  # decomposed again
             state["projector"].copy_(projector.ortho_matrix)
             projector.ortho_matrix = state["projector"]
@@ -116,7 +120,7 @@ class GaloreAdamW(RowAdamW):
         exp_avg_sq = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         # as in the package: eps is added before the bias correction, and the decay comes last
         direction = projector.project_back(exp_avg / exp_avg_sq.sqrt().add_(self.eps))
-        master.add_(direction, alpha=-lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step))
+        without_padding(master, master).add_(direction, alpha=-lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step))
         if group["weight_decay"] != 0:
             master.mul_(1 - lr * group["weight_decay"])
 
@@ -125,7 +129,7 @@ class GaloreAdamW(RowAdamW):
         if param not in self.projectors:
             yield from super().slices(name, param, group)
             return
-        yield shard_slice(name, param.data, [], group)
+        yield parameter_slice(name, param, group)
         for key in SAVED:
             yield shard_slice(f"{name}:{key}", self.state[param][key], [], group)
 

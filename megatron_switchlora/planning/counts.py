@@ -1,8 +1,8 @@
 """Read what a rank holds and gives off the modules: the model and its method, built on the meta device.
 
 Layers are equal, so that models of one and two layers show what any number of them hold. A total counts every
-parameter once and no padding. What one tensor-parallel rank holds is its shard of each split tensor, padded to
-ceil(size / tp), and all of each replicated one.
+parameter once and no padding. What one tensor-parallel rank holds is its shard of each split tensor, with the padding
+of `model.pad_multiple`, and all of each replicated one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 from torch import nn
@@ -46,7 +46,7 @@ class RankTensors(NamedTuple):
     """What the method itself gives to collectives; with and without partitioned masters, see `Method.flows`."""
     totals: Counter[str]
     """model: parameters of the model itself. partial: those of whose gradient each tensor-parallel rank computes a
-    part. checkpoint: bytes of a checkpoint, all heads included, if this rank holds whole tensors."""
+    part. checkpoint: bytes of a checkpoint, all heads included, if this rank holds whole tensors without padding."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,15 @@ class ParameterCounts:
         return self.trained.total()
 
 
-def count_run(config: RunConfig, vocab_size: int, tp: int = 1) -> ParameterCounts:
-    """Return the parameters that a rank holds at this tp; without it those of the whole model, unpadded."""
-    tensors = rank_tensors(config, vocab_size, tp)
+def count_run(config: RunConfig, vocab_size: int, tp: Optional[int] = None) -> ParameterCounts:
+    """Return the parameters that a rank holds at this tp, padded; without it those of the whole model, unpadded."""
+    tensors = whole_tensors(config, vocab_size) if tp is None else rank_tensors(config, vocab_size, tp)
     return ParameterCounts(tensors.of_one_head, tensors.fixed, tensors.totals["model"])
+
+
+def whole_tensors(config: RunConfig, vocab_size: int) -> RankTensors:
+    """Return what one rank alone would have without padding: the whole tensors, as checkpoints store them."""
+    return rank_tensors(replace(config, model=replace(config.model, pad_multiple=1)), vocab_size)
 
 
 def rank_tensors(config: RunConfig, vocab_size: int, tp: int = 1, dp: int = 1) -> RankTensors:

@@ -19,8 +19,8 @@ from megatron_switchlora.config.parallel import shard_size
 from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes
 from megatron_switchlora.distributed.cross_entropy import chunk_tokens
 from megatron_switchlora.lowrank.merged import Form, choose_form, uses_merged
-from megatron_switchlora.model.protocol import Projection, family_of, projections
-from megatron_switchlora.planning.counts import FP32, RankTensors, rank_tensors
+from megatron_switchlora.model.protocol import Projection, family_of, logits_size, projections
+from megatron_switchlora.planning.counts import FP32, RankTensors, rank_tensors, whole_tensors
 
 FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed copies at once where ZeRO does not reduce: stage 0, fp32 sums
 
@@ -64,7 +64,7 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
 
     Headers, tokenizer and counters of rows that ZeRO's partitions cut are left out.
     """
-    return rank_tensors(config, vocab_size).totals["checkpoint"]
+    return whole_tensors(config, vocab_size).totals["checkpoint"]
 
 
 def _weights(config: RunConfig, tensors: RankTensors) -> list[Item]:
@@ -192,7 +192,7 @@ def _activations(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[I
     """
     model, train, size = config.model, config.train, compute_bytes(config)
     tokens = train.micro_batch_size * train.seq_len
-    columns = shard_size(vocab_size, tp)
+    columns = logits_size(model, vocab_size, tp)
     logits = (FP32 + size * (size != FP32)) * min(tokens, chunk_tokens(columns)) * columns
     summed = size if tokens <= chunk_tokens(columns) else size + FP32
     logits += (size * tokens + summed * columns * (not config.freezes_dense)) * model.hidden_size

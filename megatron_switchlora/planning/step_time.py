@@ -23,7 +23,7 @@ from megatron_switchlora.config.run import RunConfig, accumulation_steps, comput
 from megatron_switchlora.distributed.mesh import AXES, COMPOSITE_GROUPS
 from megatron_switchlora.lowrank.nf4 import Nf4Matrix
 from megatron_switchlora.methods.base import Flow
-from megatron_switchlora.model.protocol import Projection, family_of, projections
+from megatron_switchlora.model.protocol import Projection, family_of, logits_size, projections
 from megatron_switchlora.planning.counts import rank_tensors
 from megatron_switchlora.planning.memory import is_merged, merged_form
 from megatron_switchlora.planning.traffic import axis_size, flows, on_the_wire
@@ -112,7 +112,7 @@ def flops_per_token(config: RunConfig, vocab_size: int, tp: int, micro_batches: 
     )
     attention = (4 if again else 3) * family_of(model).mixing_flops(model, train.seq_len)
     head = 4 if config.freezes_dense else 6
-    return model.num_layers * (total + attention) + head * model.hidden_size * vocab_size
+    return model.num_layers * (total + attention) + head * model.hidden_size * tp * logits_size(model, vocab_size, tp)
 
 
 def matrix_flops(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,13 +22,17 @@ from megatron_switchlora.model.protocol import initialize_weights
 from tests.plain import VOCAB, make_samples, small_config
 
 CPU = torch.device("cpu")
-# 75 is padded at TP 2 and 4
-SHAPE = {"model__intermediate_size": 75, "model__num_kv_heads": 4, "model__num_layers": 1}
+# 75 is padded on every mesh
+SHAPE = {"model__intermediate_size": 75, "model__pad_multiple": 64, "model__num_kv_heads": 4, "model__num_layers": 1}
 
 
 def configured(rank: int, samples: int = 7, **ga: Any) -> RunConfig:
     fixed = {"method__init": "lora_ga", "method__rslora": True, "method__alpha": 3.0, "method__rank": rank}
     return small_config("lora", **SHAPE, **fixed, method__ga=LoraGaConfig(samples=samples, **ga))
+
+
+def unpadded(config: RunConfig) -> RunConfig:
+    return replace(config, model=replace(config.model, pad_multiple=1))
 
 
 def model_on(config: RunConfig, mesh: Mesh) -> LlamaForCausalLM:
@@ -62,7 +67,7 @@ def factor_gap(config: RunConfig, mesh: Mesh, whole: dict[str, tuple[Tensor, Ten
     """Of every A and B."""
     part, worst = factors_on(config, mesh), 0.0
     for name, _, _, linear in model_on(config, mesh).decoder_linears():
-        along = Split(1, linear.split.size, linear.tp)
+        along = replace(linear.split, dim=1)
         splits = (None, along) if linear.split_dim == 0 else (along, None)  # of A, of B
         for split, mine, goal in zip(splits, part[name], whole[name], strict=True):
             assert float(goal.abs().max()) > 0
@@ -85,8 +90,8 @@ def act(payload: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     cases = {str(ga): configured(**ga) for ga in payload["cases"]}
-    gradients = gradients_on(configured(3), lone_mesh())
-    factors = {case: factors_on(config, lone_mesh()) for case, config in cases.items()}
+    gradients = gradients_on(unpadded(configured(3)), lone_mesh())
+    factors = {case: factors_on(unpadded(config), lone_mesh()) for case, config in cases.items()}
     result: dict[str, Any] = {}
     for tp in payload["degrees"]:
         mesh = build_mesh(ParallelConfig(tp=tp))

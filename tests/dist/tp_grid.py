@@ -13,8 +13,8 @@ METHODS = ("full", "lora", "switchlora")
 STAGES = ("0", "1", "2")
 BF16_STAGES = ("0", "1", "2", "1f")
 STEPS, SHORT = 20, 6  # in the full set, and every day
-# odd sizes: 75 is padded at TP 2, 4, the vocabulary of 61 at any TP
-PADDED = {"model__intermediate_size": 75, "model__num_kv_heads": 4}
+# odd sizes: 75 and the vocabulary of 61 are padded on every mesh, to 64 or 128 on a rank
+PADDED = {"model__intermediate_size": 75, "model__num_kv_heads": 4, "model__pad_multiple": 64}
 WIDE = {"model__hidden_size": 128, "model__intermediate_size": 256}  # whole blocks of 4 bits on a rank
 RESTARTS = {"method__relora__interval": 5, "method__relora__warmup": 2, "method__relora__moments": "prune",
             "method__relora__keep": 0.05}  # fmt: skip

@@ -43,7 +43,7 @@ SHARED: dict[str, Any] = {
     "train.steps": 10, "train.warmup_steps": 2, "train.seq_len": 32, "train.micro_batch_size": 2,
     "train.global_batch_size": 8, "train.eval_interval": 5, "train.eval_samples": 16, "train.threads": 1,
     "train.device": "cpu", "optim.lr": 0.01, "optim.dense_lr": 0.005, "data.source": "files", "data.tokenizer": "bpe",
-    "data.vocab_size": 300, "checkpoint.interval": 5,
+    "data.vocab_size": 300, "checkpoint.interval": 5, "model.pad_multiple": 1,
 }  # fmt: skip
 # One of these is added to every row in turn, where the method reads it.
 VARIANTS: list[tuple[set[str], dict[str, Any]]] = [

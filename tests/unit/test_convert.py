@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,7 +52,8 @@ def save(run: PlainRun, folder: Path) -> Checkpoint:
         method=run.method,
         ds=SimpleNamespace(zero_optimization_stage=lambda: 0),
     )
-    write_slices(folder / "tensors-00000.safetensors", list(own_share(state_slices(plain), lone_mesh())))  # type: ignore[arg-type]
+    held = own_share(state_slices(plain), lone_mesh())  # type: ignore[arg-type]
+    write_slices(folder / "tensors-00000.safetensors", [replace(x, tensor=x.tensor.contiguous()) for x in held])
     state = {"step": 6, "config": run.config.to_dict(), "vocab_size": VOCAB}
     (folder / "state.json").write_text(json.dumps(state))
     seal(folder, 6)

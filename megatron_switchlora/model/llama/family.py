@@ -42,7 +42,8 @@ class Llama(Family):
         norms = 2 * (size * hidden + fp32)  # the input and 1 / rms
         inputs = 2 * size * hidden  # of q, k, v and of gate, up
         attention = size * (2 * hidden + 2 * kv) // tp + fp32 * config.num_heads // tp  # q, k, v, result, log-sums
-        mlp = (3 if compiled else 4) * size * shard_size(config.intermediate_size, tp)  # gate, silu(gate), up, product
+        inner = shard_size(config.intermediate_size, tp, config.pad_multiple)
+        mlp = (3 if compiled else 4) * size * inner  # gate, silu(gate), up, product
         return norms + inputs + attention + mlp
 
     def hf_config(

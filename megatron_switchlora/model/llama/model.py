@@ -83,9 +83,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, tp: Axis) -> None:
         super().__init__()
         self.tp, self.elementwise = tp, Elementwise()
-        self.gate_proj = ColumnParallelLinear(config.hidden_size, config.intermediate_size, tp)
-        self.up_proj = ColumnParallelLinear(config.hidden_size, config.intermediate_size, tp)
-        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, tp)
+        self.gate_proj = ColumnParallelLinear(config.hidden_size, config.intermediate_size, tp, config.pad_multiple)
+        self.up_proj = ColumnParallelLinear(config.hidden_size, config.intermediate_size, tp, config.pad_multiple)
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, tp, config.pad_multiple)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         linears = (self.gate_proj, self.up_proj, self.down_proj)
@@ -116,7 +116,7 @@ class LlamaModel(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, tp: Axis) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = VocabParallelEmbedding(vocab_size, config.hidden_size, tp)
+        self.embed_tokens = VocabParallelEmbedding(vocab_size, config.hidden_size, tp, config.pad_multiple)
         self.layers = nn.ModuleList(DecoderLayer(config, tp) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -148,7 +148,7 @@ class LlamaForCausalLM(LanguageModel):
     def __init__(self, config: ModelConfig, vocab_size: Optional[int] = None, tp: Optional[Axis] = None) -> None:
         super().__init__(config, vocab_size, tp)
         self.model = LlamaModel(config, self.vocab_size, self.tp)
-        self.lm_head = ColumnParallelLinear(config.hidden_size, self.vocab_size, self.tp)
+        self.lm_head = ColumnParallelLinear(config.hidden_size, self.vocab_size, self.tp, config.pad_multiple)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
