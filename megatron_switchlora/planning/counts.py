@@ -152,11 +152,13 @@ def _read_kept(tensors: RankTensors, method: Method) -> None:
     for param in method.model.parameters():
         if not param.requires_grad:
             store(param.nbytes, method.frozen_group(param))
-    for piece in method.slices():
+    counted = set()
+    for piece in method.slices():  # views without padding, of memory that includes it
         store(piece.tensor.nbytes, piece.group)
-        name = piece.name.rsplit(".", 1)[-1]
-        if piece.tensor.is_meta:  # else a few integers, which plans pass over
-            tensors.kept_bytes[kinds.get(name, name)] += piece.tensor.nbytes
+        name, memory = piece.name.rsplit(".", 1)[-1], piece.tensor.untyped_storage()
+        if piece.tensor.is_meta and memory._cdata not in counted:  # else a few integers, which plans pass over
+            counted.add(memory._cdata)
+            tensors.kept_bytes[kinds.get(name, name)] += memory.nbytes()
     for partitioned in (False, True):
         for flow, every in method.flows(partitioned):
             tensors.flow_bytes[partitioned, replace(flow, bytes=0), every] += int(flow.bytes)

@@ -145,5 +145,9 @@ def test_reported_counts_have_no_padding_and_bytes_have(name: str) -> None:
     run = PlainRun(padded)
     items = {item.kind: item.bytes for item in memory_items(padded, VOCAB, 1, 1, Zero(0))}
     assert items["trainable parameters, fp32"] == sum(param.nbytes for param in run.params)
+    kept = [buffer.nbytes for buffer in run.model.buffers()]
+    assert items.get("frozen W, fp32", 0) == sum(kept)
+    if name == "switchlora":
+        assert items["candidate bank, fp32"] == run.method.bank.num_bytes()
     assert count_run(padded, VOCAB, 1).trainable == sum(param.numel() for param in run.params)
     assert count_run(padded, VOCAB, 1).trainable > count_run(padded, VOCAB).trainable

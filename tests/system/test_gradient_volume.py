@@ -17,7 +17,7 @@ from tests.system.hosts import Hosts, missing_parts
 
 TOOL = "tools/gradient_volume.py"
 MODEL = """
-model: {vocab_size: 2048, hidden_size: 192, intermediate_size: 512, num_layers: 3, num_heads: 4}
+model: {vocab_size: 2000, hidden_size: 192, intermediate_size: 500, num_layers: 3, num_heads: 4}
 train: {seq_len: 32, micro_batch_size: 2, global_batch_size: 8, steps: 100, device: cpu, threads: 1}
 """
 ALWAYS = "interval0: 24, ratio: 100000.0"  # one vector a side, layer and step
