@@ -113,7 +113,7 @@ def communication_log() -> dict[str, int]:
 def limit_waiting(timeout_s: float) -> None:
     """Set the time-out of all groups, as DeepSpeed's groups have torch's default, half an hour with gloo."""
     for group in dist.distributed_c10d._world.pg_map:
-        if isinstance(group, dist.ProcessGroup):
+        if isinstance(group, dist.ProcessGroup) and group.size() > 1:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
@@ -275,8 +275,8 @@ class Engine:
         """
         if self.mesh.size("lte") == 1:
             return 0
-        within = sum(self.recorder.total(phase, self.mesh.group(name)) for name in ("head", "dp", "tp"))
-        return self.recorder.total(phase) - within
+        within = {self.mesh.group(name) for name in ("head", "dp", "tp")}  # names may share a group
+        return self.recorder.total(phase) - sum(self.recorder.total(phase, group) for group in within)
 
     def _agree(
         self, losses: Tensor, norms: Tensor, votes: Sequence[bool]
