@@ -8,7 +8,8 @@ Each rank is in one process group per axis, and in three composite groups, whose
     data   lte x dp  the ranks with the same shard of the model, which read different samples
     world            all ranks
 
-The groups are created here, in the same order on every rank, and passed on explicitly. `Mesh` also implements
+The groups are created here, in the same order on every rank, and passed on explicitly. Names with the same ranks share
+a group. `Mesh` also implements
 DeepSpeed's `mpu` protocol: ZeRO then partitions over one head's data-parallel ranks, and the gradient norm is summed
 over tp.
 """
@@ -17,12 +18,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Optional
 
 import torch
 import torch.distributed as dist
 
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.parallel import ParallelConfig
+from megatron_switchlora.distributed.alone import alone_group
 from megatron_switchlora.distributed.shard import Axis
 
 AXES = ("lte", "dp", "tp")
@@ -101,22 +104,59 @@ def mesh_sizes(parallel: ParallelConfig, world_size: int) -> dict[str, int]:
     return {"lte": parallel.lte_heads, "dp": world_size // fixed, "tp": parallel.tp}
 
 
-def build_mesh(parallel: ParallelConfig) -> Mesh:
-    """Create the groups of every axis; the world must be initialised. Collective over the world."""
+class GroupTable:
+    """Process groups by the ranks that are in them, each created once."""
+
+    def __init__(self, timeout: timedelta) -> None:
+        self.timeout = timeout
+        self._made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
+
+    def group(self, rows: list[list[int]]) -> dist.ProcessGroup:
+        """Return this rank's group of those that divide the world. Collective over the world.
+
+        A group of all ranks is torch's own, and one of a rank alone needs no communicator.
+        """
+        key = tuple(map(tuple, rows))
+        if key not in self._made:
+            self._made[key] = self._create(rows)
+        return self._made[key]
+
+    def _create(self, rows: list[list[int]]) -> dist.ProcessGroup:
+        if len(rows[0]) == 1:
+            return alone_group(self.timeout)
+        if len(rows) == 1:
+            return the_world()
+        if splits():
+            mine = dist.split_group(split_ranks=rows, timeout=self.timeout)
+            assert mine is not None, "every rank is in a row"
+            return mine
+        groups = [dist.new_group(ranks, timeout=self.timeout) for ranks in rows]
+        return next(group for group, ranks in zip(groups, rows, strict=True) if dist.get_rank() in ranks)
+
+
+def the_world() -> dist.ProcessGroup:
+    """Return torch's group of all ranks."""
+    assert dist.group.WORLD is not None, "the world is not initialised"
+    return dist.group.WORLD
+
+
+def splits() -> bool:
+    """Return whether one call can divide the world: NCCL does, where the device is known."""
+    return dist.get_backend() == "nccl" and the_world().bound_device_id is not None
+
+
+def build_mesh(parallel: ParallelConfig, table: Optional[GroupTable] = None) -> Mesh:
+    """Create the groups of every axis; the world must be initialised. Collective over the world.
+
+    Meshes of one `table` share groups.
+    """
+    table = table or GroupTable(timedelta(seconds=parallel.timeout))
     sizes = mesh_sizes(parallel, dist.get_world_size())
     grid = torch.arange(dist.get_world_size()).reshape([sizes[axis] for axis in AXES])
     position = (grid == dist.get_rank()).nonzero()[0].tolist()
     members = {axis: grid.movedim(index, -1).reshape(-1, sizes[axis]) for index, axis in enumerate(AXES)}
     members["head"] = grid.reshape(sizes["lte"], -1)
-    groups, timeout = {}, timedelta(seconds=parallel.timeout)
-    if sizes["lte"] > 1:
-        members["data"] = grid.reshape(-1, sizes["tp"]).t()
-        members["world"] = grid.reshape(1, -1)
-    for axis, rows in members.items():
-        for ranks in rows.tolist():
-            group = dist.new_group(ranks, timeout=timeout)
-            if dist.get_rank() in ranks:
-                groups[axis] = group
-    if sizes["lte"] == 1:
-        groups |= {"data": groups["dp"], "world": groups["head"]}
+    members["data"] = grid.reshape(-1, sizes["tp"]).t()
+    members["world"] = grid.reshape(1, -1)
+    groups = {name: table.group(rows.tolist()) for name, rows in members.items()}
     return Mesh(sizes, dict(zip(AXES, position, strict=True)), groups)

@@ -11,6 +11,7 @@ phase.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from megatron_switchlora.config.ds_config import resolve_ds_config
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.run import RunConfig, full_rank_config, method_config
 from megatron_switchlora.data.loader import ReadAhead, Reader, Samples, TrainLoader
-from megatron_switchlora.distributed.mesh import Mesh, build_mesh
+from megatron_switchlora.distributed.mesh import GroupTable, Mesh, build_mesh
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.methods.ga_gradients import find_factors
 from megatron_switchlora.model.elementwise import Elementwise, failure
@@ -43,10 +44,10 @@ class Phase:
 def build_phases(context: RunContext, given_ds_config: dict[str, Any]) -> list[Phase]:
     """Build all phases, in order. Collective over the world."""
     config, border = context.config, context.config.method.full_rank_steps
-    phases = []
+    phases, table = [], GroupTable(timedelta(seconds=config.parallel.timeout))
     full_rank = [(0, border, full_rank_config(config))] if border > 0 else []
     for first, end, settings in [*full_rank, (border, context.last_step, method_config(config))]:
-        mesh, local = build_mesh(settings.parallel), settings.method.facts.heads_here
+        mesh, local = build_mesh(settings.parallel, table), settings.method.facts.heads_here
         reader = Reader(mesh.rank("dp"), mesh.size("dp"), mesh.heads(local).start, settings.heads, local)
         loader = TrainLoader(context.train_samples, context.order, settings.train.micro_batch_size, reader)
         ds_config = resolve_ds_config(given_ds_config, settings, mesh.size("dp"))
