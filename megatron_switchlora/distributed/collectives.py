@@ -4,7 +4,8 @@
     leave   g: forward all-reduce,          backward nothing
     gather  forward all-gather of columns,  backward this rank's columns
 
-f and g are those of Megatron-LM (arXiv 1909.08053, section 3). On an axis of one rank each returns its input.
+`from_first`, which has no backward pass, gives the first rank's tensors to all. f and g are those of Megatron-LM (arXiv
+1909.08053, section 3). On an axis of one rank each returns its input.
 """
 
 from __future__ import annotations
@@ -71,6 +72,19 @@ def enter(axis: Axis, *tensors: Tensor) -> tuple[Tensor, ...]:
 def leave(axis: Axis, x: Tensor) -> Tensor:
     """Return the sum of the ranks' x, computed in place: x must be a fresh result."""
     return x if axis.size == 1 else _Leave.apply(x, axis.group)
+
+
+def from_first(axis: Axis, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the first rank's tensors on every rank; the ranks' have the same shapes and one dtype.
+
+    A decomposition that each rank computes of the same matrix needs it, since libraries promise no equal bits.
+    """
+    if axis.size == 1:
+        return tensors
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.broadcast(flat, group=axis.group, group_src=0)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
 
 
 def gather_columns(split: Split, x: Tensor) -> Tensor:

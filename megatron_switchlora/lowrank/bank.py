@@ -117,12 +117,21 @@ class CandidateBank:
             return "head" if whole else "dp"
         return "tp" if whole else None
 
-    def add(self, side: str, layer: int, vectors: Tensor, factor_split: Optional[Split]) -> None:
-        """Store this rank's share of a layer's candidates [C, full length]."""
+    def add(
+        self, side: str, layer: int, vectors: Tensor, factor_split: Optional[Split], like: Optional[Tensor] = None
+    ) -> None:
+        """Store this rank's share of a layer's candidates [C, full length].
+
+        It is at once on the device and in the precision of `like`, or with location "host" in that precision, so that
+        the host never holds all candidates as they are drawn.
+        """
         group = self._sharing_group(factor_split)
         split = Split(0, len(vectors), self.mesh.axis(group) if group else Axis())
         local = vectors if factor_split is None else factor_split.take(vectors)
-        self.held[side, layer] = HeldRows(split.take(local).clone(memory_format=torch.contiguous_format), split, group)
+        like = vectors if like is None else like
+        device = vectors.device if self.location == "host" else like.device
+        rows = split.take(local).to(device, like.dtype, copy=True, memory_format=torch.contiguous_format)
+        self.held[side, layer] = HeldRows(rows, split, group)
 
     def place(self, dtype: torch.dtype, device: torch.device, order: Sequence[Sequence[Key]]) -> None:
         """Form the slabs in the factors' precision, at the bank's location; fetched rows go to `device`.

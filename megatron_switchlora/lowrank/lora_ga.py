@@ -10,7 +10,8 @@ the first step of plain SGD changes W by -lr s^2 c^2 times the best rank-2r appr
 Under tensor parallelism G is split like W and never gathered. Its split side is called `tall`: rows of G in a
 column-parallel layer, of G^T in a row-parallel one. The randomised decomposition (Halko et al., arXiv 0909.4061,
 algorithms 4.4 and 5.1) sums [across, Q] and gathers [Q, Q] over the ranks, with Q = 2r + oversample. Its test matrix
-multiplies the side that every rank holds whole, so it is the same at every degree.
+multiplies the side that every rank holds whole, so it is the same at every degree. What all ranks decompose alike they
+take from the first, since cuSOLVER's bits may differ between devices.
 
 Some directions of G may consist of rounding alone, as in a first layer that saw fewer words than 2r. Their vectors are
 orthonormal, but arbitrary.
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from megatron_switchlora.config.method import LoraGaConfig, MethodConfig
-from megatron_switchlora.distributed.collectives import leave
+from megatron_switchlora.distributed.collectives import from_first, leave
 from megatron_switchlora.distributed.linear import ParallelLinear
 from megatron_switchlora.distributed.shard import Axis, Split, named_generator
 
@@ -135,10 +136,10 @@ def randomised_svd(
     test = torch.randn(tall.size(1), width, generator=generator).to(tall.device, tall.dtype)
     basis = orthonormal(tall @ test, split)
     for _ in range(power_iterations):
-        across = torch.linalg.qr(leave(split.axis, tall.t() @ basis)).Q
+        (across,) = from_first(split.axis, torch.linalg.qr(leave(split.axis, tall.t() @ basis)).Q)
         basis = orthonormal(tall @ across, split)
     core = leave(split.axis, basis.t() @ tall)
-    left, values, right = torch.linalg.svd(core, full_matrices=False)
+    left, values, right = from_first(split.axis, *torch.linalg.svd(core, full_matrices=False))
     return basis @ left, values, right.t()
 
 
@@ -157,4 +158,5 @@ def orthonormal(columns: Tensor, split: Split) -> Tensor:
     squares = Split(0, size * width, split.axis).gather(square).split(width)
     heights = [min(width, replace(split, axis=replace(split.axis, rank=rank)).real) for rank in range(size)]
     stacked = torch.cat([other[:height] for other, height in zip(squares, heights, strict=True)])
-    return basis @ torch.linalg.qr(stacked).Q.split(heights)[split.axis.rank]
+    (joined,) = from_first(split.axis, torch.linalg.qr(stacked).Q)
+    return basis @ joined.split(heights)[split.axis.rank]

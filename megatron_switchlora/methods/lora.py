@@ -27,6 +27,7 @@ from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.facts import option
 from megatron_switchlora.config.method import register
 from megatron_switchlora.config.run import RunConfig, accumulation_steps
+from megatron_switchlora.distributed.collectives import from_first
 from megatron_switchlora.distributed.consensus import await_all
 from megatron_switchlora.distributed.shard import named_generator, shard_of
 from megatron_switchlora.distributed.slices import TensorSlice, parameter_slice, replica_group
@@ -190,13 +191,14 @@ class Lora(Method):
         """Set A and B to PiSSA's factors. Collective over the head.
 
         Each data-parallel rank decomposes its share of the layers and broadcasts the factors. Tensor-parallel ranks
-        gather the same W and compute the same factors.
+        gather the same W and take the first one's factors.
         """
         dp = self.mesh.axis("dp")
         for number, linear in enumerate(progress(self.linears.values(), "PiSSA's decomposition", "matrices")):
             if number % dp.size == dp.rank:
                 full_weight = linear.split.gather(linear.weight)
-                A, B = principal_factors(full_weight, linear.rank, linear.scaling)
+                factors = principal_factors(full_weight, linear.rank, linear.scaling)
+                A, B = from_first(self.mesh.axis("tp"), *factors)
                 self._fill_factor(linear.lora_A, A)
                 self._fill_factor(linear.lora_B, B)
         if dp.size > 1:

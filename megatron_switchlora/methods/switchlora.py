@@ -110,10 +110,11 @@ class SwitchLora(Lora):
         self.state = initial_state(self.schedule)
         self._planned: Optional[PlannedStep] = None
         self.bank = CandidateBank(switch.bank_device, switch.bank_spread, self.mesh)
+        like = torch.empty((), dtype=torch.bfloat16 if train.precision == "bf16" else None)  # as DeepSpeed casts them
         for layer, (name, linear) in enumerate(spare.items()):
             for side, factor in (("A", linear.lora_A), ("B", linear.lora_B)):
                 vectors = self._draw_vectors(side, name, self.schedule.candidates[layer])  # type: ignore[arg-type]
-                self.bank.add(side, layer, vectors, factor.shard)  # type: ignore[attr-defined]
+                self.bank.add(side, layer, vectors, factor.shard, like.to(factor.device))  # type: ignore[attr-defined]
                 self._fill_factor(factor, vectors.index_select(0, torch.from_numpy(self.state.slots[side][layer])))
         for name, linear in self.linears.items():
             if name not in spare:

@@ -81,9 +81,12 @@ class LanguageModel(nn.Module):
         raise TypeError("a model computes what enters its head")
 
     def run_layer(self, layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """Call a layer; with `checkpointing` backward computes it again instead of keeping its activations."""
+        """Call a layer; with `checkpointing` backward computes it again instead of keeping its activations.
+
+        Layers draw no random numbers, so the generators' states are not stored.
+        """
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
+            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
         return layer(*inputs)
 
     def forward(self, tokens_BS: Tensor, labels_BS: Optional[Tensor] = None) -> Tensor:
@@ -234,6 +237,16 @@ def _shape(config: ByText[ModelConfig]) -> tuple[tuple[Projection, ...], int]:
 def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
     """Return a parameter of the whole model before the first step, whatever the method: a function of its name."""
     return family_of(config).initial_value(name, shape, config, seed)
+
+
+def build_initialized(
+    config: ModelConfig, vocab_size: int, tp: Optional[Axis], seed: int, device: torch.device
+) -> LanguageModel:
+    """Return a model with initial values on a device; the host holds a few tensors at a time."""
+    with device:
+        model = build_model(config, vocab_size, tp)
+    initialize_weights(model, seed)
+    return model
 
 
 def initialize_weights(model: LanguageModel, seed: int) -> None:

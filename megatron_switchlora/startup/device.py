@@ -48,6 +48,9 @@ def choose_device(requested: str, ranks: Ranks, threads: int) -> torch.device:
         return torch.device("cpu")
     check_deepspeed("cuda")
     os.environ["DS_ACCELERATOR"] = "cuda"  # by itself it looks for other accelerators first
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+        # DeepSpeed's buckets come and go beside activations of other sizes; without this they leave gaps.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     torch.cuda.set_device(ranks.local_rank)
     # Some images set TF32 in the environment; a fold would keep 10 bits of 23.
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -93,6 +96,12 @@ def gpu_identity(device: torch.device) -> dict[str, str]:
         "version of CUDA": str(torch.version.cuda),
         "version of NCCL": nccl,
     }
+
+
+def release_cached(device: torch.device) -> None:
+    """Return to the GPU what its allocator keeps of freed tensors, as blocks that suit other sizes ill."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def allow_open_files() -> None:

@@ -54,13 +54,14 @@ def evaluate_run(config: RunConfig, ranks: Ranks, device: torch.device) -> float
         f"The text that {folder} was trained on has changed since (the fingerprint of its tokens is {tokens} now and "
         f"was {trained_on}), so its numbers cannot be repeated: restore the files that its config.yaml lists.",
     )
-    model = build_model(stored.model, vocab_size, mesh.axis("tp"))
+    with device:
+        model = build_model(stored.model, vocab_size, mesh.axis("tp"))
     on_all_ranks(lambda: _load(model, folder / "final"))
     train = stored.train
     batches = eval_batches(
         data.val.samples(train.seq_len), train.micro_batch_size, mesh.rank("dp"), mesh.size("dp"), train.eval_samples
     )
-    loss = mean_loss(model.to(device), batches, mesh.group("dp"), device)
+    loss = mean_loss(model, batches, mesh.group("dp"), device)
     if ranks.rank == 0:
         print(f"{folder}: validation loss {loss:.6f}, perplexity {perplexity(loss):.3f}", flush=True)
     await_all()

@@ -32,12 +32,12 @@ from megatron_switchlora.data.packing import PreparedData
 from megatron_switchlora.distributed.consensus import await_all, gather_texts, on_all_ranks, on_one_rank
 from megatron_switchlora.distributed.mesh import AXES, Mesh
 from megatron_switchlora.methods import Method
-from megatron_switchlora.model.protocol import LanguageModel, build_model, initialize_weights
+from megatron_switchlora.model.protocol import LanguageModel, build_initialized
 from megatron_switchlora.run.folder import RunFolder, create_folder, default_folder, in_folder, lock_folder
 from megatron_switchlora.run.machine import versions
 from megatron_switchlora.run.metrics_log import perplexity
 from megatron_switchlora.run.terminal import Terminal
-from megatron_switchlora.startup.device import gpu_identity
+from megatron_switchlora.startup.device import gpu_identity, release_cached
 from megatron_switchlora.startup.environment import Ranks
 from megatron_switchlora.startup.signals import StopRequest
 from megatron_switchlora.train.context import open_context
@@ -116,17 +116,17 @@ class Trainer:
             self._load_checkpoint(checkpoint, regrouped)
 
     def _fresh_model(self) -> LanguageModel:
-        model = build_model(self.config.model, self.context.vocab_size, self.mesh.axis("tp"))
-        initialize_weights(model, self.config.train.seed)
-        return model
+        vocab_size, seed = self.context.vocab_size, self.config.train.seed
+        return build_initialized(self.config.model, vocab_size, self.mesh.axis("tp"), seed, self.device)
 
     def _hand_over(self) -> None:
         """Start the method from the weights of the finished full-rank phase."""
         self.saver.finish()
         named = self.engine.model.named_parameters(remove_duplicate=False)  # include a tied output layer by its name
-        weights = {name: param.detach().float().cpu() for name, param in named}
+        weights = {name: param.detach().cpu() for name, param in named}
         del self.engine, self.saver.engine  # DeepSpeed's hooks keep it in reference cycles
         gc.collect()
+        release_cached(self.device)
         self.phase = self.phases[-1]
         model = self._fresh_model()
         model.load_state_dict(weights)

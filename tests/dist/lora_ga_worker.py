@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,8 @@ from megatron_switchlora.distributed.mesh import Mesh, build_mesh, lone_mesh
 from megatron_switchlora.distributed.recorder import CommRecorder
 from megatron_switchlora.distributed.shard import Split
 from megatron_switchlora.lowrank import lora_ga
+from megatron_switchlora.methods import build_method
+from megatron_switchlora.optim.layout import plain_layout
 from megatron_switchlora.methods.ga_gradients import find_factors, mean_gradients
 from megatron_switchlora.model.llama.model import LlamaForCausalLM
 from megatron_switchlora.model.protocol import initialize_weights
@@ -75,6 +79,52 @@ def factor_gap(config: RunConfig, mesh: Mesh, whole: dict[str, tuple[Tensor, Ten
     return worst
 
 
+class Factors(NamedTuple):
+    """What torch.linalg.qr returns."""
+
+    Q: Tensor
+    R: Tensor
+
+
+@contextmanager
+def other_libraries(odd: bool) -> Iterator[None]:
+    """On some ranks decompositions are others that are as right: each second vector has the other sign."""
+    svd, qr = torch.linalg.svd, torch.linalg.qr
+
+    def flipped(columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        signs = columns.new_ones(columns.size(1))
+        signs[1::2] = -1
+        return columns * signs, rows * signs[:, None]
+
+    def other_svd(matrix: Tensor, full_matrices: bool) -> tuple[Tensor, Tensor, Tensor]:
+        left, values, right = svd(matrix, full_matrices=full_matrices)
+        left, right = flipped(left, right)
+        return left, values * (1 + 1e-6), right  # PiSSA makes signs the same
+
+    def other_qr(matrix: Tensor) -> Any:
+        return Factors(*flipped(*qr(matrix)))
+
+    if odd:
+        torch.linalg.svd, torch.linalg.qr = other_svd, other_qr  # type: ignore[assignment]
+    yield
+    torch.linalg.svd, torch.linalg.qr = svd, qr  # type: ignore[assignment]
+
+
+def pissa_on(mesh: Mesh, padding: int = 64) -> dict[str, Tensor]:
+    """The factors that PiSSA takes, by name."""
+    config = small_config("lora", **SHAPE, method__init="pissa")
+    config.model.pad_multiple = padding
+    method = build_method(config, model_on(config, mesh), mesh)
+    optimizer = method.build_optimizer()
+    optimizer.attach(plain_layout(method.matrices()))
+    method.start(optimizer)
+    return {name: param for name, param in method.model.named_parameters() if ".lora_" in name}
+
+
+def pissa_gap(mesh: Mesh, whole: dict[str, Tensor]) -> float:
+    return max(gap(param.shard, param.detach(), whole[name].detach()) for name, param in pissa_on(mesh).items())
+
+
 def traffic(config: RunConfig, mesh: Mesh, kind: str) -> list[int]:
     """Of decomposing one layer: the values given to each collective."""
     (_, _, _, linear), *_ = (entry for entry in model_on(config, mesh).decoder_linears() if entry[2] == kind)
@@ -92,12 +142,17 @@ def act(payload: dict[str, Any]) -> dict[str, Any]:
     cases = {str(ga): configured(**ga) for ga in payload["cases"]}
     gradients = gradients_on(unpadded(configured(3)), lone_mesh())
     factors = {case: factors_on(unpadded(config), lone_mesh()) for case, config in cases.items()}
+    pissa = pissa_on(lone_mesh(), padding=1)
     result: dict[str, Any] = {}
     for tp in payload["degrees"]:
         mesh = build_mesh(ParallelConfig(tp=tp))
+        with other_libraries(mesh.rank("tp") > 0):
+            factor_gaps = {case: factor_gap(config, mesh, factors[case]) for case, config in cases.items()}
+            pissa_gaps = pissa_gap(mesh, pissa)
         result[str(tp)] = {
             "gradients": gradient_gap(mesh, gradients),
-            "factors": {case: factor_gap(config, mesh, factors[case]) for case, config in cases.items()},
+            "factors": factor_gaps,
+            "pissa": pissa_gaps,
             "traffic": {kind: traffic(configured(3), mesh, kind) for kind in ("gate_proj", "down_proj")},
         }
     return result

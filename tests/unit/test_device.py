@@ -19,6 +19,7 @@ from megatron_switchlora.startup.device import (
     gpu_identity,
     peak_flops,
     precision_warning,
+    release_cached,
     set_determinism,
 )
 from megatron_switchlora.startup.door import Door
@@ -31,6 +32,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Any:
     """choose_device for local rank 1 of some, where so many GPUs are seen."""
     monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
     monkeypatch.setenv("DS_ACCELERATOR", "unset")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
 
@@ -90,6 +92,33 @@ def test_a_rank_waits_for_its_gpu_before_it_leaves_the_groups(monkeypatch: pytes
     monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("leave"))
     Door().close()
     assert done == ["wait", "leave"]
+
+
+def test_the_allocator_can_grow_its_segments_unless_the_user_chose(
+    choose: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for given, wanted in (
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+    ):
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        choose("cuda", 2, 2)
+        assert {name: os.environ[name] for name in names if name in os.environ} == wanted
+        monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+
+
+def test_what_the_allocator_keeps_is_returned_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    release_cached(torch.device("cpu"))
+    assert not calls
+    release_cached(torch.device("cuda", 0))
+    assert calls == ["empty"]
 
 
 def test_the_cpu_when_asked_for(choose: Any) -> None:
