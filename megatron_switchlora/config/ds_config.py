@@ -39,14 +39,14 @@ class Zero:
 
 
 def read_ds_config(path: Optional[str]) -> dict[str, Any]:
-    """Read the file, or return ZeRO stage 1 without one; values have their keys' types (`ds_keys.checked`).
+    """Read the file, or return that of ZeRO stage 1 without one; values have their keys' types (`ds_keys.checked`).
 
     Raises:
         UserError: the file is missing, is no valid JSON object, holds a key twice, or has a value that its key cannot
             have.
     """
     if path is None:
-        return {"zero_optimization": {"stage": 1}}
+        path = "zero1"
     try:
         file = given_or_shipped(Path(expanded("--ds_config", path)), "ds_configs", ".json")
         text = file.read_text(encoding="utf-8")

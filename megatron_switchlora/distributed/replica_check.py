@@ -1,13 +1,15 @@
 """Check that replicas are equal, by fingerprints compared over a process group.
 
 A fingerprint is two 64-bit sums of the elements' bits read as integers: a plain one, and one weighted by position. One
-changed element or two swapped ones change it. It is computed on the tensor's device. Ranks first compare 8 bytes, one
+changed element or two swapped ones change it. It is computed on the device of compute: of a tensor in host memory,
+chunk by chunk, since a CPU core takes 25 ns an element. Ranks first compare 8 bytes, one
 sum over the fingerprints of all tensors, and the fingerprints only if these differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Optional
 
 import torch
 import torch.distributed as dist
@@ -18,15 +20,16 @@ INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by
 
 
 @torch.no_grad()
-def fingerprint(tensor: Tensor) -> Tensor:
-    """Return a tensor's fingerprint, int64 [2] on its device."""
-    sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+def fingerprint(tensor: Tensor, device: Optional[torch.device] = None) -> Tensor:
+    """Return a tensor's fingerprint, int64 [2], computed on the device, by default its own."""
+    device = tensor.device if device is None else device
+    sums = torch.zeros(2, dtype=torch.int64, device=device)
     if tensor.numel() == 0:  # torch cannot view an empty tensor as integers
         return sums
     data = tensor.detach().contiguous().view(-1).view(INTEGER[tensor.element_size()])
     for start in range(0, data.numel(), CHUNK):
-        chunk = data[start : start + CHUNK].long()
-        weights = (torch.arange(chunk.numel(), device=data.device) + start) % 1_000_003 + 1
+        chunk = data[start : start + CHUNK].to(device).long()
+        weights = (torch.arange(chunk.numel(), device=device) + start) % 1_000_003 + 1
         sums[0] += chunk.sum()
         sums[1] += (chunk * weights).sum()
     return sums
@@ -48,7 +51,7 @@ def differing(named: Iterable[tuple[str, Tensor]], group: dist.ProcessGroup, dev
     ranks = dist.get_process_group_ranks(group)
     if not pairs or len(ranks) == 1:
         return []
-    fingerprints = torch.stack([fingerprint(tensor).to(device) for _, tensor in pairs])
+    fingerprints = torch.stack([fingerprint(tensor, device) for _, tensor in pairs])
     overall = _gathered(fingerprint(fingerprints)[1:], group)
     if all(torch.equal(digest, overall[0]) for digest in overall):
         return []
