@@ -180,10 +180,12 @@ def test_shards_are_padded_and_totals_are_not() -> None:
 
 def test_bank_sizes() -> None:
     """1,912.6 M values at 1.3B; spread by candidate where a factor is replicated, padded to whole candidates."""
+    bare = shipped("1.3b", "switchlora_r512", "--model.pad_multiple=1")
+    assert round(kinds(bare, zero=Zero(), vocab=32100)["candidate bank"] / 2 / 1e6, 1) == 1912.6
     config = shipped("1.3b", "switchlora_r512")
     whole = kinds(config, zero=Zero(), vocab=32100)["candidate bank"]
-    assert round(whole / 2 / 1e6, 1) == 1912.6
-    assert kinds(config, 2, 8, Zero(), 32100)["candidate bank"] == (whole + 24 * 3 * 2048 * 2) // 2  # 5462 for 5461
+    assert whole - kinds(bare, zero=Zero(), vocab=32100)["candidate bank"] == 2 * 24 * 3 * 2048 * 43  # 5504 for 5461
+    assert kinds(config, 2, 8, Zero(), 32100)["candidate bank"] == whole // 2  # 2752 on a rank
     config.method.switch.bank_spread = "dp"
     assert kinds(config, 1, 8, Zero(), 32100)["candidate bank"] == whole // 8
     config.method.switch.bank_spread = "tp"
