@@ -31,6 +31,7 @@ from torch import Tensor
 from megatron_switchlora.config.ds_config import for_deepspeed, leaves_norm_to_us
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.distributed.alone import Alone
 from megatron_switchlora.distributed.consensus import gather_texts
 from megatron_switchlora.distributed.mesh import Mesh
 from megatron_switchlora.distributed.recorder import CommRecorder
@@ -113,7 +114,7 @@ def communication_log() -> dict[str, int]:
 def limit_waiting(timeout_s: float) -> None:
     """Set the time-out of all groups, as DeepSpeed's groups have torch's default, half an hour with gloo."""
     for group in dist.distributed_c10d._world.pg_map:
-        if isinstance(group, dist.ProcessGroup) and group.size() > 1:
+        if isinstance(group, dist.ProcessGroup) and not isinstance(group, Alone):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
