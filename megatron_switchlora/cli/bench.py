@@ -9,6 +9,7 @@ from megatron_switchlora.cli.table import run
 BENCHMARKS = {
     "step": ("megatron_switchlora.study.benchmarks.step", "Time a training step of each method."),
     "switching": ("megatron_switchlora.study.benchmarks.switching", "Time what switching adds to a step."),
+    "parts": ("megatron_switchlora.study.benchmarks.parts", "Time norm, rotary embedding, activation and loss."),
     "checkpoint": ("megatron_switchlora.study.benchmarks.checkpoint", "Time a checkpoint and how it delays training."),
     "export": ("megatron_switchlora.study.benchmarks.export", "Time the export of a large model and its memory."),
     "coverage": ("megatron_switchlora.study.coverage", "Measure what LoRA-GA's first step covers of the gradient."),

@@ -105,7 +105,12 @@ class Elementwise:
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """Return silu(gate) * up."""
-        return _SwiGlu.apply(self, gate, up) if self.compiled else swiglu_forward(gate, up)
+        return recomputed_swiglu(self, gate, up) if self.compiled else swiglu_forward(gate, up)
+
+
+def recomputed_swiglu(how: Elementwise, gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up, whose backward pass keeps gate and up alone."""
+    return _SwiGlu.apply(how, gate, up)
 
 
 def failure(device: torch.device) -> Optional[str]:
