@@ -99,7 +99,9 @@ class LanguageModel(nn.Module):
             logits = self.lm_head(x_BSD)
             return gather_columns(replace(self.lm_head.split, dim=logits.dim() - 1), logits)
         weight, split = self.lm_head.weight, self.lm_head.split
-        weights = list(weight) if isinstance(weight, nn.ParameterList) else [weight]
+        weights = (
+            list(weight) if isinstance(weight, nn.ParameterList) else [weight] * self.heads
+        )  # heads share a frozen one
         parts = zip(x_BSD.chunk(self.heads), weights, labels_BS.chunk(self.heads), strict=True)
         losses = [linear_cross_entropy(*part, split) for part in parts]
         return losses[0] if self.heads == 1 else torch.stack(losses)

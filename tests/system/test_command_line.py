@@ -16,8 +16,11 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 
+from megatron_switchlora.config.command_line import parse_arguments
+from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.data.loader import eval_batches
 from megatron_switchlora.data.packing import open_prepared
+from megatron_switchlora.planning.traffic import gradient_bytes
 from tests.dist.launch import REPOSITORY, free_port
 from tests.system.commands import BIN, EVALUATED, Place
 
@@ -78,7 +81,9 @@ def test_metrics(place: Place, finished: str) -> None:
                                "peak_memory_bytes", "dp_bytes", "switched"}  # fmt: skip
         assert record["tokens"] == record["step"] * 8 * 32
     meta = json.loads((place.folder / "run" / "meta.json").read_text())
-    assert steps[0]["dp_bytes"] == 4 * meta["parameters"]["trainable"]
+    config = parse_arguments(["--config", str(place.folder / "run" / "config.yaml")]).config
+    padded = gradient_bytes(config, meta["vocab_size"], 1, 2, Zero(1))[0]
+    assert steps[0]["dp_bytes"] == padded > 4 * meta["parameters"]["trainable"]
     assert sum(r["switched"] for r in steps) > 20
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.3
     assert evaluations[-1]["val_ppl"] == pytest.approx(math.exp(evaluations[-1]["val_loss"]))
