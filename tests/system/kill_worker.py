@@ -18,7 +18,7 @@ from megatron_switchlora.config.errors import UserError
 from tests.dist.launch import REPOSITORY
 
 POINTS = {
-    "data": ("megatron_switchlora.data.loader", "TrainLoader.micro_batches"),
+    "data": ("megatron_switchlora.data.loader", "ReadAhead.micro_batches"),
     "switch": ("megatron_switchlora.lowrank.bank", "CandidateBank.put_back"),
     "step": ("megatron_switchlora.optim.row_adamw", "RowAdamW.step"),
     "evaluate": ("megatron_switchlora.train.engine", "Engine.evaluate"),

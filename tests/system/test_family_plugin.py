@@ -89,7 +89,8 @@ def test_it_plans_and_refuses(place: Place) -> None:
     del options[at : at + 2]
     status, output = place.run("alone", options)
     load_plugins(["tests.toy_family"])
-    shape = ModelConfig(family="toy", hidden_size=32, intermediate_size=48, num_layers=2, max_position_embeddings=40)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "max_position_embeddings": 40}
+    shape = ModelConfig(family="toy", pad_multiple=1, **sizes)
     total = sum(param.numel() for param in build_on_meta(shape, 300).parameters())
     (line,) = (line for line in output.splitlines() if "full-rank training  " in line)
     assert status == 0 and f" {total:,} " in line, output
