@@ -125,7 +125,8 @@ def test_a_silent_host_is_named(cluster: Cluster) -> None:
 
 def test_another_copy_of_the_code_is_refused(cluster: Cluster) -> None:
     copy = cluster.folder / "copy"
-    shutil.copytree(REPOSITORY / "megatron_switchlora", copy / "megatron_switchlora")
+    for name in ("megatron_switchlora", "ds_configs"):
+        shutil.copytree(REPOSITORY / name, copy / name)
     with open(copy / "megatron_switchlora" / "methods" / "full.py", "a") as file:
         file.write("# one more line\n")
     port = str(free_port())
