@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from megatron_switchlora.config.errors import UserError, require
-from megatron_switchlora.startup.device import is_gpu
+from megatron_switchlora.startup.device import pinned
 
 STREAM = 0xDA7A << 32  # separates the data order's random streams from others of the same seed
 REBUILD = "remove its folder, and the next start will tokenise the text again"
@@ -221,8 +221,7 @@ class ReadAhead:
             torch.cuda.set_device(self._device)  # else the thread would pin memory through the first GPU
 
     def _read(self, k: int) -> list[torch.Tensor]:
-        batches = self._loader.micro_batches(k)
-        return [batch.pin_memory() for batch in batches] if is_gpu(self._device) else batches
+        return [pinned(batch, self._device) for batch in self._loader.micro_batches(k)]
 
 
 def eval_batches(

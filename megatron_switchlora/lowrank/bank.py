@@ -28,6 +28,7 @@ from torch import Tensor
 from megatron_switchlora.distributed.mesh import Mesh
 from megatron_switchlora.distributed.shard import Axis, Split
 from megatron_switchlora.lowrank.indices import Indices
+from megatron_switchlora.startup.device import is_gpu
 
 Key = tuple[str, int]  # side and layer
 
@@ -158,7 +159,7 @@ class CandidateBank:
         counts = [len(held.rows) for held in members]
         rows = torch.empty(
             (sum(counts), members[0].rows.size(1)), dtype=dtype, device="cpu" if on_host else self.device,
-            pin_memory=on_host and self.device.type != "cpu",
+            pin_memory=on_host and is_gpu(self.device),
         )  # fmt: skip
         for held, part in zip(members, rows.split(counts), strict=True):
             held.rows = part.copy_(held.rows)

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_switchlora.startup.device import pinned
+
 
 class Indices:
     """Index arrays, collected on the host and then sent in one copy; `add` returns an array's number."""
@@ -25,9 +27,7 @@ class Indices:
         if not sum(lengths):
             self._host = self._device = tuple(torch.empty(0, dtype=torch.int64) for _ in lengths)
             return
-        host = torch.from_numpy(np.concatenate(self._arrays).astype(np.int64, copy=False))
-        if device.type not in ("cpu", "meta"):
-            host = host.pin_memory()
+        host = pinned(torch.from_numpy(np.concatenate(self._arrays).astype(np.int64, copy=False)), device)
         self._host = host.split(lengths)
         self._device = host.to(device, non_blocking=True).split(lengths)
 

@@ -65,6 +65,11 @@ def is_gpu(device: torch.device) -> bool:
     return device.type not in ("cpu", "meta")
 
 
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a host tensor, for a GPU in pinned memory: the host need not wait for copies from there."""
+    return tensor.pin_memory() if is_gpu(device) else tensor
+
+
 def set_determinism(wanted: bool) -> None:
     """Choose whether a GPU computes the same bits each time; call it before the first product on a GPU.
 

@@ -41,6 +41,7 @@ from megatron_switchlora.methods.base import Method
 from megatron_switchlora.model.protocol import LanguageModel
 from megatron_switchlora.optim.head_clip import HeadClip
 from megatron_switchlora.optim.layout import deepspeed_layout, partition_gradients
+from megatron_switchlora.startup.device import pinned
 from megatron_switchlora.startup.environment import complete_environment, meets_on_loopback
 
 
@@ -292,9 +293,7 @@ class Engine:
         skipped = bool(getattr(self.ds.optimizer, "overflow", False))
         answers = torch.tensor([self.optimizer.found_nonfinite or skipped, *votes], dtype=losses.dtype)
         self.optimizer.found_nonfinite = False
-        if self.device.type != "cpu":
-            answers = answers.pin_memory()
-        answers = answers.to(self.device, non_blocking=True)
+        answers = pinned(answers, self.device).to(self.device, non_blocking=True)
         answers[0] = torch.maximum(answers[0], norms.isfinite().all().logical_not().to(answers.dtype))
         share = losses if self.mesh.rank("tp") == 0 else torch.zeros_like(losses)  # equal on tensor-parallel ranks
         shared = torch.cat([share, answers])

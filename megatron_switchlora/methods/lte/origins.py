@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_switchlora.distributed.shard import Axis, Split
 from megatron_switchlora.methods.base import host_copy
-from megatron_switchlora.startup.device import is_gpu
+from megatron_switchlora.startup.device import is_gpu, pinned
 
 
 class Origin:
@@ -23,8 +23,7 @@ class Origin:
 
     def __init__(self, matrix: Tensor, dp: Axis) -> None:
         self.split, self.device = Split(0, matrix.size(0), dp), matrix.device
-        rows = host_copy(self.split.take(matrix))
-        self.rows = rows.pin_memory() if is_gpu(self.device) else rows
+        self.rows = pinned(host_copy(self.split.take(matrix)), self.device)
 
     def store(self, matrix: Tensor) -> None:
         self.rows.copy_(self.split.take(matrix))
