@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_switchlora.config.run import RunConfig
+
 
 @dataclass(frozen=True)
 class Form:
@@ -31,13 +33,16 @@ class Form:
     cache: str = "micro_batch"
 
 
-def choose_form(compute: str, cache: str, checkpointing: bool) -> Form:
-    """Return the form of these options of a method.
+def choose_form(config: RunConfig) -> Form:
+    """Return how adapted layers compute in a run.
 
-    With cache "auto" W_eff lasts over the micro-batches of a step where that costs no memory: all layers' are held in
-    a backward pass anyway, unless activations are checkpointed.
+    With `method.merged_cache` "auto" W_eff lasts over the micro-batches of a step where that costs no memory: all
+    layers' are held in a backward pass anyway, unless activations are checkpointed.
     """
-    return Form(compute, ("micro_batch" if checkpointing else "accumulation") if cache == "auto" else cache)
+    cache = config.method.merged_cache
+    if cache == "auto":
+        cache = "micro_batch" if config.train.activation_checkpointing else "accumulation"
+    return Form(config.method.compute, cache)
 
 
 @torch.no_grad()

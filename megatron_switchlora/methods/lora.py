@@ -104,7 +104,7 @@ class Lora(Method):
     def adapt(self, factors: Optional[dict[str, tuple[Tensor, Tensor]]]) -> None:
         self.initial: dict[nn.Parameter, Tensor] = {}
         method = self.config.method
-        form = choose_form(method.compute, method.merged_cache, self.config.train.activation_checkpointing)
+        form = choose_form(self.config)
         micro_batches = accumulation_steps(self.config, self.mesh.size("dp"))
         self.linears: dict[str, LowRankLinear] = {}
         for name, parent, attribute, base in self.model.decoder_linears():

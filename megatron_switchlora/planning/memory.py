@@ -18,7 +18,7 @@ from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.parallel import shard_size
 from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes
 from megatron_switchlora.distributed.cross_entropy import chunk_tokens
-from megatron_switchlora.lowrank.merged import Form, choose_form, uses_merged
+from megatron_switchlora.lowrank.merged import choose_form, uses_merged
 from megatron_switchlora.model.protocol import Projection, family_of, logits_size, projections
 from megatron_switchlora.planning.counts import FP32, RankTensors, rank_tensors, whole_tensors
 
@@ -82,17 +82,12 @@ def _weights(config: RunConfig, tensors: RankTensors) -> list[Item]:
     ]
 
 
-def merged_form(config: RunConfig) -> Form:
-    """Return how adapted layers compute."""
-    return choose_form(config.method.compute, config.method.merged_cache, config.train.activation_checkpointing)
-
-
 def is_merged(config: RunConfig, projection: Projection, tp: int, micro_batches: int) -> bool:
     """Return whether a layer computes with W + sBA on a rank's shard."""
     if config.method.facts.shares_base:
         return False
     tokens = config.train.micro_batch_size * config.train.seq_len
-    return uses_merged(merged_form(config), tokens, projection.shard(tp), micro_batches, trains=True)
+    return uses_merged(choose_form(config), tokens, projection.shard(tp), micro_batches, trains=True)
 
 
 def _compute_copies(config: RunConfig, tp: int, micro_batches: int) -> list[Item]:
@@ -113,7 +108,7 @@ def _compute_copies(config: RunConfig, tp: int, micro_batches: int) -> list[Item
         "micro_batch": at_once * sum(merged),
         "accumulation": layers * sum(merged),
         "recompute": max(merged, default=0),
-    }[merged_form(config).cache]
+    }[choose_form(config).cache]
     return [
         Item(f"W + sBA, {config.train.precision}", held, "backward"),
         Item("W for the split form, bf16", at_once * sum(split), "backward"),

@@ -21,11 +21,12 @@ import torch
 from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes
 from megatron_switchlora.distributed.mesh import AXES, COMPOSITE_GROUPS
+from megatron_switchlora.lowrank.merged import choose_form
 from megatron_switchlora.lowrank.nf4 import Nf4Matrix
 from megatron_switchlora.methods.base import Flow
 from megatron_switchlora.model.protocol import Projection, family_of, logits_size, projections
 from megatron_switchlora.planning.counts import rank_tensors
-from megatron_switchlora.planning.memory import is_merged, merged_form
+from megatron_switchlora.planning.memory import is_merged
 from megatron_switchlora.planning.traffic import axis_size, flows, on_the_wire
 from megatron_switchlora.startup.device import BF16_PEAK
 
@@ -136,7 +137,7 @@ def matrix_flops(
 def _times_formed(config: RunConfig, micro_batches: int) -> float:
     """Return how often a micro-batch forms the W + sBA of a merged layer."""
     again = config.train.activation_checkpointing
-    return {"accumulation": 1 / micro_batches, "recompute": 2 + again}.get(merged_form(config).cache, 1 + again)
+    return {"accumulation": 1 / micro_batches, "recompute": 2 + again}.get(choose_form(config).cache, 1 + again)
 
 
 def memory_traffic(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Zero) -> float:

@@ -176,7 +176,7 @@ def make_layers(config: RunConfig, dtype: torch.dtype, device: torch.device) -> 
         base = ColumnParallelLinear(projection.in_features, projection.out_features, Axis()).to(device)
         torch.nn.init.normal_(base.weight, std=0.02)
         method = config.method
-        form = choose_form(method.compute, method.merged_cache, checkpointing=False)
+        form = choose_form(config)
         layer = LowRankLinear(base, method.rank, method.scaling, form) if method.facts.adapts else base
         for param in layer.parameters():
             torch.nn.init.normal_(param, std=0.02)
