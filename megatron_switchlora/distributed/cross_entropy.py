@@ -42,27 +42,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, split: Split) -> Tensor:
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        high = at_least_fp32(x.dtype)
-        losses = x.new_empty(len(x), dtype=high)
+        share = 1 / len(x) if needs_x or needs_weight else None
+        losses = x.new_empty(len(x), dtype=at_least_fp32(x.dtype))
         dx = torch.empty_like(x) if needs_x else None
         dweight: Optional[Tensor] = None
         size = chunk_tokens(len(weight))
         for start in range(0, len(x), size):
             part = slice(start, start + size)
-            logits = (x[part] @ weight.t()).to(high)
-            if split.real < split.local:
-                logits[:, split.real :] = -torch.inf
-            gradients = needs_x or needs_weight
-            losses[part] = _losses(logits, targets[part], split, 1 / len(x) if gradients else None)
-            if not gradients:
-                continue
-            grad = logits.to(x.dtype)
+            losses[part], grad = _chunk(x[part], weight, targets[part], split, share)
             if dx is not None:
                 torch.mm(grad, weight, out=dx[part])
             if needs_weight:
                 product = grad.t() @ x[part]
-                sums = product if size >= len(x) else product.to(high)
-                dweight = sums if dweight is None else dweight.add_(sums)
+                if dweight is None:
+                    dweight = product if size >= len(x) else product.to(losses.dtype)
+                else:
+                    dweight += product
+                del product  # before the next chunk needs the memory
+            del grad
         ctx.dtype = weight.dtype
         ctx.save_for_backward(dx, dweight)
         return losses.mean()
@@ -71,8 +68,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Optional[Tensor], ...]:
         dx, dweight = ctx.saved_tensors
         dx = dx * scale.to(dx.dtype) if dx is not None else None
-        dweight = (dweight * scale).to(ctx.dtype) if dweight is not None else None
+        if dweight is not None:
+            dweight = torch.mul(dweight, scale, out=dweight.new_empty(dweight.shape, dtype=ctx.dtype))
         return dx, dweight, None, None
+
+
+def _chunk(x: Tensor, weight: Tensor, targets: Tensor, split: Split, share: Optional[float]) -> tuple[Tensor, Tensor]:
+    """Return the losses of some tokens and, with a `share`, the gradient of their logits in x's precision."""
+    logits = (x @ weight.t()).to(at_least_fp32(x.dtype))
+    if split.real < split.local:
+        logits[:, split.real :] = -torch.inf
+    losses = _losses(logits, targets, split, share)
+    return losses, logits if share is None else logits.to(x.dtype)
 
 
 def _losses(logits: Tensor, targets: Tensor, split: Split, share: Optional[float]) -> Tensor:

@@ -180,17 +180,10 @@ def layer_activation_bytes(config: RunConfig, tp: int, micro_batches: int = 1) -
 
 
 def _activations(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[Item]:
-    """Estimate what a micro-batch keeps.
-
-    Of the logits a chunk lives at once, in fp32 and in the precision of compute, beside the gradients of the head and
-    its input, which are complete as the backward pass begins.
-    """
+    """Estimate what a micro-batch keeps."""
     model, train, size = config.model, config.train, compute_bytes(config)
     tokens = train.micro_batch_size * train.seq_len
-    columns = logits_size(model, vocab_size, tp)
-    logits = (FP32 + size * (size != FP32)) * min(tokens, chunk_tokens(columns)) * columns
-    summed = size if tokens <= chunk_tokens(columns) else size + FP32
-    logits += (size * tokens + summed * columns * (not config.freezes_dense)) * model.hidden_size
+    logits = _logits(config, logits_size(model, vocab_size, tp), tokens)
     layer = tokens * layer_activation_bytes(config, tp, accumulation_steps(config, dp))
     head_trains = 0 if config.freezes_dense else size
     kept = tokens * ((size + head_trains) * model.hidden_size + FP32)  # the last norm's input, and the head's
@@ -203,3 +196,19 @@ def _activations(config: RunConfig, vocab_size: int, tp: int, dp: int) -> list[I
         Item(f"activations {how} checkpointing (estimate)", kept, "backward"),
         Item("a chunk of logits, the head's gradient (estimate)", logits, "backward"),
     ]
+
+
+def _logits(config: RunConfig, columns: int, tokens: int) -> int:
+    """Return the bytes of the loss: the gradients of the head and its input, and a chunk of logits.
+
+    The gradients are complete as the backward pass begins. Those of several chunks are summed in fp32. A chunk's logits
+    are there in fp32 and in the precision of compute, or there with a chunk's gradient of the head.
+    """
+    size, heads = compute_bytes(config), config.method.facts.heads_here
+    width, trains = config.model.hidden_size, not config.freezes_dense
+    of_one = tokens // heads
+    chunk = min(of_one, chunk_tokens(columns)) * columns
+    chunks = of_one * columns > chunk
+    weight = columns * width * trains
+    sums = weight * (heads * FP32 if chunks else (heads - 1) * size)
+    return size * tokens * width + sums + max(chunk * (FP32 + size * (size != FP32)), (chunk + weight) * size)
