@@ -9,13 +9,14 @@ columns. They stay zero: a padded output meets a padded, zero input of the next 
 words are in no text, and the loss leaves their logits out.
 
 A block calls `enter_block` once. Its backward pass sums the gradient of x over the ranks. The same sum includes
-replicated parameters of which each rank computes a part of the gradient, as in a low-rank layer. There are no biases,
-as in LLaMA.
+replicated parameters of which each rank computes a part of the gradient, as in a low-rank layer. Linears of the block
+that take the same x go through `apply_together`. There are no biases, as in LLaMA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,13 @@ class ColumnParallelLinear(ParallelLinear):
 
     split_dim = 0
 
+    @staticmethod
+    def together(
+        linears: Sequence[ColumnParallelLinear], x: Tensor, entered: Sequence[tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """Return y of each layer; see `apply_together`."""
+        return _Linears.apply(x, *(linear.weight for linear in linears))
+
 
 class RowParallelLinear(ParallelLinear):
     """Split on the input features: o and down."""
@@ -76,6 +84,54 @@ def enter_block(x: Tensor, linears: Sequence[nn.Module], tp: Axis) -> tuple[Tens
     x, *flat = enter(tp, x, *(param for params in partial for param in params))
     waiting = iter(flat)
     return x, [tuple(next(waiting) for _ in params) for params in partial]
+
+
+def apply_together(
+    linears: Sequence[nn.Module], x: Tensor, entered: Sequence[tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """Return y of linears that take the same x, which `enter_block` returned with the `entered` parameters.
+
+    Their class computes them at once if it has `together` itself, which may return None. An inherited one is ignored,
+    since a subclass may compute something else. A module with hooks is called on its own.
+    """
+    kind = type(linears[0])
+    if "together" in vars(kind) and all(type(each) is kind and not _has_hooks(each) for each in linears):
+        outputs: Optional[tuple[Tensor, ...]] = kind.together(linears, x, entered)  # type: ignore[attr-defined]
+        if outputs is not None:
+            return outputs
+    return tuple(linear(x, *partial) for linear, partial in zip(linears, entered, strict=True))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def sum_of_products(gradients: Iterable[Tensor], matrices: Iterable[Tensor]) -> Tensor:
+    """Return the sum of all dy [T, m] times W [m, n]: each product adds to the sum of those before."""
+    pairs = zip(gradients, matrices, strict=True)
+    dy, matrix = next(pairs)
+    total = dy @ matrix
+    for dy, matrix in pairs:
+        torch.addmm(total, dy, matrix, out=total)  # counted by FlopCounterMode, as addmm_ is not
+    return total
+
+
+class _Linears(torch.autograd.Function):
+    """Compute x W^T for each of the weights; backward adds up dx within the products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        return tuple(F.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Optional[Tensor], ...]:
+        x, *weights = ctx.saved_tensors
+        flat_x, flat_dy = x.reshape(-1, x.size(-1)), [dy.reshape(-1, dy.size(-1)) for dy in gradients]
+        needs_x, *needed = ctx.needs_input_grad
+        dx = sum_of_products(flat_dy, weights).view(x.shape) if needs_x else None
+        return dx, *(dy.t() @ flat_x if need else None for dy, need in zip(flat_dy, needed, strict=True))
 
 
 class VocabParallelEmbedding(nn.Module):

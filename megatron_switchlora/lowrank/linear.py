@@ -16,6 +16,7 @@ The layer computes in the merged form (`lowrank/merged.py`) or in the split form
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Optional
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from megatron_switchlora.distributed.collectives import leave
 from megatron_switchlora.distributed.linear import ParallelLinear
 from megatron_switchlora.distributed.shard import declare
-from megatron_switchlora.lowrank.merged import Form, MergedLinear, merge, uses_merged
+from megatron_switchlora.lowrank.merged import Form, merge, merged_linears, uses_merged
 
 
 class LowRankLinear(nn.Module):
@@ -58,14 +59,29 @@ class LowRankLinear(nn.Module):
         return (self.lora_B,) if self.row_parallel else (self.lora_A,)
 
     def forward(self, x: Tensor, *entered: Tensor) -> Tensor:
-        A: Tensor = self.lora_A
-        B: Tensor = self.lora_B
-        if entered and self.row_parallel:
-            (B,) = entered
-        elif entered:
-            (A,) = entered
+        A, B = self._entered(entered)
         y = self._merged_form(x, A, B) if self._merges(x) else self._split_form(x, A, B)
         return leave(self.tp, y) if self.row_parallel else y
+
+    @staticmethod
+    def together(
+        linears: Sequence[LowRankLinear], x: Tensor, entered: Sequence[tuple[Tensor, ...]]
+    ) -> Optional[tuple[Tensor, ...]]:
+        """Return y of column-parallel layers that all take the merged form, else None."""
+        first = linears[0]
+        alike = all((each.form, each.scaling) == (first.form, first.scaling) for each in linears)
+        if not alike or any(each.row_parallel or not each._merges(x) for each in linears):
+            return None
+        factors = [each._entered(partial) for each, partial in zip(linears, entered, strict=True)]
+        layers = [(A, B, each._matrix(A, B)) for each, (A, B) in zip(linears, factors, strict=True)]
+        return merged_linears(x, layers, first.scaling, first.form.cache != "recompute")
+
+    def _entered(self, entered: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return A and B, one of them as it entered the block."""
+        if not entered:
+            return self.lora_A, self.lora_B
+        (factor,) = entered
+        return (self.lora_A, factor) if self.row_parallel else (factor, self.lora_B)
 
     def _merges(self, x: Tensor) -> bool:
         out_local, in_local = self.weight.shape
@@ -76,9 +92,18 @@ class LowRankLinear(nn.Module):
         return torch.add(F.linear(x, self.weight.to(x.dtype)), F.linear(x, A) @ B, alpha=self.scaling)
 
     def _merged_form(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        if self.form.cache == "accumulation" and self._merged is None:
+        (y,) = merged_linears(x, [(A, B, self._matrix(A, B))], self.scaling, self.form.cache != "recompute")
+        return y
+
+    def _matrix(self, A: Tensor, B: Tensor) -> Tensor:
+        """Return W_eff, or W where the backward pass is to form W_eff again."""
+        if self.form.cache == "recompute":
+            return self.weight
+        if self.form.cache == "micro_batch":
+            return merge(self.weight, A, B, self.scaling)
+        if self._merged is None:
             self._merged = merge(self.weight, A, B, self.scaling)
-        return MergedLinear.apply(x, A, B, self.weight, self._merged, self.scaling, self.form.cache != "recompute")
+        return self._merged
 
     def forget_merged(self) -> None:
         """Drop the cached W_eff, since W or a factor has changed."""

@@ -9,12 +9,17 @@ FLOPs per token, for W [m, n]:
     split      4 m n + 6 r (m + n), with y = W x + s B (A x)
     full-rank  6 m n
 
+Layers with the same x, as q, k and v, run backward together. Each dy W_eff is added to one dx by its product. All A are
+one matrix for x A^T, and all (dy B)^T one for dA. So there are fewer products and no additions of gradients. Each y
+stays a product of its own: a joined y would be read in strides, and a joined dy would have to be copied.
+
 Nothing of width r is kept for the backward pass. One pass over the fp32 W forms W_eff in the precision of x. In bf16
 the product B A is rounded once before it is added, and W_eff once after.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -23,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.distributed.linear import sum_of_products
+from megatron_switchlora.lowrank.rows import adjacent
 
 
 @dataclass(frozen=True)
@@ -75,30 +82,59 @@ def uses_merged(form: Form, tokens: int, shape: tuple[int, int], micro_batches: 
     return prefers_merged(tokens, *shape, formed)
 
 
-class MergedLinear(torch.autograd.Function):
-    """Compute `apply(x, A, B, weight, merged, scaling, keep)`.
+def merged_linears(
+    x: Tensor, layers: Sequence[tuple[Tensor, Tensor, Tensor]], scaling: float, keep: bool
+) -> tuple[Tensor, ...]:
+    """Return y of each layer (A, B, matrix) that takes this x; all of them run backward at once.
 
-    `merged` is W_eff if it is known already, else None. With `keep` W_eff stays in memory until the backward pass;
-    without it is formed again there.
+    With `keep` a matrix is W_eff, which stays in memory until the backward pass. Else it is W, and W_eff is formed
+    twice.
     """
+    return MergedLinears.apply(x, scaling, keep, *(tensor for kind in zip(*layers, strict=True) for tensor in kind))
+
+
+class MergedLinears(torch.autograd.Function):
+    """Compute `apply(x, scaling, keep, *A, *B, *matrices)`; see `merged_linears`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, A: Tensor, B: Tensor, weight: Tensor, merged: Optional[Tensor], scaling: float, keep: bool
-    ) -> Tensor:
-        if merged is None:
-            merged = merge(weight, A, B, scaling)
+    def forward(ctx: Any, x: Tensor, scaling: float, keep: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.scaling, ctx.keep = scaling, keep
-        ctx.save_for_backward(x, A, B, merged if keep else weight)
-        return F.linear(x, merged)
+        ctx.save_for_backward(x, *tensors)
+        return tuple(F.linear(x, M if keep else merge(M, A, B, scaling)) for A, B, M in _layers(tensors))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
-        x, A, B, matrix = ctx.saved_tensors
-        merged = matrix if ctx.keep else merge(matrix, A, B, ctx.scaling)
-        dx = dy @ merged if ctx.needs_input_grad[0] else None
-        flat_x, flat_dy = x.reshape(-1, x.size(-1)), dy.reshape(-1, dy.size(-1))
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Optional[Tensor], ...]:
+        x, *tensors = ctx.saved_tensors
+        layers, scaling = _layers(tensors), ctx.scaling
+        flat_x, flat_dy = x.reshape(-1, x.size(-1)), [dy.reshape(-1, dy.size(-1)) for dy in gradients]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            matrices = (M if ctx.keep else merge(M, A, B, scaling) for A, B, M in layers)
+            dx = sum_of_products(flat_dy, matrices).view(x.shape)
+        all_A = _joined([A for A, _, _ in layers])
+        ranks = [len(A) for A, _, _ in layers]
+        low_dy = flat_x.new_empty(len(flat_x), len(all_A))
+        for dy, (_, B, _), part in zip(flat_dy, layers, low_dy.split(ranks, 1), strict=True):
+            torch.mm(dy, B.t(), out=part)
         # beta 0 ignores the first argument; the scaling is applied before the result is rounded
-        dA = torch.addmm(A, (flat_dy @ B.t()).t(), flat_x, beta=0, alpha=ctx.scaling)
-        dB = torch.addmm(B, (flat_x @ A.t()).t(), flat_dy, beta=0, alpha=ctx.scaling)
-        return dx, dA, dB, None, None, None, None
+        dA = torch.addmm(all_A, low_dy.t(), flat_x, beta=0, alpha=scaling).split(ranks)
+        low_x = (flat_x @ all_A.t()).split(ranks, 1)
+        dB = (
+            torch.addmm(B, low.t(), dy, beta=0, alpha=scaling)
+            for low, dy, (_, B, _) in zip(low_x, flat_dy, layers, strict=True)
+        )
+        return dx, None, None, *dA, *dB, *(None for _ in layers)
+
+
+def _layers(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return (A, B, matrix) of each layer, of all A, all B and all matrices."""
+    count = len(tensors) // 3
+    return list(zip(tensors[:count], tensors[count : 2 * count], tensors[2 * count :], strict=True))
+
+
+def _joined(factors: Sequence[Tensor]) -> Tensor:
+    """Return factors [r, n] as one matrix; one group of the optimizer holds them as such."""
+    if len(factors) == 1:
+        return factors[0]
+    found = adjacent(factors)
+    return torch.cat(list(factors)) if found is None else found

@@ -6,6 +6,8 @@ layout of one rank of eight: the optimizer steps an eighth of each group's flat 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +35,10 @@ DP, RANK, STEPS = 8, 3, 2
 
 
 def act(payload: dict[str, Any]) -> dict[str, Any]:
-    """Return the counts of the switch, of AdamW, and of the step's lines in the package, at the second step."""
+    """Return the counts of the switch, of AdamW, of forward and backward, and of the step's lines in the package.
+
+    They are those of the second step.
+    """
     register()
     start_distributed(torch.device("cpu"))
     with PretendGpu() as gpu:
@@ -41,7 +46,7 @@ def act(payload: dict[str, Any]) -> dict[str, Any]:
         switch = Counts()
         loader = read_ahead(engine.config, gpu.device)
         for step in range(STEPS):
-            whole, stand_in.adamw = gpu.fresh(), Counts()
+            whole, stand_in.adamw, stand_in.micro_batch = gpu.fresh(), Counts(), Counts()
             switch = count_switch(engine, gpu)
             result = engine.train_step(step, loader.micro_batches(step))
         assert result.healthy and (result.switched > 0 or payload["name"] != "switchlora")
@@ -49,6 +54,7 @@ def act(payload: dict[str, Any]) -> dict[str, Any]:
         "switched": result.switched,
         "switch": switch.totals(),
         "AdamW": stand_in.adamw.totals(),
+        "micro-batch": stand_in.micro_batch.totals(),
         "step": own_lines(whole).totals(),
         "waits": dict(own_lines(whole).waits.most_common(12)),
         "launches": dict(stand_in.adamw.launches.most_common(12)),
@@ -64,16 +70,22 @@ def own_lines(counts: Counts) -> Counts:
     return own
 
 
+@contextlib.contextmanager
+def counted_into(counts: Counts, gpu: PretendGpu) -> Iterator[None]:
+    """Add what happens inside to these counts too."""
+    with gpu.part() as part:
+        yield
+    for kind, lines in vars(part).items():
+        getattr(counts, kind).update(lines)
+
+
 def count_switch(engine: Engine, gpu: PretendGpu) -> Counts:
     """Count the method's part between backward and clip in the next step."""
     counts, before_step = Counts(), type(engine.method).before_step
 
     def counted(step: int) -> int:
-        with gpu.part() as part:
-            switched = before_step(engine.method, step)
-        for kind, lines in vars(part).items():
-            getattr(counts, kind).update(lines)
-        return switched
+        with counted_into(counts, gpu):
+            return before_step(engine.method, step)
 
     engine.method.before_step = counted  # type: ignore[method-assign]
     return counts
@@ -121,7 +133,8 @@ class StandIn:
     """What the engine asks of DeepSpeed at ZeRO 1, for one rank of `DP`."""
 
     def __init__(self, model: nn.Module, optimizer: RowAdamW, gpu: PretendGpu) -> None:
-        self.module, self.client, self.gpu, self.adamw = model, optimizer, gpu, Counts()
+        self.module, self.client, self.gpu = model, optimizer, gpu
+        self.adamw, self.micro_batch = Counts(), Counts()
         self.optimizer = SimpleNamespace(overflow=False)
         self.norm: Any = torch.zeros((), device=gpu.device)
         layout, self.masters = partitioned(optimizer, DP, RANK)
@@ -132,10 +145,12 @@ class StandIn:
         self.module.train()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        return self.module(*inputs)
+        with counted_into(self.micro_batch, self.gpu):
+            return self.module(*inputs)
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        with counted_into(self.micro_batch, self.gpu):
+            loss.backward()
 
     def get_global_grad_norm(self) -> Tensor:
         return self.norm
@@ -149,10 +164,8 @@ class StandIn:
         clip.measure((piece.param, piece.block(piece.master.grad)) for piece in pieces_of(self.client))
         for group in groups:
             self.client.param_groups = [group]
-            with self.gpu.part() as part:
+            with counted_into(self.adamw, self.gpu):
                 self.client.step()
-            for kind, lines in vars(part).items():
-                getattr(self.adamw, kind).update(lines)
         self.client.param_groups = groups
         self.module.zero_grad()
 

@@ -25,6 +25,7 @@ from megatron_switchlora.distributed.linear import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    apply_together,
     enter_block,
 )
 from megatron_switchlora.distributed.precision import at_least_fp32
@@ -60,8 +61,8 @@ class Attention(nn.Module):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         x_BSD, (*entered, o_entered) = enter_block(x_BSD, (*projections, self.o_proj), self.tp)
         q, k, v = (
-            projection(x_BSD, *partial).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection, partial in zip(projections, entered, strict=True)
+            y_BSF.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for y_BSF in apply_together(projections, x_BSD, entered)
         )
         q, k = self.elementwise.rotary(q, *rotary), self.elementwise.rotary(k, *rotary)
         return self.o_proj(attend(q, k, v).transpose(1, 2).flatten(2), *o_entered)
@@ -88,10 +89,10 @@ class MLP(nn.Module):
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, tp, config.pad_multiple)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        linears = (self.gate_proj, self.up_proj, self.down_proj)
-        x_BSD, (gate, up, down) = enter_block(x_BSD, linears, self.tp)
-        gated = self.elementwise.swiglu(self.gate_proj(x_BSD, *gate), self.up_proj(x_BSD, *up))
-        return self.down_proj(gated, *down)
+        wide = (self.gate_proj, self.up_proj)
+        x_BSD, (*entered, down_entered) = enter_block(x_BSD, (*wide, self.down_proj), self.tp)
+        gate_BSF, up_BSF = apply_together(wide, x_BSD, entered)
+        return self.down_proj(self.elementwise.swiglu(gate_BSF, up_BSF), *down_entered)
 
 
 class DecoderLayer(nn.Module):
