@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -115,6 +116,40 @@ def norm_gaps(precision: str, stage: str, mesh: Any) -> dict[str, float]:
     return gaps
 
 
+def sum_gap(stage: str, mesh: Any, count: int = 16) -> float:
+    """How far a bf16 gradient of `count` micro-batches is from their exact sum, averaged over ranks; relative."""
+    config = small_config("lora", train__precision="bf16", train__micro_batch_size=1, optim__clip=0.0)
+    config.train.global_batch_size = count * mesh.size("dp")
+    engine = build_engine(config, stage, mesh)
+    exact = {param: torch.zeros(param.shape, dtype=torch.float64) for param in engine.params}
+    handles = [param.register_hook(partial(_add_exactly, exact[param])) for param in engine.params]
+    squares, step = torch.zeros(2, dtype=torch.float64), engine.optimizer.step
+
+    def observed_step() -> None:
+        for group in engine.optimizer.param_groups:
+            for master in group["params"]:
+                for piece in engine.optimizer.layout.by_master[master] if master.grad is not None else ():
+                    wanted = piece.source(exact[piece.param]) / mesh.size("dp")
+                    squares.add_(torch.stack([(piece.block(master.grad) - wanted).pow(2).sum(), wanted.pow(2).sum()]))
+        step()
+
+    def reduced_step(step: int) -> int:
+        for total in exact.values():
+            dist.all_reduce(total, group=mesh.group("dp"))
+        return 0
+
+    engine.optimizer.step, engine.method.before_step = observed_step, reduced_step
+    assert engine.train_step(0, micro_batches(config, make_batches(config, 1)[0], mesh)).healthy
+    for handle in handles:
+        handle.remove()
+    dist.all_reduce(squares, group=mesh.group("dp"))
+    return float((squares[0] / squares[1]).sqrt())
+
+
+def _add_exactly(total: torch.Tensor, gradient: torch.Tensor) -> None:
+    total.add_(gradient.double())
+
+
 def refused_start(mesh: Any) -> str:
     """What the engine says when one rank starts from another candidate bank."""
 
@@ -159,6 +194,7 @@ def act(payload: dict[str, Any]) -> dict[str, Any]:
     results["norm_gaps"] = {f"{precision} {stage}": norm_gaps(precision, stage, mesh) for precision, stage in cases}
     if mesh.size("tp") > 1:
         return results
+    results["sum_gaps"] = {stage: sum_gap(stage, mesh) for stage in ("1", "2", "1f")}
     named = [(replica.name, replica.tensor) for replica in engine.method.replicas()]
     results["equal"] = differing(named, mesh.group("dp"), engine.device)
     if mesh.rank("dp") == 1:
