@@ -43,7 +43,8 @@ class TrainConfig:
     """auto: one GPU per local rank, or the CPU where there is no GPU."""
     compile: Literal["auto", "on", "off"] = option("auto", resume="free", results=False)
     """Compile norms, rotary embedding and gated activation with torch.compile, one kernel each, at the first step.
-    auto: on a GPU where its compiler works; plans assume that. Results differ by rounding."""
+    auto: on a GPU where its compiler works; plans assume that. Where it does not, norms run in the kernels of NVIDIA's
+    apex if these are installed. Results differ by rounding."""
     threads: int = option(0, resume="free", results=False)
     """CPU threads of a rank; 0: OMP_NUM_THREADS or MKL_NUM_THREADS, else the host's usable cores divided by its ranks.
     torchrun sets OMP_NUM_THREADS to 1 for several ranks on a host, unless it is set."""

@@ -21,6 +21,9 @@ from torch import Tensor
 
 from megatron_switchlora.distributed.precision import at_least_fp32
 
+FusedNorm = Callable[[Tensor, Tensor, tuple[int, ...], float], Tensor]
+"""Returns y of x, weight, the weight's shape and eps, as `model/fused_norm.py` may find one."""
+
 
 def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return y [..., D] and 1 / rms(x) [..., 1]; the mean square in at least fp32."""
@@ -82,10 +85,13 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Elementwise:
-    """The elementwise parts of a model; with `compiled` torch.compile makes a kernel of each at its first call."""
+    """The elementwise parts of a model; with `compiled` torch.compile makes a kernel of each at its first call.
 
-    def __init__(self, compiled: bool = False) -> None:
-        self.compiled = compiled
+    `fused_norm` computes norms with a single weight in its own way.
+    """
+
+    def __init__(self, compiled: bool = False, fused_norm: Optional[FusedNorm] = None) -> None:
+        self.compiled, self.fused_norm = compiled, fused_norm
 
     def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """Return the result of one of the functions."""
@@ -93,10 +99,15 @@ class Elementwise:
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return x / rms(x) * weight over the last dimension."""
+        if self.fused_norm is not None and weight.dim() == 1:
+            return self.fused_norm(x, weight, tuple(weight.shape), eps)
         return _Norm.apply(self, x, weight, eps)
 
     def add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Return x + delta and its norm."""
+        if self.fused_norm is not None:
+            total = x + delta
+            return total, self.norm(total, weight, eps)
         return _AddNorm.apply(self, x, delta, weight, eps)
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from megatron_switchlora.distributed.mesh import GroupTable, Mesh, build_mesh
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.methods.ga_gradients import find_factors
 from megatron_switchlora.model.elementwise import Elementwise, failure
+from megatron_switchlora.model.fused_norm import apex_norm
 from megatron_switchlora.model.protocol import LanguageModel
 from megatron_switchlora.train.context import RunContext
 from megatron_switchlora.train.engine import Engine
@@ -81,6 +82,11 @@ def choose_elementwise(choice: str, device: torch.device) -> Elementwise:
         return Elementwise(compiled=True)
     if choice == "on":
         raise UserError(f"train.compile on: torch.compile fails here ({problem}). Set train.compile off.")
+    norm = apex_norm(device)
     if dist.get_rank() == 0:
-        print(f"warning: train.compile auto compiles nothing, since torch.compile fails here ({problem}).", flush=True)
-    return Elementwise()
+        instead = "." if norm is None else "; norms run in the kernels of NVIDIA's apex."
+        print(
+            f"warning: train.compile auto compiles nothing, since torch.compile fails here ({problem}){instead}",
+            flush=True,
+        )
+    return Elementwise(fused_norm=norm)
