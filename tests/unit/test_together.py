@@ -102,15 +102,16 @@ def test_together_is_each_alone(kind: str, cache: str, dtype: torch.dtype, bound
     assert not any(map(torch.equal, gradients[:1], expected[:1])) or kind == "split"  # dx is summed in another way
 
 
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_alone_is_what_it_was(dtype: torch.dtype) -> None:
+def test_a_layer_alone_is_what_it_was(dtype: torch.dtype, cache: str) -> None:
     """o and down, to the bit."""
 
     def before(linears: Sequence[Any], x: Tensor, _: object) -> tuple[Tensor, ...]:
         return tuple(Alone.apply(x, each.lora_A, each.lora_B, each.weight, each.scaling) for each in linears)
 
-    found = run(one_by_one, make_linears("merged", "micro_batch", dtype, SIZES[:1]))
-    wanted = run(before, make_linears("merged", "micro_batch", dtype, SIZES[:1]))
+    found = run(one_by_one, make_linears("merged", cache, dtype, SIZES[:1]))
+    wanted = run(before, make_linears("merged", cache, dtype, SIZES[:1]))
     assert all(
         torch.equal(a, b) for mine, old in zip(found, wanted, strict=True) for a, b in zip(mine, old, strict=True)
     )
