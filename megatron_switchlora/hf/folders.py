@@ -77,9 +77,10 @@ def write_configs(folder: Path, config: dict[str, Any], generation: dict[str, An
 
 @torch.no_grad()
 def merged_state_dict(model: LanguageModel, keeps: bool = True) -> dict[str, Tensor]:
-    """Return the effective weights by Hugging Face name, in fp32 on the CPU. Collective over tp.
+    """Return the effective weights by Hugging Face name, in fp32 on the CPU.
 
-    Ranks without `keeps` return an empty dict. A tied output layer is left out.
+    Collective over tp, and over the ranks over which the rows of frozen weights are spread. Ranks without `keeps`
+    return an empty dict. A tied output layer is left out.
     """
     state, family, tied = {}, family_of(model.config), model.tied_names()
     for name, module in model.named_modules():
@@ -96,7 +97,7 @@ def merged_state_dict(model: LanguageModel, keeps: bool = True) -> dict[str, Ten
 def export_model(
     model: LanguageModel, folder: Path, seq_len: int, marks: dict[str, Any] | None = None, writes: bool = True
 ) -> None:
-    """Write the model's configuration and weights into an existing folder. Collective over tp.
+    """Write the model's configuration and weights into an existing folder. Collective as `merged_state_dict`.
 
     The files are `config.json`, `generation_config.json` and `model.safetensors`. Only the rank with `writes` writes
     them. `marks` come from `joined_marks`; by default there are none.

@@ -11,6 +11,8 @@ Under tensor parallelism a column-parallel layer splits W and B on out and repli
 and A on in and replicates B. So s B A has exactly the shard's shape, and the forward pass gains no collective. Each
 rank computes a part of the replicated factor's gradient, and `enter_block` sums the parts.
 
+W's rows may be spread over data-parallel ranks (`lowrank/spread.py`); `weight` then holds this rank's.
+
 The layer computes in the merged form (`lowrank/merged.py`) or in the split form, both in the activation's precision.
 """
 
@@ -21,39 +23,56 @@ from dataclasses import replace
 from typing import Optional
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_switchlora.distributed.collectives import leave
 from megatron_switchlora.distributed.linear import ParallelLinear
-from megatron_switchlora.distributed.shard import declare
+from megatron_switchlora.distributed.shard import Axis, Split, declare
 from megatron_switchlora.lowrank.merged import Form, merge, merged_linears, uses_merged
+from megatron_switchlora.lowrank.spread import GatheredMatrix, spread_rows
 
 
 class LowRankLinear(nn.Module):
     """Replace a parallel linear; its weight becomes the frozen base.
 
-    `in_features` and `out_features` are the full sizes.
+    `in_features` and `out_features` are the full sizes, `shape` is that of this rank's W if its rows are not spread.
+    They are spread over the axis `over`, if it has several ranks.
     """
 
     weight: Tensor
 
     def __init__(
-        self, base: ParallelLinear, rank: int, scaling: float, form: Optional[Form] = None, micro_batches: int = 1
+        self,
+        base: ParallelLinear,
+        rank: int,
+        scaling: float,
+        form: Optional[Form] = None,
+        micro_batches: int = 1,
+        over: Optional[Axis] = None,
     ) -> None:
         super().__init__()
         self.micro_batches = micro_batches  # of a step
         self.in_features, self.out_features = base.in_features, base.out_features
         self.tp, self.split, self.row_parallel = base.tp, base.split, base.split_dim == 1
         self.rank, self.scaling, self.form = rank, scaling, form or Form()
-        self.register_buffer("weight", base.weight.detach())
-        out_local, in_local = self.weight.shape
+        weight = base.weight.detach()
+        self.shape = out_local, in_local = weight.size(0), weight.size(1)
+        self.owned = spread_rows(out_local, over) if over is not None and over.size > 1 else None
+        self.register_buffer("weight", weight if self.owned is None else self.owned.take(weight).clone())
         A = nn.Parameter(self.weight.new_empty(self.rank, in_local))
         B = nn.Parameter(self.weight.new_empty(self.rank, out_local))
         along = replace(self.split, dim=1)
         self.lora_A = declare(A, shard=along if self.row_parallel else None, rows=True)
         self.lora_B = declare(B, shard=None if self.row_parallel else along, rows=True)
         self._merged: Optional[Tensor] = None
+        self.gathered: Optional[GatheredMatrix] = None
+
+    @property
+    def splits(self) -> list[Split]:
+        """How `weight` was cut from the full W, the last cut first."""
+        return [self.split] if self.owned is None else [self.owned, self.split]
 
     def partial_parameters(self) -> tuple[nn.Parameter, ...]:
         return (self.lora_B,) if self.row_parallel else (self.lora_A,)
@@ -84,9 +103,8 @@ class LowRankLinear(nn.Module):
         return (self.lora_A, factor) if self.row_parallel else (factor, self.lora_B)
 
     def _merges(self, x: Tensor) -> bool:
-        out_local, in_local = self.weight.shape
-        tokens = x.numel() // in_local
-        return uses_merged(self.form, tokens, (out_local, in_local), self.micro_batches, torch.is_grad_enabled())
+        tokens = x.numel() // self.shape[1]
+        return uses_merged(self.form, tokens, self.shape, self.micro_batches, torch.is_grad_enabled())
 
     def _split_form(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return torch.add(F.linear(x, self.weight.to(x.dtype)), F.linear(x, A) @ B, alpha=self.scaling)
@@ -106,22 +124,48 @@ class LowRankLinear(nn.Module):
         return self._merged
 
     def forget_merged(self) -> None:
-        """Drop the cached W_eff, since W or a factor has changed."""
-        self._merged = None
+        """Drop the cached W_eff, since W or a factor has changed; a gathered one stays until the next gather."""
+        if self.owned is None:
+            self._merged = None
+
+    def place_merged(self) -> None:
+        """Allocate the whole W_eff in the factors' final precision, if the rows of W are spread."""
+        if self.owned is not None:
+            self.gathered = GatheredMatrix(self.owned, self.shape[1], self.lora_A.detach())
+            self._merged = self.gathered.whole
+
+    @torch.no_grad()
+    def gather_merged(self) -> dist.Work:
+        """Form this rank's rows of W_eff, and start to gather the others'. Collective over the ranks of `over`."""
+        assert self.gathered is not None, "the rows of W are not spread"
+        merge(self.weight, *self._factors_of_rows(), self.scaling, out=self.gathered.own)
+        return self.gathered.gather()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A [r, in] and B [r, out] as they are, without gradients."""
         return self.lora_A.detach(), self.lora_B.detach()
 
+    def _factors_of_rows(self) -> tuple[Tensor, Tensor]:
+        """Return A, and the columns of B that belong to the rows of `weight`."""
+        A, B = self.factors()
+        return A, B if self.owned is None else replace(self.owned, dim=1).take(B)
+
     @torch.no_grad()
     def add_product(self, sign: float) -> None:
         """Set W <- W + sign s B A, from the factors as the forward pass uses them, in W's precision."""
-        A, B = self.lora_A.to(self.weight.dtype), self.lora_B.to(self.weight.dtype)
+        A, B = (factor.to(self.weight.dtype) for factor in self._factors_of_rows())
         self.weight.addmm_(B.t(), A, alpha=sign * self.scaling)
         self.forget_merged()
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
-        """Return this rank's shard of W + s B A [out, in], in W's precision."""
-        A, B = self.lora_A.to(self.weight.dtype), self.lora_B.to(self.weight.dtype)
-        return merge(self.weight, A, B, self.scaling)
+        """Return this rank's shard of W + s B A [out, in], in W's precision. Collective where its rows are spread."""
+        A, B = (factor.to(self.weight.dtype) for factor in self._factors_of_rows())
+        return self._all_rows(merge(self.weight, A, B, self.scaling))
+
+    def whole_weight(self) -> Tensor:
+        """Return this rank's shard of W [out, in]. Collective where its rows are spread."""
+        return self._all_rows(self.weight)
+
+    def _all_rows(self, rows: Tensor) -> Tensor:
+        return rows if self.owned is None else self.owned.gather(rows)

@@ -53,12 +53,15 @@ def choose_form(config: RunConfig) -> Form:
 
 
 @torch.no_grad()
-def merge(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """Return W + s B A [out, in] in the factors' precision; weight [out, in], A [r, in], B [r, out]."""
+def merge(weight: Tensor, A: Tensor, B: Tensor, scaling: float, out: Optional[Tensor] = None) -> Tensor:
+    """Return W + s B A [out, in] in the factors' precision; weight [out, in], A [r, in], B [r, out].
+
+    It is written into `out` if that is given.
+    """
+    out = A.new_empty(weight.shape) if out is None else out
     if weight.dtype == A.dtype:
-        return torch.addmm(weight, B.t(), A, alpha=scaling)
-    product = B.t() @ A
-    return torch.add(weight, product, alpha=scaling, out=torch.empty_like(product))
+        return torch.addmm(weight, B.t(), A, alpha=scaling, out=out)
+    return torch.add(weight, B.t() @ A, alpha=scaling, out=out)
 
 
 def prefers_merged(tokens: int, out_features: int, in_features: int, formed: float) -> bool:

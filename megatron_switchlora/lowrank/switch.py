@@ -10,14 +10,14 @@ gather and one scatter, and per shape one batched product, which adds A's and B'
 
     W_l += s left_l^T right_l,  left [layers, width, out], right [layers, width, in]
 
-A layer with fewer changes than `width` is padded with rows of zeros, which add exactly nothing. All indices are made on
-the host a step ahead (`tables`). Under tensor parallelism everything is local: the rows are this rank's shards. The
-caller handles the optimizer's state.
+A layer with fewer changes than `width` is padded with rows of zeros, which add exactly nothing. Where the rows of W are
+spread over ranks, `left` has the columns of this rank's rows. All indices are made on the host a step ahead (`tables`).
+Under tensor parallelism everything is local: the rows are this rank's shards. The caller handles the optimizer's state.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -118,7 +118,7 @@ class LayerSwitcher:
         alike: dict[tuple, list[int]] = {}
         for layer, linear in enumerate(linears):
             runs = self.run_of["B"][layer], self.run_of["A"][layer]
-            alike.setdefault((*runs, linear.scaling, *linear.weight.shape), []).append(layer)
+            alike.setdefault((*runs, linear.scaling, *linear.shape), []).append(layer)
         self.stacks = [
             Stack(np.array(layers), [linears[layer] for layer in layers], int(left), int(right))
             for (left, right, *_), layers in alike.items()
@@ -226,14 +226,16 @@ class LayerSwitcher:
     @staticmethod
     def _fold(fold: Fold, changes: list[Tensor], indices: Indices) -> None:
         """Add the changes of the layers of one shape to their W."""
-        shape = fold.layers[0].weight.shape
-        stack = joined([linear.weight for linear in fold.layers]).view(-1, *shape)
+        first = fold.layers[0]
+        stack = joined([linear.weight for linear in fold.layers]).view(-1, *first.weight.shape)
         left, right = (
             changes[run].index_select(0, indices[chosen]).view(-1, fold.width, length)
-            for (run, chosen), length in zip((fold.left, fold.right), shape, strict=True)
+            for (run, chosen), length in zip((fold.left, fold.right), first.shape, strict=True)
         )
+        if first.owned is not None:
+            left = replace(first.owned, dim=2).take(left)
         at = 0
         for begin, end in fold.spans:
             part = slice(at, at + end - begin)
-            stack[begin:end].baddbmm_(left[part].transpose(1, 2), right[part], alpha=fold.layers[0].scaling)
+            stack[begin:end].baddbmm_(left[part].transpose(1, 2), right[part], alpha=first.scaling)
             at = part.stop

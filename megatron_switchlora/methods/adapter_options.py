@@ -14,7 +14,9 @@ from megatron_switchlora.model.protocol import projections
 class AdapterFacts(MethodFacts):
     """Facts of a method that trains adapters beside a frozen W."""
 
-    reads = frozenset({"rank", "alpha", "rslora", "init", "orthogonal_scale", "compute", "merged_cache", "ga"})
+    reads = frozenset(
+        {"rank", "alpha", "rslora", "init", "orthogonal_scale", "compute", "merged_cache", "base_spread", "ga"}
+    )
 
     @property
     def unused(self) -> list[str]:
@@ -62,6 +64,7 @@ def check_adapter(config: RunConfig) -> None:
     require(alpha is None or (math.isfinite(alpha) and alpha > 0), f"method.alpha must be positive, not {alpha}.")
     _check_init(config)
     _check_lora_ga(config)
+    _check_spread(config)
 
 
 def _check_init(config: RunConfig) -> None:
@@ -118,4 +121,21 @@ def _check_lora_ga(config: RunConfig) -> None:
         ga.svd == "randomised" or tp == 1,
         f"method.ga.svd exact needs a matrix's whole gradient on one rank, but parallel.tp is {tp}: use randomised, "
         "and raise method.ga.oversample for more accuracy.",
+    )
+
+
+def _check_spread(config: RunConfig) -> None:
+    method, spread = config.method, config.method.base_spread
+    if spread == "none":
+        return
+    require(
+        not method.facts.merges,
+        f"method.base_spread {spread} spreads the frozen W over data-parallel ranks, which method.name {method.name} "
+        "does not support, since its merges rewrite the whole W: set it to none, or use lora, relora or switchlora.",
+    )
+    require(
+        method.compute != "split" and method.merged_cache in ("auto", "accumulation"),
+        f"method.base_spread {spread} gathers W + sBA once per step and keeps it, so layers cannot compute with W "
+        f"alone or form it again; method.compute is {method.compute} and method.merged_cache is "
+        f"{method.merged_cache}: leave both out, or set base_spread to none.",
     )

@@ -5,6 +5,7 @@ The life of a method:
     start          runs once the engine has cast and broadcast the parameters
     before_step    runs in each step between the last backward pass and the clip
     after_step     runs in each step after the optimizer
+    renew_weights  runs after it, and after `start` and `loaded`
 The parameter groups, in order:
     matrices    the decoder's matrices, or their adapters, at `optim.lr`
     dense       embedding and output layer, at `optim.dense_lr`
@@ -38,7 +39,7 @@ class Replica:
     group: str
 
 
-FlowKind = Literal["gradients", "parameters", "bank", "tensor parallel", "merges"]
+FlowKind = Literal["gradients", "parameters", "base", "bank", "tensor parallel", "merges"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,12 @@ class Method:
     def after_step(self, step: int) -> None:
         """Act after the optimizer's update of `step` (from 0)."""
 
+    def renew_weights(self) -> None:
+        """Gather what the forward pass uses of other ranks' weights, after they have changed. Collective.
+
+        Only this does so, at a fixed point of each step: ranks may run different numbers of forward passes.
+        """
+
     def stored_name(self, name: str) -> str:
         """Return the name of the model's parameter in a checkpoint."""
         return name
@@ -132,6 +139,10 @@ class Method:
     def frozen_group(self, param: nn.Parameter) -> str:
         """Return the mesh group of ranks that hold the same of a frozen dense tensor."""
         return replica_group(param)
+
+    def buffer_group(self, module: nn.Module) -> Optional[str]:
+        """Return the mesh group of ranks that hold the same buffers of a module; None: no other rank does."""
+        return "dp"
 
     def evaluated(self, exported: bool = False) -> LanguageModel:
         """Return the model to evaluate or to export. Collective."""
@@ -143,8 +154,9 @@ class Method:
         The base class yields the frozen weights. A method adds its own state.
         """
         for name, module in self.model.named_modules():
+            splits = getattr(module, "splits", None) or filter(None, [getattr(module, "split", None)])
             for short, buffer in module.named_buffers(recurse=False):
-                yield shard_slice(f"{name}.{short}", buffer, filter(None, [getattr(module, "split", None)]), "dp")
+                yield shard_slice(f"{name}.{short}", buffer, splits, self.buffer_group(module))
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -177,5 +189,8 @@ class Method:
         """
         for name, param in self.model.named_parameters():
             yield Replica(name, param, replica_group(param))
-        for name, buffer in self.model.named_buffers():
-            yield Replica(name, buffer, "dp")
+        for name, module in self.model.named_modules():
+            group = self.buffer_group(module)
+            if group is not None:
+                for short, buffer in module.named_buffers(recurse=False):
+                    yield Replica(f"{name}.{short}", buffer, group)

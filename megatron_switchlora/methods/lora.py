@@ -35,8 +35,9 @@ from megatron_switchlora.lowrank.init import Side, draw_orthogonal, draw_vectors
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.lowrank.merged import choose_form
 from megatron_switchlora.lowrank.rows import in_row_order
+from megatron_switchlora.lowrank.spread import wait_for
 from megatron_switchlora.methods.adapter_options import AdapterFacts
-from megatron_switchlora.methods.base import Method, Replica, host_copy
+from megatron_switchlora.methods.base import Flow, Method, Replica, host_copy
 from megatron_switchlora.optim.row_adamw import RowAdamW
 from megatron_switchlora.startup.progress import progress
 
@@ -106,9 +107,10 @@ class Lora(Method):
         method = self.config.method
         form = choose_form(self.config)
         micro_batches = accumulation_steps(self.config, self.mesh.size("dp"))
+        over = None if method.base_spread == "none" else self.mesh.axis(method.base_spread)
         self.linears: dict[str, LowRankLinear] = {}
         for name, parent, attribute, base in self.model.decoder_linears():
-            linear = LowRankLinear(base, method.adapter_rank, method.scaling, form, micro_batches)
+            linear = LowRankLinear(base, method.adapter_rank, method.scaling, form, micro_batches, over)
             setattr(parent, attribute, linear)
             self.linears[name] = linear
         self._draw_factors()
@@ -158,12 +160,25 @@ class Lora(Method):
             self._take_principal_factors()
         for linear in self.linears.values():
             linear.add_product(-1.0)
+        self.renew_weights()
 
     def allocate(self) -> None:
         super().allocate()
+        for linear in self.linears.values():
+            linear.place_merged()
         if self.config.method.facts.keeps_initial:
             pairs = ((x.weight.dtype, factor) for x in self.linears.values() for factor in (x.lora_A, x.lora_B))
             self.initial = {factor: host_copy(factor, dtype) for dtype, factor in pairs}
+
+    def buffer_group(self, module: nn.Module) -> Optional[str]:
+        return None if getattr(module, "owned", None) is not None else super().buffer_group(module)
+
+    def flows(self, partitioned: bool) -> Iterator[tuple[Flow, float]]:
+        """Yield also the rows of W_eff that this rank gives where W's are spread."""
+        yield from super().flows(partitioned)
+        gathered = [linear.gathered.own.nbytes for linear in self.linears.values() if linear.gathered is not None]
+        if gathered:
+            yield Flow("base", "matrices", self.config.method.base_spread, "all_gather", sum(gathered)), 1.0
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -184,6 +199,9 @@ class Lora(Method):
 
     def replicas(self) -> Iterator[Replica]:
         yield from super().replicas()
+        for name, linear in self.linears.items():
+            if linear.gathered is not None:
+                yield Replica(f"{name}.gathered", linear.gathered.whole, "dp")
         for name, factor, value in self._kept():
             yield Replica(name, value, replica_group(factor))
 
@@ -193,14 +211,16 @@ class Lora(Method):
         Each data-parallel rank decomposes its share of the layers and broadcasts the factors. Tensor-parallel ranks
         gather the same W and take the first one's factors.
         """
-        dp = self.mesh.axis("dp")
-        for number, linear in enumerate(progress(self.linears.values(), "PiSSA's decomposition", "matrices")):
-            if number % dp.size == dp.rank:
-                full_weight = linear.split.gather(linear.weight)
-                factors = principal_factors(full_weight, linear.rank, linear.scaling)
-                A, B = from_first(self.mesh.axis("tp"), *factors)
+        dp, linears = self.mesh.axis("dp"), list(self.linears.values())
+        for first in progress(range(0, len(linears), dp.size), "PiSSA's decomposition", "rounds"):
+            own = self._whole_of_round(linears[first : first + dp.size], dp.rank)
+            if own is not None:
+                linear, full_weight = own
+                A, B = from_first(self.mesh.axis("tp"), *principal_factors(full_weight, linear.rank, linear.scaling))
                 self._fill_factor(linear.lora_A, A)
                 self._fill_factor(linear.lora_B, B)
+            if linears[first].owned is not None and dp.size > 1:
+                await_all()  # before the next exchange, as a decomposition may take longer than a collective waits
         if dp.size > 1:
             await_all()
         for number, linear in enumerate(self.linears.values()):
@@ -208,6 +228,16 @@ class Lora(Method):
                 if dp.size > 1:
                     dist.broadcast(factor.data, group=dp.group, group_src=number % dp.size)
                 self.optimizer.rows_rewritten(factor)
+
+    @staticmethod
+    def _whole_of_round(linears: list[LowRankLinear], place: int) -> Optional[tuple[LowRankLinear, Tensor]]:
+        """Return the linear at a place and its full W; None if there is none. Collective where rows are spread."""
+        own = None
+        for number, linear in enumerate(linears):
+            if number == place or linear.owned is not None:
+                rows = linear.whole_weight()
+                own = (linear, linear.split.gather(rows)) if number == place else own
+        return own
 
     def before_step(self, step: int) -> int:
         self._forget_merged()  # before gradients in fp32 need the memory
@@ -218,10 +248,14 @@ class Lora(Method):
 
     def loaded(self) -> None:
         self._forget_merged()
+        self.renew_weights()
 
     def _forget_merged(self) -> None:
         for linear in self.linears.values():
             linear.forget_merged()
+
+    def renew_weights(self) -> None:
+        wait_for([linear.gather_merged() for linear in self.linears.values() if linear.owned is not None])
 
 
 @dataclass

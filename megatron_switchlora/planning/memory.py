@@ -19,6 +19,7 @@ from megatron_switchlora.config.parallel import shard_size
 from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes
 from megatron_switchlora.distributed.cross_entropy import chunk_tokens
 from megatron_switchlora.lowrank.merged import choose_form, uses_merged
+from megatron_switchlora.lowrank.spread import TILE
 from megatron_switchlora.model.protocol import Projection, family_of, logits_size, projections
 from megatron_switchlora.planning.counts import FP32, RankTensors, rank_tensors, whole_tensors
 
@@ -50,7 +51,7 @@ def memory_items(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zer
     tensors = rank_tensors(config, vocab_size, tp, dp)
     items = [
         *_weights(config, tensors),
-        *_compute_copies(config, tp, accumulation_steps(config, dp)),
+        *_compute_copies(config, tp, dp),
         *_optimizer(config, tensors, dp, zero),
         *_gradients(config, tensors, dp, zero),
         *_activations(config, vocab_size, tp, dp),
@@ -90,20 +91,31 @@ def is_merged(config: RunConfig, projection: Projection, tp: int, micro_batches:
     return uses_merged(choose_form(config), tokens, projection.shard(tp), micro_batches, trains=True)
 
 
-def _compute_copies(config: RunConfig, tp: int, micro_batches: int) -> list[Item]:
+def base_ranks(config: RunConfig, dp: int) -> int:
+    """Return the number of ranks over which the rows of each frozen W are spread."""
+    return dp if config.method.base_spread == "dp" else 1
+
+
+def _compute_copies(config: RunConfig, tp: int, dp: int) -> list[Item]:
     """List what is kept for backward: W + sBA of merged layers, and W in bf16 for split ones.
 
     In fp32 split layers use W itself; from 4 bits they form it again for backward.
     Checkpointing keeps one decoder layer's at a time, unless the cache lasts over the micro-batches.
+    Where the rows of W are spread, W + sBA has memory of its own, with the padding of the ranks' rows.
     """
     if not config.method.facts.adapts:
         return []
     method, layers, size = config.method, config.model.num_layers, compute_bytes(config)
+    micro_batches, ranks = accumulation_steps(config, dp), base_ranks(config, dp)
+    if ranks > 1:
+        shapes = [p.shard(tp) for p in projections(config.model)]
+        gathered = sum(shard_size(m, ranks, TILE) * ranks * n for m, n in shapes)
+        return [Item(f"W + sBA, {config.train.precision}, gathered", layers * size * gathered, "always")]
     at_once = 1 if config.train.activation_checkpointing else layers
-    shapes = [(p.shard(tp), is_merged(config, p, tp, micro_batches)) for p in projections(config.model)]
-    merged = [size * m * n for (m, n), is_merged in shapes if is_merged]
+    forms = [(p.shard(tp), is_merged(config, p, tp, micro_batches)) for p in projections(config.model)]
+    merged = [size * m * n for (m, n), is_merged in forms if is_merged]
     casts = size != FP32 and not method.facts.quantised
-    split = [size * m * n for (m, n), is_merged in shapes if not is_merged and casts]
+    split = [size * m * n for (m, n), is_merged in forms if not is_merged and casts]
     held = {
         "micro_batch": at_once * sum(merged),
         "accumulation": layers * sum(merged),

@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 from megatron_switchlora.config.ds_config import Zero, resolve_ds_config, zero_settings
 from megatron_switchlora.config.errors import UserError
+from megatron_switchlora.config.method import MethodConfig
 from megatron_switchlora.config.rules import validate
 from megatron_switchlora.config.run import RunConfig, full_rank_config, method_config
 from megatron_switchlora.distributed.mesh import mesh_sizes
@@ -46,6 +47,7 @@ class Plan:
         heads = f"lte {mesh['lte']} x " if mesh["lte"] > 1 else ""
         again = ", activations computed again" if train.activation_checkpointing else ""
         again += ", bank spread over dp" if method.facts.switches and method.switch.bank_spread == "dp" else ""
+        again += ", W spread over dp" if method.base_spread == "dp" else ""
         micro_batches = f"{self.micro_batches} micro-batch{'es' if self.micro_batches > 1 else ''}"
         return (
             f"{heads}dp {mesh['dp']} x tp {mesh['tp']}, ZeRO {self.zero.stage}, {micro_batches} of "
@@ -85,6 +87,13 @@ def _plan_phase(config: RunConfig, ds_config: dict[str, Any], machine: Machine, 
     )  # fmt: skip
 
 
+def spreads(method: MethodConfig) -> list[tuple[Any, Any]]:
+    """Return the values of `bank_spread` and `base_spread` to try together."""
+    facts = method.facts
+    tried = [("tp", "none"), ("dp", "none")] if facts.switches else [("tp", "none")]
+    return [*tried, (tried[-1][0], "dp")] if "base_spread" in facts.reads and not facts.merges else tried
+
+
 def variants(config: RunConfig, ds_config: dict[str, Any], max_tp: int, kept: Sequence[str]) -> Iterator[tuple]:
     """Yield each configuration to try with its DeepSpeed JSONs; options that are `kept` stay as they are."""
     sizes = [2**power for power in range(20) if 2**power <= max_tp]
@@ -96,10 +105,10 @@ def variants(config: RunConfig, ds_config: dict[str, Any], max_tp: int, kept: Se
         batches = [config.train.micro_batch_size]
     for tp in sizes:
         for micro in batches:
-            for again, spread in product((False, True), ("tp", "dp") if config.method.facts.switches else ("tp",)):
+            for again, (bank, base) in product((False, True), spreads(config.method)):
                 train = replace(config.train, micro_batch_size=micro, activation_checkpointing=again)
                 method = copy.deepcopy(config.method)
-                method.switch.bank_spread = spread
+                method.switch.bank_spread, method.base_spread = bank, base
                 tried = replace(config, method=method, train=train, parallel=replace(config.parallel, tp=tp))
                 sections = [{**ds_config.get("zero_optimization", {}), "stage": stage} for stage in (0, 1, 2)]
                 yield tried, [{**ds_config, "zero_optimization": section} for section in sections]

@@ -1,7 +1,7 @@
 """How long a step takes on a machine that is not here: a model of its time, from the configuration alone.
 
     compute         FLOPs of the method / (peak x efficiency), and what passes through memory beside the products:
-                    W read and W + sBA written for each micro-batch, the optimizer's state
+                    W read and W + sBA written as often as it is formed, the optimizer's state
     communication   each flow of `planning/traffic.py` as a ring over the ranks of its axis: within a node by the links
                     between its GPUs, else by what joins nodes, which all rings that leave a node share
 Ranks lie lte x dp x tp, tp innermost, nodes one after the other. DeepSpeed's stages reduce after the backward pass
@@ -26,7 +26,7 @@ from megatron_switchlora.lowrank.nf4 import Nf4Matrix
 from megatron_switchlora.methods.base import Flow
 from megatron_switchlora.model.protocol import Projection, family_of, logits_size, projections
 from megatron_switchlora.planning.counts import rank_tensors
-from megatron_switchlora.planning.memory import is_merged
+from megatron_switchlora.planning.memory import base_ranks, is_merged
 from megatron_switchlora.planning.traffic import axis_size, flows, on_the_wire
 from megatron_switchlora.startup.device import BF16_PEAK
 
@@ -97,18 +97,19 @@ class StepTime:
         return self.compute + sum(self.exposed.values())
 
 
-def flops_per_token(config: RunConfig, vocab_size: int, tp: int, micro_batches: int) -> float:
+def flops_per_token(config: RunConfig, vocab_size: int, tp: int, micro_batches: int, ranks: int = 1) -> float:
     """Return the FLOPs of all ranks per token, forward and backward, as the method computes.
 
     A matrix [m, n] takes 6 m n in full-rank training; 4 m n + 4 r (m + n) and its share of forming W + sBA in the
     merged form; 4 m n + 6 r (m + n) in the split form (12 with the factors of the last merge). Attention and the output
-    layer come on top, and with checkpointing another forward pass.
+    layer come on top, and with checkpointing another forward pass. `ranks` share the rows of W,
+    and each forms its own.
     """
     model, train = config.model, config.train
     again = train.activation_checkpointing
     layer = projections(model)
     total = sum(
-        tp * matrix_flops(config, p, tp, micro_batches, again, again and number == len(layer) - 1)
+        tp * matrix_flops(config, p, tp, micro_batches, again, again and number == len(layer) - 1, ranks)
         for number, p in enumerate(layer)
     )
     attention = (4 if again else 3) * family_of(model).mixing_flops(model, train.seq_len)
@@ -117,9 +118,12 @@ def flops_per_token(config: RunConfig, vocab_size: int, tp: int, micro_batches: 
 
 
 def matrix_flops(
-    config: RunConfig, projection: Projection, tp: int, micro_batches: int, again: bool, last: bool
+    config: RunConfig, projection: Projection, tp: int, micro_batches: int, again: bool, last: bool, ranks: int = 1
 ) -> float:
-    """Return those of one linear on a rank. A layer that is computed `again` stops before its last product."""
+    """Return those of one linear on a rank. A layer that is computed `again` stops before its last product.
+
+    `ranks` share the rows of W.
+    """
     method, tokens = config.method, config.train.micro_batch_size * config.train.seq_len
     m, n = projection.shard(tp)
     rank = method.adapter_rank
@@ -129,7 +133,7 @@ def matrix_flops(
         factors = 2 if method.facts.resetless else 1
         return (4 + 2 * again - 2 * last) * m * n + factors * (6 + 2 * again) * rank * (m + n)
     if is_merged(config, projection, tp, micro_batches):
-        formed = _times_formed(config, micro_batches)
+        formed = _times_formed(config, micro_batches) / ranks
         return (4 + 2 * again) * m * n + 4 * rank * (m + n) + formed * 2 * m * n * rank / tokens
     return (4 + 2 * again) * m * n + (6 + 2 * again) * rank * (m + n) - 2 * last * rank * m
 
@@ -157,7 +161,8 @@ def memory_traffic(config: RunConfig, vocab_size: int, mesh: dict[str, int], zer
     for p in projections(config.model):
         m, n = p.shard(mesh["tp"])
         if is_merged(config, p, mesh["tp"], micro_batches):
-            total += _times_formed(config, micro_batches) * m * n * (4 + compute_bytes(config))
+            ranks = base_ranks(config, mesh["dp"])
+            total += _times_formed(config, micro_batches) * m * n * (4 / ranks + compute_bytes(config))
         elif method.facts.quantised:
             in_4_bits = Nf4Matrix(torch.empty(m, n, device="meta"), kernels=False).nbytes
             total += (2 + again) * (in_4_bits + m * n * compute_bytes(config))
@@ -174,12 +179,13 @@ def step_time(
     With `overlap`, gradients are reduced during the backward pass.
     """
     train = config.train
-    flops = flops_per_token(config, vocab_size, mesh["tp"], accumulation_steps(config, mesh["dp"]))
+    micro_batches, ranks = accumulation_steps(config, mesh["dp"]), base_ranks(config, mesh["dp"])
+    flops = flops_per_token(config, vocab_size, mesh["tp"], micro_batches, ranks)
     products = flops * train.global_batch_size * train.seq_len / machine.world
     compute = products / (machine.gpu.peak(train.precision) * machine.efficiency)
     backward = compute * (3 / 4 if train.activation_checkpointing else 2 / 3)
     if zero.stage < 2:  # only the last micro-batch's gradients are reduced while it is under way
-        backward /= accumulation_steps(config, mesh["dp"])
+        backward /= micro_batches
     compute += memory_traffic(config, vocab_size, mesh, zero) / machine.gpu.bandwidth
     exposed: dict[str, float] = {}
     by_link = {"within nodes": 0.0, "between nodes": 0.0}

@@ -2,6 +2,7 @@
 
     gradients        of each group of parameters over dp, once per step (with ZeRO 2 once per micro-batch)
     parameters       ZeRO's all-gather of what the ranks have updated
+    base             rows of W + sBA over the ranks that share W's rows, once per step
     bank             rows of the candidates on their way to the ranks that switch them in, on average over a run
     tensor parallel  activations and gradients of activations over tp, with those of the replicated factors
     merges           of LTE heads, on average per step: factors or products, and dense tensors
@@ -37,7 +38,7 @@ def flows(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Zero) 
         *_by_method(tensors, mesh, zero),
         *_tensor_parallel(config, tensors, mesh),
     ]
-    order = ("gradients", "parameters", "bank", "tensor parallel")  # then what else a method gives
+    order = ("gradients", "parameters", "base", "bank", "tensor parallel")  # then what else a method gives
     given.sort(key=lambda flow: order.index(flow.kind) if flow.kind in order else len(order))
     return [flow for flow in given if flow.bytes]
 

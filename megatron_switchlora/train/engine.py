@@ -4,7 +4,7 @@ It starts DeepSpeed's communication and builds its engine around the model, with
 optimizer. One training step is:
     forward and backward pass of each micro-batch, in which DeepSpeed reduces the gradients
     method.before_step (switching), then norm, clip, row-step AdamW, and DeepSpeed's all-gather of parameters
-    method.after_step (merges), then one all-reduce of losses, health and votes
+    method.after_step (merges), method.renew_weights (gathers W_eff), then one all-reduce of losses, health and votes
 With non-finite gradients DeepSpeed skips or spoils a step, depending on stage and precision. Here the optimizer refuses
 them, and `StepResult.healthy` is False on every rank. At ZeRO 1 and 2 norm, check and clip are the package's and stay
 on the device: its code waits for the device once per step, in `_agree`. In DeepSpeed's other classes they are its own.
@@ -235,6 +235,8 @@ class Engine:
                     self.ds.step()
             with self.recorder.phase("merge"):
                 self.method.after_step(step)
+            with self.recorder.phase("base"):
+                self.method.renew_weights()
             norms = self._head_norms(norm)
             with self.recorder.phase("control"):
                 head_losses, head_norms, mean, bad_ranks, counts = self._agree(

@@ -113,7 +113,7 @@ def write_results(
 
 
 def _export(model: LanguageModel, final: Path, seq_len: int, beside: Optional[Companions], facts: CardFacts) -> None:
-    """Write `final/` from the first data rank's tensor-parallel ranks, under another name and then renamed."""
+    """Write `final/` under another name and then rename it; ranks with nothing `beside` only give their shards."""
     if beside is None:
         export_model(model, final, seq_len, {}, writes=False)
         return

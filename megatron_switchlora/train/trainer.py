@@ -395,6 +395,6 @@ class Trainer:
         """Write the last checkpoint, the final model, the plot and the outcome."""
         self.saver.finish()
         model = self.method.evaluated(exported=True)
-        exports = self.mesh.axis("data").rank == 0
+        exports = self.mesh.axis("data").rank == 0 or self.config.method.base_spread != "none"  # all give their rows
         write = partial(write_results, self.context, self.run, self.beside, exports, val_loss, model)
         on_all_ranks(write)

@@ -120,6 +120,8 @@ def kind_of(record: Record, axis: str) -> str:
         return "bank"
     if record.phase == "merge":
         return "merges"
+    if record.phase == "base":
+        return "base"
     if record.phase == "gradient" and axis == "dp":
         return "gradients"
     if record.phase in ("gradient", "other") and axis == "tp":
