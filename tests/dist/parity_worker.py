@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from megatron_switchlora.distributed.replica_check import fingerprint
 from megatron_switchlora.hf.folders import merged_state_dict
 from megatron_switchlora.methods import Relora, SwitchLora
 from megatron_switchlora.model.llama.model import LlamaForCausalLM
@@ -131,6 +132,18 @@ def bank_facts(engine: Any) -> dict[str, Any]:
     return {"whole": whole, "held_twice": real, "bytes": method.bank.num_bytes(), "expected_bytes": expected}
 
 
+def whole_state(engine: Any) -> dict[str, list[int]]:
+    """A fingerprint of each W, whole on this tensor-parallel rank, and of factors, masters, moments, counters, bank."""
+    found = {name: fingerprint(param.data) for name, param in engine.model.named_parameters()}
+    for name, linear in getattr(engine.method, "linears", {}).items():
+        found[name] = fingerprint(linear.whole_weight())
+        for side, factor in (("A", linear.lora_A), ("B", linear.lora_B)):
+            found |= {f"{name} {side} {key}": fingerprint(rows) for key, rows in full_rows(engine, factor).items()}
+    if isinstance(engine.method, SwitchLora):
+        found |= {f"{key}": fingerprint(held.split.gather(held.rows)) for key, held in engine.method.bank.held.items()}
+    return {name: sums.tolist() for name, sums in found.items()}
+
+
 def padding_left(engine: Any) -> float:
     """The largest value in the padding of parameters, frozen weights and moments on this rank: must be zero."""
     largest = 0.0
@@ -141,7 +154,8 @@ def padding_left(engine: Any) -> float:
                 pad = tensor.narrow(param.shard.dim, param.shard.real, param.shard.local - param.shard.real)
                 largest = max(largest, float(pad.abs().max()))
     for linear in getattr(engine.method, "linears", {}).values():
-        pad = linear.weight.narrow(linear.split.dim, linear.split.real, linear.split.local - linear.split.real)
+        weight = linear.whole_weight()
+        pad = weight.narrow(linear.split.dim, linear.split.real, linear.split.local - linear.split.real)
         largest = max(largest, float(pad.abs().max()) if pad.numel() else 0.0)
     return largest
 
@@ -170,7 +184,7 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
     if isinstance(engine.method, Relora):
         watch_restarts(engine, seen)
     bank = bank_facts(engine) if isinstance(engine.method, SwitchLora) else None
-    losses, norms, switched, dp_bytes, fetches = [], [], 0, [], []
+    losses, norms, switched, dp_bytes, fetches, gathers = [], [], 0, [], [], []
     for step, batch in enumerate(make_batches(config, case["steps"])):
         result = engine.train_step(step, micro_batches(config, batch, mesh))
         assert result.healthy
@@ -178,6 +192,7 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
         norms.append(result.grad_norm)
         dp_bytes.append(result.dp_bytes)
         fetches.append(sum(n for record, n in engine.recorder.calls.items() if record.phase == "switch"))
+        gathers.append(sum(n for record, n in engine.recorder.calls.items() if record.phase == "base"))
         switched += result.switched
     cast_gap = max(
         float((full_rows(engine, p)["master"].to(p.dtype).float() - p.detach().float()).abs().max())
@@ -198,6 +213,9 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
         "switched": switched,
         "dp_bytes": dp_bytes,
         "fetches": fetches,
+        "gathers": gathers,
+        "state": whole_state(engine),
+        "frozen_bytes": sum(buffer.nbytes for buffer in engine.model.buffers()),
         "trainable": sum(p.numel() for p in engine.params),
         "wrapper": type(engine.ds.optimizer).__name__,
         "cast_gap": cast_gap,

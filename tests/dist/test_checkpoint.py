@@ -23,7 +23,7 @@ def run_mesh(dp: int, tp: int, cases: list[dict[str, Any]], heads: int = 1) -> l
 
 
 def name(case: dict[str, Any]) -> str:
-    return f"{case['method']}-{case['stage']}-{case['precision']}"
+    return f"{case['method']}-{case['stage']}-{case['precision']}{'-moved' * ('then' in case)}"
 
 
 def cases_of(methods: tuple[str, ...], fp32: tuple[str, ...], bf16: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -52,8 +52,16 @@ SMALL_GRID = [
     *cases_of(("lora",), (), ("1",)),
     *relora(("2", "fp32")),
 ]
+BASE = {"method__base_spread": "dp"}
 LORA_GA = {"method": "lora", "stage": "2", "precision": "fp32",
-           "changes": {"method__init": "lora_ga", "method__rslora": True}}  # fmt: skip
+           "changes": {"method__init": "lora_ga", "method__rslora": True, **BASE}}  # fmt: skip
+MOVES = [  # W's rows spread over data ranks before the checkpoint, and after it
+    {"method": method, "stage": stage, "precision": precision, "changes": before, "then": {"method__base_spread": then}}
+    for method, stage, precision, before, then in (
+        ("switchlora", "1", "bf16", BASE, "none"),
+        ("switchlora", "1", "fp32", {}, "dp"),
+    )
+]
 
 
 @pytest.mark.full
@@ -68,12 +76,13 @@ def check_same_mesh(dp: int, tp: int, cases: list[dict[str, Any]], folder: Path)
     for case in cases:
         changes = PADDED | micro | case.get("changes", {})
         place = {**case, "changes": changes, "steps": STEPS, "folder": str(folder / name(case))}
-        runs += [{**place, "first": 0, "save_at": SAVED}, {**place, "first": SAVED}]
+        after = {**place, "changes": changes | case.get("then", {})}
+        runs += [{**place, "first": 0, "save_at": SAVED}, {**after, "first": SAVED}]
     for rank, results in enumerate(run_mesh(dp, tp, runs)):
         for index, case in enumerate(cases):
             whole, resumed = results[2 * index : 2 * index + 2]
             where = (rank, name(case))
-            assert resumed["loaded"] == whole["saved"], where
+            assert "then" in case or resumed["loaded"] == whole["saved"], where  # else a rank has other slices
             for kind in ("losses", "norms", "switched"):
                 assert resumed[kind] == whole[kind][SAVED:], (where, kind)
             assert len(set(whole["losses"])) == STEPS, where  # it does move
@@ -83,7 +92,7 @@ def check_same_mesh(dp: int, tp: int, cases: list[dict[str, Any]], folder: Path)
 
 @pytest.mark.guard_of("tests/dist/test_checkpoint.py::test_the_grid_on_the_same_mesh[dp2tp2]")
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
-    check_same_mesh(2, 2, [*SMALL_GRID, LORA_GA], tmp_path)
+    check_same_mesh(2, 2, [*SMALL_GRID, LORA_GA, *MOVES], tmp_path)
 
 
 @pytest.mark.full
@@ -95,7 +104,7 @@ def test_galore_resumes_to_the_bit(tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("mesh", "cases"),
-    [((1, 1), SMALL_GRID), ((2, 2), [*FULL_GRID, LORA_GA])],
+    [((1, 1), SMALL_GRID), ((2, 2), [*FULL_GRID, LORA_GA, *MOVES])],
     ids=["dp1tp1", "dp2tp2"],
 )
 def test_the_grid_on_the_same_mesh(tmp_path: Path, mesh: tuple[int, int], cases: list[dict[str, Any]]) -> None:
@@ -118,12 +127,12 @@ ON_ALL = pytest.mark.guard_of("tests/dist/test_checkpoint.py::{test}[all]")
 def test_another_mesh_continues_the_same_trajectory(
     tmp_path: Path, others: list[tuple[tuple[int, int], str]], methods: tuple[str, ...]
 ) -> None:
-    """Saved at dp 2 x tp 2, ZeRO 1; resumed on `others` ((dp, tp), stage), and without padding; what these save is
-    resumed at dp 2 x tp 2.
+    """Saved at dp 2 x tp 2, ZeRO 1, W spread over data ranks; resumed on `others` ((dp, tp), stage), and without
+    padding; what these save is resumed at dp 2 x tp 2, W whole.
 
     Switchlora's state is lora's and its bank, slots and counters, so lora has no case of its own.
     """
-    changes = {**PADDED, "train__micro_batch_size": 2}
+    changes = {**PADDED, **BASE, "train__micro_batch_size": 2}
     shared = {"precision": "fp32", "changes": changes, "steps": 20}
     home = [
         {**shared, "method": m, "stage": "1", "first": 0, "save_at": 8, "folder": str(tmp_path / m)} for m in methods
@@ -140,7 +149,8 @@ def test_another_mesh_continues_the_same_trajectory(
             cases.append(
                 {**bare, "method": m, "stage": stage, "first": 8, "save_at": 14, "folder": str(target.parent)}
             )
-            back.append({**shared, "method": m, "stage": "2", "first": 14, "folder": str(target.parent)})
+            whole = {"changes": {**changes, "method__base_spread": "none"}}
+            back.append({**shared, **whole, "method": m, "stage": "2", "first": 14, "folder": str(target.parent)})
         for m, found in zip(methods, run_mesh(*mesh, cases)[0], strict=True):
             assert found["switched"] == base[m]["switched"][8:], (mesh, m)
             largest = max(largest, *(worst(found[kind], base[m][kind][8:]) for kind in ("losses", "norms")))

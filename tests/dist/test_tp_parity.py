@@ -47,6 +47,19 @@ SPREAD = [
     for selection in ("ring", "random")
     for where in ({}, {"method__switch__bank_spread": "dp"}, {"method__switch__bank_device": "host"})
 ]  # fmt: skip
+BASE: dict[str, Any] = {"method__base_spread": "dp"}
+
+
+def spread_bases(steps: int) -> list[dict[str, Any]]:
+    """Cases of this mesh with W spread over data ranks: several stages and precisions, each method with an adapter."""
+    fp32, _, _, _, _, bf16, _, _, _, relora, pissa = small(steps)
+    chosen = (
+        (fp32, BASE | {"train__activation_checkpointing": True}),
+        *((case, BASE) for case in (bf16, relora, pissa, SPREAD[1])),
+    )
+    return [{**case, "changes": {**case["changes"], **more}} for case, more in chosen]
+
+
 LONG = {
     "method": "switchlora",
     "stage": "1",
@@ -65,11 +78,11 @@ class Results(dict):
     """(cases, their results) by (dp, tp), each mesh run when it is first asked for."""
 
     def __init__(self, folder: Path, steps: int) -> None:
-        self.folder, self.small = folder, small(steps)
+        self.folder, self.small, self.bases = folder, small(steps), spread_bases(steps)
 
     def __missing__(self, mesh: tuple[int, int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         dp, tp = mesh
-        cases = [*self.small, *(SPREAD if mesh == MESH else SPREAD[::3])]
+        cases = [*self.small, *([*SPREAD, *self.bases] if mesh == MESH else SPREAD[::3])]
         for index, case in enumerate(cases):
             if case["method"] == "switchlora" and (case["stage"], case["precision"]) == ("1", "fp32"):
                 cases[index] = {**case, "export": str(self.folder / f"{dp}-{tp}-{index}.safetensors")}
@@ -117,6 +130,20 @@ def test_where_the_bank_lies_changes_nothing(results: Results) -> None:
             assert found[start + offset]["losses"] == found[start]["losses"], cases[start + offset]
     assert found[first]["losses"] != found[first + 3]["losses"]  # ring and random do differ
     assert found[first + 1]["bank"]["bytes"] < 0.52 * found[first]["bank"]["bytes"]
+
+
+@short_and_long
+def test_where_the_base_lies_changes_nothing(results: Results) -> None:
+    """On the same mesh, dp 2 x tp 2, to the bit: losses and norms, and at the end W, factors, optimizer and bank."""
+    runs = {identity(case): run for case, run in zip(*results[MESH], strict=True)}
+    for case in results.bases:
+        kept = {k: v for k, v in case["changes"].items() if k not in (*BASE, "train__activation_checkpointing")}
+        mine, whole = runs[identity(case)], runs[identity({**case, "changes": kept})]
+        for kind in ("losses", "norms", "switched", "state"):
+            assert mine[kind] == whole[kind], (case, kind)
+        assert mine["frozen_bytes"] < 0.6 * whole["frozen_bytes"]
+        assert mine["gathers"] == [7 * 3] * len(mine["losses"])  # one per matrix and step
+        assert not any(whole["gathers"])
 
 
 @short_and_long

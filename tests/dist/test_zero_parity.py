@@ -38,6 +38,8 @@ def cases(steps: int) -> list[dict[str, Any]]:
           for s in BF16_STAGES),
         *({"method": "relora", "stage": s, "precision": p, "steps": 6, "changes": RESTARTS}
           for s, p in (("0", "fp32"), ("2", "fp32"), ("1f", "bf16"))),
+        {"method": "switchlora", "stage": "1f", "precision": "bf16", "steps": steps,
+         "changes": {"method__base_spread": "dp"}, "name": "spread"},
         *([{**GALORE, "steps": 8}] if find_spec("galore_torch") else []),
     ]  # fmt: skip
 
@@ -139,6 +141,15 @@ def test_bf16_classes_agree_and_keep_w_in_fp32(results: dict) -> None:
             assert run["param_dtypes"] == ["torch.bfloat16"]
             assert worst(run["losses"], base["losses"]) < 5e-3
             assert run["switched"] == base["switched"]
+
+
+def test_a_spread_base_changes_nothing(results: dict) -> None:
+    """One data rank has all rows, two have half of them, in blocks whose padding is the second's."""
+    for dp in (1, 2):
+        mine, whole = (results[dp]["switchlora", "1f", "bf16", name] for name in ("spread", ""))
+        for kind in ("losses", "norms", "switched", "state"):
+            assert mine[kind] == whole[kind], (dp, kind)
+        assert (mine["frozen_bytes"] < whole["frozen_bytes"]) == any(mine["gathers"]) == (dp == 2)
 
 
 def test_masters_and_rows_never_part(results: dict) -> None:

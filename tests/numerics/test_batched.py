@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Optional
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from megatron_switchlora.config.run import RunConfig
-from megatron_switchlora.distributed.mesh import lone_mesh
+from megatron_switchlora.distributed.mesh import Mesh, lone_mesh
 from megatron_switchlora.distributed.slices import TensorSlice
+from megatron_switchlora.lowrank.merged import merge
+from megatron_switchlora.lowrank.spread import GatheredMatrix
 from megatron_switchlora.methods import SwitchLora
 from megatron_switchlora.model.llama.model import LlamaForCausalLM
 from megatron_switchlora.model.protocol import initialize_weights
@@ -22,10 +25,12 @@ from tests.plain import VOCAB, small_config
 class RankRun:
     """One rank's model, method and optimizer over a layout, fed with drawn gradients."""
 
-    def __init__(self, config: RunConfig, kind: type[SwitchLora], dtype: torch.dtype, layout: str) -> None:
+    def __init__(
+        self, config: RunConfig, kind: type[SwitchLora], dtype: torch.dtype, layout: str, mesh: Optional[Mesh] = None
+    ) -> None:
         self.model = LlamaForCausalLM(config.model, VOCAB)
         initialize_weights(self.model, 0)
-        self.method = kind(config, self.model, lone_mesh())
+        self.method = kind(config, self.model, mesh or lone_mesh())
         for param in self.model.parameters():
             param.data = param.data.to(dtype)
         self.optimizer = self.method.build_optimizer()
@@ -124,3 +129,36 @@ def test_state_moves_between_the_orders() -> None:
     factor = next(name for name in whole if name.endswith("gate_proj.lora_B"))
     places = [{held.name for held, _ in slices_of(run)} for run in (before[0], after[0])]
     assert (factor in places[0]) != (factor in places[1])  # the orders do differ
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_on_several_ranks_are_those_of_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three data ranks, each alone, with 32 rows of 76 and 16 of 48 and 24: the last ranks have padding, or nothing
+    else. Sent is nothing here: each rank forms its rows of W + sBA."""
+    monkeypatch.setattr(GatheredMatrix, "gather", lambda self: Alone())
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    spread = small_config(method__base_spread="dp", train__precision=precision, train__global_batch_size=24)
+    whole = RankRun(small_config(train__precision=precision), SwitchLora, dtype, "plain")
+    meshes = [Mesh({"lte": 1, "dp": 3, "tp": 1}, {"lte": 0, "dp": rank, "tp": 0}, {}) for rank in range(3)]
+    ranks = [RankRun(spread, SwitchLora, dtype, "plain", mesh) for mesh in meshes]
+    for step in range(12):
+        assert whole.step(step) == ranks[0].step(step) == ranks[1].step(step) == ranks[2].step(step) > 0
+    for rank in ranks:
+        rank.method.renew_weights()
+    for name, linear in whole.method.linears.items():
+        merged = merge(linear.weight, *linear.factors(), linear.scaling)
+        parts = [rank.method.linears[name] for rank in ranks]
+        for part in parts:
+            assert part.owned is not None and part.gathered is not None
+            rows = slice(part.owned.start, part.owned.start + part.owned.real)
+            assert torch.equal(part.owned.unpadded(part.weight), linear.weight[rows])
+            assert torch.equal(part.owned.unpadded(part.gathered.own), merged[rows])
+            assert not part.weight[part.owned.real :].any() and not part.gathered.own[part.owned.real :].any()
+        assert sum(part.owned.real for part in parts if part.owned) == len(merged)
+
+
+class Alone:
+    """An exchange with nobody."""
+
+    def wait(self) -> None:
+        pass

@@ -30,7 +30,8 @@ METHODS = {
     "reset": "{method: {name: lte, rank: 24, lte: {local_heads: 2, merge_interval: 2, merge_form: reset}}}",
     "tp_full": "{method: {name: full}, parallel: {tp: 2}}",
     "tp_switchlora": f"{{method: {{name: switchlora, rank: 24, switch: {{{ALWAYS}}}}}, parallel: {{tp: 2}}}}",
-    "tp_spread": f"{{method: {{name: switchlora, rank: 24, switch: {{{ALWAYS}, bank_spread: dp}}}}, "
+    "tp_spread": f"{{method: {{name: switchlora, rank: 24, switch: {{{ALWAYS}, bank_spread: dp}}, "
+    "base_spread: dp}, "
     "parallel: {tp: 2}, "
     "train: {activation_checkpointing: true}}",
     "tp_lte": "{method: {name: lte, rank: 24, lte: {merge_interval: 2}}, parallel: {lte_heads: 2, tp: 2}}",

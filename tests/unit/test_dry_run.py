@@ -221,7 +221,7 @@ def test_memory_is_that_of_built_objects(name: str) -> None:
 @pytest.mark.parametrize(("tp", "dp", "spread"), [(1, 3, "tp"), (1, 3, "dp"), (2, 2, "dp"), (4, 1, "tp"), (4, 3, "dp")])
 def test_memory_is_that_of_every_rank(tp: int, dp: int, spread: str) -> None:
     """Each rank of a mesh, built alone: sizes that do not divide are padded alike on all of them."""
-    config = small_config(method__switch__bank_spread=spread)
+    config = small_config(method__switch__bank_spread=spread, method__base_spread="none" if spread == "tp" else "dp")
     config.model.num_heads, config.model.num_kv_heads, config.model.intermediate_size = 8, 4, 77
     config.train.global_batch_size = 24  # for dp 3
     found = kinds(config, tp, dp)

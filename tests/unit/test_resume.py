@@ -123,8 +123,8 @@ def test_a_path_names_a_checkpoint_or_a_run(tmp_path: Path) -> None:
 
 
 FREE = (
-    "--parallel.tp 2 --train.micro_batch_size 4 --method.compute split --method.switch.bank_spread dp "
-    "--train.eval_interval 9"
+    "--parallel.tp 2 --train.micro_batch_size 4 --method.compute merged --method.base_spread dp "
+    "--method.switch.bank_spread dp --train.eval_interval 9"
 )
 
 
