@@ -77,9 +77,10 @@ class MethodConfig:
     """How long the merged form keeps W + sBA: from a micro-batch's forward to its backward pass, over all micro-batches
     of a step, or not at all (formed again in the backward pass). auto: over all micro-batches, unless activations are
     checkpointed, where that would take memory."""
-    base_spread: Literal["none", "dp"] = option("none", resume="free", results=False)
+    base_spread: Literal["none", "dp", "node"] = option("none", resume="free", results=False)
     """none: every data-parallel rank holds the whole frozen W in fp32; dp: each holds a part of its rows, and W + sBA
-    is gathered in the precision of compute once per step. Layers then compute in the merged form."""
+    is gathered in the precision of compute once per step; node: only those of one host share the rows, so that nothing
+    is gathered between hosts. Layers then compute in the merged form."""
     ga: LoraGaConfig = field(default_factory=LoraGaConfig)
     """Initial values from the gradient, with init lora_ga."""
 

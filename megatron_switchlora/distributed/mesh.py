@@ -8,6 +8,11 @@ Each rank is in one process group per axis, and in three composite groups, whose
     data   lte x dp  the ranks with the same shard of the model, which read different samples
     world            all ranks
 
+Data ranks may also be divided by host. Then `node` data ranks that follow one another are on one host:
+
+    node    the data ranks of this rank's host
+    across  the data ranks with the same place on their hosts
+
 The groups are created here, in the same order on every rank, and passed on explicitly. Names with the same ranks share
 a group. `Mesh` also implements
 DeepSpeed's `mpu` protocol: ZeRO then partitions over one head's data-parallel ranks, and the gradient norm is summed
@@ -16,8 +21,11 @@ over tp.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import groupby
 from typing import Optional
 
 import torch
@@ -39,6 +47,8 @@ class Mesh:
     sizes: dict[str, int]
     coords: dict[str, int]
     groups: dict[str, dist.ProcessGroup]
+    node: int = 1
+    """Data ranks of a host that follow one another, where they are divided by host."""
 
     def size(self, axis: str) -> int:
         return self.sizes[axis]
@@ -54,7 +64,11 @@ class Mesh:
         return range(self.rank("lte") * local, (self.rank("lte") + 1) * local)
 
     def axis(self, name: str) -> Axis:
-        """Return this rank's group along "lte", "dp" or "tp", or its composite group "head", "data" or "world"."""
+        """Return this rank's group along "lte", "dp", "tp", "node" or "across", or "head", "data" or "world"."""
+        if name in ("node", "across"):
+            across, place = divmod(self.rank("dp"), self.node)
+            size, rank = (self.node, place) if name == "node" else (self.size("dp") // self.node, across)
+            return Axis(size, rank, self.groups.get(name))
         size, rank = 1, 0
         for axis in COMPOSITE_GROUPS.get(name, (name,)):
             size, rank = size * self.size(axis), rank * self.size(axis) + self.rank(axis)
@@ -145,10 +159,35 @@ def splits() -> bool:
     return dist.get_backend() == "nccl" and the_world().bound_device_id is not None
 
 
-def build_mesh(parallel: ParallelConfig, table: Optional[GroupTable] = None) -> Mesh:
+def ranks_of_host(dp: int, tp: int, gpus: int) -> int:
+    """Return how many data ranks with one shard of the model are on a host of so many ranks."""
+    return math.gcd(dp, max(1, gpus // tp))
+
+
+def divided_by_host(lines: Sequence[Sequence[int]], hosts: Sequence[str]) -> int:
+    """Return how many neighbours in each line of ranks are on one host; `hosts` are all ranks'.
+
+    Raises:
+        UserError: they are not the same number everywhere.
+    """
+    counts = {len(list(same)) for line in lines for _, same in groupby(hosts[rank] for rank in line)}
+    if len(counts) > 1:
+        raise UserError(
+            f"method.base_spread node needs equally many data-parallel ranks on each host, but there are "
+            f"{' and '.join(map(str, sorted(counts)))}: start as many ranks on each host, or use dp."
+        )
+    return counts.pop()
+
+
+def build_mesh(
+    parallel: ParallelConfig, table: Optional[GroupTable] = None, hosts: Optional[Sequence[str]] = None
+) -> Mesh:
     """Create the groups of every axis; the world must be initialised. Collective over the world.
 
-    Meshes of one `table` share groups.
+    Meshes of one `table` share groups. With the `hosts` of all ranks, data ranks are also divided by host.
+
+    Raises:
+        UserError: the world's size does not fit the mesh, or hosts have different numbers of data ranks.
     """
     table = table or GroupTable(timedelta(seconds=parallel.timeout))
     sizes = mesh_sizes(parallel, dist.get_world_size())
@@ -158,5 +197,9 @@ def build_mesh(parallel: ParallelConfig, table: Optional[GroupTable] = None) -> 
     members["head"] = grid.reshape(sizes["lte"], -1)
     members["data"] = grid.reshape(-1, sizes["tp"]).t()
     members["world"] = grid.reshape(1, -1)
+    node = 1 if hosts is None else divided_by_host(members["dp"].tolist(), hosts)
+    if hosts is not None:
+        members["node"] = members["dp"].reshape(-1, node)
+        members["across"] = members["dp"].unflatten(1, (-1, node)).transpose(1, 2).flatten(0, 1)
     groups = {name: table.group(rows.tolist()) for name, rows in members.items()}
-    return Mesh(sizes, dict(zip(AXES, position, strict=True)), groups)
+    return Mesh(sizes, dict(zip(AXES, position, strict=True)), groups, node)

@@ -44,8 +44,11 @@ def choose_form(config: RunConfig) -> Form:
     """Return how adapted layers compute in a run.
 
     With `method.merged_cache` "auto" W_eff lasts over the micro-batches of a step where that costs no memory: all
-    layers' are held in a backward pass anyway, unless activations are checkpointed.
+    layers' are held in a backward pass anyway, unless activations are checkpointed. Where the rows of W are spread
+    over ranks, W_eff is gathered once per step.
     """
+    if config.method.base_spread != "none":
+        return Form("merged", "accumulation")
     cache = config.method.merged_cache
     if cache == "auto":
         cache = "micro_batch" if config.train.activation_checkpointing else "accumulation"

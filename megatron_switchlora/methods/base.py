@@ -32,7 +32,7 @@ from megatron_switchlora.optim.schedules import lr_factor
 
 @dataclass(frozen=True)
 class Replica:
-    """A tensor that must be equal on all ranks of a group: "dp", "lte", "head" (dp x tp), or "data" (lte x dp)."""
+    """A tensor that must be equal on all ranks of a group: "dp", "across", "lte", "head" or "data"."""
 
     name: str
     tensor: Tensor

@@ -171,7 +171,9 @@ class Lora(Method):
             self.initial = {factor: host_copy(factor, dtype) for dtype, factor in pairs}
 
     def buffer_group(self, module: nn.Module) -> Optional[str]:
-        return None if getattr(module, "owned", None) is not None else super().buffer_group(module)
+        if getattr(module, "owned", None) is None:
+            return super().buffer_group(module)
+        return "across" if self.config.method.base_spread == "node" else None
 
     def flows(self, partitioned: bool) -> Iterator[tuple[Flow, float]]:
         """Yield also the rows of W_eff that this rank gives where W's are spread."""

@@ -18,12 +18,13 @@ from torch import nn
 
 from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.config.run import RunConfig
-from megatron_switchlora.distributed.mesh import AXES, Mesh
+from megatron_switchlora.distributed.mesh import AXES, Mesh, ranks_of_host
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.methods.base import Flow, Method
 from megatron_switchlora.model.protocol import ByText, build_model, family_of, projections
 
 FP32 = 4
+HOST = 8  # ranks of a host, where a plan does not say
 PARTS = ("adapters", "matrices", "embedding", "head", "norms")
 
 
@@ -77,24 +78,26 @@ def whole_tensors(config: RunConfig, vocab_size: int) -> RankTensors:
     return rank_tensors(replace(config, model=replace(config.model, pad_multiple=1)), vocab_size)
 
 
-def rank_tensors(config: RunConfig, vocab_size: int, tp: int = 1, dp: int = 1) -> RankTensors:
-    """Return what the first rank of a mesh has; the others hold no more."""
+def rank_tensors(
+    config: RunConfig, vocab_size: int, tp: int = 1, dp: int = 1, node: Optional[int] = None
+) -> RankTensors:
+    """Return what the first rank of a mesh has; the others hold no more. `node` data ranks are on a host."""
     batch = config.parallel.lte_heads * dp  # of one micro-batch: no tensor depends on it
     train = replace(config.train, micro_batch_size=1, global_batch_size=batch, activation_checkpointing=False)
     plain = replace(config, train=train, parallel=replace(config.parallel, tp=tp))
-    return _rank_tensors(ByText(plain), vocab_size, dp)
+    return _rank_tensors(ByText(plain), vocab_size, dp, ranks_of_host(dp, tp, HOST) if node is None else node)
 
 
 @lru_cache(maxsize=256)
-def _rank_tensors(run: ByText[RunConfig], vocab_size: int, dp: int) -> RankTensors:
+def _rank_tensors(run: ByText[RunConfig], vocab_size: int, dp: int, node: int) -> RankTensors:
     config, more = run.value, run.value.model.num_layers - 1
-    one, two = (_read(replace(config, model=replace(config.model, num_layers=n)), vocab_size, dp) for n in (1, 2))
+    one, two = (_read(replace(config, model=replace(config.model, num_layers=n)), vocab_size, dp, node) for n in (1, 2))
     counts: list[tuple[Counter, Counter]] = list(zip(one, two, strict=True))
     return RankTensors(*(Counter({key: a[key] + more * (b[key] - a[key]) for key in b}) for a, b in counts))
 
 
-def _read(config: RunConfig, vocab_size: int, dp: int) -> RankTensors:
-    mesh = Mesh({"lte": 1, "dp": dp, "tp": config.parallel.tp}, dict.fromkeys(AXES, 0), {})
+def _read(config: RunConfig, vocab_size: int, dp: int, node: int) -> RankTensors:
+    mesh = Mesh({"lte": 1, "dp": dp, "tp": config.parallel.tp}, dict.fromkeys(AXES, 0), {}, node)
     tensors = RankTensors(*(Counter() for _ in RankTensors._fields))
     with torch.device("meta"):
         model = build_model(config.model, vocab_size, mesh.axis("tp"))

@@ -15,7 +15,7 @@ from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.parallel import require_shard
 from megatron_switchlora.config.run import RunConfig, accumulation_steps, full_rank_config
 from megatron_switchlora.distributed.mesh import mesh_sizes
-from megatron_switchlora.planning.counts import count_run
+from megatron_switchlora.planning.counts import HOST, count_run
 from megatron_switchlora.planning.memory import Item, memory_items, peak_bytes, phase_bytes
 from megatron_switchlora.planning.traffic import describe_saving, gradient_bytes, merge_bytes
 
@@ -70,11 +70,12 @@ def _setting(config: RunConfig, mesh: dict[str, int], zero: Zero, vocabulary: st
     micro_batches = accumulation_steps(config, mesh["dp"])
     tokens = train.global_batch_size * train.seq_len
     rank = f" at rank {method.rank}" if "rank" in method.facts.reads else ""
+    hosts = f"; W spread over hosts of {HOST} ranks" if method.base_spread == "node" else ""
     sums = ", micro-batches summed in fp32" if zero.fp32_accumulation else ""
     return [
         f"Dry run of {method.name}{rank}: nothing is read, trained or written.",
         f"mesh        lte {mesh['lte']} x dp {mesh['dp']} x tp {mesh['tp']}; ZeRO stage {zero.stage}{sums}; "
-        f"{train.precision}",
+        f"{train.precision}{hosts}",
         f"batch       {train.global_batch_size} samples of {train.seq_len} tokens; a rank runs {micro_batches} x "
         f"{train.micro_batch_size} (micro-batches x samples)",
         f"length      {train.steps:,} steps of {tokens:,} tokens, {train.steps * tokens / 1e6:,.1f} M tokens",

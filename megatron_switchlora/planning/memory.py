@@ -12,16 +12,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Optional
 
 from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.parallel import shard_size
 from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes
 from megatron_switchlora.distributed.cross_entropy import chunk_tokens
+from megatron_switchlora.distributed.mesh import ranks_of_host
 from megatron_switchlora.lowrank.merged import choose_form, uses_merged
 from megatron_switchlora.lowrank.spread import TILE
 from megatron_switchlora.model.protocol import Projection, family_of, logits_size, projections
-from megatron_switchlora.planning.counts import FP32, RankTensors, rank_tensors, whole_tensors
+from megatron_switchlora.planning.counts import FP32, HOST, RankTensors, rank_tensors, whole_tensors
 
 FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed copies at once where ZeRO does not reduce: stage 0, fp32 sums
 
@@ -46,12 +47,18 @@ def phase_bytes(items: list[Item], phase: Phase) -> int:
     return sum(item.bytes for item in items if item.phase == phase)
 
 
-def memory_items(config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero) -> list[Item]:
-    """List everything that a rank holds, largest first within a phase; kinds without bytes are left out."""
-    tensors = rank_tensors(config, vocab_size, tp, dp)
+def memory_items(
+    config: RunConfig, vocab_size: int, tp: int, dp: int, zero: Zero, node: Optional[int] = None
+) -> list[Item]:
+    """List everything that a rank holds, largest first within a phase; kinds without bytes are left out.
+
+    `node` data ranks are on a host, by default those that fit on one of 8 ranks.
+    """
+    node = ranks_of_host(dp, tp, HOST) if node is None else node
+    tensors = rank_tensors(config, vocab_size, tp, dp, node)
     items = [
         *_weights(config, tensors),
-        *_compute_copies(config, tp, dp),
+        *_compute_copies(config, tp, dp, node),
         *_optimizer(config, tensors, dp, zero),
         *_gradients(config, tensors, dp, zero),
         *_activations(config, vocab_size, tp, dp),
@@ -91,12 +98,12 @@ def is_merged(config: RunConfig, projection: Projection, tp: int, micro_batches:
     return uses_merged(choose_form(config), tokens, projection.shard(tp), micro_batches, trains=True)
 
 
-def base_ranks(config: RunConfig, dp: int) -> int:
+def base_ranks(config: RunConfig, dp: int, node: int) -> int:
     """Return the number of ranks over which the rows of each frozen W are spread."""
-    return dp if config.method.base_spread == "dp" else 1
+    return {"none": 1, "dp": dp, "node": node}[config.method.base_spread]
 
 
-def _compute_copies(config: RunConfig, tp: int, dp: int) -> list[Item]:
+def _compute_copies(config: RunConfig, tp: int, dp: int, node: int) -> list[Item]:
     """List what is kept for backward: W + sBA of merged layers, and W in bf16 for split ones.
 
     In fp32 split layers use W itself; from 4 bits they form it again for backward.
@@ -106,7 +113,7 @@ def _compute_copies(config: RunConfig, tp: int, dp: int) -> list[Item]:
     if not config.method.facts.adapts:
         return []
     method, layers, size = config.method, config.model.num_layers, compute_bytes(config)
-    micro_batches, ranks = accumulation_steps(config, dp), base_ranks(config, dp)
+    micro_batches, ranks = accumulation_steps(config, dp), base_ranks(config, dp, node)
     if ranks > 1:
         shapes = [p.shard(tp) for p in projections(config.model)]
         gathered = sum(shard_size(m, ranks, TILE) * ranks * n for m, n in shapes)

@@ -14,7 +14,7 @@ from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.method import MethodConfig
 from megatron_switchlora.config.rules import validate
 from megatron_switchlora.config.run import RunConfig, full_rank_config, method_config
-from megatron_switchlora.distributed.mesh import mesh_sizes
+from megatron_switchlora.distributed.mesh import mesh_sizes, ranks_of_host
 from megatron_switchlora.planning.memory import Item, memory_items, peak_bytes
 from megatron_switchlora.planning.step_time import Machine, StepTime, step_time
 
@@ -47,7 +47,7 @@ class Plan:
         heads = f"lte {mesh['lte']} x " if mesh["lte"] > 1 else ""
         again = ", activations computed again" if train.activation_checkpointing else ""
         again += ", bank spread over dp" if method.facts.switches and method.switch.bank_spread == "dp" else ""
-        again += ", W spread over dp" if method.base_spread == "dp" else ""
+        again += f", W spread over {method.base_spread}" if method.base_spread != "none" else ""
         micro_batches = f"{self.micro_batches} micro-batch{'es' if self.micro_batches > 1 else ''}"
         return (
             f"{heads}dp {mesh['dp']} x tp {mesh['tp']}, ZeRO {self.zero.stage}, {micro_batches} of "
@@ -80,18 +80,19 @@ def _plan_phase(config: RunConfig, ds_config: dict[str, Any], machine: Machine, 
     resolved = resolve_ds_config(ds_config, config, mesh["dp"])
     zero = zero_settings(resolved)
     overlap = zero.stage > 0 and bool(resolved["zero_optimization"].get("overlap_comm"))
+    node = ranks_of_host(mesh["dp"], mesh["tp"], machine.gpus)
     return Plan(
         config, mesh, zero, resolved["gradient_accumulation_steps"],
-        memory_items(config, vocab_size, mesh["tp"], mesh["dp"], zero),
+        memory_items(config, vocab_size, mesh["tp"], mesh["dp"], zero, node),
         step_time(config, vocab_size, mesh, zero, machine, overlap),
     )  # fmt: skip
 
 
 def spreads(method: MethodConfig) -> list[tuple[Any, Any]]:
-    """Return the values of `bank_spread` and `base_spread` to try together."""
-    facts = method.facts
+    """Return the values of `bank_spread` and `base_spread` to try together; "node" is tried if it is configured."""
+    facts, base = method.facts, "node" if method.base_spread == "node" else "dp"
     tried = [("tp", "none"), ("dp", "none")] if facts.switches else [("tp", "none")]
-    return [*tried, (tried[-1][0], "dp")] if "base_spread" in facts.reads and not facts.merges else tried
+    return [*tried, (tried[-1][0], base)] if "base_spread" in facts.reads and not facts.merges else tried
 
 
 def variants(config: RunConfig, ds_config: dict[str, Any], max_tp: int, kept: Sequence[str]) -> Iterator[tuple]:

@@ -20,7 +20,7 @@ import torch
 
 from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes
-from megatron_switchlora.distributed.mesh import AXES, COMPOSITE_GROUPS
+from megatron_switchlora.distributed.mesh import AXES, COMPOSITE_GROUPS, ranks_of_host
 from megatron_switchlora.lowrank.merged import choose_form
 from megatron_switchlora.lowrank.nf4 import Nf4Matrix
 from megatron_switchlora.methods.base import Flow
@@ -161,7 +161,7 @@ def memory_traffic(config: RunConfig, vocab_size: int, mesh: dict[str, int], zer
     for p in projections(config.model):
         m, n = p.shard(mesh["tp"])
         if is_merged(config, p, mesh["tp"], micro_batches):
-            ranks = base_ranks(config, mesh["dp"])
+            ranks = base_ranks(config, mesh["dp"], axis_size(mesh, "node"))
             total += _times_formed(config, micro_batches) * m * n * (4 / ranks + compute_bytes(config))
         elif method.facts.quantised:
             in_4_bits = Nf4Matrix(torch.empty(m, n, device="meta"), kernels=False).nbytes
@@ -178,8 +178,8 @@ def step_time(
 
     With `overlap`, gradients are reduced during the backward pass.
     """
-    train = config.train
-    micro_batches, ranks = accumulation_steps(config, mesh["dp"]), base_ranks(config, mesh["dp"])
+    train, mesh = config.train, {**mesh, "node": ranks_of_host(mesh["dp"], mesh["tp"], machine.gpus)}
+    micro_batches, ranks = accumulation_steps(config, mesh["dp"]), base_ranks(config, mesh["dp"], mesh["node"])
     flops = flops_per_token(config, vocab_size, mesh["tp"], micro_batches, ranks)
     products = flops * train.global_batch_size * train.seq_len / machine.world
     compute = products / (machine.gpu.peak(train.precision) * machine.efficiency)
@@ -217,6 +217,8 @@ def rings_of_a_node(axis: str, mesh: dict[str, int], gpus: int) -> tuple[bool, i
 
     The rings run along an axis or composite group, each through its ranks in order.
     """
+    if axis == "node":
+        return axis_size(mesh, "node") > 1, 0
     grid = np.arange(mesh["lte"] * mesh["dp"] * mesh["tp"]).reshape([mesh[name] for name in AXES])
     along = [AXES.index(name) for name in COMPOSITE_GROUPS.get(axis, (axis,))]
     rings = np.moveaxis(grid, along, range(-len(along), 0)).reshape(-1, axis_size(mesh, axis))

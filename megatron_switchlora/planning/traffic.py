@@ -18,10 +18,10 @@ from dataclasses import replace
 
 from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.run import RunConfig, accumulation_steps, compute_bytes
-from megatron_switchlora.distributed.mesh import COMPOSITE_GROUPS
+from megatron_switchlora.distributed.mesh import COMPOSITE_GROUPS, ranks_of_host
 from megatron_switchlora.methods.base import Flow
 from megatron_switchlora.model.protocol import family_of
-from megatron_switchlora.planning.counts import FP32, PARTS, RankTensors, rank_tensors
+from megatron_switchlora.planning.counts import FP32, HOST, PARTS, RankTensors, rank_tensors
 
 
 def on_the_wire(op: str, given: float, ranks: int) -> float:
@@ -30,8 +30,11 @@ def on_the_wire(op: str, given: float, ranks: int) -> float:
 
 
 def flows(config: RunConfig, vocab_size: int, mesh: dict[str, int], zero: Zero) -> list[Flow]:
-    """List what a rank of the mesh {"lte", "dp", "tp"} gives per step of this run."""
-    tensors = rank_tensors(config, vocab_size, mesh["tp"], mesh["dp"])
+    """List what a rank of the mesh {"lte", "dp", "tp"} gives per step of this run.
+
+    The mesh may also have "node", the data ranks of a host; by default those that fit on one of 8 ranks.
+    """
+    tensors = rank_tensors(config, vocab_size, mesh["tp"], mesh["dp"], axis_size(mesh, "node"))
     given = [
         *_gradients(config, tensors, mesh, zero),
         *_parameters(config, tensors, mesh, zero),
@@ -70,7 +73,9 @@ def _by_method(tensors: RankTensors, mesh: dict[str, int], zero: Zero) -> list[F
 
 
 def axis_size(mesh: dict[str, int], axis: str) -> int:
-    """Return the number of ranks of an axis of the mesh, or of a composite group."""
+    """Return the number of ranks of an axis of the mesh, of a composite group, or of the data ranks of a host."""
+    if axis == "node" and axis not in mesh:
+        return ranks_of_host(mesh["dp"], mesh["tp"], HOST)
     return math.prod(mesh[name] for name in COMPOSITE_GROUPS.get(axis, (axis,)))
 
 

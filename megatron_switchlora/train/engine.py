@@ -170,9 +170,10 @@ class Engine:
         """
         replicas = list(self.method.replicas())
         differences = []
-        for group in ("dp", "lte", "head", "data"):
+        for group in ("dp", "lte", "head", "data", "across"):
             named = [(replica.name, replica.tensor) for replica in replicas if replica.group == group]
-            differences += differing(named, self.mesh.group(group), self.device)
+            if named:
+                differences += differing(named, self.mesh.group(group), self.device)
         texts = gather_texts("\n".join(differences))
         return list(dict.fromkeys(sentence for text in texts for sentence in text.splitlines()))
 

@@ -10,9 +10,10 @@ phase.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -21,12 +22,14 @@ from megatron_switchlora.config.ds_config import resolve_ds_config
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.run import RunConfig, full_rank_config, method_config
 from megatron_switchlora.data.loader import ReadAhead, Reader, Samples, TrainLoader
+from megatron_switchlora.distributed.consensus import gather_texts
 from megatron_switchlora.distributed.mesh import GroupTable, Mesh, build_mesh
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.methods.ga_gradients import find_factors
 from megatron_switchlora.model.elementwise import Elementwise, failure
 from megatron_switchlora.model.fused_norm import apex_norm
 from megatron_switchlora.model.protocol import LanguageModel
+from megatron_switchlora.startup.launchers import own_host
 from megatron_switchlora.train.context import RunContext
 from megatron_switchlora.train.engine import Engine
 
@@ -48,12 +51,18 @@ def build_phases(context: RunContext, given_ds_config: dict[str, Any]) -> list[P
     phases, table = [], GroupTable(timedelta(seconds=config.parallel.timeout))
     full_rank = [(0, border, full_rank_config(config))] if border > 0 else []
     for first, end, settings in [*full_rank, (border, context.last_step, method_config(config))]:
-        mesh, local = build_mesh(settings.parallel, table), settings.method.facts.heads_here
+        mesh, local = run_mesh(settings, table), settings.method.facts.heads_here
         reader = Reader(mesh.rank("dp"), mesh.size("dp"), mesh.heads(local).start, settings.heads, local)
         loader = TrainLoader(context.train_samples, context.order, settings.train.micro_batch_size, reader)
         ds_config = resolve_ds_config(given_ds_config, settings, mesh.size("dp"))
         phases.append(Phase(first, settings, mesh, ds_config, ReadAhead(loader, context.device, end)))
     return phases
+
+
+def run_mesh(config: RunConfig, table: Optional[GroupTable] = None) -> Mesh:
+    """Return the mesh of a run, divided by host if its options ask for that. Collective over the world."""
+    hosts = gather_texts(own_host(os.environ)) if config.method.base_spread == "node" else None
+    return build_mesh(config.parallel, table, hosts)
 
 
 def build_engine(

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from megatron_switchlora.config.parallel import ParallelConfig
+from megatron_switchlora.distributed.mesh import build_mesh
 from megatron_switchlora.distributed.replica_check import fingerprint
 from megatron_switchlora.hf.folders import merged_state_dict
 from megatron_switchlora.methods import Relora, SwitchLora
@@ -238,4 +240,8 @@ def run_case(case: dict[str, Any], mesh: Any) -> dict[str, Any]:
 
 def act(payload: dict[str, Any]) -> list[dict[str, Any]]:
     mesh = start(payload.get("tp", 1))
-    return [run_case(case, mesh) for case in payload["cases"]]
+    # where a case names hosts, one per rank, its mesh is data-parallel and divided by them
+    return [
+        run_case(case, build_mesh(ParallelConfig(), hosts=case["hosts"]) if "hosts" in case else mesh)
+        for case in payload["cases"]
+    ]

@@ -48,6 +48,11 @@ SPREAD = [
     for where in ({}, {"method__switch__bank_spread": "dp"}, {"method__switch__bank_device": "host"})
 ]  # fmt: skip
 BASE: dict[str, Any] = {"method__base_spread": "dp"}
+HOSTS = [  # four data ranks on two hosts
+    {"method": "switchlora", "stage": "1", "precision": "bf16", "steps": SHORT, "hosts": "aabb",
+     "changes": {**PADDED, "method__compute": "merged", "method__base_spread": spread}}
+    for spread in ("none", "node")
+]  # fmt: skip
 
 
 def spread_bases(steps: int) -> list[dict[str, Any]]:
@@ -82,7 +87,7 @@ class Results(dict):
 
     def __missing__(self, mesh: tuple[int, int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         dp, tp = mesh
-        cases = [*self.small, *([*SPREAD, *self.bases] if mesh == MESH else SPREAD[::3])]
+        cases = [*self.small, *([*SPREAD, *self.bases, *HOSTS] if mesh == MESH else SPREAD[::3])]
         for index, case in enumerate(cases):
             if case["method"] == "switchlora" and (case["stage"], case["precision"]) == ("1", "fp32"):
                 cases[index] = {**case, "export": str(self.folder / f"{dp}-{tp}-{index}.safetensors")}
@@ -147,11 +152,21 @@ def test_where_the_base_lies_changes_nothing(results: Results) -> None:
 
 
 @short_and_long
+def test_a_base_spread_over_hosts_changes_nothing(results: Results) -> None:
+    """Each host has all rows of W, each of its two data ranks a half. The worker compares the hosts' rows."""
+    whole, mine = results[MESH][1][-2:]
+    for kind in ("losses", "norms", "switched", "state"):
+        assert mine[kind] == whole[kind], kind
+    assert 0.45 * whole["frozen_bytes"] < mine["frozen_bytes"] < 0.6 * whole["frozen_bytes"]
+    assert mine["gathers"] == [7 * 3] * SHORT and not any(whole["gathers"])
+
+
+@short_and_long
 def test_one_fetch_a_step_for_all_layers(results: dict) -> None:
     """Nothing at TP 1; one all-reduce over tp; with candidates spread over dp, one over dp and one over the head."""
     cases, found = results[MESH]
     for case, run in zip(cases, found, strict=True):
-        wanted = int(case["method"] == "switchlora")
+        wanted = int(case["method"] == "switchlora" and "hosts" not in case)
         if case["changes"].get("method__switch__bank_spread") == "dp":
             wanted = 2
         first, *others = run["fetches"]

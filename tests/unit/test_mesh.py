@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.parallel import ParallelConfig
 from megatron_switchlora.distributed import mesh
 from megatron_switchlora.distributed.alone import alone_group
-from megatron_switchlora.distributed.mesh import AXES, COMPOSITE_GROUPS, GroupTable, build_mesh
+from megatron_switchlora.distributed.mesh import AXES, COMPOSITE_GROUPS, GroupTable, build_mesh, ranks_of_host
 from megatron_switchlora.distributed.recorder import CommRecorder
 
 SECOND = timedelta(seconds=1)
@@ -93,6 +94,22 @@ def test_every_rank_is_with_those_of_its_axis(backend: str, monkeypatch: pytest.
                 group: Any = built.group(name)
                 assert list(group.ranks) == mine, (lte, tp, rank, name)
                 assert mine[built.axis(name).rank] == rank and built.axis(name).size == len(mine)
+
+
+def test_data_ranks_are_divided_by_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hosts of four ranks at tp 2: neighbours on a host, and the same place on the other one."""
+    for rank in range(8):
+        enter(monkeypatch, 8, rank, "gloo")
+        built = build_mesh(ParallelConfig(tp=2), hosts="aaaabbbb")
+        node, across = rank // 4 * 4 + rank % 2, rank % 4
+        wanted = {"node": [node, node + 2], "across": [across, across + 4]}
+        for name, mine in wanted.items():
+            group: Any = built.group(name)
+            assert list(group.ranks) == mine and mine[built.axis(name).rank] == rank and built.axis(name).size == 2
+    assert build_mesh(ParallelConfig(tp=8), hosts="aaaabbbb").axis("node").size == 1
+    with pytest.raises(UserError, match=r"equally many data-parallel ranks on each host, but there are 2 and 3"):
+        build_mesh(ParallelConfig(), hosts="aaabbbcc")
+    assert [ranks_of_host(16, 1, 8), ranks_of_host(4, 2, 16), ranks_of_host(4, 16, 8)] == [8, 4, 1]
 
 
 def test_nccl_without_a_known_device_creates_group_by_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from megatron_switchlora.config.ds_config import Zero
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.config.rules import validate
 from megatron_switchlora.distributed.shard import Axis
-from megatron_switchlora.lowrank.merged import merge
+from megatron_switchlora.lowrank.merged import Form, choose_form, merge
 from megatron_switchlora.lowrank.spread import TILE, GatheredMatrix, spread_rows
 from megatron_switchlora.planning.memory import memory_items, peak_bytes
 from megatron_switchlora.planning.step_time import GPUS, Machine, step_time
@@ -68,6 +68,12 @@ def test_what_a_spread_base_refuses() -> None:
         validate(small_config(name, method__base_spread="dp", method__merged_cache="accumulation"))
 
 
+def test_layers_compute_with_what_is_gathered() -> None:
+    """However few tokens there are, and with activation checkpointing."""
+    config = small_config("lora", method__base_spread="node", train__activation_checkpointing=True)
+    assert choose_form(config) == Form("merged", "accumulation")
+
+
 @pytest.mark.parametrize("dp", [8, 32])
 def test_bank_and_base_spread_need_less_than_full_rank(dp: int) -> None:
     """The paper's 1.3B at rank 512, ZeRO 1."""
@@ -84,6 +90,9 @@ def test_what_is_gathered() -> None:
     (flow,) = [flow for flow in flows(config, PAPER, mesh, Zero(1)) if flow.kind == "base"]
     assert (flow.axis, flow.op) == ("dp", "all_gather")
     assert 8 * flow.bytes == 24 * 2 * (4 * 2048 * 2048 + 3 * 2048 * 5504)
+    config.method.base_spread = "node"
+    (flow,) = [flow for flow in flows(config, PAPER, {**mesh, "dp": 32}, Zero(1)) if flow.kind == "base"]
+    assert flow.axis == "node" and 8 * flow.bytes == 24 * 2 * (4 * 2048 * 2048 + 3 * 2048 * 5504)
     alone = flows(config, PAPER, {"lte": 1, "dp": 1, "tp": 1}, Zero(1))
     assert not [flow for flow in alone if flow.kind == "base"]
 
@@ -96,3 +105,15 @@ def test_the_gather_takes_time_and_forming_less() -> None:
     )
     assert spread.exposed["base"] > 0 and "base" not in whole.exposed
     assert spread.compute < whole.compute
+
+
+def test_nothing_is_gathered_between_hosts() -> None:
+    mesh, machine = {"lte": 1, "dp": 16, "tp": 1}, Machine(GPUS["a100"], 2, 8, 1e9)
+    links, peaks = {}, {}
+    for where in ("none", "dp", "node"):
+        config = shipped("1.3b", "lora_r512", f"--method.base_spread={where}")
+        links[where] = step_time(config, PAPER, mesh, Zero(1), machine, False).by_link
+        peaks[where] = peak_bytes(memory_items(config, PAPER, 1, 16, Zero(1), 8))
+    assert links["none"]["between nodes"] == links["node"]["between nodes"] < links["dp"]["between nodes"]
+    assert links["none"]["within nodes"] < links["node"]["within nodes"] < links["dp"]["within nodes"]
+    assert peaks["dp"] < peaks["node"] < peaks["none"]

@@ -13,7 +13,6 @@ import torch
 
 from megatron_switchlora.config.ds_config import read_ds_config, resolve_ds_config
 from megatron_switchlora.config.run import RunConfig
-from megatron_switchlora.distributed.mesh import build_mesh
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.protocol import build_model, initialize_weights
 from megatron_switchlora.run.machine import machine, versions
@@ -39,8 +38,9 @@ def make_engine(
 ) -> Engine:
     """Return a fresh engine, by default at ZeRO stage 1 and with the configuration's vocabulary size."""
     from megatron_switchlora.train.engine import Engine
+    from megatron_switchlora.train.phases import run_mesh
 
-    mesh = build_mesh(config.parallel)
+    mesh = run_mesh(config)
     model = build_model(config.model, vocab_size, mesh.axis("tp"))
     initialize_weights(model, config.train.seed)
     resolved = resolve_ds_config(ds_config or read_ds_config(None), config, mesh.size("dp"))

@@ -25,7 +25,7 @@ from megatron_switchlora.distributed.mesh import AXES, Mesh
 from megatron_switchlora.distributed.recorder import Record
 from megatron_switchlora.planning.counts import PARTS, by_part
 from megatron_switchlora.planning.dry_run import planned_vocabulary
-from megatron_switchlora.planning.traffic import axis_size, on_the_wire
+from megatron_switchlora.planning.traffic import on_the_wire
 from megatron_switchlora.startup.launchers import own_host
 from megatron_switchlora.study.benchmarks.common import make_engine
 from megatron_switchlora.study.volume.cases import Case
@@ -89,7 +89,8 @@ def measure(case: Case, device: torch.device, steps: int, interface: Optional[st
 
 def by_flow(recorded: Counter[Record], mesh: Mesh, steps: int) -> list[dict[str, Any]]:
     """Return the records with what they were for, largest first; bytes per step."""
-    names: dict[str, str] = {str(mesh.group(axis).group_name): axis for axis in ("world", "data", "head", *AXES)}
+    axes = [axis for axis in ("world", "data", "head", "node", *AXES) if axis in mesh.groups]
+    names: dict[str, str] = {str(mesh.group(axis).group_name): axis for axis in axes}
     return [
         {
             "kind": kind_of(record, names.get(record.group, "world")),
@@ -104,8 +105,9 @@ def by_flow(recorded: Counter[Record], mesh: Mesh, steps: int) -> list[dict[str,
 
 def wire_of(given: list[dict[str, Any]], mesh: Mesh, edges: dict[str, int]) -> float:
     """Return the bytes that this host would send per step, in rings of the ranks in their order."""
-    return sum(on_the_wire(flow["op"], flow["bytes"], axis_size(mesh.sizes, flow["axis"])) * edges[flow["axis"]]
-               for flow in given)  # fmt: skip
+    return sum(
+        on_the_wire(flow["op"], flow["bytes"], mesh.axis(flow["axis"]).size) * edges[flow["axis"]] for flow in given
+    )
 
 
 def random_tokens(case: Case, vocab_size: int) -> list[torch.Tensor]:
