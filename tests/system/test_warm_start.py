@@ -14,18 +14,20 @@ METHODS = {
     "lora": "--method.name lora",
     "lora_classic": "--method.name lora --method.init classic",
     "lora_plus": "--method.name lora --optim.lora_plus_ratio 4",
-    "pissa": "--method.name lora --method.init pissa --method.alpha 8",
-    "lora_ga": "--method.name lora --method.init lora_ga --method.rslora true --method.alpha 4 --method.ga.samples 8",
-    "relora": "--method.name relora --method.init classic --method.relora.interval 4 --method.relora.warmup 1",
+    "pissa": "--method.name lora --method.init pissa --method.alpha 8 --method.base_spread dp",
+    "lora_ga": "--method.name lora --method.init lora_ga --method.rslora true --method.alpha 4 --method.ga.samples 8 "
+    "--method.base_spread dp",
+    "relora": "--method.name relora --method.init classic --method.relora.interval 4 --method.relora.warmup 1 "
+    "--method.base_spread dp",
     "galore": "--method.name galore",
-    "mhlora": "--method.name mhlora --method.mhlora.heads 2",
+    "mhlora": "--method.name mhlora --method.mhlora.heads 2 --method.base_spread dp",
     "lte": "--method.name lte --parallel.lte_heads 2 --method.lte.merge_interval 3",
     "lte_local": "--method.name lte --method.lte.local_heads 2 --method.lte.merge_interval 3 "
     "--method.lte.merge_form reset",
     "lte_switchlora": "--method.name lte --parallel.lte_heads 2 --method.lte.merge_interval 3 "
     "--method.lte.inner switchlora "
     "--method.alpha 8",
-    "switchlora": "--method.name switchlora",
+    "switchlora": "--method.name switchlora --method.base_spread node",
 }
 
 
