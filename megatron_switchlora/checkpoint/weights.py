@@ -2,6 +2,7 @@
 
     a full-rank tensor     its fp32 master
     an adapted tensor      W + s B A, folded in fp32
+    W in 4 bits            as the levels that its codes stand for
     the same of N heads    base + (s/N) sum_n B_n A_n, where base is the origin O, the common W, or the mean of W_n
 Factors and dense tensors are first rounded to the run's precision, as the run's forward pass sees them. Any box of a
 tensor can be read. So a rank reads only its shard, and a conversion holds only a few tensors. `load_initial` starts a
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Optional, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -28,7 +30,9 @@ from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.config.plugins import listed, load_plugins
 from megatron_switchlora.config.run import RunConfig, run_config_class
 from megatron_switchlora.distributed.head_names import of_head, split_head
+from megatron_switchlora.distributed.shard import full_shape
 from megatron_switchlora.distributed.slices import parameter_slice
+from megatron_switchlora.lowrank.nf4 import dequantise, levels_on
 from megatron_switchlora.model.protocol import LanguageModel, build_on_meta, family_of
 
 T = TypeVar("T")
@@ -80,8 +84,9 @@ class Weights:
     def names(self) -> list[str]:
         """Return the names of the model's parameters, in its order."""
         stored = {split_head(name)[1] for name in self.archive.names()}
-        stored |= {f"{name.removesuffix('origin')}weight" for name in stored if name.endswith(".origin")}
-        order = [name for name, _ in build_on_meta(self.model, self.vocab_size).named_parameters()]
+        for kind in ("origin", "nf4_codes"):
+            stored |= {f"{name.removesuffix(kind)}weight" for name in stored if name.endswith(f".{kind}")}
+        order = list(self._shapes)
         differing = sorted(set(order) ^ {name for name in stored if name.endswith(".weight")})
         if differing:
             damaged(self.folder, f"its tensors are not those of its model ({', '.join(differing[:3])})")
@@ -96,7 +101,7 @@ class Weights:
         return self._of_heads(f"{name.removesuffix('weight')}lora_A")[0] in self.archive
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.archive.shapes[self._stored_base(name)[0]]
+        return self._shapes[name]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Return A [N r, in] and B [N r, out] of an adapted weight, those of N heads concatenated.
@@ -106,15 +111,32 @@ class Weights:
         A, B = (self._of_heads(f"{name.removesuffix('weight')}lora_{side}") for side in "AB")
         return tuple(torch.cat([self._rounded(self.archive.read(each)) for each in same]) for same in (A, B))  # type: ignore[return-value]
 
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the model's parameters, in its order."""
+        return {name: tuple(full_shape(p)) for name, p in build_on_meta(self.model, self.vocab_size).named_parameters()}
+
     def _stored_base(self, name: str) -> list[str]:
         origin = f"{name.removesuffix('weight')}origin"
         return [origin] if origin in self.archive else self._of_heads(name)
+
+    def _dequantised(self, name: str, offset: Sequence[int] | None, size: Sequence[int] | None) -> Tensor:
+        """Return a box of a W in 4 bits; whole rows are read, since a block of columns has one scale."""
+        (row, column), (rows, columns) = offset or (0, 0), size or self._shapes[name]
+        stem = name.removesuffix("weight")
+        parts = (f"{stem}nf4_{kind}" for kind in ("codes", "scales"))
+        codes, scales = (self.archive.read(part, (row, 0), (rows, self.archive.shapes[part][1])) for part in parts)
+        whole = dequantise(codes, scales, self._shapes[name][1], levels_on(codes.device))
+        return whole[:, column : column + columns]
 
     def base(self, name: str, offset: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
         """Return a box, by default all, of an adapted weight's frozen W, or of another weight itself.
 
         It is in fp32. If each head has its own W, it is their mean.
         """
+        in_4_bits = f"{name.removesuffix('weight')}nf4_codes" in self.archive
+        if in_4_bits and self._stored_base(name)[0] not in self.archive:  # LTE's heads have an origin
+            return self._dequantised(name, offset, size)
         stored = [self.archive.read(each, offset, size).float() for each in self._stored_base(name)]
         mean = stored[0] if len(stored) == 1 else torch.stack(stored).mean(0)
         return mean if self.adapted(name) else self._rounded(mean)

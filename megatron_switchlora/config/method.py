@@ -77,6 +77,9 @@ class MethodConfig:
     """How long the merged form keeps W + sBA: from a micro-batch's forward to its backward pass, over all micro-batches
     of a step, or not at all (formed again in the backward pass). auto: over all micro-batches, unless activations are
     checkpointed, where that would take memory."""
+    base_precision: Literal["fp32", "nf4"] = option("fp32")
+    """How lora holds the frozen W: in fp32, or in 4 bits once the initial product is subtracted (NormalFloat4, QLoRA,
+    arXiv 2305.14314). Heads of lte have method.lte.base; methods that fold into W need fp32."""
     base_spread: Literal["none", "dp", "node"] = option("none", resume="free", results=False)
     """none: every data-parallel rank holds the whole frozen W in fp32; dp: each holds a part of its rows, and W + sBA
     is gathered in the precision of compute once per step; node: only those of one host share the rows, so that nothing

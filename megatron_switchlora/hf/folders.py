@@ -84,9 +84,10 @@ def merged_state_dict(model: LanguageModel, keeps: bool = True) -> dict[str, Ten
     """
     state, family, tied = {}, family_of(model.config), model.tied_names()
     for name, module in model.named_modules():
-        if getattr(module, "weight", None) is None or f"{name}.weight" in tied:
+        adapted = hasattr(module, "effective_weight")  # some of these have no `weight` in fp32
+        if (not adapted and getattr(module, "weight", None) is None) or f"{name}.weight" in tied:
             continue
-        shard = module.effective_weight() if hasattr(module, "effective_weight") else module.weight.detach()
+        shard = module.effective_weight() if adapted else module.weight.detach()
         split = getattr(module, "split", None)
         weight = shard if split is None else split.gather(shard)
         if keeps:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from megatron_switchlora.distributed.collectives import leave
 from megatron_switchlora.distributed.linear import ParallelLinear
 from megatron_switchlora.distributed.shard import Split, declare
-from megatron_switchlora.lowrank.nf4 import BLOCK, Nf4Matrix
+from megatron_switchlora.lowrank.nf4 import Nf4Matrix
 
 
 def stack(tensors: Iterable[Tensor]) -> Tensor:
@@ -76,21 +76,11 @@ class HeadsLinear(nn.Module):
 
     def base_tensors(self) -> dict[str, Tensor]:
         """Return the tensors that hold the shared matrix, by name; they are filled in place."""
-        if self.quantised is None:
-            return {"weight": self.weight}
-        return {"nf4_codes": self.quantised.codes, "nf4_scales": self.quantised.scales}
+        return {"weight": self.weight} if self.quantised is None else self.quantised.tensors()
 
     def base_split(self, tensor: Tensor) -> Split:
-        """Return how one of these tensors is cut over tensor-parallel ranks.
-
-        A column of codes or scales stands for several columns of the matrix; the split counts the tensor's own. Blocks
-        of padding alone are left out.
-        """
-        if not self.row_parallel or self.quantised is None:
-            return self.split
-        width = self.quantised.scales.size(1)
-        blocks = -(-self.split.share // BLOCK)
-        return Split(1, blocks * tensor.size(1) // width * self.tp.size, self.tp, tensor.size(1))
+        """Return how one of these tensors is cut over tensor-parallel ranks."""
+        return self.split if self.quantised is None else self.quantised.split_of(tensor, self.split)
 
     def place(self) -> None:
         """Cast the factors of the last merge to the final precision of the heads' factors."""

@@ -11,7 +11,8 @@ Under tensor parallelism a column-parallel layer splits W and B on out and repli
 and A on in and replicates B. So s B A has exactly the shard's shape, and the forward pass gains no collective. Each
 rank computes a part of the replicated factor's gradient, and `enter_block` sums the parts.
 
-W's rows may be spread over data-parallel ranks (`lowrank/spread.py`); `weight` then holds this rank's.
+W's rows may be spread over data-parallel ranks (`lowrank/spread.py`); `weight` then holds this rank's. Or W may be held
+in 4 bits (`lowrank/nf4.py`), without `weight`.
 
 The layer computes in the merged form (`lowrank/merged.py`) or in the split form, both in the activation's precision.
 """
@@ -31,6 +32,7 @@ from megatron_switchlora.distributed.collectives import leave
 from megatron_switchlora.distributed.linear import ParallelLinear
 from megatron_switchlora.distributed.shard import Axis, Split, declare
 from megatron_switchlora.lowrank.merged import Form, merge, merged_linears, uses_merged
+from megatron_switchlora.lowrank.nf4 import Nf4Matrix
 from megatron_switchlora.lowrank.spread import GatheredMatrix, spread_rows
 
 
@@ -66,6 +68,7 @@ class LowRankLinear(nn.Module):
         along = replace(self.split, dim=1)
         self.lora_A = declare(A, shard=along if self.row_parallel else None, rows=True)
         self.lora_B = declare(B, shard=None if self.row_parallel else along, rows=True)
+        self.quantised: Optional[Nf4Matrix] = None
         self._merged: Optional[Tensor] = None
         self.gathered: Optional[GatheredMatrix] = None
 
@@ -107,7 +110,8 @@ class LowRankLinear(nn.Module):
         return uses_merged(self.form, tokens, self.shape, self.micro_batches, torch.is_grad_enabled())
 
     def _split_form(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return torch.add(F.linear(x, self.weight.to(x.dtype)), F.linear(x, A) @ B, alpha=self.scaling)
+        high = F.linear(x, self.weight.to(x.dtype)) if self.quantised is None else self.quantised.linear(x)
+        return torch.add(high, F.linear(x, A) @ B, alpha=self.scaling)
 
     def _merged_form(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         (y,) = merged_linears(x, [(A, B, self._matrix(A, B))], self.scaling, self.form.cache != "recompute")
@@ -157,11 +161,20 @@ class LowRankLinear(nn.Module):
         self.weight.addmm_(B.t(), A, alpha=sign * self.scaling)
         self.forget_merged()
 
+    def quantise(self, kernels: bool) -> None:
+        """Hold W in 4 bits from here on, in the split form; with `kernels` bitsandbytes dequantises it."""
+        self.quantised = Nf4Matrix(self.weight, kernels)
+        del self.weight
+
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
-        """Return this rank's shard of W + s B A [out, in], in W's precision. Collective where its rows are spread."""
-        A, B = (factor.to(self.weight.dtype) for factor in self._factors_of_rows())
-        return self._all_rows(merge(self.weight, A, B, self.scaling))
+        """Return this rank's shard of W + s B A [out, in], in W's precision. Collective where its rows are spread.
+
+        W in 4 bits counts as fp32.
+        """
+        weight = self.weight if self.quantised is None else self.quantised.dequantised(torch.float32)
+        A, B = (factor.to(weight.dtype) for factor in self._factors_of_rows())
+        return self._all_rows(merge(weight, A, B, self.scaling))
 
     def whole_weight(self) -> Tensor:
         """Return this rank's shard of W [out, in]. Collective where its rows are spread."""

@@ -45,8 +45,10 @@ def choose_form(config: RunConfig) -> Form:
 
     With `method.merged_cache` "auto" W_eff lasts over the micro-batches of a step where that costs no memory: all
     layers' are held in a backward pass anyway, unless activations are checkpointed. Where the rows of W are spread
-    over ranks, W_eff is gathered once per step.
+    over ranks, W_eff is gathered once per step. From W in 4 bits it is never formed.
     """
+    if config.method.facts.quantised:
+        return Form("split")
     if config.method.base_spread != "none":
         return Form("merged", "accumulation")
     cache = config.method.merged_cache

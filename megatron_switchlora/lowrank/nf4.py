@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_switchlora.distributed.shard import Split
+
 BLOCK = 64
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # of what the kernels of bitsandbytes return
 # The levels of QLoRA, appendix E.
@@ -67,6 +69,21 @@ class Nf4Matrix:
         self._states = {dtype: self._state(dtype) for dtype in KERNEL_DTYPES if kernels}
         if not matrix.is_meta:
             self.store(matrix)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that hold the matrix, by their names in checkpoints; they are filled in place."""
+        return {"nf4_codes": self.codes, "nf4_scales": self.scales}
+
+    def split_of(self, tensor: Tensor, split: Split) -> Split:
+        """Return how one of the tensors is cut over tensor-parallel ranks where `split` cuts the matrix.
+
+        A column of codes or scales stands for several columns of the matrix; the result counts the tensor's own. Blocks
+        of padding alone are left out.
+        """
+        if split.dim == 0:
+            return split
+        width, blocks = self.scales.size(1), -(-split.share // BLOCK)
+        return Split(1, blocks * tensor.size(1) // width * split.axis.size, split.axis, tensor.size(1))
 
     @property
     def nbytes(self) -> int:

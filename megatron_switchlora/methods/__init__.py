@@ -14,7 +14,8 @@ from megatron_switchlora.distributed.mesh import Mesh, lone_mesh
 from megatron_switchlora.methods.base import Method
 from megatron_switchlora.methods.full import Full
 
-from megatron_switchlora.methods.lora import Lora, MhLora  # isort: skip  # the order of the help
+from megatron_switchlora.methods.lora import Lora  # isort: skip  # the order of the help
+from megatron_switchlora.methods.mhlora import MhLora  # isort: skip
 from megatron_switchlora.methods.relora import Relora  # isort: skip
 from megatron_switchlora.methods.switchlora import SwitchLora  # isort: skip
 from megatron_switchlora.methods.lte.heads import LocalLte, Lte, LteSwitchLora  # isort: skip

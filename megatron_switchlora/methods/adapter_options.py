@@ -22,7 +22,8 @@ class AdapterFacts(MethodFacts):
     def unused(self) -> list[str]:
         method = self.method
         names = [] if method.initial == "semi_orthogonal" else ["orthogonal_scale"]
-        return [*names, "merged_cache"] if method.compute == "split" or self.shares_base else names
+        splits = method.compute == "split" or self.shares_base or self.quantised
+        return [*names, "merged_cache"] if splits else names
 
     @property
     def default_lr(self) -> float:
@@ -65,6 +66,7 @@ def check_adapter(config: RunConfig) -> None:
     _check_init(config)
     _check_lora_ga(config)
     _check_spread(config)
+    _check_precision(config)
 
 
 def _check_init(config: RunConfig) -> None:
@@ -138,4 +140,42 @@ def _check_spread(config: RunConfig) -> None:
         f"method.base_spread {spread} gathers W + sBA once per step and keeps it, so layers cannot compute with W "
         f"alone or form it again; method.compute is {method.compute} and method.merged_cache is "
         f"{method.merged_cache}: leave both out, or set base_spread to none.",
+    )
+
+
+def _check_precision(config: RunConfig) -> None:
+    method, facts = config.method, config.method.facts
+    if method.base_precision == "fp32":
+        return
+    require(
+        "base_precision" in facts.reads,
+        f"method.base_precision {method.base_precision} rounds the frozen W to 4 bits, and method.name {method.name} "
+        + (
+            "has an option of its own for its heads: use method.lte.base."
+            if facts.merges
+            else "would lose what it folds into it, or sums several adapters: use fp32, or method.name lora."
+        ),
+    )
+    require(
+        method.compute != "merged" and method.base_spread == "none",
+        f"method.base_precision {method.base_precision} computes with W in 4 bits and the adapter apart, so W + sBA is "
+        f"never formed or gathered; method.compute is {method.compute} and method.base_spread is {method.base_spread}: "
+        "leave both out.",
+    )
+    check_blocks(config, f"method.base_precision {method.base_precision}")
+
+
+def check_blocks(config: RunConfig, option: str) -> None:
+    """Check that each tensor-parallel rank has whole blocks of a matrix in 4 bits; `option` asks for it.
+
+    Raises:
+        UserError: a size is no multiple of a block for each rank.
+    """
+    m, tp = config.model, config.parallel.tp
+    lengths = {"model.hidden_size": m.hidden_size, "model.intermediate_size": m.intermediate_size}
+    wrong = [f"{name} {size}" for name, size in lengths.items() if size % (64 * tp)]
+    require(
+        tp == 1 or not wrong,
+        f"{option} with parallel.tp {tp} needs sizes that are multiples of 64 x {tp} (whole blocks of 64 columns per "
+        f"rank), but {', '.join(wrong)} is not: change the size or parallel.tp.",
     )

@@ -8,32 +8,28 @@ Initial values:
 LoRA-GA's initial factors A_0 and B_0 stay in host memory and in checkpoints. The base of such a run is
 W0 = W + s B_0 A_0. Over this base the adapter is [B, -B_0] [A; A_0], of rank 2r (arXiv 2407.05000, section 3).
 
-Each LTE head draws its values from its own seed. Head 0 draws the same values as LoRA. `MhLora` is multi-head LoRA,
-LTE's baseline: y = W x + (s/N) sum_n B_n A_n x (arXiv 2402.16828, section 3.1). It equals LoRA with the vectors of N
-heads side by side.
+Each LTE head draws its values from its own seed. Head 0 draws the same values as LoRA.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_switchlora.config.errors import require
-from megatron_switchlora.config.facts import option
 from megatron_switchlora.config.method import register
 from megatron_switchlora.config.run import RunConfig, accumulation_steps
 from megatron_switchlora.distributed.collectives import from_first
 from megatron_switchlora.distributed.consensus import await_all
 from megatron_switchlora.distributed.shard import named_generator, shard_of
-from megatron_switchlora.distributed.slices import TensorSlice, parameter_slice, replica_group
+from megatron_switchlora.distributed.slices import TensorSlice, parameter_slice, replica_group, shard_slice
 from megatron_switchlora.lowrank.init import Side, draw_orthogonal, draw_vectors, factor_std, principal_factors
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.lowrank.merged import choose_form
+from megatron_switchlora.lowrank.nf4 import bitsandbytes_works
 from megatron_switchlora.lowrank.rows import in_row_order
 from megatron_switchlora.lowrank.spread import wait_for
 from megatron_switchlora.methods.adapter_options import AdapterFacts
@@ -84,11 +80,16 @@ class LoraFacts(AdapterFacts):
 
     name = "lora"
     about = "a fixed low-rank adapter"
+    reads = AdapterFacts.reads | {"base_precision"}
     inits = ALL_INITS
 
     @property
     def kind(self) -> type[Method]:
-        return Lora
+        return QuantisedLora if self.quantised else Lora
+
+    @property
+    def quantised(self) -> bool:
+        return self.method.base_precision == "nf4"
 
     @property
     def keeps_initial(self) -> bool:
@@ -156,11 +157,15 @@ class Lora(Method):
 
     def start(self, optimizer: RowAdamW) -> None:
         super().start(optimizer)
+        self._subtract_products()
+        self.renew_weights()
+
+    def _subtract_products(self) -> None:
+        """Set W <- W - s B A, so that the first step computes the initial weights."""
         if self.config.method.initial == "pissa":
             self._take_principal_factors()
         for linear in self.linears.values():
             linear.add_product(-1.0)
-        self.renew_weights()
 
     def allocate(self) -> None:
         super().allocate()
@@ -260,62 +265,47 @@ class Lora(Method):
         wait_for([linear.gather_merged() for linear in self.linears.values() if linear.owned is not None])
 
 
-@dataclass
-class MhLoraOptions:
-    """Multi-head LoRA, LTE's baseline (arXiv 2402.16828, section 3.1), with method.name mhlora."""
+class QuantisedLora(Lora):
+    """Drive LoRA over a frozen W in 4 bits, as QLoRA does (arXiv 2305.14314): in the split form.
 
-    heads: int = option(1)
-    """LoRA heads whose sum is the adapter of one model."""
+    Nothing is folded into W after the start.
+    """
 
+    def start(self, optimizer: RowAdamW) -> None:
+        """Subtract the initial product from W in fp32, and then quantise W layer by layer.
 
-@register
-class MhLoraFacts(AdapterFacts):
-    """Facts of multi-head LoRA: heads side by side."""
+        So the rounding to 4 bits is the only difference from LoRA's start.
+        """
+        self.optimizer = optimizer
+        self._subtract_products()
+        Method.start(self, optimizer)
 
-    name = "mhlora"
-    about = "the sum of several LoRA heads in one model"
-    sections = {"mhlora": MhLoraOptions}  # noqa: RUF012
-    inits = frozenset({"switchlora", "classic", "semi_orthogonal"})
-
-    @property
-    def kind(self) -> type[Method]:
-        return MhLora
-
-    @property
-    def default_init(self) -> str:
-        return "semi_orthogonal"
+    def allocate(self) -> None:
+        super().allocate()
+        device = next(self.model.parameters()).device
+        kernels = device.type != "meta" and bitsandbytes_works(device)
+        for linear in self.linears.values():
+            linear.quantise(kernels)
 
     @property
-    def default_alpha(self) -> float:
-        return 4096.0 if self.method.initial in ("semi_orthogonal", "classic") else 1.0
+    def kinds(self) -> dict[str, str]:
+        return {**super().kinds, **dict.fromkeys(("nf4_codes", "nf4_scales"), "frozen W, 4 bit")}
 
-    @property
-    def default_lr(self) -> float:
-        """LTE's rate at LTE's large s; LoRA's rate where B is not zero and s = 1 / rank."""
-        return 0.00005 if self.default_alpha > 1 else super().default_lr
+    def _bases(self) -> Iterator[tuple[str, LowRankLinear, Tensor]]:
+        """Yield (name, layer, tensor) of what holds each W: NAME.nf4_codes and NAME.nf4_scales."""
+        for name, linear in self.linears.items():
+            assert linear.quantised is not None, "W is quantised at the start"
+            for short, tensor in linear.quantised.tensors().items():
+                yield f"{name}.{short}", linear, tensor
 
-    def default_dense_lr(self, lr: float) -> float:
-        return 0.001
+    def slices(self) -> Iterator[TensorSlice]:
+        """Add the base in 4 bits."""
+        yield from super().slices()
+        for name, linear, tensor in self._bases():
+            assert linear.quantised is not None
+            yield shard_slice(name, tensor, [linear.quantised.split_of(tensor, linear.split)], "dp")
 
-    @property
-    def side_by_side(self) -> int:
-        return self.method.mhlora.heads
-
-    def check(self, config: RunConfig) -> None:
-        heads = config.method.mhlora.heads
-        require(heads >= 1, f"method.mhlora.heads must be at least 1, not {heads}.")
-        super().check(config)
-
-
-class MhLora(Lora):
-    """Multi-head LoRA: `method.mhlora.heads` heads side by side in one adapter."""
-
-    def _draw_vectors(self, side: Side, name: str, count: int) -> Tensor:
-        linear = self.linears[name]
-        shape = (linear.out_features, linear.in_features)
-        heads = range(self.config.method.mhlora.heads)
-        drawn = [draw_factor(self.config, side, name, shape, count, head) for head in heads]
-        joined = drawn[0].new_empty(len(drawn), *drawn[0].shape)  # torch.cat is slow on the meta device
-        for place, vectors in zip(joined, drawn, strict=True):
-            place.copy_(vectors)
-        return joined.flatten(0, 1)
+    def replicas(self) -> Iterator[Replica]:
+        yield from super().replicas()
+        for name, _, tensor in self._bases():
+            yield Replica(name, tensor, "dp")

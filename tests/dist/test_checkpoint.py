@@ -23,7 +23,7 @@ def run_mesh(dp: int, tp: int, cases: list[dict[str, Any]], heads: int = 1) -> l
 
 
 def name(case: dict[str, Any]) -> str:
-    return f"{case['method']}-{case['stage']}-{case['precision']}{'-moved' * ('then' in case)}"
+    return "-".join(case[key] for key in ("method", "stage", "precision", "tag") if key in case)
 
 
 def cases_of(methods: tuple[str, ...], fp32: tuple[str, ...], bf16: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -55,13 +55,16 @@ SMALL_GRID = [
 BASE = {"method__base_spread": "dp"}
 LORA_GA = {"method": "lora", "stage": "2", "precision": "fp32",
            "changes": {"method__init": "lora_ga", "method__rslora": True, **BASE}}  # fmt: skip
+FOUR_BITS = {"method": "lora", "stage": "1", "precision": "bf16", "tag": "nf4",
+             "changes": {**WIDE, "method__init": "classic", "method__base_precision": "nf4"}}  # fmt: skip
 MOVES = [  # W's rows spread over data ranks before the checkpoint, and after it
-    {"method": method, "stage": stage, "precision": precision, "changes": before, "then": {"method__base_spread": then}}
+    {"method": method, "stage": stage, "precision": precision, "changes": before, "tag": f"then {then}",
+     "then": {"method__base_spread": then}}
     for method, stage, precision, before, then in (
         ("switchlora", "1", "bf16", BASE, "none"),
         ("switchlora", "1", "fp32", {}, "dp"),
     )
-]
+]  # fmt: skip
 
 
 @pytest.mark.full
@@ -86,13 +89,14 @@ def check_same_mesh(dp: int, tp: int, cases: list[dict[str, Any]], folder: Path)
             for kind in ("losses", "norms", "switched"):
                 assert resumed[kind] == whole[kind][SAVED:], (where, kind)
             assert len(set(whole["losses"])) == STEPS, where  # it does move
+            assert resumed["export_gap"] < (1e-6 if case["precision"] == "fp32" else 5e-3), where
             if case["method"] == "switchlora":
                 assert whole["facts"]["frozen"] > 0 and whole["facts"]["wrapped"] > 0, (where, whole["facts"])
 
 
 @pytest.mark.guard_of("tests/dist/test_checkpoint.py::test_the_grid_on_the_same_mesh[dp2tp2]")
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
-    check_same_mesh(2, 2, [*SMALL_GRID, LORA_GA, *MOVES], tmp_path)
+    check_same_mesh(2, 2, [*SMALL_GRID[:-2], FOUR_BITS, SMALL_GRID[-1], LORA_GA, *MOVES], tmp_path)
 
 
 @pytest.mark.full
@@ -104,7 +108,7 @@ def test_galore_resumes_to_the_bit(tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("mesh", "cases"),
-    [((1, 1), SMALL_GRID), ((2, 2), [*FULL_GRID, LORA_GA, *MOVES])],
+    [((1, 1), SMALL_GRID), ((2, 2), [*FULL_GRID, LORA_GA, FOUR_BITS, *MOVES])],
     ids=["dp1tp1", "dp2tp2"],
 )
 def test_the_grid_on_the_same_mesh(tmp_path: Path, mesh: tuple[int, int], cases: list[dict[str, Any]]) -> None:

@@ -23,6 +23,7 @@ CASES: list[Any] = [
     pytest.param("lora", {"method__init": "semi_orthogonal", "method__compute": "split"}, marks=full),
     pytest.param("lora", {"method__init": "pissa", "method__merged_cache": "recompute"}, marks=full),
     pytest.param("lora", {"method__init": "lora_ga", "method__merged_cache": "accumulation"}, marks=full),
+    pytest.param("lora", {"method__base_precision": "nf4"}, marks=full),
     pytest.param("relora", {"method__relora__interval": 2}, marks=full),
     ("relora", {"method__relora__interval": 2, "method__relora__moments": "prune"}),
     pytest.param("mhlora", {"method__mhlora__heads": 2, "method__alpha": 14.0}, marks=full),

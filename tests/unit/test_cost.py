@@ -24,6 +24,7 @@ CASES = {
     "lora merged, formed again": {"method__compute": "merged", "method__merged_cache": "recompute"},
     "lora split": {"method__compute": "split"},
     "lora by FLOPs": {},
+    "lora over 4 bits": {"method__base_precision": "nf4"},
     "lte resetless": {"method__lte__local_heads": 2},
     "lte reset": {"method__lte__local_heads": 2, "method__lte__merge_form": "reset"},
 }

@@ -9,7 +9,7 @@ from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.facts import option
 from megatron_switchlora.config.method import register
 from megatron_switchlora.config.run import RunConfig
-from megatron_switchlora.methods.adapter_options import AdapterFacts, check_adapter
+from megatron_switchlora.methods.adapter_options import AdapterFacts, check_adapter, check_blocks
 from megatron_switchlora.methods.switch_options import SwitchOptions, check_switching
 
 
@@ -146,7 +146,7 @@ def _check_heads(config: RunConfig) -> None:
 
 
 def _check_merges(config: RunConfig) -> None:
-    method, m, tp = config.method, config.model, config.parallel.tp
+    method = config.method
     lte, shares_base = method.lte, method.facts.shares_base
     resets = lte.merge_form == "reset"
     require(
@@ -164,13 +164,8 @@ def _check_merges(config: RunConfig) -> None:
         f"method.compute merged forms W + sBA, which heads cannot do over a base that is shared "
         f"(method.lte.local_heads {lte.local_heads}) or quantised (method.lte.base {lte.base}): use auto or split.",
     )
-    lengths = {"model.hidden_size": m.hidden_size, "model.intermediate_size": m.intermediate_size}
-    wrong = [f"{name} {size}" for name, size in lengths.items() if lte.base == "nf4" and size % (64 * tp)]
-    require(
-        tp == 1 or not wrong,
-        f"method.lte.base nf4 with parallel.tp {tp} needs sizes that are multiples of 64 x {tp} (whole blocks of 64 "
-        f"columns per rank), but {', '.join(wrong)} is not: change the size or parallel.tp.",
-    )
+    if lte.base == "nf4":
+        check_blocks(config, "method.lte.base nf4")
 
 
 def _check_switching_heads(config: RunConfig) -> None:
