@@ -24,9 +24,10 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def measure(precision: str, stage: str, mesh: Any) -> dict[str, float]:
+def measure(precision: str, stage: str, base: str, mesh: Any) -> dict[str, float]:
     """Measured over predicted bytes."""
-    config = small_config("switchlora", train__precision=precision, method__switch__interval0=1e9)  # none on its way
+    config = small_config("switchlora", train__precision=precision, method__base_spread=base)
+    config.method.switch.interval0 = 1e9  # none on its way
     config.model = ModelConfig(hidden_size=96, intermediate_size=157, num_layers=4, num_heads=4)
     batch = make_batches(config, 1)[0]
     before = live_bytes()
@@ -60,4 +61,7 @@ def measure(precision: str, stage: str, mesh: Any) -> dict[str, float]:
 
 def act(payload: dict[str, Any]) -> dict[str, Any]:
     mesh = start(payload["tp"])
-    return {f"{precision} {stage}": measure(precision, stage, mesh) for precision, stage in payload["classes"]}
+    return {
+        f"{precision} {stage} {base}": measure(precision, stage, base, mesh)
+        for precision, stage, base in payload["classes"]
+    }

@@ -8,13 +8,14 @@ import pytest
 
 from tests.dist.launch import run_ranks
 
-CLASSES = [("fp32", "0"), ("fp32", "1"), ("bf16", "0"), ("bf16", "2"), ("bf16", "1f")]
-TP_CLASSES = [("fp32", "2"), ("bf16", "1")]
+# precision, stage, and where the rows of W lie
+CLASSES = [("fp32", "0", "none"), ("fp32", "1", "dp"), ("bf16", "0", "none"), ("bf16", "2", "dp"), ("bf16", "1f", "none")]
+TP_CLASSES = [("fp32", "2", "none"), ("bf16", "1", "dp")]
 TOLERANCE = 2e-3  # batches, and tensors that straddle two partitions
 
 
 @pytest.mark.parametrize(("tp", "classes"), [(1, CLASSES), pytest.param(2, TP_CLASSES, marks=pytest.mark.full)])
-def test_memory_and_gradient_bytes_are_as_planned(tp: int, classes: list[tuple[str, str]]) -> None:
+def test_memory_and_gradient_bytes_are_as_planned(tp: int, classes: list[tuple[str, str, str]]) -> None:
     for rank in run_ranks(2 * tp, "tests.dist.memory_worker", {"classes": classes, "tp": tp}):
         assert len(rank) == len(classes)
         for key, ratios in rank.items():
