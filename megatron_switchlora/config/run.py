@@ -71,6 +71,13 @@ class RunConfig:
         return asdict(self)
 
 
+@dataclass
+class AttachedConfig(RunConfig):
+    """A method on somebody's model: the (out, in) of the matrices that get adapters stand for its `model` section."""
+
+    shapes: list[tuple[int, int]] = field(default_factory=list)
+
+
 def run_config_class() -> type[RunConfig]:
     """Return `RunConfig` with the sections of all methods that are registered by now, for the command line."""
     return _with_method(method_config_class())  # type: ignore[arg-type]

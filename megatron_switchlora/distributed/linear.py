@@ -33,6 +33,7 @@ class ParallelLinear(nn.Module):
     """
 
     split_dim: int
+    bias: Optional[nn.Parameter]
 
     def __init__(self, in_features: int, out_features: int, tp: Axis, multiple: int = 1) -> None:
         super().__init__()
@@ -41,6 +42,7 @@ class ParallelLinear(nn.Module):
         self.split = Split(self.split_dim, shape[self.split_dim], tp, multiple)
         shape[self.split_dim] = self.split.local
         self.weight = declare(nn.Parameter(torch.empty(shape)), shard=self.split)
+        self.register_parameter("bias", None)
 
     def partial_parameters(self) -> tuple[nn.Parameter, ...]:
         """Return the replicated parameters of whose gradient every rank computes a part."""

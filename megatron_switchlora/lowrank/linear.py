@@ -44,6 +44,7 @@ class LowRankLinear(nn.Module):
     """
 
     weight: Tensor
+    bias: Optional[nn.Parameter]
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class LowRankLinear(nn.Module):
         self.lora_A = declare(A, shard=along if self.row_parallel else None, rows=True)
         self.lora_B = declare(B, shard=None if self.row_parallel else along, rows=True)
         self.quantised: Optional[Nf4Matrix] = None
+        self.bias = base.bias
         self._merged: Optional[Tensor] = None
         self.gathered: Optional[GatheredMatrix] = None
 
@@ -82,8 +84,18 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor, *entered: Tensor) -> Tensor:
         A, B = self._entered(entered)
-        y = self._merged_form(x, A, B) if self._merges(x) else self._split_form(x, A, B)
-        return leave(self.tp, y) if self.row_parallel else y
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            with torch.autocast(kind, enabled=False):
+                y = self._product(x.to(dtype), A.to(dtype), B.to(dtype))
+        else:
+            y = self._product(x, A, B)
+        y = leave(self.tp, y) if self.row_parallel else y
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return self._merged_form(x, A, B) if self._merges(x) else self._split_form(x, A, B)
 
     @staticmethod
     def together(

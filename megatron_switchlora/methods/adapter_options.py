@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.method import LoraGaConfig, MethodFacts
-from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.config.run import AttachedConfig, RunConfig
 from megatron_switchlora.model.protocol import projections
 
 
@@ -34,9 +34,11 @@ class AdapterFacts(MethodFacts):
         check_adapter(config)
 
 
-def smallest_dimension(config: RunConfig) -> int:
-    """Return the smallest min(m, n) of the decoder's matrices."""
-    return min(min(p.out_features, p.in_features) for p in projections(config.model))
+def smaller_sides(config: RunConfig) -> list[int]:
+    """Return min(m, n) of each kind of matrix that gets adapters."""
+    if isinstance(config, AttachedConfig):
+        return [min(shape) for shape in config.shapes]
+    return [min(p.out_features, p.in_features) for p in projections(config.model)]
 
 
 def check_rank(config: RunConfig) -> None:
@@ -45,7 +47,7 @@ def check_rank(config: RunConfig) -> None:
     Raises:
         UserError: a matrix is smaller.
     """
-    rank, smallest = config.method.rank, smallest_dimension(config)
+    rank, smallest = config.method.rank, min(smaller_sides(config))
     require(
         1 <= rank <= smallest,
         f"method.rank must be between 1 and min(m, n) of every matrix of the decoder, here {smallest}, but it is "
@@ -102,7 +104,7 @@ def _check_lora_ga(config: RunConfig) -> None:
             "set method.init to lora_ga, or leave these options out.",
         )
         return
-    smallest = smallest_dimension(config)
+    smallest = min(smaller_sides(config))
     require(
         2 * method.rank <= smallest,
         f"method.init lora_ga takes 2 * method.rank singular pairs of every adapted matrix, which must not exceed "

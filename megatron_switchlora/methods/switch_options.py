@@ -8,7 +8,7 @@ from typing import Literal, Optional
 from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.facts import option
 from megatron_switchlora.config.run import RunConfig
-from megatron_switchlora.model.protocol import projections
+from megatron_switchlora.methods.adapter_options import smaller_sides
 
 
 @dataclass
@@ -44,7 +44,7 @@ def check_switching(config: RunConfig) -> None:
     require(
         method.rank >= 2, "method.rank 1 cannot switch, since A and B switch different positions: use rank 2 or more."
     )
-    largest = max(min(p.out_features, p.in_features) for p in projections(config.model))
+    largest = max(smaller_sides(config))
     require(
         method.rank < largest,
         f"A bank has min(m, n) candidates per matrix, so method.rank {method.rank} leaves nothing to switch in any "

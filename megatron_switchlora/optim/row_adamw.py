@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megatron_switchlora.config.errors import require
 from megatron_switchlora.distributed.precision import at_least_fp32
 from megatron_switchlora.distributed.shard import has_rows
 from megatron_switchlora.distributed.slices import TensorSlice, flat_slices
@@ -97,6 +98,10 @@ def row_vectors(steps: Tensor, betas: Tensor, lr: float, dtype: torch.dtype, rat
     return step_size, correction
 
 
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
 def new_state(master: Tensor, rows: int) -> dict[str, Tensor]:
     """Return the state that a master with this many rows has before the first step."""
     return {
@@ -138,6 +143,29 @@ class RowAdamW(torch.optim.Optimizer):
         self._betas = torch.tensor(self.betas, dtype=torch.float64, device=device)[:, None]
         self._refused_vectors = torch.tensor([[0.0], [1.0]], dtype=torch.float64, device=device)
         self._rows: Optional[RowStates] = None
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy a state of `state_dict` into the tensors that are there, of which blocks and rows are views.
+
+        Raises:
+            UserError: it is that of other parameters.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        here, given = self.state_dict()["state"], state_dict["state"]
+        alike = here.keys() == given.keys() and all(_shapes(here[key]) == _shapes(given[key]) for key in here)
+        require(
+            alike and len(state_dict["param_groups"]) == len(self.param_groups),
+            "The optimizer's state is that of other parameters: attach with the options it was made with.",
+        )
+        for number, tensors in here.items():
+            for name, tensor in tensors.items():
+                tensor.copy_(given[number][name])
+        for group, other in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group |= {key: value for key, value in other.items() if key != "params"}
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def _has_blocks(self, master: Tensor) -> bool:
         """Return whether the master is stepped by blocks."""

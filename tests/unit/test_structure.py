@@ -14,7 +14,7 @@ PACKAGE = "megatron_switchlora"
 # A room may import those before it, and itself. TYPE_CHECKING imports count.
 ROOMS = (
     "disk", "shipped", "config", "distributed", "startup", "lowrank", "optim", "model", "data", "methods", "planning",
-    "run", "checkpoint", "hf", "train", "study", "cli",
+    "library", "run", "checkpoint", "hf", "train", "study", "cli",
 )  # fmt: skip
 
 

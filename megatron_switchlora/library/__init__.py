@@ -1,0 +1,1 @@
+"""Attach the methods to any torch model, in any training loop."""

@@ -1,0 +1,241 @@
+"""Attach a method to a model and give back its optimizer: two lines in somebody's own training loop.
+
+    run = attach(model, "switchlora", rank=64, steps=40_000)
+    for step in range(40_000):
+        loss = model(batch)
+        loss.backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+
+The method's work before and after each step hangs on the optimizer as hooks. So it happens in every loop that steps the
+optimizer, and not where a step is skipped. The optimizer's `state_dict` carries the method's state, as the candidate
+bank. W and the factors are in the model's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+
+import megatron_switchlora.methods  # noqa: F401  # registers them
+from megatron_switchlora.config.errors import UserError, require
+from megatron_switchlora.config.method import METHODS, make_method, method_config_class
+from megatron_switchlora.config.optim import OptimConfig, check_optim
+from megatron_switchlora.config.run import AttachedConfig
+from megatron_switchlora.config.train import TrainConfig, check_train
+from megatron_switchlora.distributed.mesh import lone_mesh
+from megatron_switchlora.library.host import Host
+from megatron_switchlora.library.targets import Target, Targets, find_targets
+from megatron_switchlora.lowrank.linear import LowRankLinear
+from megatron_switchlora.methods import build_method
+from megatron_switchlora.methods.lora import Lora
+from megatron_switchlora.optim.layout import plain_layout
+from megatron_switchlora.optim.row_adamw import RowAdamW
+
+STATE = "switchlora"  # the key of the method's state in the optimizer's
+
+
+class Attached:
+    """A method that drives a model; `model` is the model, `optimizer` steps its trainable tensors."""
+
+    def __init__(self, host: Host, method: Lora) -> None:
+        self.model, self.method, self._host = host.module, method, host
+        self.step = 0
+        """Steps of the optimizer so far."""
+        self.optimizer: RowAdamW = method.build_optimizer()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"]
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        self.optimizer.attach(plain_layout(params))
+        method.start(self.optimizer)
+        self._device = next(iter(method.linears.values())).weight.device
+        self._hooks = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+            self.optimizer.register_state_dict_post_hook(self._add_state),
+            self.optimizer.register_load_state_dict_pre_hook(self._take_state),
+        ]
+
+    def scheduler(self) -> LambdaLR:
+        """Return the trainer's schedule: warm-up and cosine, with relora a jagged one. Step it after the optimizer."""
+        return LambdaLR(self.optimizer, self.method.lr_factor)
+
+    def _before_step(self, *_: Any) -> None:
+        linear = next(iter(self.method.linears.values()))
+        require(
+            linear.weight.device == self._device,
+            f"The model was on {self._device} when the method was attached and is on {linear.weight.device} now: move "
+            "it first, then attach.",
+        )
+        self.method.before_step(self.step)
+
+    def _after_step(self, *_: Any) -> None:
+        self.method.after_step(self.step)
+        self.step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the method's own state: its step, and for switchlora the bank and the schedule's integers."""
+        slices = {piece.name: piece.tensor.detach().clone() for piece in self.method.slices()}
+        return {"step": self.step, "tensors": slices}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the state of `state_dict`; load the model's own beside it.
+
+        Raises:
+            UserError: the state is that of another method or model.
+        """
+        here: dict[str, Tensor] = {piece.name: piece.tensor for piece in self.method.slices()}
+        given: dict[str, Tensor] = state["tensors"]
+        differing = [name for name in sorted(here.keys() | given.keys()) if _shape(here, name) != _shape(given, name)]
+        require(
+            not differing,
+            f"The state is that of another method or model: {', '.join(differing[:3])} differ in shape, or are in one "
+            "of them alone. Attach with the options it was made with.",
+        )
+        for name, tensor in here.items():
+            tensor.copy_(given[name])
+        self.step = state["step"]
+        self.method.loaded()
+
+    def _add_state(self, _: Any, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, STATE: self.state_dict()}
+
+    def _take_state(self, _: Any, state: dict[str, Any]) -> dict[str, Any]:
+        if STATE not in state:
+            raise UserError("The optimizer's state has none of an attached method: it is that of another optimizer.")
+        self.load_state_dict(state[STATE])
+        return {key: value for key, value in state.items() if key != STATE}
+
+    def merge(self) -> nn.Module:
+        """Fold W + s B A into plain linears, put those back, and return the model. The optimizer steps no longer."""
+        self._host.restore(self.method.linears)
+        for hook in self._hooks:
+            hook.remove()
+        self.optimizer.register_step_pre_hook(_ended)
+        return self.model
+
+
+def _ended(*_: Any) -> None:
+    raise UserError("The adapters were merged into the model, so this optimizer has nothing to step: attach again.")
+
+
+def _shape(tensors: dict[str, Tensor], name: str) -> Optional[torch.Size]:
+    return tensors[name].shape if name in tensors else None
+
+
+def attach(
+    model: nn.Module,
+    method: str = "switchlora",
+    *,
+    rank: int,
+    steps: int,
+    targets: Targets = "all-linear",
+    lr: Optional[float] = None,
+    dense_lr: Optional[float] = None,
+    warmup_steps: int = 0,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    lora_plus_ratio: float = 1.0,
+    seed: int = 0,
+    skip_small: bool = False,
+    **options: Any,
+) -> Attached:
+    """Replace linears of a model by adapted ones, in place, and return what trains it.
+
+    The other trainable parameters train at `dense_lr`, by default `lr`; at 0 they are frozen. `options` are those of
+    the configuration's section `method`, as `init="pissa"` or `switch={"interval0": 40}`. `targets` are described in
+    `library/targets.py`. `steps` is the length of the schedules. A linear with fewer rows or columns than `rank` is an
+    error, or with `skip_small` left as it is.
+
+    Raises:
+        UserError: with the rule, the values and what to change.
+    """
+    _check_model(model)
+    section = _method_section(method, rank, options)
+    found = _large_enough(find_targets(model, targets), rank, skip_small)
+    require(section.init != "lora_ga", "init lora_ga needs gradients of a trainer's run: use another init with attach.")
+    config = AttachedConfig(
+        shapes=[(each.weight.size(0), each.weight.size(1)) for each in found],
+        method=section,
+        optim=OptimConfig(
+            lr=lr, dense_lr=dense_lr, lora_plus_ratio=lora_plus_ratio, beta1=betas[0], beta2=betas[1], eps=eps,
+            weight_decay=weight_decay, clip=0.0,
+        ),
+        train=TrainConfig(steps=steps, warmup_steps=warmup_steps, seed=seed),
+    )  # fmt: skip
+    check_optim(config.optim)
+    check_train(config.train)
+    section.facts.check(config)
+    host = Host(model, found)
+    if all(dtype == torch.bfloat16 for dtype in host.dtypes.values()):
+        config.train.precision = "bf16"
+    driven = build_method(config, host, lone_mesh())  # type: ignore[arg-type]
+    assert isinstance(driven, Lora)
+    host.cast(driven.linears)
+    _keep_from_ddp(model, driven.linears)
+    return Attached(host, driven)
+
+
+def _check_model(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        require(
+            not isinstance(module, LowRankLinear),
+            f"{name} has an adapter already: attach once, or call `merge` before.",
+        )
+        kind = type(module).__name__
+        require(
+            not isinstance(module, DistributedDataParallel) and kind not in ("FullyShardedDataParallel", "FSDPModule"),
+            f"The model is wrapped by {kind} already: attach first, then wrap it.",
+        )
+    for name, param in model.named_parameters():
+        require(not param.is_meta, f"{name} is on the meta device: attach to a model with values.")
+        require(
+            param.dtype != torch.float16,
+            f"{name} is in fp16, whose small range loses updates: load the model in fp32 or bf16, and use autocast.",
+        )
+
+
+def _large_enough(targets: list[Target], rank: int, skip_small: bool) -> list[Target]:
+    small = [target for target in targets if rank > min(target.weight.shape)]
+    require(
+        skip_small or not small,
+        f"rank {rank} is above min(m, n) of {', '.join(each.name for each in small[:4])}"
+        f"{f' and {len(small) - 4} more' if len(small) > 4 else ''}: lower it, leave them out of the targets, or pass "
+        "skip_small=True.",
+    )
+    kept = [target for target in targets if target not in small]
+    require(bool(kept), f"rank {rank} is above min(m, n) of every target: lower it.")
+    return kept
+
+
+def _method_section(name: str, rank: int, options: dict[str, Any]) -> Any:
+    """Return the section `method` of a configuration, from the options of `attach`."""
+    possible = [key for key, facts in METHODS.items() if facts.adapts and not facts.merges]
+    require(name in possible, f"method must be one of {', '.join(possible)}, not {name!r}.")
+    known = method_config_class()(name=name)
+    flat: dict[str, Any] = {"merged_cache": "micro_batch"}
+    for key, value in options.items():
+        require(
+            key not in ("name", "full_rank_steps", "full_rank_lr") and key in vars(known),
+            f"attach has no option {key!r} for method {name}.",
+        )
+        if isinstance(value, dict):
+            inner = vars(getattr(known, key)) if hasattr(getattr(known, key), "__dataclass_fields__") else {}
+            wrong = [each for each in value if each not in inner]
+            require(not wrong, f"{key} has no option {', '.join(map(repr, wrong))}: it has {', '.join(inner)}.")
+            flat |= {f"{key}__{each}": inner_value for each, inner_value in value.items()}
+        else:
+            flat[key] = value
+    return make_method(name, rank=rank, **flat)
+
+
+def _keep_from_ddp(model: nn.Module, linears: dict[str, LowRankLinear]) -> None:
+    """Have DDP not send W in each forward pass: ranks fold the same changes into it."""
+    names = [name for name, buffer in model.named_buffers() if any(buffer is x.weight for x in linears.values())]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
