@@ -36,6 +36,7 @@ from megatron_switchlora.methods.lora import Lora
 from megatron_switchlora.optim.layout import plain_layout
 from megatron_switchlora.optim.row_adamw import RowAdamW
 
+TRAINERS = ("name", "full_rank_steps", "full_rank_lr", "base_spread", "base_precision", "ga")  # options for it alone
 STATE = "switchlora"  # the key of the method's state in the optimizer's
 
 
@@ -222,7 +223,7 @@ def _method_section(name: str, rank: int, options: dict[str, Any]) -> Any:
     flat: dict[str, Any] = {"merged_cache": "micro_batch"}
     for key, value in options.items():
         require(
-            key not in ("name", "full_rank_steps", "full_rank_lr") and key in vars(known),
+            key not in TRAINERS and key in vars(known),
             f"attach has no option {key!r} for method {name}.",
         )
         if isinstance(value, dict):

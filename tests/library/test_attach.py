@@ -269,6 +269,7 @@ def refusals() -> Iterator[tuple[str, Callable[[], Any]]]:
         lambda: attach(encoder, "lora", **small, targets=["linear*"]))  # fmt: skip
     yield "method must be one of lora, mhlora, relora, switchlora", lambda: attach(plain, "lte", **small)
     yield "attach has no option 'ranks'", lambda: attach(plain, "lora", **small, ranks=3)
+    yield "attach has no option 'base_precision'", lambda: attach(plain, "lora", **small, base_precision="nf4")
     yield "switch has no option 'interval'", lambda: attach(plain, **small, switch={"interval": 3})
     yield "method.rank 1 cannot switch", lambda: attach(plain, rank=1, steps=5, skip_small=True)
 
