@@ -1,5 +1,5 @@
-#!/bin/sh
-# Prints the tables of docs/results/scaling.md, after `make`: sh docs/scaling/tables.sh. Needs no GPU. PYTHON: not .venv's.
+#!/bin/bash
+# Prints the tables of docs/results/scaling.md, after `make`: bash docs/scaling/tables.sh. Needs no GPU. PYTHON: not .venv's.
 cd "$(dirname "$0")/../.." || exit 1
 export PYTHONPATH="$PWD"
 PLAN="${PYTHON:-.venv/bin/python} tools/plan.py --brief --gpus 8 --adapters 8"
