@@ -42,7 +42,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = option("auto", resume="free", results=False)
     """auto: one GPU per local rank, or the CPU where there is no GPU."""
     compile: Literal["auto", "on", "off"] = option("auto", resume="free", results=False)
-    """Compile norms, rotary embedding and gated activation with torch.compile, one kernel each, at the first step.
+    """Compile norms, rotary embedding, gated activation and loss with torch.compile at the first step.
     auto: on a GPU where its compiler works; plans assume that. Where it does not, norms run in the kernels of NVIDIA's
     apex if these are installed. Results differ by rounding."""
     threads: int = option(0, resume="free", results=False)

@@ -75,6 +75,7 @@ class LanguageModel(nn.Module):
         self.config, self.vocab_size, self.tp = config, size, tp or Axis()
         self.heads = 1
         self.checkpointing = False
+        self.elementwise = Elementwise()
 
     def hidden(self, tokens_BS: Tensor) -> Tensor:
         """Return what enters `lm_head`: [B, S, D]."""
@@ -103,7 +104,8 @@ class LanguageModel(nn.Module):
             list(weight) if isinstance(weight, nn.ParameterList) else [weight] * self.heads
         )  # heads share a frozen one
         parts = zip(x_BSD.chunk(self.heads), weights, labels_BS.chunk(self.heads), strict=True)
-        losses = [linear_cross_entropy(*part, split) for part in parts]
+        run = self.elementwise.run if self.elementwise.compiled else None
+        losses = [linear_cross_entropy(*part, split, run) for part in parts]
         return losses[0] if self.heads == 1 else torch.stack(losses)
 
     def use(self, elementwise: Elementwise) -> None:

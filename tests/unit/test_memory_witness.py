@@ -86,6 +86,9 @@ def test_the_planned_peak_of_a_backward_pass_is_what_torch_counts(method: str, c
     planned = phase_bytes(memory_items(config, VOCAB, 1, 1, Zero(bucket=0)), "backward")
     counted = counted_bytes(config)
     print(f"planned {planned:,}, counted {counted:,}: {planned / counted - 1:+.2%}")
-    # a layer that is computed again has gradients of its own at the peak, which plans leave out
-    tolerance = 0.08 if config.train.activation_checkpointing else 0.03
+    # a layer that is computed again has gradients of its own at the peak, and functions that are not really compiled
+    # have temporaries: plans leave both out
+    tolerance = {True: 0.08, False: 0.05 if config.train.compile == "on" else 0.03}[
+        config.train.activation_checkpointing
+    ]
     assert abs(planned / counted - 1) < tolerance
