@@ -1,0 +1,158 @@
+"""Step several trainers in turn, with clocks around the parts of a step; medians of the ratios within a round.
+
+Whatever else the machine does then falls on all of them, and little of it remains in a ratio.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import record_function
+
+PARTS = ("forward", "backward", "optimizer", "switch", "other")
+Batches = list[Tensor]  # micro-batches, each [b, S + 1] tokens
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU is idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Clock:
+    """Seconds of the current step by part; while `waits` is set, a GPU is idle at both ends of every part."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.waits = device, False
+        self.spent: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time of the body to a part; a profile sees a span of that name."""
+        self._settle()
+        began = time.perf_counter()
+        with record_function(f"part: {name}"):
+            yield
+        self._settle()
+        self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - began
+
+    def around(self, target: Any, method: str, name: str) -> None:
+        """Count what an object's method takes as a part."""
+        function: Callable[..., Any] = getattr(target, method)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                return function(*args, **kwargs)
+
+        setattr(target, method, call)
+
+    def _settle(self) -> None:
+        if self.waits:
+            wait_for(self.device)
+
+
+@dataclass
+class Entry:
+    """A trainer under measurement: `step(number, batches)` trains one step and returns its loss."""
+
+    step: Callable[[int, Batches], float]
+    clock: Clock
+    facts: dict[str, Any]
+    """What the result states of it."""
+    sent: Callable[[], dict[str, int]] = dict
+    """Bytes that this rank handed to collectives in the last step, by kind."""
+    losses: list[float] = field(default_factory=list)
+
+
+@contextmanager
+def collective_seconds() -> Iterator[list[float]]:
+    """Collect the seconds for which this process waits in collectives that it issues from Python."""
+    original, spent = dist.Work.wait, [0.0]
+
+    def wait(work: dist.Work, *args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return original(work, *args, **kwargs)
+        finally:
+            spent[0] += time.perf_counter() - began
+
+    dist.Work.wait = wait  # type: ignore[assignment, method-assign]
+    try:
+        yield spent
+    finally:
+        dist.Work.wait = original  # type: ignore[method-assign]
+
+
+@dataclass
+class Times:
+    """What was measured of an entry: seconds of each round, and their parts."""
+
+    seconds: list[float] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
+
+    def shares(self) -> dict[str, float]:
+        """Return the median share of a step in each part."""
+        names = dict.fromkeys([*PARTS, *(name for each in self.parts for name in each)])
+        return {name: round(median(each.get(name, 0.0) for each in self.parts), 4) for name in names}
+
+
+def timed_step(entry: Entry, number: int, batches: Batches) -> tuple[float, dict[str, float]]:
+    """Train one step; return its seconds, and the share of every part of it."""
+    device = entry.clock.device
+    wait_for(device)
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    if several:
+        dist.barrier()
+    entry.clock.spent = {}
+    with collective_seconds() if several else nullcontext([0.0]) as waited:
+        began = time.perf_counter()
+        entry.losses.append(entry.step(number, batches))
+        wait_for(device)
+        seconds = time.perf_counter() - began
+    shares = {name: value / seconds for name, value in entry.clock.spent.items()}
+    shares["other"] = 1 - sum(shares.values())
+    if several:
+        shares["in collectives"] = waited[0] / seconds
+    return seconds, shares
+
+
+def in_turn(
+    entries: dict[str, Entry], rounds: int, batches: Callable[[int], Batches], apart: bool = False
+) -> dict[str, Times]:
+    """Return the times of every entry's steps; the first round warms up and is dropped.
+
+    With `apart` one entry makes all its steps before the next. On a GPU the parts are measured in further rounds, since
+    waiting for the device at every part lengthens a step.
+    """
+    times = {name: Times() for name in entries}
+    groups: Iterable[list[str]] = [[name] for name in entries] if apart else [list(entries)]
+    on_gpu = any(entry.clock.device.type == "cuda" for entry in entries.values())
+    for group in groups:
+        for number in range(1 + rounds * (2 if on_gpu else 1)):
+            for name in group:
+                entries[name].clock.waits = number > rounds
+                seconds, shares = timed_step(entries[name], number, batches(number))
+                if 1 <= number <= rounds:
+                    times[name].seconds.append(seconds)
+                if number > rounds or (number and not on_gpu):
+                    times[name].parts.append(shares)
+    return times
+
+
+def ratio(times: Times, base: Times) -> float:
+    """Return the median of the ratios within a round."""
+    return round(median(a / b for a, b in zip(times.seconds, base.seconds, strict=True)), 4)
+
+
+def load() -> Optional[list[float]]:
+    """Return the machine's load over 1, 5 and 15 minutes, where the system states it."""
+    return [round(each, 2) for each in os.getloadavg()] if hasattr(os, "getloadavg") else None
