@@ -20,7 +20,7 @@ from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.distributed.shard import without_padding
@@ -140,11 +140,12 @@ def reduced(model: nn.Module, sent: dict[str, int]) -> nn.Module:
 
     wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    def count(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def count(group: Any, bucket: Any) -> Any:
         sent["gradient"] += bucket.buffer().numel() * bucket.buffer().element_size()
         return allreduce_hook(group, bucket)
 
-    wrapped.register_comm_hook(None, count)
+    # DDP reads a hook's annotations, and takes no text for one
+    wrapped.register_comm_hook(None, lambda group, bucket: count(group, bucket))
     return wrapped
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from statistics import median
@@ -70,7 +70,6 @@ class Entry:
     """What the result states of it."""
     sent: Callable[[], dict[str, int]] = dict
     """Bytes that this rank handed to collectives in the last step, by kind."""
-    losses: list[float] = field(default_factory=list)
 
 
 @contextmanager
@@ -94,10 +93,15 @@ def collective_seconds() -> Iterator[list[float]]:
 
 @dataclass
 class Times:
-    """What was measured of an entry: seconds of each round, and their parts."""
+    """What was measured of an entry, which may be gone: seconds of each round, their parts, losses of all steps."""
 
+    facts: dict[str, Any] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    """Of all threads: what other processes take from this one does not count."""
     parts: list[dict[str, float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    sent: dict[str, int] = field(default_factory=dict)
 
     def shares(self) -> dict[str, float]:
         """Return the median share of a step in each part."""
@@ -105,8 +109,18 @@ class Times:
         return {name: round(median(each.get(name, 0.0) for each in self.parts), 4) for name in names}
 
 
-def timed_step(entry: Entry, number: int, batches: Batches) -> tuple[float, dict[str, float]]:
-    """Train one step; return its seconds, and the share of every part of it."""
+@dataclass(frozen=True)
+class Step:
+    """What was measured of one step."""
+
+    seconds: float
+    cpu_seconds: float
+    shares: dict[str, float]
+    loss: float
+
+
+def timed_step(entry: Entry, number: int, batches: Batches) -> Step:
+    """Train one step, and measure it."""
     device = entry.clock.device
     wait_for(device)
     several = dist.is_initialized() and dist.get_world_size() > 1
@@ -114,43 +128,53 @@ def timed_step(entry: Entry, number: int, batches: Batches) -> tuple[float, dict
         dist.barrier()
     entry.clock.spent = {}
     with collective_seconds() if several else nullcontext([0.0]) as waited:
-        began = time.perf_counter()
-        entry.losses.append(entry.step(number, batches))
+        began, cpu_began = time.perf_counter(), time.process_time()
+        loss = entry.step(number, batches)
         wait_for(device)
-        seconds = time.perf_counter() - began
+        seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
     shares = {name: value / seconds for name, value in entry.clock.spent.items()}
     shares["other"] = 1 - sum(shares.values())
     if several:
         shares["in collectives"] = waited[0] / seconds
-    return seconds, shares
+    return Step(seconds, cpu_seconds, shares, loss)
 
 
-def in_turn(
-    entries: dict[str, Entry], rounds: int, batches: Callable[[int], Batches], apart: bool = False
-) -> dict[str, Times]:
-    """Return the times of every entry's steps; the first round warms up and is dropped.
+def in_turn(entries: dict[str, Entry], rounds: int, batches: Callable[[int], Batches]) -> dict[str, Times]:
+    """Return the times of every entry's steps; the first round warms up and is not timed.
 
-    With `apart` one entry makes all its steps before the next. On a GPU the parts are measured in further rounds, since
-    waiting for the device at every part lengthens a step.
+    On a GPU the parts are measured in further rounds, since waiting for the device at every part lengthens a step.
     """
-    times = {name: Times() for name in entries}
-    groups: Iterable[list[str]] = [[name] for name in entries] if apart else [list(entries)]
+    times = {name: Times(entry.facts) for name, entry in entries.items()}
     on_gpu = any(entry.clock.device.type == "cuda" for entry in entries.values())
-    for group in groups:
-        for number in range(1 + rounds * (2 if on_gpu else 1)):
-            for name in group:
-                entries[name].clock.waits = number > rounds
-                seconds, shares = timed_step(entries[name], number, batches(number))
-                if 1 <= number <= rounds:
-                    times[name].seconds.append(seconds)
-                if number > rounds or (number and not on_gpu):
-                    times[name].parts.append(shares)
+    for number in range(1 + rounds * (2 if on_gpu else 1)):
+        for name, entry in entries.items():
+            entry.clock.waits = number > rounds
+            step = timed_step(entry, number, batches(number))
+            times[name].losses.append(step.loss)
+            times[name].sent = entry.sent()
+            if 1 <= number <= rounds:
+                times[name].seconds.append(step.seconds)
+                times[name].cpu_seconds.append(step.cpu_seconds)
+            if number > rounds or (number and not on_gpu):
+                times[name].parts.append(step.shares)
+    for measured in times.values():
+        measured.losses = mean_over_ranks(measured.losses)
     return times
 
 
-def ratio(times: Times, base: Times) -> float:
+def mean_over_ranks(values: list[float]) -> list[float]:
+    """Return the mean of every value: other libraries' losses are those of one rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).tolist()
+
+
+def ratio(seconds: list[float], base: list[float]) -> float:
     """Return the median of the ratios within a round."""
-    return round(median(a / b for a, b in zip(times.seconds, base.seconds, strict=True)), 4)
+    return round(median(a / b for a, b in zip(seconds, base, strict=True)), 4)
 
 
 def load() -> Optional[list[float]]:
