@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
+import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 from statistics import median
@@ -28,6 +30,7 @@ import torch
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.startup.door import Door, the_door
 from megatron_switchlora.startup.environment import Ranks, end_rank
+from megatron_switchlora.startup.launchers import is_first
 from megatron_switchlora.study.benchmarks.common import join_ranks
 from megatron_switchlora.study.benchmarks.entries import (
     batches,
@@ -76,6 +79,12 @@ def results(times: dict[str, Times], tokens: int, precision: str) -> dict[str, A
     return found
 
 
+def report(text: str) -> None:
+    """Print a line of progress, on the first rank."""
+    if is_first(os.environ):
+        print(text, file=sys.stderr, flush=True)
+
+
 def measure_case(
     options: argparse.Namespace, config: RunConfig, data: Callable[[int], Batches], device: torch.device
 ) -> tuple[dict[str, Times], dict[str, str]]:
@@ -90,12 +99,12 @@ def measure_case(
             left_out[title] = str(reason)
             print(f"{title} is left out: {reason}", flush=True)
         if options.one_at_a_time:
-            times |= in_turn(entries, options.rounds, data)
+            times |= in_turn(entries, options.rounds, data, report)
             entries.clear()
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    return times | in_turn(entries, options.rounds, data), left_out
+    return times | in_turn(entries, options.rounds, data, report), left_out
 
 
 def measure(options: argparse.Namespace, ranks: Ranks, device: torch.device) -> list[dict[str, Any]]:

@@ -139,8 +139,10 @@ def timed_step(entry: Entry, number: int, batches: Batches) -> Step:
     return Step(seconds, cpu_seconds, shares, loss)
 
 
-def in_turn(entries: dict[str, Entry], rounds: int, batches: Callable[[int], Batches]) -> dict[str, Times]:
-    """Return the times of every entry's steps; the first round warms up and is not timed.
+def in_turn(
+    entries: dict[str, Entry], rounds: int, batches: Callable[[int], Batches], report: Callable[[str], None]
+) -> dict[str, Times]:
+    """Return the times of every entry's steps; the first round warms up and is not timed. `report` gets each time.
 
     On a GPU the parts are measured in further rounds, since waiting for the device at every part lengthens a step.
     """
@@ -150,6 +152,7 @@ def in_turn(entries: dict[str, Entry], rounds: int, batches: Callable[[int], Bat
         for name, entry in entries.items():
             entry.clock.waits = number > rounds
             step = timed_step(entry, number, batches(number))
+            report(f"round {number}: {name} {step.seconds:.3f} s, CPU time {step.cpu_seconds:.3f} s")
             times[name].losses.append(step.loss)
             times[name].sent = entry.sent()
             if 1 <= number <= rounds:
