@@ -4,7 +4,9 @@
     tests      the comparisons of tests/gpu, where that folder is and a GPU
     reference  every method in float64 without DeepSpeed, on the device against the CPU
     engines    DeepSpeed's optimizer classes, on the device against the CPU
-    speed      full-rank and SwitchLoRA steps of a model: time, tokens per second, memory against the plan
+    products, parts, speed, peers
+               the 1.3B model's products and parts, steps by part with their memory against the plan, and steps of
+               other libraries: see gpu_speed.py
 A stage that fails, hangs or runs out of memory stops no other. Processes are forked from one that has not touched the
 device. The result is a dictionary for a JSON file; `verdict` lists what is wrong.
 
@@ -16,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,12 +36,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_switchlora.config.ds_config import resolve_ds_config, zero_settings
+from megatron_switchlora.config.ds_config import resolve_ds_config
 from megatron_switchlora.config.errors import ends_on_mistake, require
 from megatron_switchlora.config.method import MethodConfig, make_method
 from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.config.optim import OptimConfig
-from megatron_switchlora.config.parallel import ParallelConfig
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.config.train import TrainConfig
 from megatron_switchlora.disk import user_path
@@ -47,11 +48,11 @@ from megatron_switchlora.distributed.mesh import build_mesh
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.protocol import build_model, initialize_weights
 from megatron_switchlora.optim.layout import plain_layout
-from megatron_switchlora.planning.memory import memory_items, peak_bytes
 from megatron_switchlora.run.machine import versions
 from megatron_switchlora.shipped import ROOT
-from megatron_switchlora.startup.device import choose_device, peak_memory_bytes
+from megatron_switchlora.startup.device import choose_device
 from megatron_switchlora.startup.environment import Ranks, complete_environment
+from megatron_switchlora.study import gpu_speed
 
 VOCAB = 61
 METHODS = {  # with the largest relative difference of a loss between float64 on two devices
@@ -64,8 +65,8 @@ CLASSES: dict[str, dict[str, Any]] = {  # DeepSpeed's optimizer classes, by the 
     "zero1_fp32_accum": {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
 }
 TOLERANCES = {"fp32": 1e-5, "bf16": 5e-3}
-LIMITS = {"machine": 45.0, "tests": 120.0, "reference": 60.0, "engines on the CPU": 60.0, "engines": 60.0,
-          "speed": 135.0}  # fmt: skip
+LIMITS = {"machine": 30.0, "tests": 70.0, "reference": 45.0, "engines on the CPU": 40.0, "engines": 45.0,
+          "products": 25.0, "parts": 35.0, "speed": 110.0, "peers": 30.0, "peers compiled": 50.0}  # fmt: skip
 TOTAL = 480.0
 
 
@@ -130,7 +131,7 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], device: torch.dev
     from megatron_switchlora.train.engine import Engine
 
     mesh = build_mesh(config.parallel)
-    model = build_model(config.model, config.model.vocab_size or VOCAB, mesh.axis("tp"))
+    model = build_model(config.model, VOCAB, mesh.axis("tp"))
     initialize_weights(model, config.train.seed)
     resolved = resolve_ds_config(ds_config, config, 1)
     return Engine(model, build_method(config, model, mesh), config, resolved, mesh, device)
@@ -227,47 +228,21 @@ class Stages:
                     }
         return cases
 
+    def products(self) -> dict[str, Any]:
+        return gpu_speed.products(self.device(), self.tiny, self.seconds)
+
+    def parts(self) -> dict[str, Any]:
+        return gpu_speed.layer_parts(self.device(), self.tiny)
+
     def speed(self) -> dict[str, Any]:
         device = self.device()
         begin(device)
-        model = ModelConfig(vocab_size=32100, hidden_size=2048, intermediate_size=5461, num_layers=24, num_heads=32)
-        train = TrainConfig(steps=10**6, warmup_steps=0, seq_len=512, micro_batch_size=12, global_batch_size=24,
-                            precision="bf16")  # fmt: skip
-        rank = 512
-        if self.tiny:
-            model, rank = ModelConfig(vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=2), 8
-            train.seq_len, train.micro_batch_size, train.global_batch_size = 16, 2, 4
-        measured = {}
-        for method in (make_method("full"), make_method("switchlora", rank=rank)):
-            config = RunConfig(model, method, OptimConfig(lr=1e-4), train, parallel=ParallelConfig())
-            measured[method.name] = self.steps(config, device)
-        return measured
+        return gpu_speed.speed(device, self.tiny)
 
-    def steps(self, config: RunConfig, device: torch.device) -> dict[str, Any]:
-        """Return time and memory per step at ZeRO 1."""
-        gc.collect()
-        if self.kind == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-        vocab_size, train = config.model.vocab_size or VOCAB, config.train
-        engine = build_engine(config, CLASSES["zero1"], device)
-        data = iter(enumerate(batches(config, 8, vocab_size)))
-        losses = []
-
-        def step() -> None:
-            number, pieces = next(data)
-            losses.append(engine.train_step(number, pieces).loss)
-
-        step()
-        spent = self.seconds(step, 6)
-        zero = zero_settings(resolve_ds_config(CLASSES["zero1"], config, 1))
-        return {
-            "seconds per step": spent,
-            "tokens per second": train.global_batch_size * train.seq_len / spent,
-            "peak bytes": peak_memory_bytes(device),
-            "planned bytes": peak_bytes(memory_items(config, vocab_size, 1, 1, zero)),
-            "losses": losses,
-        }
+    def peers(self, names: tuple[str, ...]) -> dict[str, Any]:
+        device = self.device()
+        begin(device)
+        return gpu_speed.peers(device, self.tiny, names)
 
 
 def largest_difference(values: list[float], expected: list[float]) -> float:
@@ -320,7 +295,7 @@ def limited(act: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]
 
 
 def check(device: str, tiny: bool, root: Path, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Run all stages within `TOTAL` seconds; `report` is called with the result after each."""
+    """Run all stages, on a GPU within `TOTAL` seconds; `report` is called with the result after each."""
     began = time.perf_counter()
     result: dict[str, Any] = {
         "commit": versions()["git_revision"] or "unknown",
@@ -329,11 +304,16 @@ def check(device: str, tiny: bool, root: Path, report: Callable[[dict[str, Any]]
         "seconds": {},
     }
     stages, on_cpu = Stages(device, tiny, root), Stages("cpu", tiny, root)
-    acts = {"machine": stages.machine, "tests": stages.tests, "reference": stages.reference,
-            "engines on the CPU": on_cpu.engines, "engines": stages.engines, "speed": stages.speed}  # fmt: skip
+    acts: dict[str, Callable[[], dict[str, Any]]] = {
+        "machine": stages.machine, "tests": stages.tests, "reference": stages.reference,
+        "engines on the CPU": on_cpu.engines, "engines": stages.engines, "products": stages.products,
+        "parts": stages.parts, "speed": stages.speed, "peers": partial(stages.peers, gpu_speed.PEERS),
+        "peers compiled": partial(stages.peers, gpu_speed.COMPILED),
+    }  # fmt: skip
+    patience = 4 if device == "cpu" else 1  # a try is slow on a busy machine
     for name, act in acts.items():
-        left, at = TOTAL - (time.perf_counter() - began), time.perf_counter()
-        result[name] = limited(act, min(LIMITS[name], left)) if left > 1 else {"failed": "no time was left"}
+        left, at = patience * TOTAL - (time.perf_counter() - began), time.perf_counter()
+        result[name] = limited(act, min(patience * LIMITS[name], left)) if left > 1 else {"failed": "no time was left"}
         if name == "engines" and not any("failed" in result[each] for each in ("engines", "engines on the CPU")):
             result[name] = compare_engines(result[name], result.pop("engines on the CPU"))
         result["seconds"][name] = round(time.perf_counter() - at, 1)

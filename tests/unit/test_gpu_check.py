@@ -26,8 +26,13 @@ def test_tiny_on_the_cpu(tmp_path: Path) -> None:
     assert found["device"] == "cpu" and len(found["commit"]) >= 7 and found["machine"]["torch"]
     assert set(found["reference"]["methods"]) >= {"full", "switchlora", "lte"}
     assert len(found["engines"]["cases"]) == 3
-    for name in ("full", "switchlora"):
-        assert found["speed"][name]["tokens per second"] > 0 and found["speed"][name]["planned bytes"] > 0
+    assert {"full", "switchlora", "switchlora accumulation"} == found["speed"].keys()
+    for entry in found["speed"].values():
+        assert entry["tokens per second"] > 0 and entry["planned bytes"] > 0
+        assert entry["seconds by kind"]["products with W"] > 0
+    assert found["speed"]["switchlora"]["seconds by kind"]["forming W + sBA"] > 0
+    assert {"y = x W^T, F 170", "dA of q, k, v, r 16"} < found["products"].keys() and found["parts"]["swiglu"]["ours"]
+    assert "transformers compiled" in found["peers compiled"]["entries"] and not found["peers"]["left_out"]
     wrong = copy.deepcopy(found)
     wrong["reference"]["right"], wrong["speed"] = False, {"failed": "Traceback\nOutOfMemoryError: 1 GB"}
     assert [line.split(":")[0] for line in verdict(wrong)] == ["reference", "speed"]
