@@ -35,3 +35,5 @@ def test_ratios_and_bytes_of_every_part(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert of["norm"]["ours"]["held_bytes"] == size * 512 * 64 + size * 64 + 4 * 512
         assert of["swiglu"]["ours"]["held_bytes"] == size * 2 * 512 * 72
     assert found["machine"]["threads"] == 1
+    words = ("--tokens", "512", "--intermediate_size", "72", "--precisions", "fp32", "--out", str(out))
+    assert run(monkeypatch, *words) == 0 and json.loads(out.read_text()).keys() & {"fp32", "bf16"} == {"fp32"}

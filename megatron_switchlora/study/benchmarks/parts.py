@@ -37,6 +37,7 @@ from megatron_switchlora.startup.environment import Ranks, end_rank
 from megatron_switchlora.study.benchmarks.common import describe_machine, publish
 
 EPS, HEAD_DIM, SEQ_LEN = 1e-6, 64, 512
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Forms = dict[str, Callable[..., Tensor]]
 
 
@@ -133,7 +134,7 @@ def compare(forms: Forms, inputs: list[Tensor], rounds: int) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Return ratios and bytes of all parts in both precisions.
+    """Return ratios and bytes of all parts in each precision.
 
     Raises:
         UserError: a size does not divide.
@@ -143,10 +144,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         require(size % unit == 0, f"--{name} {size} must be a multiple of {unit}.")
     device = choose_device(options.device, Ranks(), options.threads)
     found: dict[str, Any] = {}
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for precision in options.precisions:
         found[precision] = {
             name: compare(forms, inputs, options.rounds)
-            for name, (forms, inputs) in parts(options, dtype, device).items()
+            for name, (forms, inputs) in parts(options, DTYPES[precision], device).items()
         }
     sizes = ("tokens", "hidden_size", "intermediate_size", "vocab_size", "rounds")
     return {**{name: getattr(options, name) for name in sizes}, **found, "machine": describe_machine()}
@@ -159,6 +160,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--intermediate_size", type=number_from(1), default=1376)
     parser.add_argument("--vocab_size", type=number_from(1), default=8192)
     parser.add_argument("--rounds", type=number_from(1), default=11)
+    parser.add_argument("--precisions", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
     parser.add_argument("--threads", type=number_from(0), default=0, help="0: those of a rank alone")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=user_path, default=None, help="also write the JSON here")

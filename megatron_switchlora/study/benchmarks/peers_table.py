@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-HEAD = ("entry", "s per step", "over transformers", "over PEFT LoRA", "forward", "backward", "optimizer", "switch",
-        "other")  # fmt: skip
+from megatron_switchlora.study.benchmarks.turns import PARTS
+
+BASES = ("transformers", "peft lora")
+RATIOS = [f"{measure} over {base}" for measure in ("time", "CPU time") for base in ("transformers", "PEFT LoRA")]
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -20,10 +22,16 @@ def title(case: dict[str, Any]) -> str:
 
 def case_table(case: dict[str, Any]) -> str:
     """Return a row for every entry."""
-    lines = [HEAD, ("---",) * len(HEAD)]
+    head = ["entry", "s per step", *RATIOS, *PARTS]
+    lines = [head, ["---"] * len(head)]
     for name, entry in case["entries"].items():
-        over = {base.partition(" r=")[0]: f"{value:.2f}" for base, value in entry["over"].items()}
-        ratios = (over.get(base, "") for base in ("transformers", "peft lora"))
-        shares = (f"{entry['share_of_step'][part]:.0%}" for part in HEAD[4:])
-        lines.append((name, f"{entry['seconds']:.3f}", *ratios, *shares))
+        ratios = [cell for measure in ("over", "cpu_over") for cell in ratio_cells(entry[measure])]
+        shares = [f"{entry['share_of_step'][part]:.0%}" for part in PARTS]
+        lines.append([name, f"{entry['seconds']:.3f}", *ratios, *shares])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def ratio_cells(over: dict[str, float]) -> list[str]:
+    """Return the ratios to transformers' full-rank step and to PEFT's LoRA, where there are any."""
+    by_base = {base.partition(" r=")[0]: f"{value:.2f}" for base, value in over.items()}
+    return [by_base.get(base, "") for base in BASES]
