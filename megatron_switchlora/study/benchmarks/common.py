@@ -38,11 +38,12 @@ def make_engine(
 ) -> Engine:
     """Return a fresh engine, by default at ZeRO stage 1 and with the configuration's vocabulary size."""
     from megatron_switchlora.train.engine import Engine
-    from megatron_switchlora.train.phases import run_mesh
+    from megatron_switchlora.train.phases import choose_elementwise, run_mesh
 
     mesh = run_mesh(config)
     model = build_model(config.model, vocab_size, mesh.axis("tp"))
     initialize_weights(model, config.train.seed)
+    model.use(choose_elementwise(config.train.compile, device))
     resolved = resolve_ds_config(ds_config or read_ds_config(None), config, mesh.size("dp"))
     return Engine(model, build_method(config, model, mesh), config, resolved, mesh, device)
 

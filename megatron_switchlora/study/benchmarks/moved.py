@@ -11,6 +11,7 @@ so one and two layers are counted. Nothing is computed or timed, and caches of a
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,7 @@ from megatron_switchlora.model.protocol import build_model
 from megatron_switchlora.study.benchmarks.common import publish
 from megatron_switchlora.study.benchmarks.profile import PRODUCTS
 
+SHOWN = 12  # operators
 UNREAD = ("copy_", "fill_", "zero_")  # operators that do not read what they write
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view")
 
@@ -53,7 +55,8 @@ class MovedBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.total, self.paused = 0, False
+        self.by_operator: Counter[str] = Counter()
+        self.paused = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -61,12 +64,12 @@ class MovedBytes(TorchDispatchMode):
         moves = function.namespace == "aten" and not function.is_view and name not in FREE
         if moves and not self.paused and name not in PRODUCTS and "attention" not in name:
             inputs = list(tensors_in(args))
-            self.add(inputs[1:] if name in UNREAD else inputs, result)
+            self.add(name, inputs[1:] if name in UNREAD else inputs, result)
         return result
 
-    def add(self, inputs: Any, results: Any) -> None:
+    def add(self, name: str, inputs: Any, results: Any) -> None:
         """Count a kernel that reads and writes these."""
-        self.total += sum(map(size_of, tensors_in(inputs))) + sum(map(size_of, tensors_in(results)))
+        self.by_operator[name] += sum(map(size_of, tensors_in(inputs))) + sum(map(size_of, tensors_in(results)))
 
 
 class Fused(Elementwise):
@@ -82,12 +85,12 @@ class Fused(Elementwise):
             result = function(*inputs)
         finally:
             self.counter.paused = False
-        self.counter.add(inputs, result)
+        self.counter.add(function.__name__, inputs, result)
         return result
 
 
-def moved_bytes(config: RunConfig, vocab_size: int, layers: int, fused: bool) -> int:
-    """Return the bytes that a micro-batch moves through a model of so many layers."""
+def moved_bytes(config: RunConfig, vocab_size: int, layers: int, fused: bool) -> Counter[str]:
+    """Return the bytes that a micro-batch moves through a model of so many layers, by operator or compiled function."""
     train, counter = config.train, MovedBytes()
     with FakeTensorMode():
         model = build_model(replace(config.model, num_layers=layers), vocab_size)
@@ -100,7 +103,7 @@ def moved_bytes(config: RunConfig, vocab_size: int, layers: int, fused: bool) ->
         tokens = torch.zeros(train.micro_batch_size, train.seq_len + 1, dtype=torch.int64)
         with counter:
             model(tokens[:, :-1], tokens[:, 1:]).sum().backward()
-    return counter.total
+    return counter.by_operator
 
 
 def measure(config: RunConfig, vocab_size: int) -> dict[str, Any]:
@@ -108,7 +111,10 @@ def measure(config: RunConfig, vocab_size: int) -> dict[str, Any]:
     found = {}
     for how, fused in (("eager", False), ("compiled", True)):
         one, two = (moved_bytes(config, vocab_size, layers, fused) for layers in (1, 2))
-        found[how] = one + (config.model.num_layers - 1) * (two - one)
+        more = config.model.num_layers - 1
+        every = {name: one[name] + more * (two[name] - one[name]) for name in two}
+        largest = sorted(every.items(), key=lambda item: -item[1])[:SHOWN]
+        found[how] = {"all": sum(every.values()), "largest": dict(largest)}
     return found
 
 
