@@ -96,7 +96,7 @@ def test_what_is_missing_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: py
     options.one_at_a_time = False
     config = entries.make_config(options, 64, 16, "fp32", 1)
     times, left_out = peers.measure_case(options, config, entries.batches(config, 0, 4), torch.device("cpu"))
-    assert not times and "has no Muon" in left_out["muon"] and "muon is left out" in capsys.readouterr().out
+    assert not times and "has no Muon" in left_out["muon"] and "muon is left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,12 @@ def test_what_is_missing_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_options_are_checked(words: list[str], text: str) -> None:
     with pytest.raises(UserError, match=text):
         entries.check_options(entries.entry_options(None).parse_args([*TINY, *words]), 1)
+
+
+def test_what_is_compared_with_what() -> None:
+    assert peers.bases_of("full", {"full", "transformers"}) == ["transformers"]
+    assert peers.bases_of("lora r=h/4", {"full", "peft lora r=h/8"}) == ["full"]
+    assert peers.bases_of("lora r=h/4", {"transformers", "peft lora r=h/4"}) == ["transformers", "peft lora r=h/4"]
 
 
 def test_ratios_are_of_one_round() -> None:

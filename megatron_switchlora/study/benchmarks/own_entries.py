@@ -46,6 +46,6 @@ def own_entry(config: RunConfig, device: torch.device) -> Entry:
 
 
 def sent(engine: Engine) -> dict[str, int]:
-    """Return the bytes of the last step's collectives by phase."""
-    phases = ("gradient", "switch", "step", "merge", "control")
+    """Return the bytes of the last step's collectives by phase; "other" are those of the forward pass."""
+    phases = ("gradient", "switch", "step", "merge", "control", "other")
     return {phase: engine.recorder.total(phase) for phase in phases}

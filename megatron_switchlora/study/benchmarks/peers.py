@@ -20,7 +20,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from itertools import product
 from statistics import median
 from typing import Any
@@ -49,10 +49,17 @@ BASE, ADAPTED_BASE = "transformers", "peft lora"
 AGREE = {"fp32": 1e-5, "bf16": 5e-3}  # relative difference of first losses at equal weights
 
 
-def base_of(title: str) -> list[str]:
-    """Return the titles of the entries with which one is compared."""
+def report(text: str) -> None:
+    """Print a line of progress, on the first rank."""
+    if is_first(os.environ):
+        print(text, file=sys.stderr, flush=True)
+
+
+def bases_of(title: str, measured: Container[str]) -> list[str]:
+    """Return the titles of the entries with which one is compared: where transformers' is missing, with full-rank."""
     _, _, rank = title.partition(" r=")
-    return [BASE, *([f"{ADAPTED_BASE} r={rank}"] if rank else [])]
+    found = [BASE if BASE in measured else "full", *([f"{ADAPTED_BASE} r={rank}"] if rank else [])]
+    return [base for base in found if base in measured]
 
 
 def results(times: dict[str, Times], tokens: int, precision: str) -> dict[str, Any]:
@@ -61,7 +68,7 @@ def results(times: dict[str, Times], tokens: int, precision: str) -> dict[str, A
     found: dict[str, Any] = {}
     for title, measured in times.items():
         seconds, loss = median(measured.seconds), measured.losses[0]
-        bases = [base for base in base_of(title) if base in times]
+        bases = bases_of(title, times)
         found[title] = {
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
@@ -75,14 +82,8 @@ def results(times: dict[str, Times], tokens: int, precision: str) -> dict[str, A
             **measured.facts,
         }
         if not found[title]["losses_agree"]:
-            print(f"{title} starts with the loss {loss}, not {first}: it is another function.", flush=True)
+            report(f"{title} starts with the loss {loss}, not {first}: it is another function.")
     return found
-
-
-def report(text: str) -> None:
-    """Print a line of progress, on the first rank."""
-    if is_first(os.environ):
-        print(text, file=sys.stderr, flush=True)
 
 
 def measure_case(
@@ -97,7 +98,7 @@ def measure_case(
             entries[title] = build(options, config, name, rank, device)
         except Missing as reason:
             left_out[title] = str(reason)
-            print(f"{title} is left out: {reason}", flush=True)
+            report(f"{title} is left out: {reason}")
         if options.one_at_a_time:
             times |= in_turn(entries, options.rounds, data, report)
             entries.clear()

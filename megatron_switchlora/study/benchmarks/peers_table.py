@@ -6,8 +6,7 @@ from typing import Any
 
 from megatron_switchlora.study.benchmarks.turns import PARTS
 
-BASES = ("transformers", "peft lora")
-RATIOS = [f"{measure} over {base}" for measure in ("time", "CPU time") for base in ("transformers", "PEFT LoRA")]
+BASES = {"transformers": "transformers", "full": "full-rank", "peft lora": "PEFT LoRA"}
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -22,16 +21,19 @@ def title(case: dict[str, Any]) -> str:
 
 def case_table(case: dict[str, Any]) -> str:
     """Return a row for every entry."""
-    head = ["entry", "s per step", *RATIOS, *PARTS]
+    compared = {base.partition(" r=")[0] for entry in case["entries"].values() for base in entry["over"]}
+    bases = [base for base in BASES if base in compared]
+    ratios = [f"{measure} over {BASES[base]}" for measure in ("time", "CPU time") for base in bases]
+    head = ["entry", "s per step", *ratios, *PARTS]
     lines = [head, ["---"] * len(head)]
     for name, entry in case["entries"].items():
-        ratios = [cell for measure in ("over", "cpu_over") for cell in ratio_cells(entry[measure])]
+        cells = [cell for measure in ("over", "cpu_over") for cell in ratio_cells(entry[measure], bases)]
         shares = [f"{entry['share_of_step'][part]:.0%}" for part in PARTS]
-        lines.append([name, f"{entry['seconds']:.3f}", *ratios, *shares])
+        lines.append([name, f"{entry['seconds']:.3f}", *cells, *shares])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def ratio_cells(over: dict[str, float]) -> list[str]:
-    """Return the ratios to transformers' full-rank step and to PEFT's LoRA, where there are any."""
+def ratio_cells(over: dict[str, float], bases: list[str]) -> list[str]:
+    """Return the ratios to these entries, where there are any."""
     by_base = {base.partition(" r=")[0]: f"{value:.2f}" for base, value in over.items()}
-    return [by_base.get(base, "") for base in BASES]
+    return [by_base.get(base, "") for base in bases]
