@@ -14,6 +14,7 @@ from megatron_switchlora.shipped import ROOT
 from megatron_switchlora.study.comparison.report import comparison_rows
 from megatron_switchlora.study.comparison.results import Results
 from megatron_switchlora.study.comparison.settings import read_setting, validate_points
+from megatron_switchlora.study.documents import benchmark_tables
 from megatron_switchlora.study.volume.report import by_kind, by_part
 
 
@@ -214,6 +215,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-cost": partial(step_cost, "step_cpu", (4, 8, 16)),
     "step-cost-tp2": partial(step_cost, "step_cpu_tp2", (4, 8)),
     "merged-cache": merged_cache,
+    "peers": lambda: benchmark_tables.peers(read("peers_cpu")),
+    "peers-place": lambda: benchmark_tables.place(read("peers_cpu")),
+    "peers-targets": lambda: benchmark_tables.peer_targets(read("peers_cpu"), markdown),
+    "moved": lambda: benchmark_tables.moved(read("moved_1.3b"), markdown),
+    "profile": lambda: benchmark_tables.profile(read("profile_cpu"), markdown),
+    "profile-place": lambda: benchmark_tables.place(read("profile_cpu")),
     "switching": partial(measures, "switching_cpu", {
         "vectors_switched_per_step": ("vectors switched per step", "{:.0f}"),
         "share_of_step_in_switching": ("share of a step", "{:.1%}"),
