@@ -51,7 +51,7 @@ def unused_options(method: MethodConfig) -> list[str]:
     return [name for name in unread_options(method) if given[name] != usual[name]]
 
 
-def _refuse_foreign_sections(method: MethodConfig) -> None:
+def refuse_foreign_sections(method: MethodConfig) -> None:
     """Refuse a section that another method alone reads; one that several read gives only a warning.
 
     Raises:
@@ -88,7 +88,12 @@ def _check_warm_start(config: RunConfig) -> None:
         )
 
 
-def _check_rates(config: RunConfig) -> None:
+def check_rates(config: RunConfig) -> None:
+    """Check the learning rates against what the method has to train.
+
+    Raises:
+        UserError: with the rule, the values and what to change.
+    """
     o, method = config.optim, config.method
     require(config.lr > 0, f"optim.lr must be positive, not {config.lr}.")
     require(
@@ -141,13 +146,13 @@ def validate(config: RunConfig) -> None:
     check_parallel(config.parallel)
     check_checkpoint(config.checkpoint)
     check_log(config.log)
-    _refuse_foreign_sections(config.method)
+    refuse_foreign_sections(config.method)
     require(
         config.method.init != "lora_ga" or config.method.facts.adapts,
         f"method.init lora_ga initialises adapters, and method.name {config.method.name} has none: leave it out.",
     )
     config.method.facts.check(config)
-    _check_rates(config)
+    check_rates(config)
     _check_warm_start(config)
     _check_allowed_changes(config)
     _check_mesh(config)

@@ -1,7 +1,7 @@
 """Somebody's model as a method sees it: linears that it may replace, and parameters.
 
-A target's weight becomes W in fp32 (or float64), whatever the precision of the model. Its bias goes on training as it
-did. The replaced module is kept without its weight, to be put back by `restore`.
+A copy of a target's weight becomes W in fp32 (or float64), whatever the precision of the model. Its bias stays the
+parameter that it was. The replaced module is kept without its weight, to be put back by `restore`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Host:
             weight, bias = target.weight, target.module.bias
             with torch.device("meta"):
                 linear = ColumnParallelLinear(weight.size(1), weight.size(0), Axis())
-            high = weight.to(at_least_fp32(weight.dtype)).contiguous()
+            high = weight.to(at_least_fp32(weight.dtype), copy=True, memory_format=torch.contiguous_format)
             linear.weight = declare(nn.Parameter(high, requires_grad=False), shard=linear.split)
             linear.bias = bias  # type: ignore[assignment]
             target.module.weight = None  # type: ignore[assignment]

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 from torch import Tensor, nn
 
@@ -70,9 +70,11 @@ def find_targets(model: nn.Module, targets: Targets) -> list[Target]:
         UserError: nothing matches, or something does that is no linear by itself.
     """
     found: dict[nn.Module, Target] = {}
+    outputs = output_layers(model)
     for name, parent, _, child in _children(model):
-        if _wanted(model, name, child, targets):
+        if _wanted(name, child, targets, outputs):
             _require_linear(name, child, parent)
+            _require_plain(name, child)
             found.setdefault(child, Target(name, child, []))
     for _, parent, attribute, child in _children(model):
         if child in found and (parent, attribute) not in found[child].places:
@@ -93,17 +95,18 @@ def _children(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module
                 yield f"{parent_name}.{attribute}" if parent_name else attribute, parent, attribute, child
 
 
-def _wanted(model: nn.Module, name: str, module: nn.Module, targets: Targets) -> bool:
+def _wanted(name: str, module: nn.Module, targets: Targets, outputs: Collection[nn.Module]) -> bool:
     if targets == "all-linear":
-        return isinstance(module, nn.Linear) | is_conv1d(module) and module is not output_layer(model)
+        return isinstance(module, nn.Linear) | is_conv1d(module) and module not in outputs
     is_leaf = next(module.children(), None) is None and next(module.parameters(), None) is not None
     return is_leaf and matches(name, targets)
 
 
-def output_layer(model: nn.Module) -> Optional[nn.Module]:
-    """Return what a model of transformers calls its output embeddings."""
-    find = getattr(model, "get_output_embeddings", None)
-    return find() if callable(find) else None
+def output_layers(model: nn.Module) -> set[nn.Module]:
+    """Return what models of transformers call their output embeddings, also where one is a part of this model."""
+    asked = (getattr(module, "get_output_embeddings", None) for module in model.modules())
+    found = {ask() for ask in asked if callable(ask)}
+    return {module for module in found if isinstance(module, nn.Module)}
 
 
 def _require_linear(name: str, module: nn.Module, parent: nn.Module) -> None:
@@ -120,15 +123,30 @@ def _require_linear(name: str, module: nn.Module, parent: nn.Module) -> None:
     )
 
 
+def _require_plain(name: str, module: nn.Module) -> None:
+    """Refuse a linear whose weight is made of others, as pruning has it, or that somebody else listens to."""
+    names = {short for short, _ in [*module.named_parameters(), *module.named_buffers()]}
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    require(
+        names <= {"weight", "bias"} and not any(hooks) and "forward" not in vars(module),
+        f"{name} has hooks, a forward of its own, or more than weight and bias, which an adapter would not keep: "
+        "remove them, or leave it out of the targets.",
+    )
+
+
 def _require_own_weights(model: nn.Module, targets: Iterable[Target]) -> None:
     """Refuse weights that another module holds too, as a tied output layer does."""
-    held = Counter(id(param) for module in model.modules() for param in module.parameters(recurse=False))
-    tied = [target.name for target in targets if held[id(target.module.weight)] > 1]
+    held = Counter(_memory(param) for module in model.modules() for param in module.parameters(recurse=False))
+    tied = [target.name for target in targets if held[_memory(target.weight)] > 1]
     require(
         not tied,
         f"The weights of {_some(tied)} belong to other modules too, which an adapter would not follow: leave them out "
         "of the targets.",
     )
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata if tensor.is_meta else tensor.untyped_storage().data_ptr()
 
 
 def _linear_names(model: nn.Module) -> Iterator[str]:

@@ -95,7 +95,7 @@ class Method:
             {"name": "matrices", "params": matrices, "base_lr": lr, "weight_decay": optim.weight_decay},
             {"name": "dense", "params": [p for p in rest if p.dim() > 1], "base_lr": dense_lr,
              "weight_decay": optim.weight_decay},
-            {"name": "norms", "params": [p for p in rest if p.dim() == 1], "base_lr": dense_lr, "weight_decay": 0.0},
+            {"name": "norms", "params": [p for p in rest if p.dim() <= 1], "base_lr": dense_lr, "weight_decay": 0.0},
         ]  # fmt: skip
         return [group for group in groups if group["params"]]  # frozen dense tensors leave their groups empty
 

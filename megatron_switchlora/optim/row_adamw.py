@@ -14,11 +14,10 @@ after DeepSpeed's norm and clip. `optim/layout.py` describes the tensors that ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Optional
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -182,14 +181,6 @@ class RowAdamW(torch.optim.Optimizer):
             self._rows = RowStates(self.numbers, self.layout, self.state)
         return self._rows
 
-    def set_frozen(self, frozen: dict[nn.Parameter, Tensor]) -> None:
-        """Set the rows (CPU index tensors) that must not move in the next step."""
-        nothing, indices = np.zeros(0, dtype=np.int64), Indices()
-        numbers = [self.numbers.start[param] + rows.numpy() for param, rows in frozen.items()]
-        changes = self.rows.plan(nothing, nothing, np.sort(np.concatenate([nothing, *numbers])), indices)
-        indices.send(next((master.device for master in self.layout.by_master), torch.device("cpu")))  # type: ignore[union-attr]
-        self.freeze(changes, indices)
-
     def freeze(self, changes: RowChanges, indices: Indices) -> None:
         """Set the rows that must not move in the next step to those of `changes`."""
         self.frozen = [(block, indices[number]) for block, number in changes.frozen]
@@ -205,17 +196,31 @@ class RowAdamW(torch.optim.Optimizer):
         return piece.block(state["exp_avg"]), piece.block(state["exp_avg_sq"]), steps
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:
+        """Take a step; return what `closure`, which may form the gradients anew, returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         if self.layout is None:
-            return
+            return loss
         refused = self._refused(self.layout)
         if refused is True:
             self.found_nonfinite = True
-            return
+            return loss
         for group in self.param_groups:
             held = [m for m in group["params"] if m.grad is not None and m in self.layout.by_master]
             if held:
                 self._update(held, group, None if refused is False else refused)
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group before `attach`; afterwards the layout is fixed, and that is an error."""
+        require(
+            getattr(self, "layout", None) is None,
+            "Parameter groups cannot be added once the optimizer is attached: unfreeze the parameters before.",
+        )
+        super().add_param_group(param_group)
 
     def _refused(self, layout: RowLayout) -> bool | Tensor:
         """Return whether the gradients are refused, on the device where reading it would wait.

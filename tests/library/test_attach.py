@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -109,17 +110,8 @@ def test_a_resumed_loop_is_bit_equal_to_an_uninterrupted_one() -> None:
     second = attach(model, "switchlora", **OPTIONS, switch=SWITCH)
     model.load_state_dict(state["model"])
     second.optimizer.load_state_dict(state["optimizer"])
-    schedule, losses = second.scheduler(), []
-    for _ in range(7):
-        schedule.step()
-    for batch in batches[7:]:
-        loss = loss_of(model, batch)
-        loss.backward()
-        second.optimizer.step()
-        second.optimizer.zero_grad()
-        schedule.step()
-        losses.append(float(loss.detach()))
-    assert losses == expected[7:]
+    assert second.step == 7
+    assert list(steps_of(second, batches[7:])) == expected[7:]
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
 
@@ -232,6 +224,67 @@ class Twice(nn.Module):
         return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
+class Scaled(nn.Module):
+    """A linear, and a scale of no dimensions, as CLIP has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(12, 12)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.scale
+
+
+def test_what_a_loop_may_do_with_the_optimizer() -> None:
+    """Closures, scalars among the parameters, groups added too late, gradients that are not finite."""
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(5, 12)
+    run = attach(model, "lora", rank=3, steps=10, lr=0.01, init="switchlora")
+
+    def closure() -> Tensor:
+        run.optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    first = run.optimizer.step(closure)
+    assert run.optimizer.step(closure) < first and float(model.scale.detach()) != 1
+    with pytest.raises(UserError, match="groups cannot be added"):
+        run.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model(x * torch.inf).sum().backward()
+    with pytest.warns(RuntimeWarning, match="Step 3 had a gradient that is not finite"):
+        run.optimizer.step()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+
+
+def test_attach_leaves_the_users_tensors_and_ddps_list_as_they_were() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model._ddp_params_and_buffers_to_ignore = ["1.bias"]  # type: ignore[assignment]
+    weights = model.state_dict()
+    copies = copy.deepcopy(weights)
+    run = attach(model, "lora", rank=2, steps=5, init="switchlora")
+    assert model._ddp_params_and_buffers_to_ignore == ["1.bias", "0.weight", "1.weight"]
+    assert all(torch.equal(weights[name], copies[name]) for name in weights)
+    run.merge()
+    assert model._ddp_params_and_buffers_to_ignore == ["1.bias"]
+    with pytest.raises(UserError, match="merged into the model already"):
+        run.merge()
+
+
+def test_a_refused_state_changes_nothing() -> None:
+    states = [attach(llama(), "switchlora", **OPTIONS, switch=switch).optimizer.state_dict()
+              for switch in (SWITCH, {**SWITCH, "interval0": 8.0})]  # fmt: skip
+    run = attach(llama(), "switchlora", **OPTIONS, switch=SWITCH)
+    list(steps_of(run, make_batches(small_config(), 2)))
+    with pytest.raises(UserError, match=r"another run \(method.switch.interval0 8.0 there, 4.0 here\)"):
+        run.optimizer.load_state_dict(states[1])
+    assert run.step == 2
+    run.optimizer.load_state_dict(states[0])
+    assert run.step == 0
+
+
 def test_a_shared_module_gets_one_adapter_at_all_its_places() -> None:
     torch.manual_seed(0)
     model, x = Twice(), torch.randn(5, 12)
@@ -255,6 +308,22 @@ def refusals() -> Iterator[tuple[str, Callable[[], Any]]]:
     attach(twice, "lora", **small)
     encoder = nn.TransformerEncoderLayer(8, 2, 8)
     plain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1), nn.Embedding(3, 8))
+    pruned = nn.Sequential(nn.Linear(8, 8))
+    prune.random_unstructured(pruned[0], "weight", 0.5)
+    heard = nn.Sequential(nn.Linear(8, 8))
+    heard[0].register_forward_hook(lambda *_: None)
+    alike = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    alike[1].weight = nn.Parameter(alike[0].weight.data)
+    ok = nn.Sequential(nn.Linear(8, 8))
+    yield "0 has hooks", lambda: attach(pruned, "lora", **small)
+    yield "0 has hooks", lambda: attach(heard, "lora", **small)
+    yield "The weights of 0, 1 belong", lambda: attach(alike, "lora", **small)
+    yield "rank must be a whole number", lambda: attach(ok, "lora", rank=2.0, steps=5)  # type: ignore[arg-type]
+    yield "method.switch.selection", lambda: attach(ok, **small, switch={"selection": "rings"})
+    yield "optim.lr must be positive", lambda: attach(ok, "lora", **small, lr=-0.1)
+    yield "method.relora.interval belongs to", lambda: attach(ok, "lora", **small, relora={"interval": 3})
+    yield "relora takes a dict", lambda: attach(ok, "relora", **small, relora=5)
+    yield "attach has no option 'merged_cache'", lambda: attach(ok, "lora", **small, merged_cache="auto")
     yield "targets ['q_proj'] match no linear of the model: its linears are 0, 1.", (
         lambda: attach(plain, "lora", **small, targets=["q_proj"]))  # fmt: skip
     yield "targets match 2, a Embedding", lambda: attach(plain, "lora", **small, targets="2")
@@ -280,6 +349,13 @@ def test_bad_input_is_refused_in_a_sentence() -> None:
             act()
 
 
+def test_the_output_layer_of_a_wrapped_model_is_left_out() -> None:
+    wrapper = nn.Module()
+    wrapper.lm = llama()
+    attach(wrapper, "lora", rank=2, steps=5)
+    assert type(wrapper.lm.lm_head) is nn.Linear and isinstance(wrapper.lm.model.layers[0].mlp.up_proj, LowRankLinear)
+
+
 def test_small_linears_are_left_as_they_are_if_asked() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
     attach(model, "lora", rank=2, steps=5, skip_small=True)
@@ -289,5 +365,6 @@ def test_small_linears_are_left_as_they_are_if_asked() -> None:
 def test_under_ddp_ranks_stay_equal_and_train_as_one_process() -> None:
     ranks = run_ranks(2, "tests.dist.ddp_worker", {"steps": 12})
     assert ranks[0] == ranks[1]
+    assert ranks[0]["refused"].startswith("Ranks attach to models with different weights: 0.weight")
     run = attach(llama(), "switchlora", **OPTIONS, switch=SWITCH)
     assert ranks[0]["losses"] == pytest.approx(list(steps_of(run, make_batches(small_config(), 12))), abs=1e-5)
