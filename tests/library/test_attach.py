@@ -363,7 +363,7 @@ def test_small_linears_are_left_as_they_are_if_asked() -> None:
 
 
 def test_under_ddp_ranks_stay_equal_and_train_as_one_process() -> None:
-    ranks = run_ranks(2, "tests.dist.ddp_worker", {"steps": 12})
+    ranks = run_ranks(2, "tests.library.ddp_worker", {"steps": 12})
     assert ranks[0] == ranks[1]
     assert ranks[0]["refused"].startswith("Ranks attach to models with different weights: 0.weight")
     run = attach(llama(), "switchlora", **OPTIONS, switch=SWITCH)
