@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_switchlora.distributed.alone import Alone
-from megatron_switchlora.distributed.alone import Alone
 from tests.dist.engines import build_engine, start
 from tests.plain import small_config
 

@@ -101,9 +101,11 @@ def norm_gaps(precision: str, stage: str, mesh: Any) -> dict[str, float]:
     from megatron_switchlora.train import engine as engine_module
 
     ours = build_engine(config, stage, mesh)
-    with mock.patch.object(engine_module, "leaves_norm_to_us", lambda _: False):
-        with mock.patch.object(engine_module, "for_deepspeed", lambda resolved: resolved):
-            theirs = build_engine(config, stage, mesh)
+    with (
+        mock.patch.object(engine_module, "leaves_norm_to_us", lambda _: False),
+        mock.patch.object(engine_module, "for_deepspeed", lambda resolved: resolved),
+    ):
+        theirs = build_engine(config, stage, mesh)
     assert ours.optimizer.head_clip is not None and theirs.optimizer.head_clip is None
     gaps, least = {"loss": 0.0, "norm": 0.0, "first norm": 0.0}, float("inf")
     for step, batch in enumerate(make_batches(config, 4)):

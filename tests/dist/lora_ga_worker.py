@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +19,10 @@ from megatron_switchlora.distributed.recorder import CommRecorder
 from megatron_switchlora.distributed.shard import Split
 from megatron_switchlora.lowrank import lora_ga
 from megatron_switchlora.methods import build_method
-from megatron_switchlora.optim.layout import plain_layout
 from megatron_switchlora.methods.ga_gradients import find_factors, mean_gradients
 from megatron_switchlora.model.llama.model import LlamaForCausalLM
 from megatron_switchlora.model.protocol import initialize_weights
+from megatron_switchlora.optim.layout import plain_layout
 from tests.plain import VOCAB, make_samples, small_config
 
 CPU = torch.device("cpu")

@@ -150,9 +150,7 @@ def test_another_mesh_continues_the_same_trajectory(
             target.mkdir(parents=True)
             (target / "step-00000008").symlink_to(tmp_path / m / "checkpoints" / "step-00000008")
             bare = {**shared, "changes": {**changes, "model__pad_multiple": 1}}
-            cases.append(
-                {**bare, "method": m, "stage": stage, "first": 8, "save_at": 14, "folder": str(target.parent)}
-            )
+            cases.append({**bare, "method": m, "stage": stage, "first": 8, "save_at": 14, "folder": str(target.parent)})
             whole = {"changes": {**changes, "method__base_spread": "none"}}
             back.append({**shared, **whole, "method": m, "stage": "2", "first": 14, "folder": str(target.parent)})
         for m, found in zip(methods, run_mesh(*mesh, cases)[0], strict=True):

@@ -45,7 +45,10 @@ def test_the_adapted_model_has_the_parameters_that_are_counted(tp: int, method: 
     assert sum(param.numel() for param in model.parameters()) == counts.trainable
     assert sum(buffer.numel() for buffer in model.buffers()) == counts.fixed.total()
     if tp == 1 and method.startswith("switchlora"):
-        assert count_run(config, 32100).trainable == {"switchlora_r512": 609_720_320, "switchlora_r256": 370_651_136}[method]
+        assert (
+            count_run(config, 32100).trainable
+            == {"switchlora_r512": 609_720_320, "switchlora_r256": 370_651_136}[method]
+        )
     assert len(method_.matrices()) == 2 * 7 * 24
 
 

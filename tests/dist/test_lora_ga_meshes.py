@@ -38,8 +38,9 @@ def test_gradients_and_factors_equal_one_process(ranks: list[dict[str, Any]], tp
 
 def test_a_decomposition_hands_over_no_gradient(ranks: list[dict[str, Any]]) -> None:
     """Gate is [75, 48], down [48, 75], and Q = 12: four passes and the core sum [48, Q], five bases gather [Q, Q]; the
-    signs of down's 2r right vectors, which are split, take a value each. The first rank hands on four bases [48, Q], five
-    of the stacked triangles, and the core's vectors and values. A rank's part of the gradient has 1,824 or 912 values."""
+    signs of down's 2r right vectors, which are split, take a value each. The first rank hands on four bases [48, Q],
+    five of the stacked triangles, and the core's vectors and values. A rank's part of the gradient has 1,824 or 912
+    values."""
     for rank in ranks:
         for kind, signs in (("gate_proj", []), ("down_proj", [6])):
             assert rank["1"]["traffic"][kind] == []

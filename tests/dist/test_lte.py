@@ -35,9 +35,7 @@ def check_merges_in_fp32(results: list[dict[str, float]]) -> None:
     assert gap < 1e-6 and spread > 1e-3
 
 
-def check_deepspeed(
-    results: list[dict[str, Any]], merges: int, bar: float = 1e-5, of_mean: float = 3e-5
-) -> None:
+def check_deepspeed(results: list[dict[str, Any]], merges: int, bar: float = 1e-5, of_mean: float = 3e-5) -> None:
     """Against the reference within the bar, the mean model within its own; nothing crosses heads but at merges, and
     there what the formula says."""
     gaps = {key: max(result[key] for result in results) for key in ("gap", "loss_gap", "norm_gap")}

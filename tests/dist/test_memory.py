@@ -9,7 +9,13 @@ import pytest
 from tests.dist.launch import run_ranks
 
 # precision, stage, and where the rows of W lie
-CLASSES = [("fp32", "0", "none"), ("fp32", "1", "dp"), ("bf16", "0", "none"), ("bf16", "2", "dp"), ("bf16", "1f", "none")]
+CLASSES = [
+    ("fp32", "0", "none"),
+    ("fp32", "1", "dp"),
+    ("bf16", "0", "none"),
+    ("bf16", "2", "dp"),
+    ("bf16", "1f", "none"),
+]
 TP_CLASSES = [("fp32", "2", "none"), ("bf16", "1", "dp")]
 TOLERANCE = 2e-3  # batches, and tensors that straddle two partitions
 

@@ -177,7 +177,7 @@ def test_one_fetch_a_step_for_all_layers(results: dict) -> None:
 
 @short_and_long
 def test_the_bank_is_split_over_tp(results: dict) -> None:
-    """Half of the bytes of one process, but for padding: 75 columns are 128 and 64, odd counts of candidates one more."""
+    """Half of one process's bytes, but for padding: 75 columns are 128 and 64, odd counts of candidates one more."""
     alone, split = (results[mesh][1][0]["bank"]["bytes"] for mesh in ((1, 1), MESH))
     assert alone / 2 <= split < 0.51 * alone
 

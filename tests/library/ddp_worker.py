@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from megatron_switchlora import attach
 from megatron_switchlora.config.errors import UserError
 from tests.dist.engines import start
-from tests.plain import make_batches, small_config
 from tests.library.test_attach import OPTIONS, SWITCH, llama
+from tests.plain import make_batches, small_config
 
 
 def act(payload: dict[str, Any]) -> dict[str, Any]:
