@@ -160,7 +160,7 @@ def splits() -> bool:
 
 
 def ranks_of_host(dp: int, tp: int, gpus: int) -> int:
-    """Return how many data ranks with one shard of the model are on a host of so many ranks."""
+    """Return how many data ranks with one shard of the model are on a host with `gpus` ranks."""
     return math.gcd(dp, max(1, gpus // tp))
 
 

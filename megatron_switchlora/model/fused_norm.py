@@ -1,6 +1,6 @@
 """RMSNorm by the kernels of NVIDIA's apex, where the user has built them.
 
-PyPI's `apex` is another project. It is told apart without being imported: NVIDIA's build installs its kernels as a
+PyPI's `apex` is another project. It is recognised without being imported: NVIDIA's build installs its kernels as a
 module of their own, `fused_layer_norm_cuda`. One comparison on a small input decides whether they are right.
 """
 

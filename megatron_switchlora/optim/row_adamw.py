@@ -197,7 +197,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:
-        """Take a step; return what `closure`, which may form the gradients anew, returns."""
+        """Take a step; return what `closure`, which may form the gradients, returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -90,7 +90,7 @@ class Fused(Elementwise):
 
 
 def moved_bytes(config: RunConfig, vocab_size: int, layers: int, fused: bool) -> Counter[str]:
-    """Return the bytes that a micro-batch moves through a model of so many layers, by operator or compiled function."""
+    """Return the bytes that a micro-batch moves through `layers` layers, by operator or compiled function."""
     train, counter = config.train, MovedBytes()
     with FakeTensorMode():
         model = build_model(replace(config.model, num_layers=layers), vocab_size)

@@ -33,7 +33,7 @@ PEERS = {  # whether an entry has a rank
 
 
 class Missing(Exception):
-    """A peer cannot run here; the text says why."""
+    """A peer cannot run here; the text is the reason."""
 
 
 @contextmanager

@@ -9,8 +9,8 @@ optimizer, switching and the rest. All start from the same weights, so the losse
     switchlora bench peers --threads 2 --out benchmarks/peers_cpu.json
     torchrun --nproc_per_node 2 --no-python switchlora bench peers --entries full "switchlora merged" transformers
 
-Where a peer's package is missing (pip install 'megatron_switchlora[bench]'), the entry is left out with a line that
-says so. Other libraries have no tensor parallelism here: at --tp above 1 only the package's own methods step.
+Where a peer's package is missing (pip install 'megatron_switchlora[bench]'), the entry is left out, and a line
+reports that. Other libraries have no tensor parallelism here: at --tp above 1 only the package's own methods step.
 """
 
 from __future__ import annotations

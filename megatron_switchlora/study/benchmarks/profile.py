@@ -10,7 +10,7 @@
     outside operators        on a CPU Python and the libraries' own time; on a GPU the time it idles
 
 Each operator counts with its own time, on a GPU with its kernels' time, without that of operators it calls. Products
-are told apart by their sizes, so give sizes of which none is another's; kernels of torch.compile count as elementwise.
+are distinguished by their sizes, so give sizes of which none is another's. Kernels of torch.compile are elementwise.
 Medians of a few steps, each traced; tracing lengthens a step by little where products are large.
 
     switchlora bench profile --threads 1 --out benchmarks/profile_cpu.json
@@ -58,7 +58,7 @@ PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_", "mm_", "_grou
 
 @dataclass(frozen=True)
 class Sizes:
-    """By which products are told apart."""
+    """Sizes by which products are distinguished."""
 
     vocabulary: frozenset[int]
     tokens: frozenset[int]
@@ -137,7 +137,7 @@ def traced(act: Callable[[], Step], device: torch.device, sizes: Sizes) -> dict[
 
 
 def is_kernel(event: FunctionEvent) -> bool:
-    """Return whether an event is work of the GPU: a kernel or a copy, not a span of ours."""
+    """Return whether an event is work of the GPU: a kernel or a copy, not our own span."""
     return event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
 
 
