@@ -56,7 +56,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         size = chunk_tokens(len(weight))
         for start in range(0, len(x), size):
             part = slice(start, start + size)
-            losses[part], grad = _chunk(x[part] @ weight.t(), targets[part], split, share, run)
+            if run is None:  # nothing here holds the logits
+                losses[part], grad = _in_place(x[part] @ weight.t(), targets[part], split, share)
+            else:
+                losses[part], grad = _in_passes(x[part] @ weight.t(), targets[part], split, share, run)
             if grad is None:
                 continue
             if dx is not None:
@@ -80,15 +83,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dweight is not None:
             dweight = torch.mul(dweight, scale, out=dweight.new_empty(dweight.shape, dtype=ctx.dtype))
         return dx, dweight, None, None, None
-
-
-def _chunk(
-    logits: Tensor, targets: Tensor, split: Split, share: Optional[float], run: Optional[Run]
-) -> tuple[Tensor, Optional[Tensor]]:
-    """Return the losses of some tokens and, with a `share`, the gradient of their logits."""
-    if run is not None:
-        return _in_passes(logits, targets, split, share, run)
-    return _in_place(logits, targets, split, share)
 
 
 def row_maxima(logits: Tensor, real: int) -> Tensor:
@@ -123,7 +117,7 @@ def _high(logits: Tensor, real: int) -> Tensor:
 def _in_passes(
     logits: Tensor, targets: Tensor, split: Split, share: Optional[float], run: Run
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """Return what `_chunk` does, by compiled functions."""
+    """Return the losses of some tokens and, with a `share`, their logits' gradient, by compiled functions."""
     axis = split.axis
     top = run(row_maxima, logits, split.real)
     if axis.size > 1:
@@ -138,7 +132,7 @@ def _in_passes(
 
 
 def _in_place(logits: Tensor, targets: Tensor, split: Split, share: Optional[float]) -> tuple[Tensor, Optional[Tensor]]:
-    """Return what `_chunk` does, in eager mode."""
+    """Return what `_in_passes` does, in eager mode."""
     dtype = logits.dtype
     logits = logits.to(at_least_fp32(dtype))  # nobody else holds the low ones: they are gone
     if split.real < split.local:
