@@ -5,7 +5,7 @@ alone selects the samples, in a stream of its own, so mesh and batch size do not
 weight on any rank, so the sum over data-parallel ranks is the mean.
 
 The device holds a second copy of the model meanwhile. Only the adapted matrices take gradients. A hook moves each
-gradient to the host as soon as autograd has computed it. So the device holds one matrix's gradient at a time, and the
+gradient to the host as soon as autograd has computed it. So the device holds those of two or three matrices, and the
 host holds the fp32 sums of all. Under tensor parallelism a rank has the gradient of its shard of W, from which
 `lowrank/lora_ga.py` computes the factors.
 """
