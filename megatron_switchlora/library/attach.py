@@ -36,7 +36,7 @@ from megatron_switchlora.config.train import TrainConfig, check_train
 from megatron_switchlora.distributed.mesh import lone_mesh, the_world
 from megatron_switchlora.distributed.replica_check import differing
 from megatron_switchlora.library.host import Host
-from megatron_switchlora.library.targets import Target, Targets, find_targets
+from megatron_switchlora.library.targets import Target, Targets, find_targets, some
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.methods.lora import Lora
@@ -268,9 +268,8 @@ def _large_enough(targets: list[Target], rank: int, skip_small: bool) -> list[Ta
     small = [target for target in targets if rank > min(target.weight.shape)]
     require(
         skip_small or not small,
-        f"rank {rank} is above min(m, n) of {', '.join(each.name for each in small[:4])}"
-        f"{f' and {len(small) - 4} more' if len(small) > 4 else ''}: lower it, leave them out of the targets, or pass "
-        "skip_small=True.",
+        f"rank {rank} is above min(m, n) of {some(each.name for each in small)}: lower it, leave them out of the "
+        "targets, or pass skip_small=True.",
     )
     kept = [target for target in targets if target not in small]
     require(bool(kept), f"rank {rank} is above min(m, n) of every target: lower it.")
@@ -311,9 +310,8 @@ def _keep_from_ddp(model: nn.Module, linears: dict[str, LowRankLinear], ignored:
     Raises:
         UserError: ranks have different weights.
     """
-    named = {
-        name: buffer for name, buffer in model.named_buffers() if any(buffer is x.weight for x in linears.values())
-    }
+    weights = {id(linear.weight) for linear in linears.values()}
+    named = {name: buffer for name, buffer in model.named_buffers() if id(buffer) in weights}
     if dist.is_available() and dist.is_initialized():
         problems = differing(named.items(), the_world(), next(iter(named.values())).device)
         require(

@@ -81,7 +81,7 @@ def find_targets(model: nn.Module, targets: Targets) -> list[Target]:
             found[child].places.append((parent, attribute))
     require(
         bool(found),
-        f"targets {targets!r} match no linear of the model: its linears are {_some(_linear_names(model))}.",
+        f"targets {targets!r} match no linear of the model: its linears are {some(_linear_names(model))}.",
     )
     _require_own_weights(model, found.values())
     return list(found.values())
@@ -140,7 +140,7 @@ def _require_own_weights(model: nn.Module, targets: Iterable[Target]) -> None:
     tied = [target.name for target in targets if held[_memory(target.weight)] > 1]
     require(
         not tied,
-        f"The weights of {_some(tied)} belong to other modules too, which an adapter would not follow: leave them out "
+        f"The weights of {some(tied)} belong to other modules too, which an adapter would not follow: leave them out "
         "of the targets.",
     )
 
@@ -153,7 +153,7 @@ def _linear_names(model: nn.Module) -> Iterator[str]:
     return (name for name, module in model.named_modules() if is_linear(module) or isinstance(module, LowRankLinear))
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
     """Return the first names, and how many more there are."""
     listed = list(names)
     rest = f" and {len(listed) - 4} more" if len(listed) > 4 else ""

@@ -152,7 +152,9 @@ class RowAdamW(torch.optim.Optimizer):
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        here, given = self.state_dict()["state"], state_dict["state"]
+        masters = [master for group in self.param_groups for master in group["params"]]
+        here = {number: self.state[each] for number, each in enumerate(masters) if each in self.state}
+        given = state_dict["state"]  # by the numbers that `state_dict` gives
         alike = here.keys() == given.keys() and all(_shapes(here[key]) == _shapes(given[key]) for key in here)
         require(
             alike and len(state_dict["param_groups"]) == len(self.param_groups),
