@@ -42,7 +42,7 @@ from megatron_switchlora.study.benchmarks.entries import (
     wanted,
 )
 from megatron_switchlora.study.benchmarks.peer_entries import Missing
-from megatron_switchlora.study.benchmarks.peers_table import markdown
+from megatron_switchlora.study.benchmarks.peers_table import tables
 from megatron_switchlora.study.benchmarks.turns import Batches, Entry, Times, in_turn, load, ratio
 
 BASE, ADAPTED_BASE = "transformers", "peft lora"
@@ -136,10 +136,10 @@ def run(options: argparse.Namespace, door: Door) -> None:
         "load_before_and_after": [before, load()],
     }
     if ranks.rank == 0:
-        print(markdown(found), flush=True)
+        print(tables(found), flush=True)
         if options.out is not None:
             options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            options.out.with_suffix(".md").write_text(markdown(found) + "\n", encoding="utf-8")
+            options.out.with_suffix(".md").write_text(tables(found) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_switchlora.study.benchmarks.turns import PARTS
+from megatron_switchlora.study.markdown import markdown
 
 BASES = {"transformers": "transformers", "full": "full-rank", "peft lora": "PEFT LoRA"}
 
 
-def markdown(found: dict[str, Any]) -> str:
+def tables(found: dict[str, Any]) -> str:
     """Return a heading and a table for each case."""
     return "\n\n".join(f"{title(case)}\n\n{case_table(case)}" for case in found["cases"])
 
@@ -25,12 +26,12 @@ def case_table(case: dict[str, Any]) -> str:
     bases = [base for base in BASES if base in compared]
     ratios = [f"{measure} over {BASES[base]}" for measure in ("time", "CPU time") for base in bases]
     head = ["entry", "s per step", *ratios, *PARTS]
-    lines = [head, ["---"] * len(head)]
+    rows = []
     for name, entry in case["entries"].items():
         cells = [cell for measure in ("over", "cpu_over") for cell in ratio_cells(entry[measure], bases)]
         shares = [f"{entry['share_of_step'][part]:.0%}" for part in PARTS]
-        lines.append([name, f"{entry['seconds']:.3f}", *cells, *shares])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        rows.append([name, f"{entry['seconds']:.3f}", *cells, *shares])
+    return markdown(head, rows)
 
 
 def ratio_cells(over: dict[str, float], bases: list[str]) -> list[str]:

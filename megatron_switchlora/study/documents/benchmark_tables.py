@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from megatron_switchlora.study.benchmarks.peers_table import case_table
 from megatron_switchlora.study.benchmarks.profile import KINDS
-
-Markdown = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
+from megatron_switchlora.study.markdown import markdown
 
 
 class Target(NamedTuple):
@@ -33,7 +31,7 @@ def peers(found: dict[str, Any]) -> str:
     return case_table(found["cases"][0])
 
 
-def peer_targets(found: dict[str, Any], markdown: Markdown) -> str:
+def peer_targets(found: dict[str, Any]) -> str:
     """Return the ratios aimed at beside those measured, in CPU time and in time."""
     entries = found["cases"][0]["entries"]
     rows = []
@@ -44,7 +42,7 @@ def peer_targets(found: dict[str, Any], markdown: Markdown) -> str:
     return markdown(["fp32", "target", "CPU time", "time", "CPU time at most the target"], rows)
 
 
-def profile(found: dict[str, Any], markdown: Markdown) -> str:
+def profile(found: dict[str, Any]) -> str:
     """Return the share of a step in each kind, a column for each entry."""
     entries = found["entries"]
     rows = [[kind, *(f"{each['kinds'][kind] / each['traced_seconds']:.1%}" for each in entries.values())]
@@ -52,7 +50,7 @@ def profile(found: dict[str, Any], markdown: Markdown) -> str:
     return markdown(["share of a step", *entries], rows)
 
 
-def moved(found: dict[str, Any], markdown: Markdown) -> str:
+def moved(found: dict[str, Any]) -> str:
     """Return the bytes that elementwise kernels move, by operator or compiled function."""
     ways = {
         (method, how): each for method, by_way in found["bytes_per_micro_batch"].items() for how, each in by_way.items()

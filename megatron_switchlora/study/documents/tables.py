@@ -15,18 +15,13 @@ from megatron_switchlora.study.comparison.report import comparison_rows
 from megatron_switchlora.study.comparison.results import Results
 from megatron_switchlora.study.comparison.settings import read_setting, validate_points
 from megatron_switchlora.study.documents import benchmark_tables
+from megatron_switchlora.study.markdown import markdown
 from megatron_switchlora.study.volume.report import by_kind, by_part
 
 
 def read(name: str) -> Any:
     """Return the content of a file of results."""
     return read_json(ROOT / "benchmarks" / f"{name}.json")
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def comparison(name: str) -> str:
@@ -217,9 +212,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "merged-cache": merged_cache,
     "peers": lambda: benchmark_tables.peers(read("peers_cpu")),
     "peers-place": lambda: benchmark_tables.place(read("peers_cpu")),
-    "peers-targets": lambda: benchmark_tables.peer_targets(read("peers_cpu"), markdown),
-    "moved": lambda: benchmark_tables.moved(read("moved_1.3b"), markdown),
-    "profile": lambda: benchmark_tables.profile(read("profile_cpu"), markdown),
+    "peers-targets": lambda: benchmark_tables.peer_targets(read("peers_cpu")),
+    "moved": lambda: benchmark_tables.moved(read("moved_1.3b")),
+    "profile": lambda: benchmark_tables.profile(read("profile_cpu")),
     "profile-place": lambda: benchmark_tables.place(read("profile_cpu")),
     "switching": partial(measures, "switching_cpu", {
         "vectors_switched_per_step": ("vectors switched per step", "{:.0f}"),

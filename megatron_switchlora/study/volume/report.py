@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_switchlora.planning.counts import PARTS
 from megatron_switchlora.run.figures import new_figure, save_figure
+from megatron_switchlora.study.markdown import markdown
 
 Result = dict[str, Any]
 OTHERS = ("parameters", "bank", "tensor parallel", "merges", "control")
@@ -25,9 +26,8 @@ def table(results: list[Result]) -> str:
             if "wire" in result:
                 notes.append(_sent(result))
     used = [column for column in range(len(HEAD)) if any(row[column] not in ("-", "") for row in rows)]
-    shown = [[row[column] for column in used] for row in (HEAD, ["---"] * len(HEAD), *rows)]
-    lines = [f"| {' | '.join(cells)} |" for cells in shown]
-    return "\n".join([*lines, "", "MB per rank and step (1 MB = 1,000,000 bytes).", *notes])
+    head, *shown = ([row[column] for column in used] for row in (HEAD, *rows))
+    return "\n".join([markdown(head, shown), "", "MB per rank and step (1 MB = 1,000,000 bytes).", *notes])
 
 
 def by_kind(result: Result, what: str) -> dict[str, float]:
