@@ -30,13 +30,13 @@ from megatron_switchlora.config.model import ModelConfig
 from megatron_switchlora.config.plugins import listed, load_plugins
 from megatron_switchlora.config.run import RunConfig, run_config_class
 from megatron_switchlora.distributed.head_names import of_head, split_head
+from megatron_switchlora.distributed.precision import PRECISIONS
 from megatron_switchlora.distributed.shard import full_shape
 from megatron_switchlora.distributed.slices import parameter_slice
 from megatron_switchlora.lowrank.nf4 import dequantise, levels_on
 from megatron_switchlora.model.protocol import LanguageModel, build_on_meta, family_of
 
 T = TypeVar("T")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def find_folder(path: Path) -> Path:

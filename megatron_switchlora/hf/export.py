@@ -24,12 +24,13 @@ from megatron_switchlora.checkpoint.weights import Weights
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.data.hf_tokenizer import as_trained, load_tokenizer, require_own, save_tokenizer
 from megatron_switchlora.distributed.buckets import grouped
+from megatron_switchlora.distributed.precision import PRECISIONS
 from megatron_switchlora.hf.folders import hf_config, joined_marks, write_configs
 from megatron_switchlora.hf.model_card import card_facts, model_card, write_card
 from megatron_switchlora.startup.progress import progress
 
 SHARD_BYTES = 1 << 30
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {**PRECISIONS, "fp16": torch.float16}
 
 
 def write_shards(folder: Path, sizes: dict[str, int], read: Callable[[str], Tensor], limit: int = SHARD_BYTES) -> None:

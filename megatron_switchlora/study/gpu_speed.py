@@ -10,7 +10,6 @@ All shrink with `tiny`, to try them on a CPU.
 from __future__ import annotations
 
 import argparse
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
@@ -27,12 +26,12 @@ from megatron_switchlora.config.train import TrainConfig
 from megatron_switchlora.planning.memory import memory_items, peak_bytes
 from megatron_switchlora.startup.device import peak_memory_bytes
 from megatron_switchlora.startup.environment import Ranks
-from megatron_switchlora.study.benchmarks.entries import batches, entry_options
+from megatron_switchlora.study.benchmarks.entries import entry_options
 from megatron_switchlora.study.benchmarks.own_entries import own_entry
 from megatron_switchlora.study.benchmarks.parts import compare, parts
 from megatron_switchlora.study.benchmarks.peers import measure
 from megatron_switchlora.study.benchmarks.profile import Sizes, traced
-from megatron_switchlora.study.benchmarks.turns import in_turn, timed_step
+from megatron_switchlora.study.benchmarks.turns import batches, free, in_turn, timed_step
 
 HOWS = {  # of the speed stage: name -> method
     "full": {"name": "full"},
@@ -123,9 +122,7 @@ def speed(device: torch.device, tiny: bool) -> dict[str, Any]:
         rank = shape.ranks[0]
         method = make_method(**options) if options["name"] == "full" else make_method(rank=rank, **options)
         found[name] = steps(RunConfig(model, method, OptimConfig(lr=1e-4), train), rank, device, 1 if tiny else 4)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free(device)
     return found
 
 
@@ -134,7 +131,7 @@ def steps(config: RunConfig, rank: int, device: torch.device, rounds: int) -> di
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     vocab_size, train = config.model.vocab_size or 0, config.train
-    entry, data = own_entry(config, device), batches(config, 0, train.global_batch_size)
+    entry, data = own_entry(config, device), batches(config)
     times = in_turn({"": entry}, rounds, data, lambda line: None)[""]
     peak, spent = peak_memory_bytes(device), median(times.seconds)
     entry.clock.waits = False

@@ -13,7 +13,7 @@ import torch
 
 from megatron_switchlora.config.errors import UserError
 from megatron_switchlora.model.protocol import build_model, initialize_weights
-from megatron_switchlora.study.benchmarks import entries, peer_entries, peers
+from megatron_switchlora.study.benchmarks import entries, peer_entries, peers, turns
 from megatron_switchlora.study.benchmarks.profile import KINDS, Sizes, kind_of, product_kind
 from megatron_switchlora.study.benchmarks.turns import PARTS, ratio
 from tests.dist.launch import REPOSITORY, free_port, run_scripts
@@ -95,7 +95,7 @@ def test_what_is_missing_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: py
     options = entries.entry_options(None).parse_args([*TINY, "--entries", "muon"])
     options.one_at_a_time = False
     config = entries.make_config(options, 64, 16, "fp32", 1)
-    times, left_out = peers.measure_case(options, config, entries.batches(config, 0, 4), torch.device("cpu"))
+    times, left_out = peers.measure_case(options, config, turns.batches(config, 0, 4), torch.device("cpu"))
     assert not times and "has no Muon" in left_out["muon"] and "muon is left out" in capsys.readouterr().err
 
 

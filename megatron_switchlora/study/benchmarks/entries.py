@@ -19,10 +19,12 @@ from megatron_switchlora.config.parallel import ParallelConfig
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.config.train import TrainConfig
 from megatron_switchlora.disk import user_path
-from megatron_switchlora.study.benchmarks.common import describe_machine
+from megatron_switchlora.startup.door import Door
+from megatron_switchlora.startup.environment import Ranks
+from megatron_switchlora.study.benchmarks.common import describe_machine, join_ranks
 from megatron_switchlora.study.benchmarks.own_entries import OWN, own_entry, own_method
 from megatron_switchlora.study.benchmarks.peer_entries import PEERS, Missing, peer_entry
-from megatron_switchlora.study.benchmarks.turns import Batches, Entry
+from megatron_switchlora.study.benchmarks.turns import Entry, load
 
 HEAD_DIM = 64
 
@@ -93,16 +95,21 @@ def make_config(options: argparse.Namespace, hidden: int, seq_len: int, precisio
     )  # fmt: skip
 
 
-def batches(config: RunConfig, rank: int, samples: int) -> Callable[[int], Batches]:
-    """Return a function from a step's number to this data rank's micro-batches."""
-
-    def draw(number: int) -> Batches:
-        generator = torch.Generator().manual_seed(number + 10**6 * rank)
-        shape = (samples, config.train.seq_len + 1)
-        tokens = torch.randint(config.model.vocab_size or 1, shape, generator=generator)
-        return list(tokens.split(config.train.micro_batch_size))
-
-    return draw
+def measured(
+    options: argparse.Namespace, door: Door, measure: Callable[[argparse.Namespace, Ranks, torch.device], Any]
+) -> tuple[Ranks, dict[str, Any]]:
+    """Measure on the launcher's ranks; return them, and a result with the setting, the machine and its load."""
+    ranks, device = join_ranks(options.device, options.threads)
+    check_options(options, ranks.world_size)
+    door.watch_others(ranks, 300)
+    before = load()
+    found = measure(options, ranks, device)
+    return ranks, {
+        "setting": {key: value for key, value in vars(options).items() if key != "out"},
+        "machine": describe_place(device),
+        **found,
+        "load_before_and_after": [before, load()],
+    }
 
 
 def wanted(options: argparse.Namespace, hidden: int) -> Iterator[tuple[str, str, Optional[int]]]:

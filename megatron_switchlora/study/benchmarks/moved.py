@@ -25,6 +25,7 @@ from megatron_switchlora.config.command_line import parse_arguments
 from megatron_switchlora.config.field_checks import number_from
 from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.disk import user_path
+from megatron_switchlora.distributed.precision import PRECISIONS
 from megatron_switchlora.methods import build_method
 from megatron_switchlora.model.elementwise import Elementwise
 from megatron_switchlora.model.protocol import build_model
@@ -98,7 +99,7 @@ def moved_bytes(config: RunConfig, vocab_size: int, layers: int, fused: bool) ->
         if fused:
             model.use(Fused(counter))
         for param in model.parameters():
-            param.data = param.data.to(torch.bfloat16 if train.precision == "bf16" else torch.float32)
+            param.data = param.data.to(PRECISIONS[train.precision])
         method.allocate()
         tokens = torch.zeros(train.micro_batch_size, train.seq_len + 1, dtype=torch.int64)
         with counter:

@@ -29,15 +29,16 @@ from megatron_switchlora.config.errors import require
 from megatron_switchlora.config.field_checks import number_from
 from megatron_switchlora.disk import user_path
 from megatron_switchlora.distributed.cross_entropy import linear_cross_entropy
+from megatron_switchlora.distributed.precision import PRECISIONS
 from megatron_switchlora.distributed.shard import Axis, Split
 from megatron_switchlora.model.elementwise import Elementwise, recomputed_swiglu
 from megatron_switchlora.startup.device import choose_device
 from megatron_switchlora.startup.door import the_door
 from megatron_switchlora.startup.environment import Ranks, end_rank
 from megatron_switchlora.study.benchmarks.common import describe_machine, publish
+from megatron_switchlora.study.benchmarks.turns import ratio, wait_for
 
 EPS, HEAD_DIM, SEQ_LEN = 1e-6, 64, 512
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Forms = dict[str, Callable[..., Tensor]]
 
 
@@ -101,16 +102,11 @@ def held_bytes(form: Callable[..., Tensor], inputs: list[Tensor]) -> int:
 def seconds(form: Callable[..., Tensor], inputs: list[Tensor], grad: Optional[Tensor]) -> float:
     """Return the time of a forward and backward pass."""
     device = inputs[0].device
-    _wait(device)
+    wait_for(device)
     began = time.perf_counter()
     form(*inputs).backward(grad)
-    _wait(device)
+    wait_for(device)
     return time.perf_counter() - began
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def compare(forms: Forms, inputs: list[Tensor], rounds: int) -> dict[str, Any]:
@@ -125,7 +121,7 @@ def compare(forms: Forms, inputs: list[Tensor], rounds: int) -> dict[str, Any]:
     held = {name: held_bytes(form, inputs) for name, form in forms.items()}
     return {
         name: {
-            "time_ratio": round(median(a / b for a, b in zip(values[1:], times["plain"][1:], strict=True)), 3),
+            "time_ratio": ratio(values[1:], times["plain"][1:], 3),
             "seconds": median(values[1:]),
             "held_bytes": held[name],
         }
@@ -147,7 +143,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for precision in options.precisions:
         found[precision] = {
             name: compare(forms, inputs, options.rounds)
-            for name, (forms, inputs) in parts(options, DTYPES[precision], device).items()
+            for name, (forms, inputs) in parts(options, PRECISIONS[precision], device).items()
         }
     sizes = ("tokens", "hidden_size", "intermediate_size", "vocab_size", "rounds")
     return {**{name: getattr(options, name) for name in sizes}, **found, "machine": describe_machine()}
@@ -160,7 +156,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--intermediate_size", type=number_from(1), default=1376)
     parser.add_argument("--vocab_size", type=number_from(1), default=8192)
     parser.add_argument("--rounds", type=number_from(1), default=11)
-    parser.add_argument("--precisions", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
+    parser.add_argument("--precisions", nargs="+", choices=tuple(PRECISIONS), default=list(PRECISIONS))
     parser.add_argument("--threads", type=number_from(0), default=0, help="0: those of a rank alone")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=user_path, default=None, help="also write the JSON here")

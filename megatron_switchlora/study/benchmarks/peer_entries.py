@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_switchlora.config.run import RunConfig
+from megatron_switchlora.distributed.precision import PRECISIONS
 from megatron_switchlora.distributed.shard import without_padding
 from megatron_switchlora.model.protocol import build_model, family_of, initialize_weights
 from megatron_switchlora.study.benchmarks.turns import Batches, Clock, Entry
@@ -114,8 +115,7 @@ def peer_entry(
     Raises:
         Missing: a package that it needs is not installed.
     """
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    model = transformers_model(config, device, dtype)
+    model = transformers_model(config, device, PRECISIONS[config.train.precision])
     if name == "peft lora":
         model = with_peft(model, rank or 0)
     params = [param for param in model.parameters() if param.requires_grad]

@@ -31,19 +31,16 @@ from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.startup.door import Door, the_door
 from megatron_switchlora.startup.environment import Ranks, end_rank
 from megatron_switchlora.startup.launchers import is_first
-from megatron_switchlora.study.benchmarks.common import join_ranks
 from megatron_switchlora.study.benchmarks.entries import (
-    batches,
     build,
-    check_options,
-    describe_place,
     entry_options,
     make_config,
+    measured,
     wanted,
 )
 from megatron_switchlora.study.benchmarks.peer_entries import Missing
 from megatron_switchlora.study.benchmarks.peers_table import tables
-from megatron_switchlora.study.benchmarks.turns import Batches, Entry, Times, in_turn, load, ratio
+from megatron_switchlora.study.benchmarks.turns import Batches, Entry, Times, batches, free, in_turn, ratio
 
 BASE, ADAPTED_BASE = "transformers", "peft lora"
 AGREE = {"fp32": 1e-5, "bf16": 5e-3}  # relative difference of first losses at equal weights
@@ -66,20 +63,20 @@ def results(times: dict[str, Times], tokens: int, precision: str) -> dict[str, A
     """Return what was measured of every entry."""
     first = next(iter(times.values())).losses[0]
     found: dict[str, Any] = {}
-    for title, measured in times.items():
-        seconds, loss = median(measured.seconds), measured.losses[0]
+    for title, of_entry in times.items():
+        seconds, loss = median(of_entry.seconds), of_entry.losses[0]
         bases = bases_of(title, times)
         found[title] = {
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "cpu_seconds": median(measured.cpu_seconds),
-            "over": {base: ratio(measured.seconds, times[base].seconds) for base in bases},
-            "cpu_over": {base: ratio(measured.cpu_seconds, times[base].cpu_seconds) for base in bases},
-            "share_of_step": measured.shares(),
-            "sent_bytes": measured.sent,
+            "cpu_seconds": median(of_entry.cpu_seconds),
+            "over": {base: ratio(of_entry.seconds, times[base].seconds) for base in bases},
+            "cpu_over": {base: ratio(of_entry.cpu_seconds, times[base].cpu_seconds) for base in bases},
+            "share_of_step": of_entry.shares(),
+            "sent_bytes": of_entry.sent,
             "first_loss": loss,
             "losses_agree": abs(loss - first) <= AGREE[precision] * abs(first),
-            **measured.facts,
+            **of_entry.facts,
         }
         if not found[title]["losses_agree"]:
             report(f"{title} starts with the loss {loss}, not {first}: it is another function.")
@@ -102,9 +99,7 @@ def measure_case(
         if options.one_at_a_time:
             times |= in_turn(entries, options.rounds, data, report)
             entries.clear()
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            free(device)
     return times | in_turn(entries, options.rounds, data, report), left_out
 
 
@@ -125,16 +120,8 @@ def measure(options: argparse.Namespace, ranks: Ranks, device: torch.device) -> 
 
 def run(options: argparse.Namespace, door: Door) -> None:
     """Measure on the launcher's ranks; rank 0 writes the result."""
-    ranks, device = join_ranks(options.device, options.threads)
-    check_options(options, ranks.world_size)
-    door.watch_others(ranks, 300)
-    before = load()
-    found = {
-        "setting": {key: value for key, value in vars(options).items() if key != "out"} | {"world": ranks.world_size},
-        "machine": describe_place(device),
-        "cases": measure(options, ranks, device),
-        "load_before_and_after": [before, load()],
-    }
+    ranks, found = measured(options, door, lambda *args: {"cases": measure(*args)})
+    found["setting"]["world"] = ranks.world_size
     if ranks.rank == 0:
         print(tables(found), flush=True)
         if options.out is not None:

@@ -35,19 +35,17 @@ from megatron_switchlora.config.run import RunConfig
 from megatron_switchlora.model.protocol import logits_size
 from megatron_switchlora.startup.door import Door, the_door
 from megatron_switchlora.startup.environment import end_rank
-from megatron_switchlora.study.benchmarks.common import join_ranks, publish
+from megatron_switchlora.study.benchmarks.common import publish
 from megatron_switchlora.study.benchmarks.entries import (
-    batches,
     build,
-    check_options,
-    describe_place,
     entry_options,
     make_config,
+    measured,
     wanted,
 )
 from megatron_switchlora.study.benchmarks.own_entries import OWN, own_method
 from megatron_switchlora.study.benchmarks.peer_entries import Missing
-from megatron_switchlora.study.benchmarks.turns import Batches, Entry, Step, load, timed_step
+from megatron_switchlora.study.benchmarks.turns import Batches, Entry, Step, batches, timed_step
 
 KINDS = (
     "products with W", "low-rank products", "forming W + sBA", "attention", "output layer and loss",
@@ -156,7 +154,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     """Return for each entry the seconds of a step by kind."""
     hidden, found = options.hidden_sizes[0], {}
     config = make_config(options, hidden, options.seq_lens[0], options.precisions[0], 1)
-    data = batches(config, 0, options.tokens // config.train.seq_len)
+    data = batches(config)
     for title, name, rank in wanted(options, hidden):
         try:
             entry = build(options, config, name, rank, device)
@@ -172,19 +170,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
 
 def run(options: argparse.Namespace, door: Door) -> None:
     """Measure in this process; the first of the sizes and precisions counts."""
-    ranks, device = join_ranks(options.device, options.threads)
-    check_options(options, ranks.world_size)
-    door.watch_others(ranks, 300)
-    before = load()
-    publish(
-        {
-            "setting": {key: value for key, value in vars(options).items() if key != "out"},
-            "machine": describe_place(device),
-            "entries": measure(options, device),
-            "load_before_and_after": [before, load()],
-        },
-        options.out,
-    )
+    _, found = measured(options, door, lambda options, _, device: {"entries": measure(options, device)})
+    publish(found, options.out)
 
 
 def main(argv: Sequence[str]) -> None:

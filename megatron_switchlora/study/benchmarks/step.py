@@ -35,6 +35,7 @@ from megatron_switchlora.config.run import RunConfig, full_rank_config
 from megatron_switchlora.config.train import TrainConfig
 from megatron_switchlora.disk import user_path
 from megatron_switchlora.distributed.linear import ColumnParallelLinear
+from megatron_switchlora.distributed.precision import PRECISIONS
 from megatron_switchlora.distributed.shard import Axis
 from megatron_switchlora.lowrank.linear import LowRankLinear
 from megatron_switchlora.lowrank.merged import choose_form
@@ -43,6 +44,7 @@ from megatron_switchlora.planning.step_time import matrix_flops
 from megatron_switchlora.startup.door import Door, the_door
 from megatron_switchlora.startup.environment import end_rank
 from megatron_switchlora.study.benchmarks.common import describe_machine, join_ranks, make_engine, watch
+from megatron_switchlora.study.benchmarks.turns import batches, ratio, wait_for
 
 if TYPE_CHECKING:
     from megatron_switchlora.train.engine import Engine
@@ -105,14 +107,6 @@ def watch_switching(engine: Engine, spent: dict[str, list[float]]) -> None:
     watch(engine.method.bank, "put_back", spent, "bank")  # type: ignore[attr-defined]
 
 
-def batches(config: RunConfig, step: int) -> list[torch.Tensor]:
-    shape = (config.train.global_batch_size, SEQ_LEN + 1)
-    generator = torch.Generator().manual_seed(step)
-    return list(
-        torch.randint(0, config.model.vocab_size or 1, shape, generator=generator).split(config.train.micro_batch_size)
-    )
-
-
 def compare(
     engines: dict[str, Engine], rounds: int, spent: dict[str, dict[str, list[float]]]
 ) -> dict[str, list[float]]:
@@ -120,17 +114,13 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for step in range(rounds + 1):
         for name, engine in engines.items():
-            data = batches(engine.config, step)
+            data = batches(engine.config)(step)
             for values in spent.get(name, {}).values():
                 values.append(0.0)
             began = time.perf_counter()
             engine.train_step(step, data)
             seconds[name].append(time.perf_counter() - began)
     return {name: values[1:] for name, values in seconds.items()}
-
-
-def ratio(values: list[float], base: list[float]) -> float:
-    return round(median(a / b for a, b in zip(values, base, strict=True)), 4)
 
 
 def forms(options: argparse.Namespace, precision: str, device: torch.device) -> dict[str, Any]:
@@ -187,7 +177,7 @@ def make_layers(config: RunConfig, dtype: torch.dtype, device: torch.device) -> 
 
 def linears(options: argparse.Namespace, precision: str, device: torch.device) -> dict[str, Any]:
     """Time the seven projections alone: plain, merged and split at each rank."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = PRECISIONS[precision]
     configs = {"full": make_config(options, make_method("full"), precision, 1)}
     for divisor in options.divisors:
         for compute in ("merged", "split"):
@@ -203,8 +193,7 @@ def linears(options: argparse.Namespace, precision: str, device: torch.device) -
             for width, layer in zip(widths, modules, strict=True):
                 y = layer(inputs[width])
                 y.backward(y.detach())
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for(device)
             seconds[name].append(time.perf_counter() - began)
     results = {
         name: {
@@ -226,7 +215,7 @@ def policies(options: argparse.Namespace, precision: str, device: torch.device) 
         if name != "split":
             method.merged_cache = name  # type: ignore[assignment]
         engines[name] = make_engine(make_config(options, method, precision, 4), None, device)
-    held = {name: held_bytes(engine, batches(engine.config, 0)[0]) for name, engine in engines.items()}
+    held = {name: held_bytes(engine, batches(engine.config)(0)[0]) for name, engine in engines.items()}
     seconds = compare(engines, options.rounds, {})
     results = {
         name: {"step_ratio_to_split": ratio(seconds[name], seconds["split"]), "held_bytes": held[name]}

@@ -5,6 +5,7 @@ Whatever else the machine does then falls on all of them, and little of it remai
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +19,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
+from megatron_switchlora.config.run import RunConfig
+
 PARTS = ("forward", "backward", "optimizer", "switch", "other")
 Batches = list[Tensor]  # micro-batches, each [b, S + 1] tokens
+
+
+def batches(config: RunConfig, rank: int = 0, samples: Optional[int] = None) -> Callable[[int], Batches]:
+    """Return a function from a step's number to this data rank's micro-batches: by default the global batch."""
+    count = config.train.global_batch_size if samples is None else samples
+
+    def draw(number: int) -> Batches:
+        generator = torch.Generator().manual_seed(number + 10**6 * rank)
+        shape = (count, config.train.seq_len + 1)
+        tokens = torch.randint(config.model.vocab_size or 1, shape, generator=generator)
+        return list(tokens.split(config.train.micro_batch_size))
+
+    return draw
 
 
 def wait_for(device: torch.device) -> None:
@@ -175,9 +191,16 @@ def mean_over_ranks(values: list[float]) -> list[float]:
     return (total / dist.get_world_size()).tolist()
 
 
-def ratio(seconds: list[float], base: list[float]) -> float:
+def ratio(seconds: list[float], base: list[float], digits: int = 4) -> float:
     """Return the median of the ratios within a round."""
-    return round(median(a / b for a, b in zip(seconds, base, strict=True)), 4)
+    return round(median(a / b for a, b in zip(seconds, base, strict=True)), digits)
+
+
+def free(device: torch.device) -> None:
+    """Give back the memory of an entry that is gone."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def load() -> Optional[list[float]]:
